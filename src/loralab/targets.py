@@ -1,0 +1,181 @@
+"""Which layers an adapter goes on: a preset, a list of layer names, or a regular expression.
+
+A preset is a set of parts (q, k, v, o, mlp); a row of LAYERS says what an architecture calls each part. Names are
+matched by whole components of a module's path. GPT-2 keeps q, k and v in one layer, so any of them means that layer.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from loralab.bases import LINEAR
+from loralab.errors import UserError
+from loralab.layer import Adapted
+
+Targets = str | Sequence[str]
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention-q": ("q",),
+    "attention-k": ("k",),
+    "attention-v": ("v",),
+    "attention-qv": ("q", "v"),
+    "attention-qkv": ("q", "k", "v"),
+    "attention": ("q", "k", "v", "o"),
+    "mlp": ("mlp",),
+}
+ALL = "all-linear"  # every linear layer of the backbone, whatever it is called
+
+_BERT = {
+    "q": ("attention.self.query",),
+    "k": ("attention.self.key",),
+    "v": ("attention.self.value",),
+    "o": ("attention.output.dense",),
+    "mlp": ("intermediate.dense", "layer.*.output.dense"),
+}
+_DEBERTA = {
+    **_BERT,
+    "q": ("attention.self.query_proj",),
+    "k": ("attention.self.key_proj",),
+    "v": ("attention.self.value_proj",),
+}
+_MPNET = {
+    **_BERT,
+    "q": ("attention.attn.q",),
+    "k": ("attention.attn.k",),
+    "v": ("attention.attn.v",),
+    "o": ("attention.attn.o",),
+}
+_DISTILBERT = {
+    "q": ("attention.q_lin",),
+    "k": ("attention.k_lin",),
+    "v": ("attention.v_lin",),
+    "o": ("attention.out_lin",),
+    "mlp": ("ffn.lin1", "ffn.lin2"),
+}
+_GPT2 = {
+    "q": ("attn.c_attn",),
+    "k": ("attn.c_attn",),
+    "v": ("attn.c_attn",),
+    "o": ("attn.c_proj",),
+    "mlp": ("mlp.c_fc", "mlp.c_proj"),
+}
+_LLAMA = {
+    "q": ("self_attn.q_proj",),
+    "k": ("self_attn.k_proj",),
+    "v": ("self_attn.v_proj",),
+    "o": ("self_attn.o_proj",),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+LAYERS: dict[str, dict[str, tuple[str, ...]]] = {  # config.model_type -> part -> path endings, * is one component
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": _BERT,
+    "deberta-v2": _DEBERTA,
+    "mpnet": _MPNET,
+    "distilbert": _DISTILBERT,
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "smollm3": _LLAMA,
+}
+
+READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the .weight of layers inside themselves
+READ_PAST_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear  # what MultiheadAttention calls its out_proj
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which layers a target matched: pattern -> paths, and the linear layers left alone."""
+
+    matched: dict[str, list[str]]
+    left: list[str]
+
+    @property
+    def paths(self) -> list[str]:
+        return list(dict.fromkeys(path for paths in self.matched.values() for path in paths))
+
+    def __str__(self) -> str:
+        rows = [f"{pattern}: {len(paths)} layers ({paths[0]} ...)" for pattern, paths in self.matched.items()]
+        return "\n".join([*rows, f"left alone: {len(self.left)} linear layers"])
+
+
+def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Coverage:
+    """The layers of `model` that `targets` means; layers under a path in `outside` (the head) are never adapted.
+
+    Raises UserError when a pattern matches nothing, or a layer whose weight the model reads past the module.
+    """
+    linear = [
+        path
+        for path, module in model.named_modules()
+        if type(module) in (*LINEAR, Adapted, READ_PAST_LINEAR)
+        and not any(path == o or path.startswith(o + ".") for o in outside)
+    ]
+    matched = {pattern: [p for p in linear if test.fullmatch(p)] for pattern, test in _patterns(model, targets).items()}
+    if nothing := [pattern for pattern, paths in matched.items() if not paths]:
+        near = difflib.get_close_matches(nothing[0], [*PRESETS, ALL, *linear], 1, cutoff=0.75)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"targets {', '.join(map(repr, nothing))} match no linear layer{hint}; presets: "
+            f"{', '.join([*PRESETS, ALL])}; layers here: {summary(linear) or 'none'}"
+        )
+    coverage = Coverage(matched, [])
+    _refuse_read_past(model, coverage.paths)
+    chosen = set(coverage.paths)
+    return Coverage(matched, [path for path in linear if path not in chosen])
+
+
+def _patterns(model: nn.Module, targets: Targets) -> dict[str, re.Pattern[str]]:
+    """pattern as given -> what a layer's path must match in full."""
+    if targets == ALL:
+        return {ALL: re.compile(".*")}
+    if isinstance(targets, str) and targets in PRESETS:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in LAYERS:
+            raise UserError(
+                f"targets {targets!r}: no preset for model type {kind!r} (known: {', '.join(LAYERS)}); "
+                f"use {ALL!r}, a list of layer names or a regular expression"
+            )
+        endings = dict.fromkeys(ending for part in PRESETS[targets] for ending in LAYERS[kind][part])
+        return {ending: _ending(ending) for ending in endings}
+    if isinstance(targets, str):
+        try:
+            return {targets: re.compile(targets)}
+        except re.error as error:
+            raise UserError(f"targets {targets!r}: no preset, and no regular expression either ({error})") from error
+    if not targets:
+        raise UserError(f"targets is an empty list: name layers, or use one of {', '.join([*PRESETS, ALL])}")
+    return {name: _ending(name) for name in targets}
+
+
+def _ending(name: str) -> re.Pattern[str]:
+    """A path that ends in the whole components of `name`."""
+    return re.compile(r"(?:.*\.)?" + r"[^.]+".join(map(re.escape, name.split("*"))))
+
+
+def _refuse_read_past(model: nn.Module, paths: Sequence[str]) -> None:
+    for path in paths:
+        parents = [path[:i] for i, char in enumerate(path) if char == "."]
+        for parent in ["", *parents]:
+            module = model.get_submodule(parent)
+            if isinstance(module, READ_PAST):
+                raise UserError(
+                    f"targets match {path}, but {type(module).__name__} at {parent or 'the top'} reads its weight "
+                    "past the module, so an adapter there would do nothing: leave it out of targets"
+                )
+
+
+def summary(paths: Sequence[str]) -> str:
+    """Paths with layer numbers folded: encoder.layer.*.attention.self.query (12), ..."""
+    folded: dict[str, int] = {}
+    for path in paths:
+        key = re.sub(r"\.\d+\.", ".*.", path)
+        folded[key] = folded.get(key, 0) + 1
+    return ", ".join(f"{key} ({count})" for key, count in folded.items())

@@ -1,0 +1,88 @@
+"""Scores from logits (rows, outputs) and labels (rows,): GLUE's and those of own tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from loralab.errors import UserError
+
+Array = NDArray[Any]
+
+
+def _constant(values: Array) -> bool:
+    return bool((values == values[0]).all())
+
+
+def accuracy(logits: Array, labels: Array) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return float(accuracy_score(labels, logits.argmax(1)))
+
+
+def matthews_correlation(logits: Array, labels: Array) -> float:
+    """Correlation of predicted and true class; 0.0 when either is constant, where the formula is 0/0."""
+    predicted = logits.argmax(1)
+    return 0.0 if _constant(predicted) or _constant(labels) else float(matthews_corrcoef(labels, predicted))
+
+
+def f1(logits: Array, labels: Array) -> float:
+    """GLUE's F1: of the class with id 1, of two; 0.0 when nobody has or predicts it."""
+    if logits.shape[1] != 2:
+        raise UserError(f"f1 is for 2 classes, the logits have {logits.shape[1]} outputs: use f1_macro")
+    return float(f1_score(labels, logits.argmax(1), labels=[1], average=None, zero_division=0)[0])
+
+
+def f1_macro(logits: Array, labels: Array) -> float:
+    """Plain mean of the F1 of every class that is a label or a prediction of some row."""
+    return float(f1_score(labels, logits.argmax(1), average="macro", zero_division=0))
+
+
+def pearson(logits: Array, labels: Array) -> float:
+    """Linear correlation of the one output with the labels; 0.0 when either is constant, where the formula is 0/0."""
+    return _correlation(stats.pearsonr, logits, labels)
+
+
+def spearman(logits: Array, labels: Array) -> float:
+    """Rank correlation of the one output with the labels; 0.0 when either is constant, where the formula is 0/0."""
+    return _correlation(stats.spearmanr, logits, labels)
+
+
+def _correlation(function: Callable[[Array, Array], Any], logits: Array, labels: Array) -> float:
+    predicted = logits[:, 0].astype(np.float64)  # scipy computes in the dtype it is given
+    return 0.0 if _constant(predicted) or _constant(labels) else float(function(predicted, labels).statistic)
+
+
+METRICS: dict[str, Callable[[Array, Array], float]] = {
+    "accuracy": accuracy,
+    "matthews_correlation": matthews_correlation,
+    "f1": f1,
+    "f1_macro": f1_macro,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def score(metrics: Sequence[str], logits: Array, labels: Sequence[float] | Array) -> dict[str, float]:
+    """Every named metric. Correlations of constant predictions are 0.0, not NaN; logits that are not finite raise."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UserError(f"unknown metric {', '.join(unknown)}: there are {', '.join(METRICS)}")
+    truth = np.asarray(labels)
+    if logits.ndim != 2 or len(logits) != len(truth) or not len(truth):
+        raise ValueError(
+            f"logits {logits.shape} for {len(truth)} labels: expected (rows, outputs) and a label for each row"
+        )
+    bad = int((~np.isfinite(logits)).any(1).sum())
+    if bad:
+        raise UserError(
+            f"outputs of {bad} of {len(logits)} rows are not finite: training diverged, lower the learning rate"
+        )
+    return {name: METRICS[name](logits, truth) for name in metrics}
+
+
+def is_constant(logits: Array) -> bool:
+    """True when a classifier predicts one class for every row (or a regression one value): it has learnt nothing."""
+    return _constant(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1))

@@ -1,0 +1,77 @@
+"""What is learnt, as values: a Split is rows of texts with labels, a Task is splits, label names and metrics."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from loralab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows in file order; a label is a class id or, for regression, a float."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[int] | list[float]
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.labels):
+            raise ValueError(f"{len(self.texts)} rows of text but {len(self.labels)} labels: they must be as many")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Iterable[int]) -> "Split":
+        """These rows, in this order."""
+        rows = list(indices)
+        return Split([self.texts[row] for row in rows], [self.labels[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Task:
+    """Make one with `build`, which checks it and takes the hash."""
+
+    name: str
+    labels: tuple[str, ...] | None  # class names in id order; None is regression
+    metrics: tuple[str, ...]  # rows of metrics.METRICS; the first one selects and is reported
+    train: Split
+    validation: dict[str, Split]  # the first one is reported
+    sha256: str  # of the rows and label names as read, whatever file they came from
+    notes: tuple[str, ...] = ()  # what the user should know, one sentence each
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the head: one output for regression, else one per class."""
+        return 1 if self.labels is None else len(self.labels)
+
+
+def digest(labels: Sequence[str] | None, splits: Mapping[str, Split]) -> str:
+    """sha256 of the content: the same rows from parquet, TSV or the hub give the same hash on every machine."""
+    total = hashlib.sha256(json.dumps(None if labels is None else list(labels)).encode())
+    for name, split in splits.items():
+        total.update(json.dumps([name, split.texts, split.labels]).encode())
+    return total.hexdigest()
+
+
+def require_two(where: object, labels: Sequence[str] | None, rows: Split) -> None:
+    """Raises when all rows have one label, from which nothing can be learnt."""
+    if len(set(rows.labels)) == 1:
+        shown = rows.labels[0] if labels is None else repr(labels[int(rows.labels[0])])
+        raise UserError(f"{where}: all labels are {shown} in {len(rows)} rows: at least two different ones are needed")
+
+
+def build(
+    name: str,
+    labels: tuple[str, ...] | None,
+    metrics: tuple[str, ...],
+    train: Split,
+    validation: dict[str, Split],
+    notes: tuple[str, ...] = (),
+) -> Task:
+    """The Task of these splits; refuses what cannot be trained or scored."""
+    for split, rows in {"train": train, **validation}.items():
+        if not len(rows):
+            raise UserError(f"{name}: {split} has no rows; at least one is needed: check the data")
+    require_two(f"{name} train", labels, train)
+    return Task(name, labels, metrics, train, validation, digest(labels, {"train": train, **validation}), notes)

@@ -1,0 +1,54 @@
+"""result.json: what a run came to, with all that a comparison must know about how."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loralab.train.prepare import Run
+
+
+def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of a finished run; `progress` is that of the loop."""
+    s, history = run.settings, progress["history"]
+    name = run.task.metrics[0]
+    selected, scores = history[progress["best"]], [record["validation"][name] for record in history]
+    seconds = max(progress["seconds"], 1e-9)
+    return {
+        "task": run.task.name,
+        "model": Path(s.model).name,
+        "method": s.method,
+        "seed": s.seed,
+        "metric": {
+            "name": name,
+            "selected": selected["validation"][name],
+            "last": scores[-1],
+            "best_on_validation": max(scores),
+        },
+        "metrics": selected["validation"],
+        "selected_epoch": selected["epoch"],
+        "counts": run.adapters.counts(),
+        "time": {
+            "train_s": progress["seconds"],
+            "examples_per_s": len(run.train) * progress["epoch"] / seconds,
+            "tokens_per_s": progress["tokens"] / seconds,
+        },
+        "memory": dict(memory),
+        "protocol": {
+            "selection": s.selection,
+            "optimistic": s.selection == "validation",
+            "train": len(run.train),
+            "held_out": len(run.held_out or ()),
+            "start": "pretrained",
+        },
+        "notes": list(run.notes),
+        "warnings": _warnings(run, selected),
+    }
+
+
+def _warnings(run: Run, selected: Mapping[str, Any]) -> list[str]:
+    if not selected["one_class"]:
+        return []
+    return [
+        f"every validation row is predicted the same class at the selected epoch: {run.settings.method} did not learn "
+        f"{run.task.name}; try another --lr, more --epochs, or --targets all-linear"
+    ]

@@ -1,0 +1,115 @@
+"""The settings of one run: every flag of `loralab train`, with its default and the reason beside it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loralab.errors import UserError
+from loralab.recipe import Recipe, recipe
+
+Selection = Literal["held-out", "last", "validation"]
+
+LEAST = {
+    "epochs": 1, "batch_size": 1, "accumulate": 1, "max_length": 4, "seed": 0,
+    "patience": 0, "checkpoint_every": 0, "weight_decay": 0, "clip": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    task: str
+    """A GLUE name, minimal-pairs (embedded), or a CSV, JSONL or parquet file with columns --text and --label."""
+    model: str = "minilm"
+    """A local folder, a hub name, or an alias: minilm, mpnet, smollm2."""
+    method: str = "lora"
+    """A row of `loralab methods`."""
+    data: Path | None = None
+    """Folder with the GLUE tasks (parquet or the classic TSV); without it the hub's nyu-mll/glue."""
+    text: tuple[str, ...] = ()
+    """Text columns of an own file, one or two."""
+    label: str | None = None
+    """Label column of an own file; float values mean regression."""
+    validation: Path | None = None
+    """Validation file of an own task; without it a fifth of the file is held back."""
+    seed: int = 0
+    """Decides the head's and the adapter's start, data order and dropout."""
+    out: Path | None = None
+    """Run folder; runs/TASK-MODEL-METHOD-SEED by default."""
+    rank: int | None = None
+    """Rank r; the method's own by default."""
+    alpha: float | None = None
+    """Scaling numerator; the method's own by default."""
+    targets: str = "all-linear"
+    """A preset (all-linear, attention, attention-qv, mlp, ...) or a regular expression over layer paths. All linear
+    layers learn where q and v alone do not."""
+    lr: float | None = None
+    """Peak learning rate; the method's own by default."""
+    lr_ratio: float | None = None
+    """Learning rate of B over that of A (LoRA+)."""
+    head_lr: float | None = None
+    """Learning rate of the head; that of the adapter by default."""
+    epochs: int = 3
+    """Passes over the training data."""
+    batch_size: int = 32
+    """Rows of one optimizer step, over all processes."""
+    accumulate: int = 1
+    """Parts a batch is cut into, to save memory; the gradient is the same."""
+    max_length: int = 128
+    """Tokens of a row; longer rows are cut, counted and reported."""
+    dropout: float | None = None
+    """Dropout on the adapter's input; 0 by default, as it is slow on CPU and gains little here."""
+    store: str | None = None
+    """How frozen weights are kept: float32 or bfloat16; as loaded by default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What products run in; bfloat16 keeps the parameters that learn in float32 (autocast)."""
+    weight_decay: float = 0.01
+    """AdamW's decay, on matrices only."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after warm-up."""
+    warmup: float = 0.06
+    """Part of all steps over which the learning rate rises; 0.06 is what the GLUE scripts of LoRA use."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    selection: Selection = "held-out"
+    """What chooses the epoch: a held-out tenth of train, the last epoch, or (optimistic) the validation split."""
+    patience: int = 0
+    """Epochs without a better score after which the run stops; 0 runs all epochs."""
+    threads: int | None = None
+    """Threads of torch; its own choice by default."""
+    checkpoint_every: int = 0
+    """Optimizer steps between checkpoints; 0 keeps one per epoch."""
+    track: str | None = None
+    """A tracker of Accelerate: tensorboard, wandb, mlflow."""
+    resume: bool = False
+    """Go on with the unfinished run in --out."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{key}={self.of(key)}: expected {least} or more" for key, least in LEAST.items() if self.of(key) < least
+        ]
+        given = [key for key in ("lr", "head_lr", "threads") if self.of(key) is not None]
+        wrong += [f"{key}={self.of(key)}: expected above 0" for key in given if not self.of(key) > 0]
+        if self.accumulate > self.batch_size:
+            wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")
+        if not 0 <= self.warmup < 1:
+            wrong.append(f"warmup={self.warmup}: expected a part of all steps, 0 <= warmup < 1")
+        if wrong:
+            raise UserError("; ".join(wrong))
+
+    def of(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def recipe(self) -> Recipe:
+        given = {key: getattr(self, key) for key in ("rank", "alpha", "lr", "lr_ratio", "dropout", "store")}
+        return recipe(self.method, **{key: value for key, value in given.items() if value is not None})
+
+    @property
+    def folder(self) -> Path:
+        stem = "-".join([Path(self.task).stem, Path(self.model).name, self.method, str(self.seed)])
+        return self.out or Path("runs") / stem
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the result; where it is written and whether it is resumed do not."""
+        free = {"out", "resume", "track"}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items() if k not in free}

@@ -1,0 +1,69 @@
+"""Small real configurations of every architecture with a preset, on random weights, in generic position."""
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    MPNetConfig,
+    RobertaConfig,
+)
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 37,
+}
+CONFIGS = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES, pad_token_id=1),
+    "electra": ElectraConfig(**SIZES, embedding_size=17),
+    "mpnet": MPNetConfig(**SIZES, pad_token_id=1),
+    "deberta-v2": DebertaV2Config(
+        **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8
+    ),
+    "distilbert": DistilBertConfig(vocab_size=101, dim=24, n_layers=2, n_heads=3, hidden_dim=37),
+    "gpt2": GPT2Config(vocab_size=101, n_embd=24, n_layer=2, n_head=3, n_inner=37, pad_token_id=0),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=1, pad_token_id=0),
+}
+LABELS = 3
+
+
+def build(kind: str, seed: int = 0) -> nn.Module:
+    """A classifier in eval mode, with biases off zero and no dropout."""
+    config = CONFIGS[kind]
+    config.num_labels = LABELS
+    for key, value in vars(config).items():
+        if isinstance(value, float) and any(word in key for word in ("dropout", "pdrop")):
+            setattr(config, key, 0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(config)
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def rows(count: int = 5, tokens: int = 7, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Token ids with some padding at the end of the even rows."""
+    ids = torch.randint(5, 101, (count, tokens), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[::2, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def shake(adapters, name: str, seed: int = 2, std: float = 0.3) -> None:
+    """Moves every tensor of an adapter off its start, so that no factor is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for role, tensor in adapters.tensors(name).values():
+            if role != "head":
+                tensor.add_(torch.empty(tensor.shape).normal_(0, std, generator=generator))

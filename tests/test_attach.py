@@ -1,0 +1,147 @@
+"""Targets of every architecture, and what users get wrong."""
+
+import pytest
+import torch
+from archs import CONFIGS, build, rows, shake
+from torch import nn
+
+import loralab
+from loralab.targets import PRESETS, cover
+
+PER_LAYER = {  # layers a preset means in one block: q, k, v and o are four, GPT-2 keeps q, k and v in one
+    "attention-qv": dict.fromkeys(CONFIGS, 2) | {"gpt2": 1},
+    "attention": dict.fromkeys(CONFIGS, 4) | {"gpt2": 2},
+    "mlp": dict.fromkeys(CONFIGS, 2) | {"llama": 3},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("targets", PER_LAYER)
+def test_presets_know_every_architecture(kind, targets):
+    coverage = cover(build(kind), targets)
+    assert len(coverage.paths) == 2 * PER_LAYER[targets][kind]
+    assert all("classifier" not in path and "score" not in path for path in coverage.paths)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_architecture_trains_merges_and_detaches(kind):
+    model, batch = build(kind), rows()
+    before = model(**batch).logits.detach()
+    adapters = loralab.attach(model, "lora", rank=3, alpha=5, head=True)
+    linear = [m for path, m in build(kind).named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    outside = sum(isinstance(m, nn.Linear) for head in adapters.heads.values() for m in head.base.modules())
+    assert len(adapters.layers) == len(linear) - outside
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=0.02))
+    losses = []
+    for _ in range(20):
+        loss = model(**batch, labels=torch.tensor([0, 1, 2, 1, 0])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    torch.testing.assert_close(adapters.merge()(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+    adapters.detach()
+    assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"deberta-v2"}))
+def test_mixed_rows_on_every_architecture(kind):
+    model, batch, ids = build(kind), rows(), [1, 0, 1, 1, 0]
+    adapters = loralab.attach(model, "lora", name="a", rank=3, head=True)
+    adapters.add("b", "lora", rank=2, targets="attention-qv", head=True, labels=["x", "y"])
+    shake(adapters, "a"), shake(adapters, "b", seed=5)
+    with adapters.use(["a", "b"], ids=torch.tensor(ids)):
+        mixed = model(**batch).logits
+    assert mixed[0, 2] == -torch.inf  # b has two labels, a has three
+    for row, i in enumerate(ids):
+        with adapters.use("ab"[i]):
+            alone = model(**{key: t[row : row + 1] for key, t in batch.items()}).logits[0]
+        torch.testing.assert_close(mixed[row, : len(alone)], alone, rtol=0, atol=1e-5)
+
+
+def test_coverage_tells_what_matched_and_what_was_left():
+    coverage = loralab.attach(build("bert"), "lora", targets=["query", "1.output.dense"]).entry(None).coverage
+    assert {pattern: len(paths) for pattern, paths in coverage.matched.items()} == {"query": 2, "1.output.dense": 1}
+    assert len(coverage.left) == 2 * 6 + 1 - 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"method": "lorra"}, "did you mean 'lora'"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": -1}, "rank=-1"),
+        ({"rank": 25}, "rank 25: a 24 x 24 weight allows 1 to 24"),
+        ({"alpha": 0.0}, "alpha=0.0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"store": "int3"}, "store='int3'"),
+        ({"rnak": 3}, "no setting 'rnak'"),
+        ({"targets": "atention-qv"}, "did you mean 'attention-qv'"),
+        ({"targets": ["query", "quarry"]}, "'quarry'"),
+        ({"targets": "(unclosed"}, "no regular expression"),
+        ({"targets": []}, "empty"),
+        ({"train": ("A", "m")}, "not m"),
+        ({"name": "a.b"}, "adapter name 'a.b'"),
+        ({"method": "head"}, "pass head=True"),
+        ({"method": "full", "store": "bfloat16"}, "a stored weight is frozen"),
+    ],
+)
+def test_mistakes_are_named_and_change_nothing(arguments, told):
+    model = build("bert")
+    with pytest.raises(loralab.UserError) as caught:
+        loralab.attach(model, **arguments)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(p.requires_grad for p in model.parameters())
+    assert {type(m).__name__ for m in model.modules()}.isdisjoint({"Adapted", "AdaptedHead"})
+    loralab.attach(model, "lora")
+
+
+def test_layers_read_past_the_module_are_refused():
+    model = nn.Sequential(nn.TransformerEncoderLayer(24, 3, 37), nn.Linear(24, 5))
+    for targets in ("all-linear", ["linear1"], ["out_proj"]):
+        with pytest.raises(loralab.UserError, match="past the module"):
+            loralab.attach(model, "lora", targets=targets)
+    loralab.attach(model, "lora", targets=["1"], rank=2)
+
+
+def test_names_and_what_is_live():
+    model, batch = build("bert"), rows()
+    base = model(**batch).logits
+    adapters = loralab.attach(model, "lora", name="a", rank=2)
+    shake(adapters, "a")
+    assert not torch.equal(model(**batch).logits, base)
+    with adapters.use(None):
+        assert torch.equal(model(**batch).logits, base)
+    with pytest.raises(loralab.UserError, match="has adapters already"):
+        loralab.attach(model, "lora")
+    with pytest.raises(loralab.UserError, match="there already"):
+        adapters.add("a")
+    with pytest.raises(loralab.UserError, match="no adapter 'b'"), adapters.use("b"):
+        pass
+    with pytest.raises(loralab.UserError, match="is live"):
+        adapters.remove("a")
+    with pytest.raises(loralab.UserError, match="from 0 to 0"), adapters.use(["a"], ids=[0, 1]):
+        pass
+    with pytest.raises(loralab.UserError, match="input of 5 rows"), adapters.use(["a"], ids=[0, 0]):
+        model(**batch)
+    with adapters.use(None):
+        adapters.remove("a")
+        assert torch.equal(model(**batch).logits, base)
+    assert adapters.names == []
+
+
+def test_full_fine_tuning_has_no_base_to_go_back_to():
+    adapters = loralab.attach(build("bert"), "full", head=True)
+    with pytest.raises(loralab.UserError, match="no base beneath"), adapters.use(None):
+        pass
+    with pytest.raises(loralab.UserError, match="trains the base itself"):
+        adapters.add("b")
+    with pytest.raises(loralab.UserError, match="load the model anew"):
+        adapters.detach()
+
+
+def test_presets_need_a_known_model_type():
+    with pytest.raises(loralab.UserError, match="no preset for model type"):
+        cover(nn.Sequential(nn.Linear(3, 5)), next(iter(PRESETS)))

@@ -1,0 +1,187 @@
+"""The laws, over every named recipe and every storage. A new row of a table is tested without a new test."""
+
+import copy
+
+import pytest
+import torch
+from archs import build, rows, shake
+from torch import nn
+from torch.func import functional_call
+
+import loralab
+from loralab.bases import STORES
+from loralab.recipe import NAMED, from_json, recipe, to_json
+
+ADAPTED = [name for name, (row, _) in NAMED.items() if row.factors is not None]
+SETTINGS = {"rank": 3, "alpha": 5.0}  # scaling is not 1
+TOLERANCE = {None: 1e-5, "float32": 1e-5, "bfloat16": 3e-2}
+CASES = [(name, store) for name in ADAPTED for store in (None, *STORES)]
+
+
+def settings(name):
+    allowed = vars(NAMED[name][0].factors) if NAMED[name][0].factors else {}
+    return {key: value for key, value in SETTINGS.items() if key in allowed}
+
+
+def adapted(name, store=None, kind="bert", **more):
+    model = build(kind)
+    extra = {} if store is None else {"store": store}
+    return model, loralab.attach(model, name, name="a", head=True, **settings(name), **extra, **more)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_1_a_fresh_adapter_changes_no_bit(name, kind):
+    plain, batch = build(kind), rows()
+    model, _ = adapted(name, kind=kind)
+    assert torch.equal(logits(model, batch), logits(plain, batch))
+
+
+@pytest.mark.parametrize(("name", "store"), CASES)
+def test_2_apply_is_the_merged_weight(name, store):
+    _model, adapters = adapted(name, store)
+    shake(adapters, "a")
+    x = torch.randn(5, 7, 24)
+    for path in adapters.entry("a").paths[:6]:
+        layer = adapters.layers[path]
+        x = torch.randn(5, 7, layer.in_features)
+        merged = copy.deepcopy(layer).plain("a")
+        tolerance = TOLERANCE[store]
+        torch.testing.assert_close(layer(x), merged(x), rtol=tolerance, atol=tolerance * merged(x).abs().max().item())
+        assert (layer(x) - layer.base(x)).abs().max() > 0.1  # the update is there
+
+
+@pytest.mark.parametrize(("name", "store"), CASES)
+def test_3_a_row_of_a_mixed_batch_is_the_row_alone(name, store):
+    model, adapters = adapted(name, store)
+    adapters.add("b", "rslora", rank=5, head=True, **({} if store is None else {"store": store}))
+    shake(adapters, "a"), shake(adapters, "b", seed=4)
+    batch, ids = rows(), [1, 0, 0, 1, 0]
+    with adapters.use(["a", "b"], ids=ids):
+        mixed = logits(model, batch)
+    for row, i in enumerate(ids):
+        with adapters.use("ab"[i]):
+            alone = logits(model, {key: t[row : row + 1] for key, t in batch.items()})
+        torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=TOLERANCE[store])
+
+
+@pytest.mark.parametrize(("name", "store"), CASES)
+def test_4_the_adapted_model_is_the_plain_one_called_with_merged_weights(name, store):
+    plain, batch = build("bert"), rows()
+    model, adapters = adapted(name, store)
+    shake(adapters, "a")
+    weights = {}
+    for path in adapters.entry("a").paths:
+        u, layer = adapters.layers[path].lower("a"), adapters.layers[path]
+        weights[f"{path}.weight"] = (layer.base.dense().double() + u.B.double() @ u.A.double()).float()
+        assert u.gain is None or u.gain.shape == (layer.out_features,)
+        if u.gain is not None:
+            weights[f"{path}.weight"] *= u.gain[:, None]
+    with torch.no_grad():
+        expected = functional_call(plain, weights, kwargs=batch).logits
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=TOLERANCE[store])
+    torch.testing.assert_close(logits(adapters.merge("a"), batch), expected, rtol=0, atol=TOLERANCE[store])
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_5_gradients_are_finite_differences_and_only_roles_that_learn_have_one(name):
+    torch.manual_seed(3)
+    _model, adapters = adapted(name)
+    shake(adapters, "a")
+    layer = adapters.layers[adapters.entry("a").paths[4]].double()
+    x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
+    learned = [p for p in layer.adapters["a"].parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *learned))
+    layer(x).sum().backward()
+    r = adapters.entry("a").recipe
+    for role, tensor in layer.adapters["a"].items():
+        assert (tensor.grad is not None and tensor.grad.abs().max() > 0) == (role in r.learn)
+    assert all(p.grad is None for p in layer.base.parameters())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_6_counts_are_the_closed_form(name):
+    plain = build("bert")
+    model, adapters = adapted(name)
+    counts = adapters.counts("a")
+    r, head = adapters.entry("a").recipe, sum(p.numel() for p in plain.classifier.parameters())
+    base = sum(p.numel() for p in plain.bert.parameters())
+    expected = {"all": base, None: 0}[r.learn_base]
+    if r.factors is not None:
+        sizes = [m.weight.shape for m in plain.bert.modules() if isinstance(m, nn.Linear)]
+        expected += sum(r.factors.count(*size) for size in sizes)
+    assert counts == {"adapter": expected, "head": head, "trainable": expected + head, "base": base}
+    assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    grouped = [p for group in adapters.parameter_groups(lr=1.0) for p in group["params"]]
+    assert sum(p.numel() for p in grouped) == counts["trainable"]
+
+
+@pytest.mark.parametrize(("name", "store"), [*CASES, ("head", None), ("full", None)])
+def test_7_save_and_load_keep_every_bit(name, store, tmp_path):
+    model, adapters = adapted(name, store)
+    for tensor in adapters.state("a").values():
+        nn.init.normal_(tensor, std=0.3)
+    adapters.save(tmp_path / "adapter")
+    fresh = build("bert")
+    loaded = loralab.load(fresh, tmp_path / "adapter")
+    assert loaded.entry("a").recipe == adapters.entry("a").recipe
+    assert loaded.state("a").keys() == adapters.state("a").keys()
+    assert all(torch.equal(loaded.state("a")[key], tensor) for key, tensor in adapters.state("a").items())
+    assert torch.equal(logits(fresh, rows()), logits(model, rows()))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(("name", "store"), [*[(n, None) for n in ADAPTED], ("head", None), (ADAPTED[0], "bfloat16")])
+def test_8_detach_gives_the_tree_and_the_bits_back(name, store, kind):
+    before = build(kind)
+    learned = {key: p.requires_grad for key, p in before.named_parameters()}
+    model, adapters = adapted(name, store, kind)
+    shake(adapters, "a")
+    adapters.add("b", "lora", rank=2, targets="attention-v", **({} if store is None else {"store": store}))
+    adapters.detach()
+    assert {key: type(m) for key, m in model.named_modules()} == {key: type(m) for key, m in before.named_modules()}
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == learned
+    if store is None:
+        assert all(torch.equal(p, before.get_parameter(key)) for key, p in model.named_parameters())
+        assert torch.equal(logits(model, rows()), logits(before, rows()))
+    else:  # what was rounded stays rounded, in the dtype it came in
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p, before.get_parameter(key), rtol=1e-2, atol=0)
+    assert not hasattr(model, "_loralab")
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_9_export_to_plain_lora_is_the_same_function(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, adapters = adapted(name)
+    shake(adapters, "a")
+    expected = logits(model, rows())
+    adapters.export(tmp_path / "peft", name="a")
+    theirs = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, rows()), expected, rtol=0, atol=1e-5)
+    ours = build("bert")
+    loralab.load(ours, tmp_path / "peft")
+    torch.testing.assert_close(logits(ours, rows()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_recipes_survive_json(name):
+    r = recipe(name, **settings(name), lr=0.5)
+    assert from_json(to_json(r)) == r
+
+
+def test_the_base_stays_and_the_adapter_moves_in_training():
+    model, adapters = adapted("lora", dropout=0.3)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-2))
+    for _ in range(3):
+        model.train()(**rows(), labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
+        optimizer.step()
+    owned = {id(t) for t in adapters.state("a").values()}
+    for key, p in model.named_parameters():
+        assert torch.equal(p, before[key]) == (id(p) not in owned), key

@@ -1,0 +1,277 @@
+"""Runs: they learn, repeat bit for bit, go on after an interruption, and take the same step on many processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from archs import CONFIGS
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from loralab import UserError
+from loralab.files import read_header
+from loralab.recipe import NAMED
+from loralab.train import Settings, train
+from loralab.train import loop as loop_module
+from loralab.train.batches import epoch_batches, sorted_batches
+
+WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "big", "small"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A BERT of a few thousand values with a word tokenizer, as a model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = CONFIGS["bert"]
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
+    config.max_position_embeddings = 40
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory) -> dict[str, Path]:
+    """A task a tiny model learns: is the animal a cat? And its regression twin: how many adjectives are there?"""
+    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data")
+    lines = []
+    for _ in range(240):
+        animal, extra = (
+            random.choice(["cat", "dog"]),
+            list(random.choice(["red", "blue", "big"], random.integers(0, 5))),
+        )
+        lines.append((" ".join(["the", *extra, animal, "sees"]), animal, float(len(extra))))
+    (folder / "class.csv").write_text("sentence,label\n" + "".join(f"{t},{c}\n" for t, c, _ in lines))
+    (folder / "value.csv").write_text("sentence,label\n" + "".join(f"{t},{v}\n" for t, _, v in lines))
+    return {"class": folder / "class.csv", "value": folder / "value.csv"}
+
+
+def settings(tiny, own, out, kind="class", **given) -> Settings:
+    defaults = {"lr": 2e-2, "epochs": 2, "batch_size": 20, "method": "lora", "rank": 3, "max_length": 32}
+    if given.get("method") in ("full", "head"):
+        del defaults["rank"]
+    return Settings(
+        task=str(own[kind]), model=str(tiny), text=("sentence",), label="label", out=out, **{**defaults, **given}
+    )
+
+
+def tensors(folder: Path):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter.safetensors")
+
+
+def metrics(folder: Path):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(result):
+    return {key: value for key, value in result.items() if key not in ("time", "memory")}
+
+
+@pytest.mark.parametrize("method", NAMED)
+def test_a_run_learns_and_writes_what_the_contract_says(tiny, own, tmp_path, method):
+    lr = {"full": 3e-3}.get(method, 1e-2)
+    result = train(settings(tiny, own, tmp_path / "r", method=method, epochs=6, lr=lr))
+    assert result == json.loads((tmp_path / "r/result.json").read_text())
+    assert result["metric"]["name"] == "accuracy"
+    history = metrics(tmp_path / "r")
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    if method != "head":  # a head on random features need not learn
+        assert result["metric"]["selected"] > 0.9
+    held_out = [row["held_out"]["accuracy"] for row in history]
+    assert result["selected_epoch"] == 1 + held_out.index(max(held_out))
+    assert result["metric"]["last"] == history[-1]["validation"]["accuracy"]
+    assert result["metric"]["best_on_validation"] == max(row["validation"]["accuracy"] for row in history)
+    rows = result["protocol"]["train"], result["protocol"]["held_out"]
+    assert (sum(rows), rows[1]) == (192, pytest.approx(19.2, abs=1))
+    assert result["protocol"]["selection"] == "held-out"
+    assert not result["protocol"]["optimistic"]
+    assert not (tmp_path / "r/checkpoint").exists()
+    assert read_header(tmp_path / "r/adapter/adapter.json")["labels"] == ["cat", "dog"]
+
+
+def test_regression_learns(tiny, own, tmp_path):
+    result = train(settings(tiny, own, tmp_path / "r", "value", epochs=8))
+    assert result["metric"]["name"] == "pearson"
+    assert result["metric"]["selected"] > 0.8
+
+
+@pytest.mark.parametrize("given", [{"dropout": 0.3}, {"dtype": "bfloat16"}, {"store": "bfloat16"}, {"accumulate": 3}])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny, own, tmp_path, given):
+    results = [train(settings(tiny, own, tmp_path / str(i), seed=i // 2, **given)) for i in range(3)]
+    assert timeless(results[0]) == timeless(results[1])
+    first, again, other = (tensors(tmp_path / str(i)) for i in range(3))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not any(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, monkeypatch, every):
+    given = {"epochs": 3, "dropout": 0.3, "schedule": "cosine", "checkpoint_every": every}
+    whole = train(settings(tiny, own, tmp_path / "whole", **given))
+    step = loop_module.Trainer._step
+
+    def cut(self, chosen):
+        if self.progress.step == 16:  # the last but second step of the second epoch
+            raise KeyboardInterrupt
+        return step(self, chosen)
+
+    monkeypatch.setattr(loop_module.Trainer, "_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tiny, own, tmp_path / "cut", **given))
+    assert not (tmp_path / "cut/result.json").exists()
+    monkeypatch.setattr(loop_module.Trainer, "_step", step)
+    torch.manual_seed(12345)  # what the process did meanwhile must not matter
+    resumed = train(settings(tiny, own, tmp_path / "cut", resume=True, **given))
+    assert timeless(resumed) == timeless(whole)
+    a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert train(settings(tiny, own, tmp_path / "cut", resume=True, **given)) == resumed  # finished: nothing runs
+
+
+def test_parts_of_a_batch_take_the_step_of_the_whole(tiny, own, tmp_path):
+    for parts in (1, 3):
+        train(settings(calm(tiny, tmp_path), own, tmp_path / str(parts), accumulate=parts))
+    a, b = tensors(tmp_path / "1"), tensors(tmp_path / "3")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-4)
+
+
+def calm(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model without dropout, whose masks would depend on how rows are divided."""
+    folder = tmp_path / "calm"
+    folder.mkdir(exist_ok=True)
+    for file in tiny.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    )
+    return folder
+
+
+def test_two_processes_give_the_numbers_of_one(tiny, own, tmp_path):
+    model = calm(tiny, tmp_path)
+    one = train(settings(model, own, tmp_path / "one"))
+    s = settings(model, own, tmp_path / "two")
+    flags = ["--task", s.task, "--model", s.model, "--text", "sentence", "--label", "label", "--out", str(s.out)]
+    flags += ["--lr", "0.02", "--epochs", "2", "--batch-size", "20", "--rank", "3", "--max-length", "32"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "loralab", "train", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loop_module.__file__).parents[2])}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two/result.json").read_text())
+    assert two["metrics"].keys() == one["metrics"].keys()
+    histories = [metrics(tmp_path / name) for name in ("one", "two")]
+    for a, b in zip(*histories, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-4)
+        assert b["validation"] == pytest.approx(a["validation"], abs=1e-6)
+    a, b = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-4)
+
+
+def test_patience_stops_early_and_selection_last_takes_the_last(tiny, own, tmp_path):
+    early = train(settings(tiny, own, tmp_path / "a", lr=1e-9, epochs=6, patience=2))
+    assert len((tmp_path / "a/metrics.jsonl").read_text().splitlines()) == 3
+    assert early["selected_epoch"] == 1
+    last = train(settings(tiny, own, tmp_path / "b", selection="last"))
+    assert (last["selected_epoch"], last["protocol"]["held_out"], last["protocol"]["train"]) == (2, 0, 192)
+    assert train(settings(tiny, own, tmp_path / "c", selection="validation"))["protocol"]["optimistic"]
+
+
+def test_a_run_that_ends_at_one_class_says_so(tiny, own, tmp_path):
+    result = train(settings(tiny, own, tmp_path / "r", lr=1e-9, epochs=1))
+    assert len(result["warnings"]) == 1
+    assert "did not learn" in result["warnings"][0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(tiny, own, tmp_path, monkeypatch):
+    losses = loop_module.row_losses
+
+    def burst(logits, labels):
+        burst.calls += 1
+        return losses(logits, labels) * (float("nan") if burst.calls == 12 else 1.0)
+
+    burst.calls = 0
+    monkeypatch.setattr(loop_module, "row_losses", burst)
+    with pytest.raises(
+        UserError, match=r"loss is nan at step 12 \(epoch 2\), lr .*last good checkpoint is .*checkpoint"
+    ):
+        train(settings(tiny, own, tmp_path / "r"))
+    assert not (tmp_path / "r/result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"max_length": 41}, "takes 40 tokens at most"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"accumulate": 33}, "empty parts"),
+        ({"rank": 99}, "rank 99"),
+        ({"targets": "nothing"}, "match no linear layer"),
+        ({"method": "loras"}, "did you mean 'lora'"),
+        ({"label": "lable"}, "lable"),
+        ({"model": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_mistakes_write_nothing(tiny, own, tmp_path, given, told):
+    with pytest.raises(UserError) as caught:
+        train(Settings(**{"task": str(own["class"]), "model": str(tiny), "text": ("sentence",), "label": "label",
+                          "max_length": 32, "out": tmp_path / "r", **given}))  # fmt: skip
+    assert told in str(caught.value)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_of_another_run_is_left_alone(tiny, own, tmp_path):
+    train(settings(tiny, own, tmp_path / "r", epochs=1))
+    with pytest.raises(UserError, match="holds another run"):
+        train(settings(tiny, own, tmp_path / "r", epochs=1))
+    with pytest.raises(UserError, match="epochs was 1, now 2"):
+        train(settings(tiny, own, tmp_path / "r", epochs=2, resume=True))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other files"):
+        train(settings(tiny, own, tmp_path / "mine"))
+
+
+def test_long_rows_are_cut_and_counted(tiny, own, tmp_path):
+    result = train(settings(tiny, own, tmp_path / "r", max_length=5, epochs=1))
+    assert any("rows are longer than 5 tokens and were cut" in note for note in result["notes"])
+
+
+def test_batches_hold_every_row_once_in_an_order_of_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(3, 50, 1237)
+    batches = epoch_batches(lengths, 16, seed=1, epoch=2)
+    assert sorted(row for batch in batches for row in batch) == list(range(1237))
+    assert batches == epoch_batches(lengths, 16, seed=1, epoch=2)
+    assert batches != epoch_batches(lengths, 16, seed=1, epoch=3)
+    assert batches != epoch_batches(lengths, 16, seed=2, epoch=2)
+    padded = sum(len(batch) * max(lengths[batch]) for batch in batches)
+    assert padded < 1.1 * lengths.sum()
+    assert sorted(row for batch in sorted_batches(lengths, 16) for row in batch) == list(range(1237))
