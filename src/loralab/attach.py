@@ -16,6 +16,7 @@ from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
 from loralab.layer import Adapted, AdaptedHead, Live
 from loralab.recipe import Recipe, recipe
+from loralab.steps import Steps
 from loralab.targets import ALL, Coverage, Targets, cover
 
 HANDLE = "_loralab"  # the attribute of a model that holds its handle
@@ -86,6 +87,7 @@ class Adapters:
         self._base_size = sum(model.get_parameter(key).numel() for key in self._base_keys)
         self._before: dict[str, Tensor] = {}  # bits of base tensors that learn in place, unless all do
         self._sha256: str | None = None
+        self.steps = Steps(self)
 
     @property
     def base_sha256(self) -> str:
@@ -147,6 +149,8 @@ class Adapters:
             if r.learn_base != "all":
                 self._before[key] = tensor.detach().clone()
         self.entries[name] = entry
+        if r.factors is not None and r.factors.stepped:
+            self.steps.add(name, seed)
 
     def _in_place(self, r: Recipe, heads: Sequence[str]) -> tuple[str, ...]:
         """Names of the base tensors that a recipe trains in place."""
@@ -189,6 +193,10 @@ class Adapters:
         return coverage
 
     def _add_layers(self, entry: Entry, name: str, generator: Generator) -> None:
+        factors = entry.recipe.factors
+        if factors is None:
+            return
+        constants = factors.constants([_shape(self.model.get_submodule(path)) for path in entry.paths])
         for path in entry.paths:
             if path not in self.layers:
                 original = self.model.get_submodule(path)
@@ -196,10 +204,9 @@ class Adapters:
                 self.layers[path] = adapted.train(original.training)
                 self.model.set_submodule(path, adapted)
             layer = self.layers[path]
-            factors = entry.recipe.factors
-            assert factors is not None
             tensors = factors.init(layer.out_features, layer.in_features, generator)
-            layer.add(name, entry.recipe, {role: t.to(layer.device) for role, t in tensors.items()})
+            on = {role: t.to(layer.device) for role, t in tensors.items()}
+            layer.add(name, entry.recipe, on, {role: t.to(layer.device) for role, t in constants.items()})
 
     def _add_heads(self, entry: Entry, name: str, generator: Generator) -> None:
         for path in entry.heads:
@@ -218,6 +225,7 @@ class Adapters:
         if name in self.live.names:
             raise UserError(f"adapter {name!r} is live: leave its `use` block first, or call detach()")
         self._give_base_back(entry)
+        self.steps.remove(name)
         for path in entry.paths:
             self.layers[path].remove(name)
         for path in entry.heads:
@@ -243,8 +251,16 @@ class Adapters:
     # ---- what is live --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def use(self, names: str | Sequence[str] | None, ids: Tensor | Sequence[int] | None = None) -> Iterator["Adapters"]:
-        """Makes an adapter live for a while: one name, None for the base, or names with `ids` (rows,) into them."""
+    def use(
+        self,
+        names: str | Sequence[str] | None,
+        ids: Tensor | Sequence[int] | None = None,
+        rank: int | None = None,
+    ) -> Iterator["Adapters"]:
+        """Makes an adapter live for a while: one name, None for the base, or names with `ids` (rows,) into them.
+
+        `rank` evaluates an adapter that was trained for many ranks (DyLoRA) at one of them.
+        """
         chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         if unknown := [name for name in chosen if name not in self.entries]:
             raise UserError(
@@ -259,12 +275,20 @@ class Adapters:
             rows.ndim != 1 or len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < len(chosen)
         ):
             raise UserError(f"ids: expected one whole number from 0 to {len(chosen) - 1} per row, got {rows.tolist()}")
-        before = self.live.names, self.live.ids
+        before = dict(vars(self.live))
         self.live.names, self.live.ids = chosen, rows
+        if rank is not None:
+            self.live.drawn = {name: self._at(name, rank) for name in chosen}
         try:
             yield self
         finally:
-            self.live.names, self.live.ids = before
+            vars(self.live).update(before)
+
+    def _at(self, name: str, rank: int) -> Any:
+        factors = self.entries[name].recipe.factors
+        if factors is None:
+            raise UserError(f"adapter {name!r} adapts no layer, so it has no rank")
+        return factors.at(rank)
 
     # ---- what an adapter holds -----------------------------------------------------------------------------------
 
@@ -325,7 +349,8 @@ class Adapters:
         The update is added in float32 and the sum kept in the dtype the layer was loaded in.
         """
         name = self.only(name)
-        plain: nn.Module = copy.deepcopy(self.model)
+        with self.steps.away():
+            plain: nn.Module = copy.deepcopy(self.model)
         of(plain).unwrap(name)
         return plain
 
@@ -337,6 +362,7 @@ class Adapters:
 
     def unwrap(self, name: str | None = None) -> None:
         """Puts plain layers back: with the update of `name` merged in, or None for the base alone."""
+        self.steps.disconnect()
         for path, layer in self.layers.items():
             self.model.set_submodule(path, layer.plain(name))
         for path, head in self.heads.items():

@@ -4,7 +4,7 @@ They hold tensors only. Which adapter is live is asked of the one `Live` that al
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from loralab.bases import keep, restore
 from loralab.errors import UserError
+from loralab.gain import row_norms
+from loralab.lower import lower
 from loralab.recipe import Recipe
 from loralab.update import Update, apply, merged, nothing, stack, take
 
@@ -23,6 +25,7 @@ class Live:
 
     names: tuple[str, ...] = ()
     ids: Tensor | None = None
+    drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this step
 
 
 class Adapted(nn.Module):
@@ -38,6 +41,7 @@ class Adapted(nn.Module):
             original.weight = None  # type: ignore[assignment]  # the base keeps it now, perhaps in fewer bits
         self.live = live
         self.recipes: dict[str, Recipe] = {}
+        self.constants: dict[str, Mapping[str, Tensor]] = {}  # frozen, shared with other layers, not in the state
         self.adapters = nn.ModuleDict()  # adapter name -> ParameterDict of role -> tensor
 
     @property
@@ -60,7 +64,14 @@ class Adapted(nn.Module):
     def out_features(self) -> int:
         return self.base.out_features  # type: ignore[no-any-return]
 
-    def add(self, name: str, recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
+    def add(self, name: str, recipe: Recipe, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+        """Takes an adapter's fresh tensors; a gain starts from the norm of the weight as adapted, so that it is 1."""
+        assert recipe.factors is not None
+        self.constants[name] = recipe.factors.local(constants, self.out_features, self.in_features)
+        if recipe.gain:
+            with torch.no_grad():
+                u = lower(replace(recipe, gain=False), {**tensors, **self.constants[name]}, self.base)
+                tensors = {**tensors, "m": row_norms(self.base, u.A, u.B)}
         roles = {role: nn.Parameter(tensor, requires_grad=role in recipe.learn) for role, tensor in tensors.items()}
         self.adapters[name] = nn.ParameterDict(roles)
         self.recipes[name] = recipe
@@ -77,7 +88,7 @@ class Adapted(nn.Module):
         return self.original[0]
 
     def remove(self, name: str) -> None:
-        del self.adapters[name], self.recipes[name]
+        del self.adapters[name], self.recipes[name], self.constants[name]
 
     def roles(self, name: str) -> dict[str, Tensor]:
         """Role -> tensor of one adapter in this layer."""
@@ -87,10 +98,8 @@ class Adapted(nn.Module):
         """The triple of one adapter; one that has no part in this layer changes nothing."""
         if name not in self.recipes:
             return nothing(self.out_features, self.in_features, next(self.adapters.parameters()))
-        recipe = self.recipes[name]
-        assert recipe.factors is not None
-        A, B = recipe.factors.lower(self.roles(name))
-        return Update(A, B)
+        p = {**self.roles(name), **self.constants[name]}
+        return lower(self.recipes[name], p, self.base, self.live.drawn.get(name))
 
     def drop(self, name: str) -> Callable[[Tensor], Tensor] | None:
         p = self.recipes[name].dropout if name in self.recipes else 0.0

@@ -8,7 +8,11 @@ from typing import Any
 from loralab.bases import STORES
 from loralab.errors import UserError
 from loralab.factors import FACTORS, Factors
+from loralab.factors.delta import DeltaLoRA
+from loralab.factors.dylora import DyLoRA
 from loralab.factors.lora import LoRA
+from loralab.factors.precond import PreconditionedLoRA
+from loralab.factors.vera import VeRA
 
 BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: every bias, or everything
 
@@ -17,6 +21,10 @@ BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: eve
 class Recipe:
     factors: Factors | None = field(default_factory=LoRA)
     """Where A and B come from; None adapts no layer."""
+    gain: bool = False
+    """DoRA: also learn the length of each row of the weight."""
+    exact_gain: bool = False
+    """Let gradients through the norm of a gain; the paper holds it constant."""
     store: str | None = None
     """How the frozen weight is kept; None leaves it as the model has it."""
     train: tuple[str, ...] | None = None
@@ -31,18 +39,37 @@ class Recipe:
     @property
     def learn(self) -> tuple[str, ...]:
         """Roles of the adapted layers that learn."""
-        own = () if self.factors is None else self.factors.learn
+        own = () if self.factors is None else (*self.factors.learn, *(["m"] if self.gain else []))
         return own if self.train is None else tuple(role for role in self.train if role not in BASE_ROLES)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that a layer holds."""
+        return () if self.factors is None else (*self.factors.roles, *(["m"] if self.gain else []))
 
     @property
     def learn_base(self) -> str | None:
         """Which tensors of the base learn in place: None, "bias" or "all"."""
         return next((role for role in self.train or () if role in BASE_ROLES), None)
 
+    def count(self, out_features: int, in_features: int) -> int:
+        """Values of one adapted layer that learn, in closed form."""
+        sizes = {"m": out_features} | ({} if self.factors is None else self.factors.sizes(out_features, in_features))
+        return sum(sizes[role] for role in self.learn)
+
 
 NAMED: dict[str, tuple[Recipe, str]] = {
     "lora": (Recipe(), "W x + b + (alpha/r) B A x"),
     "rslora": (Recipe(factors=LoRA(stabilized=True)), "W x + b + (alpha/sqrt(r)) B A x"),
+    "dora": (Recipe(gain=True), "m / |W + s B A| * (W x + s B A x) + b"),
+    "vera": (Recipe(factors=VeRA(), lr=1e-2), "W x + b + diag(b) B diag(d) A x"),
+    "lora-fa": (Recipe(train=("B",)), "W x + b + s B A x, A frozen"),
+    "lora-fa-precond": (Recipe(factors=PreconditionedLoRA()), "lora-fa, g_B <- g_B (A A^T)^-1 / s^2"),
+    "lora+": (Recipe(lr=5e-4, lr_ratio=16.0), "W x + b + s B A x, B learns 16 times faster"),
+    "dylora": (Recipe(factors=DyLoRA()), "W x + b + (alpha/k) B[:, :k] A[:k] x, k drawn each step"),
+    "frozen-dylora": (Recipe(factors=DyLoRA(frozen=True)), "dylora, only row and column k learn"),
+    "delta-lora": (Recipe(factors=DeltaLoRA()), "W x + b + s B A x + follow s (B A - B0 A0) x"),
+    "bitfit": (Recipe(factors=None, train=("bias",)), "every bias learns"),
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
     "head": (Recipe(factors=None, train=(), lr=1e-3), "only the classification head learns"),
 }
@@ -84,12 +111,15 @@ def check(r: Recipe) -> Recipe:
         problems.append(f"lr={r.lr}, lr_ratio={r.lr_ratio}: expected both above 0")
     if r.learn_base and r.store:
         problems.append(f"train={r.learn_base!r} with store={r.store!r}: a stored weight is frozen")
-    if r.factors is None and (r.dropout or r.learn):
-        problems.append(f"factors=None with dropout={r.dropout}, train={r.train}: no layer is adapted")
+    if r.factors is None and (r.dropout or r.learn or r.gain):
+        given = f"dropout={r.dropout}, gain={r.gain}, train={r.train}"
+        problems.append(f"factors=None with {given}: no layer is adapted")
+    if r.exact_gain and not r.gain:
+        problems.append(f"exact_gain={r.exact_gain} with gain={r.gain}: there is no norm")
     if r.factors is not None:
         problems += r.factors.problems()
-        if strange := sorted(set(r.learn) - set(r.factors.roles)):
-            roles = ", ".join(r.factors.roles)
+        if strange := sorted(set(r.learn) - set(r.roles)):
+            roles = ", ".join(r.roles)
             problems.append(
                 f"train={r.train} with {name_of(r.factors)}: its roles are {roles}, not {', '.join(strange)}"
             )

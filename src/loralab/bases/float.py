@@ -15,6 +15,7 @@ class Float(nn.Module):
         self.weight = weight if kept else nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         self.bias = bias
         self.out_features, self.in_features = weight.shape
+        self._square_norms: Tensor | None = None
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W x (+ bias): (..., in) -> (..., out), in x's dtype."""
@@ -25,6 +26,13 @@ class Float(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x, self.bias)
+
+    def square_norms(self) -> Tensor:
+        """|W_i|^2 (out,) in float32 or wider, computed once: W never changes."""
+        if self._square_norms is None or self._square_norms.device != self.weight.device:
+            wide = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+            self._square_norms = wide.square().sum(1)
+        return self._square_norms
 
     def dense(self) -> Tensor:
         """W (out, in) as kept."""

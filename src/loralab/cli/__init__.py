@@ -1,46 +1,121 @@
 """The command line: `main` parses, calls one function, and turns a user's error into one line and exit code 2."""
 
+import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
+from loralab.cli.headings import Headed
 from loralab.errors import UserError
 
-COMMANDS = {  # name -> what it does; loralab.cli.NAME:NAME is imported when it is called
-    "demo": "Fine-tune a real small encoder on an embedded task: full, head-only and LoRA. Offline.",
-    "train": "Fine-tune one model on one task with one method.",
-    "methods": "The table of methods: equation, what learns, how many values.",
-    "inspect": "What an adapter folder holds.",
-    "verify": "Check an adapter folder, and that it fits a base.",
-    "merge": "Write a plain model with an adapter merged in.",
-    "export": "Write an adapter in PEFT's layout.",
+COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is imported when it is called
+    "demo": (
+        "Fine-tune a real small encoder on an embedded task: full, head-only and LoRA. Offline.",
+        "loralab demo",
+    ),
+    "train": (
+        "Fine-tune one model on one task with one method.",
+        "loralab train --task reviews.csv --text title body --label stars --out runs/reviews",
+    ),
+    "methods": (
+        "The table of methods: equation, what learns, how many values.",
+        "loralab methods --json",
+    ),
+    "inspect": (
+        "What an adapter folder holds.",
+        "loralab inspect runs/reviews/adapter",
+    ),
+    "verify": (
+        "Check an adapter folder, and that it fits a base.",
+        "loralab verify runs/reviews/adapter --model minilm",
+    ),
+    "merge": (
+        "Write a plain model with an adapter merged in.",
+        "loralab merge runs/reviews/adapter --model minilm --out merged",
+    ),
+    "export": (
+        "Write an adapter in PEFT's layout.",
+        "loralab export runs/reviews/adapter --model minilm --out exported",
+    ),
 }
+CHATTY = ("bitsandbytes", "transformers")  # they log about themselves at import and while loading
 
 
 def app() -> App:
+    flags = Parameter(negative="", consume_multiple=True, show_default=_shown)
     top = App(
         name="loralab", help="One equation, every LoRA, and comparisons that are evidence.", version=_version,
-        result_action="return_value",
+        default_parameter=flags, help_formatter=Headed(), config=_whole_numbers, result_action="return_value",
     )  # fmt: skip
-    for name, told in COMMANDS.items():
-        top.command(f"loralab.cli.{name}:{name}", name=name, help=told)
+    top["--help"].help, top["--version"].help = "This list, or the flags of a command.", "The version."
+    for place, (name, (told, example)) in enumerate(COMMANDS.items()):
+        path = f"loralab.cli.{name}:{name}"
+        top.command(path, name=name, help=told, help_epilogue=f"Example: {example}", sort_key=place)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for a user's error, 130 when interrupted."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = sys.argv[1:] if argv is None else list(argv)
+    _quiet()
     try:
-        app()(sys.argv[1:] if argv is None else list(argv), exit_on_error=False, print_error=False)
-    except (UserError, CycloptsError) as error:
-        print(f"loralab: {' '.join(str(error).split())}", file=sys.stderr)
+        app()(given, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `loralab methods | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, CycloptsError, OSError) as error:
+        print(f"loralab: {' '.join(_told(error, given).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("loralab: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        hint = "; the run goes on from its last checkpoint with --resume" if given[:1] == ["train"] else ""
+        print(f"loralab: stopped{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet() -> None:
+    """Leaves stderr to this project's own words."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported; the level is for when it was
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _shown(default: Any) -> Any:
+    """What help tells of a default; that a flag is off or a list empty goes without saying."""
+    return None if default is False or default == () else default
+
+
+def _whole_numbers(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Refuses 8.5 where a whole number belongs; cyclopts would round it."""
+    for argument in arguments:
+        if argument.hint in (int, int | None):
+            for token in argument.tokens:
+                if "." in token.value:
+                    raise UserError(f"{token.keyword} {token.value}: expected a whole number")
+
+
+def _told(error: Exception, given: Sequence[str]) -> str:
+    """What was wrong, and what to do; cyclopts' own words where they say it."""
+    if isinstance(error, UnknownCommandError):
+        near = difflib.get_close_matches(given[0], COMMANDS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"no command {given[0]!r}{hint}: there are {', '.join(COMMANDS)}; loralab --help tells what they do"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        near = difflib.get_close_matches(name, [t for t in given if t.startswith("-")], 1)
+        needs = f"{name} needs a value" if name in given else f"{given[0]} needs {name}" + "".join(f", not {flag}" for flag in near)
+        return f"{needs}; see loralab {given[0]} --help"
+    if isinstance(error, UnusedCliTokensError):
+        return f"{given[0]} cannot use {' '.join(error.unused_tokens or ())!r}; see loralab {given[0]} --help"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'cannot read or write'}: {error.strerror or error}"
+    return str(error)
 
 
 def _version() -> str:

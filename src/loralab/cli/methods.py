@@ -16,16 +16,12 @@ def methods(*, json: Annotated[bool, Parameter(negative="", help="Print the tabl
         as_json({name: {"equation": equation, **to_json(recipe)} for name, (recipe, equation) in NAMED.items()})
         return
     rows = [
-        (name, equation, learns(recipe), f"{count(recipe):,}" if recipe.factors else "", f"{recipe.lr:g}")
+        (name, equation, learns(recipe), f"{recipe.count(OUT, IN):,}" if recipe.factors else "", f"{recipe.lr:g}")
         for name, (recipe, equation) in NAMED.items()
     ]
-    table("methods", ("name", "y =", "learns", f"values of a {OUT} x {IN} layer", "default lr"), rows)
+    table("Methods", ("method", "y =", "learns", "values", "lr"), rows, texts=3)
+    print(f"values: of a {OUT} x {IN} layer, at the default rank. lr: by default. The head learns too if there is one.")
 
 
 def learns(recipe: Recipe) -> str:
-    return ", ".join([*recipe.learn, *([recipe.learn_base] if recipe.learn_base else []), "head"])
-
-
-def count(recipe: Recipe) -> int:
-    assert recipe.factors is not None
-    return recipe.factors.count(OUT, IN)
+    return ", ".join([*recipe.learn, *([recipe.learn_base] if recipe.learn_base else [])]) or "head"

@@ -5,18 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column is text, the others are numbers."""
-    shown = Table(title=title, title_justify="left")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+    """The first `texts` columns are text, the others are numbers."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        shown.add_column(column, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    _print(shown)
 
 
 def as_json(data: Any) -> None:
@@ -24,10 +25,17 @@ def as_json(data: Any) -> None:
 
 
 def pairs(title: str, data: Mapping[str, str]) -> None:
-    shown = Table(title=title, title_justify="left", show_header=False)
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
+    shown.add_column(no_wrap=True)
+    shown.add_column(overflow="fold")
     for key, value in data.items():
         shown.add_row(key, value)
-    Console().print(shown)
+    _print(shown)
+
+
+def _print(shown: Table) -> None:
+    """As it is: a bracket in a path or an equation is no markup."""
+    Console(highlight=False, markup=False, emoji=False).print(shown)
 
 
 def size(count: float) -> str:

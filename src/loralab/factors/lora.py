@@ -4,17 +4,16 @@ rsLoRA is the same with s = alpha / sqrt(r), which keeps the update's size stead
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor, empty, zeros
 
-Parameters = Mapping[str, Tensor]
+from loralab.factors.base import Factors, Roles
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Factors):
     rank: int = 8
     """Rank r of the update; a few parameters more for each step up, small ranks often suffice."""
     alpha: float = 16.0
@@ -30,14 +29,9 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)
 
     def problems(self) -> list[str]:
-        return [
-            *(
-                []
-                if isinstance(self.rank, int) and self.rank >= 1
-                else [f"rank={self.rank!r}: expected a whole number, 1 or more"]
-            ),
-            *([] if self.alpha > 0 else [f"alpha={self.alpha!r}: expected above 0"]),
-        ]
+        whole = isinstance(self.rank, int) and self.rank >= 1
+        wrong = [] if whole else [f"rank={self.rank!r}: expected a whole number, 1 or more"]
+        return wrong if self.alpha > 0 else [*wrong, f"alpha={self.alpha!r}: expected above 0"]
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         most = min(out_features, in_features)
@@ -51,9 +45,8 @@ class LoRA:
         A = empty(self.rank, in_features).uniform_(-bound, bound, generator=generator)
         return {"A": A, "B": zeros(out_features, self.rank)}
 
-    def lower(self, p: Parameters) -> tuple[Tensor, Tensor]:
+    def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
         return p["A"], p["B"] * self.scaling
 
-    def count(self, out_features: int, in_features: int) -> int:
-        """Values that learn by default, in closed form."""
-        return self.rank * (out_features + in_features)
+    def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
+        return {"A": self.rank * in_features, "B": self.rank * out_features}

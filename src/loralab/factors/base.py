@@ -1,0 +1,63 @@
+"""What a method must say of itself; the defaults are those of a method without constants and without per-step work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor
+
+from loralab.errors import UserError
+
+Roles = Mapping[str, Tensor]  # role -> tensor of one layer
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The settings of a method (a frozen dataclass), and how its parameters become A (r, in) and B (out, r)."""
+
+    roles: ClassVar[tuple[str, ...]]  # names of the parameters of a layer
+    learn: ClassVar[tuple[str, ...]]  # those that learn unless a recipe says otherwise
+    stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one phrase each."""
+        return []
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """Why a layer of this size cannot take the method, or None."""
+        return None
+
+    def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
+        """Role -> its start in one layer; the update they lower to is zero."""
+        raise NotImplementedError
+
+    def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
+        """(A, B), scaling folded in. `drawn` is what `draw` gave for this step, None in evaluation."""
+        raise NotImplementedError
+
+    def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
+        """Role -> number of values in one layer, in closed form, for every role that can learn."""
+        raise NotImplementedError
+
+    def constants(self, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Frozen tensors that all layers share, from the (out, in) of every adapted layer."""
+        return {}
+
+    def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
+        """The part of the constants that one layer uses; `lower` sees it in `p`."""
+        return {}
+
+    def draw(self, generator: Generator) -> Any:
+        """Drawn once per optimizer step, for all layers alike."""
+        return None
+
+    def at(self, rank: int) -> Any:
+        """What `lower` takes as drawn to evaluate at one of the ranks a method was trained for."""
+        raise UserError(f"rank={rank}: this method was trained for one rank; dylora trains many")
+
+    def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
+        """Runs before the optimizer's step, gradients present; what it returns goes to `after_step`."""
+        return None
+
+    def after_step(self, layers: Mapping[str, Roles], drawn: Any, kept: Any) -> None:
+        """Runs after the optimizer's step, gradients still present. `layers`: path -> role -> tensor."""

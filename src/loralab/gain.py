@@ -1,0 +1,25 @@
+"""DoRA: y = m / |W + B A| * (W x + B A x) + b, one learned length m (out,) per row of the weight (Liu et al., 2024).
+
+The norm is taken by output row, as the authors' code does, and never forms B A:
+|W_i + B_i A|^2 = |W_i|^2 + 2 (W A^T)_i . B_i + B_i (A A^T) B_i^T, where W A^T is the base applied to the rows of A.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def row_norms(base: Any, A: Tensor, B: Tensor) -> Tensor:
+    """|W_i + B_i A| (..., out) of every row, for A (..., r, in) and B (..., out, r) with the scaling folded in."""
+    WA = base.linear(A).mT  # (..., out, r)
+    cross = (WA * B).sum(-1)  # (..., out)
+    own = ((B @ (A @ A.mT)) * B).sum(-1)
+    squares: Tensor = base.square_norms() + 2 * cross + own
+    return squares.clamp_min(1e-12).sqrt()
+
+
+def gain(m: Tensor, base: Any, A: Tensor, B: Tensor, exact: bool = False) -> Tensor:
+    """g = m / |W + B A|. The norm is a constant to autograd (section 4.3 of the paper) unless `exact`."""
+    if not exact:
+        A, B = A.detach(), B.detach()
+    return m / row_norms(base, A, B)
