@@ -14,6 +14,11 @@ from transformers import (
     RobertaConfig,
 )
 
+from loralab.attach import _head_of as head_of
+from loralab.ranks import RankMap
+from loralab.ranks.drop import drop_map
+from loralab.targets import cover
+
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 24,
@@ -67,3 +72,11 @@ def shake(adapters, name: str, seed: int = 2, std: float = 0.3) -> None:
         for role, tensor in adapters.tensors(name).values():
             if role != "head" and tensor.is_floating_point():
                 tensor.add_(torch.empty(tensor.shape).normal_(0, std, generator=generator))
+
+
+def rank_map(model: nn.Module, rank: int = 3, seed: int = 6) -> RankMap:
+    """A map as LoRA-drop makes it: half of the importance, drawn at random, keeps its own factors, the rest shares."""
+    layers = {path: model.get_submodule(path) for path in cover(model, "all-linear", head_of(model)).paths}
+    sizes = {path: (m.nf, m.nx) if hasattr(m, "nf") else (m.out_features, m.in_features) for path, m in layers.items()}
+    drawn = torch.rand(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
+    return drop_map(dict(zip(sizes, drawn, strict=True)), sizes, rank, keep=0.5)

@@ -138,6 +138,6 @@ def test_peft_folders_with_what_is_not_read_here_are_refused(folder, tmp_path):
     adapters = loralab.load(build("bert"), folder)
     adapters.export(tmp_path / "peft")
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
-    (tmp_path / "peft/adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(loralab.UserError, match="use_dora=True"):
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
+    with pytest.raises(loralab.UserError, match="lora_bias=True"):
         loralab.load(build("bert"), tmp_path / "peft")

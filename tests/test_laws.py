@@ -4,19 +4,25 @@ import copy
 
 import pytest
 import torch
-from archs import build, rows, shake
+from archs import build, rank_map, rows, shake
 from torch import nn
 from torch.func import functional_call
 
 import loralab
+from loralab import starts
 from loralab.bases import STORES
+from loralab.factors.lora import LoRA
 from loralab.recipe import NAMED, from_json, recipe, to_json
+from loralab.update import each
 
 HELD = {"delta-lora"}  # holds a part of its update constant; test_methods.py checks its gradients
 ADAPTED = [name for name, (row, _) in NAMED.items() if row.factors is not None]
 SETTINGS = {"rank": 3, "alpha": 5.0}  # scaling is not 1
-TOLERANCE = {None: 1e-5, "float32": 1e-5, "bfloat16": 3e-2}
-CASES = [(name, store) for name in ADAPTED for store in (None, *STORES)]
+# a quantized weight is made anew in float32, so the products, and not the rounding of the weight, set the tolerance
+TOLERANCE = dict.fromkeys((None, *STORES), 1e-5) | {"bfloat16": 3e-2}
+PAIRS = list(dict.fromkeys((name, store or NAMED[name][0].store) for name in ADAPTED for store in (None, *STORES)))
+CASES = [(name, store) for name, store in PAIRS if not starts.problems(NAMED[name][0].start, LoRA(), store)]
+CHANGED = {"loftq"}  # begins off its rounded base on purpose: nearer to the weights before; see test_starts.py
 
 
 def settings(name):
@@ -27,7 +33,18 @@ def settings(name):
 def adapted(name, store=None, kind="bert", **more):
     model = build(kind)
     extra = {} if store is None else {"store": store}
-    return model, loralab.attach(model, name, name="a", head=True, **settings(name), **extra, **more)
+    mapped = {"ranks": rank_map(model)} if NAMED[name][0].plan else {}  # a plan makes it from data, before a run
+    given = {"batches": [rows(seed=8)], **mapped, **settings(name), **extra, **more}  # batches: for data-driven starts
+    return model, loralab.attach(model, name, name="a", head=True, **given)
+
+
+def base_of(name, kind="bert"):
+    """The plain model that a method adapts: what it stores in fewer bits is rounded."""
+    if NAMED[name][0].store is None:
+        return build(kind)
+    model, adapters = adapted(name, kind=kind)
+    adapters.detach()
+    return model
 
 
 def logits(model, batch):
@@ -35,12 +52,16 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", sorted(set(NAMED) - CHANGED))
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_1_a_fresh_adapter_changes_no_bit(name, kind):
-    plain, batch = build(kind), rows()
+    plain, batch = base_of(name, kind), rows()
     model, _ = adapted(name, kind=kind)
-    assert torch.equal(logits(model, batch), logits(plain, batch))
+    fresh, expected = logits(model, batch), logits(plain, batch)
+    if starts.added(NAMED[name][0].start):  # s B A - B0 A0 is zero to rounding, not in every bit
+        torch.testing.assert_close(fresh, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(fresh, expected)
 
 
 @pytest.mark.parametrize(("name", "store"), CASES)
@@ -79,7 +100,7 @@ def test_4_the_adapted_model_is_the_plain_one_called_with_merged_weights(name, s
     weights = {}
     for path in adapters.entry("a").paths:
         u, layer = adapters.layers[path].lower("a"), adapters.layers[path]
-        weights[f"{path}.weight"] = (layer.base.dense().double() + u.B.double() @ u.A.double()).float()
+        weights[f"{path}.weight"] = (layer.base.dense().double() + each(torch.Tensor.double, u).matrix()).float()
         assert u.gain is None or u.gain.shape == (layer.out_features,)
         if u.gain is not None:
             weights[f"{path}.weight"] *= u.gain[:, None]
@@ -95,7 +116,7 @@ def test_5_gradients_are_finite_differences_and_only_roles_that_learn_have_one(n
     _, adapters = adapted(name, **({"exact_gain": True} if NAMED[name][0].gain else {}))
     shake(adapters, "a")
     layer = adapters.layers[adapters.entry("a").paths[4]].double()
-    layer.constants["a"] = {key: t.double() for key, t in layer.constants["a"].items()}
+    layer.constants["a"] = {key: t.double() if t.is_floating_point() else t for key, t in layer.constants["a"].items()}
     x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
     learned = [p for p in layer.adapters["a"].parameters() if p.requires_grad]
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *learned))
@@ -116,8 +137,9 @@ def test_6_counts_are_the_closed_form(name):
     biases = sum(p.numel() for key, p in plain.bert.named_parameters() if key.endswith(".bias"))
     expected = {"all": base, "bias": biases, None: 0}[r.learn_base]
     if r.factors is not None:
-        sizes = [m.weight.shape for m in plain.bert.modules() if isinstance(m, nn.Linear)]
-        expected += sum(r.count(*size) for size in sizes)
+        sizes = {f"bert.{path}": m.weight.shape for path, m in plain.bert.named_modules() if isinstance(m, nn.Linear)}
+        again = [path for paths in (r.ranks.shares.values() if r.ranks else ()) for path in paths[1:]]
+        expected += sum(r.count(*size) for path, size in sizes.items() if path not in again)
     assert counts == {"adapter": expected, "head": head, "trainable": expected + head, "base": base}
     assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     grouped = [p for group in adapters.parameter_groups(lr=1.0) for p in group["params"]]
@@ -139,13 +161,18 @@ def test_7_save_and_load_keep_every_bit(name, store, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-@pytest.mark.parametrize(("name", "store"), [*[(n, None) for n in ADAPTED], ("head", None), (ADAPTED[0], "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [*[(n, NAMED[n][0].store) for n in ADAPTED], ("head", None), *[(ADAPTED[0], store) for store in STORES]],
+)
 def test_8_detach_gives_the_tree_and_the_bits_back(name, store, kind):
     before = build(kind)
     learned = {key: p.requires_grad for key, p in before.named_parameters()}
     model, adapters = adapted(name, store, kind)
     shake(adapters, "a")
     adapters.add("b", "lora", rank=2, targets="attention-v", **({} if store is None else {"store": store}))
+    kept = {f"{path}.weight": layer.base.dense().detach() for path, layer in adapters.layers.items()}
+    kept = {key: W.T if kind == "gpt2" else W for key, W in kept.items()}  # its layers are all Conv1D
     adapters.detach()
     assert {key: type(m) for key, m in model.named_modules()} == {key: type(m) for key, m in before.named_modules()}
     assert {key: p.requires_grad for key, p in model.named_parameters()} == learned
@@ -153,23 +180,31 @@ def test_8_detach_gives_the_tree_and_the_bits_back(name, store, kind):
         assert all(torch.equal(p, before.get_parameter(key)) for key, p in model.named_parameters())
         assert torch.equal(logits(model, rows()), logits(before, rows()))
     else:  # what was rounded stays rounded, in the dtype it came in
-        for key, p in model.named_parameters():
-            torch.testing.assert_close(p, before.get_parameter(key), rtol=1e-2, atol=0)
+        for key, p in before.named_parameters():
+            assert torch.equal(model.get_parameter(key), kept.get(key, p).to(p.dtype))
     assert not hasattr(model, "_loralab")
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", [name for name in ADAPTED if NAMED[name][0].low_rank])
 def test_9_export_to_plain_lora_is_the_same_function(name, tmp_path):
     peft = pytest.importorskip("peft")
     model, adapters = adapted(name)
     shake(adapters, "a")
     expected = logits(model, rows())
     adapters.export(tmp_path / "peft", name="a")
-    theirs = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "peft").eval()
+    theirs = peft.PeftModel.from_pretrained(base_of(name), tmp_path / "peft").eval()
     torch.testing.assert_close(logits(theirs, rows()), expected, rtol=0, atol=1e-5)
-    ours = build("bert")
+    ours = base_of(name)
     loralab.load(ours, tmp_path / "peft")
     torch.testing.assert_close(logits(ours, rows()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTED if not NAMED[name][0].low_rank])
+def test_9_what_is_no_low_rank_product_is_not_exported_but_merged(name, tmp_path):
+    _, adapters = adapted(name)
+    with pytest.raises(loralab.UserError, match="merge it instead"):
+        adapters.export(tmp_path / "peft", name="a")
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.parametrize("name", NAMED)

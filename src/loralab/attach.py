@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,14 @@ import torch
 from torch import Generator, Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loralab import ranks, starts
+from loralab.bases import keep
 from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
 from loralab.layer import Adapted, AdaptedHead, Live
+from loralab.merge import merge_dtype
 from loralab.recipe import Recipe, recipe
+from loralab.starts.inputs import Seen, look
 from loralab.steps import Steps
 from loralab.targets import ALL, Coverage, Targets, cover
 
@@ -46,12 +50,14 @@ def attach(
     head: bool | Sequence[str] = False,
     labels: Sequence[str] = (),
     seed: int = 0,
+    batches: Iterable[Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> "Adapters":
     """Freezes `model`, puts a fresh adapter on it in place and leaves that adapter live.
 
     `settings` are the method's own: rank, alpha, dropout, ... (see `loralab methods`). `head=True` trains a copy of
-    everything outside the backbone; a list names the modules instead. `seed` decides the adapter's random start.
+    everything outside the backbone; a list names the modules instead. `seed` decides the adapter's random start;
+    `batches`, each what `model(**batch)` takes, are for a start that looks at data (eva).
     Raises UserError for an unknown method, setting or target, before anything has changed.
     """
     if hasattr(model, HANDLE):
@@ -59,7 +65,7 @@ def attach(
             f"this model has adapters already ({', '.join(of(model).names)}): use adapters.add(name, method)"
         )
     handle = Adapters(model)
-    handle.add(name, method, targets=targets, head=head, labels=labels, seed=seed, **settings)
+    handle.add(name, method, targets=targets, head=head, labels=labels, seed=seed, batches=batches, **settings)
     setattr(model, HANDLE, handle)
     handle.live.names = (name,)
     return handle
@@ -121,10 +127,20 @@ class Adapters:
         head: bool | Sequence[str] = False,
         labels: Sequence[str] = (),
         seed: int = 0,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        filled: bool = False,
         **settings: Any,
     ) -> None:
-        """Adds a fresh adapter beside the others; `use` makes it live. Arguments as in `attach`."""
+        """Adds a fresh adapter beside the others; `use` makes it live. Arguments as in `attach`.
+
+        `filled=True` leaves out a start that is computed, because a file gives the tensors.
+        """
         r = recipe(method, **settings)
+        if r.plan and r.ranks is None:
+            raise UserError(
+                f"plan={r.plan!r} makes a rank map from data or weights, and there is none: give ranks=, or use "
+                "`loralab train`, which makes it (docs/rank-maps.md)"
+            )
         self._check_name(name, r)
         own_head = _head_of(self.model)
         if head is True and not own_head:
@@ -134,15 +150,18 @@ class Adapters:
         heads = tuple(own_head) if head is True else tuple(head or ())
         outside = [*heads, *own_head]
         coverage = None if r.factors is None else self._cover(r, targets, outside)
+        if r.store:
+            keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is told before anything has changed
         if not heads and coverage is None and r.learn_base is None:
             raise UserError(f"method {method!r} learns nothing but the head: pass head=True")
         entry = Entry(r, coverage, heads, tuple(labels) or _labels(self.model), self._in_place(r, heads))
+        seen = None if filled else look(self, r, entry.paths, batches)
         if r.store or entry.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
         if not self.entries:
             self.model.requires_grad_(False)
         generator = Generator().manual_seed(seed)
-        self._add_layers(entry, name, generator)
+        self._add_layers(entry, name, generator, seen)
         self._add_heads(entry, name, generator)
         for key in entry.base_names:
             tensor = self._original(key).requires_grad_(True)
@@ -182,7 +201,13 @@ class Adapters:
         assert r.factors is not None
         coverage = cover(self.model, targets, outside)
         shapes = {path: _shape(self.model.get_submodule(path)) for path in coverage.paths}
-        misfits = {path: problem for path, shape in shapes.items() if (problem := r.factors.misfit(*shape))}
+        if r.ranks is not None:
+            if wrong := ranks.misfits(r.ranks, shapes, coverage.left):
+                raise UserError("rank map: " + "; ".join(wrong))
+            coverage = coverage.keep(r.ranks.adapted)
+            shapes = {path: shapes[path] for path in coverage.paths}
+        own = {path: ranks.own(r.factors, r.ranks, path) for path in shapes}
+        misfits = {path: problem for path, shape in shapes.items() if (problem := own[path].misfit(*shape))}
         if misfits:
             path, problem = next(iter(misfits.items()))
             raise UserError(f"{problem} ({path}; {len(misfits)} of {len(shapes)} layers cannot take it)")
@@ -192,21 +217,28 @@ class Adapters:
             raise UserError(f"store={r.store!r}: {clash[0]} is kept {kept} for {', '.join(self.names)} already")
         return coverage
 
-    def _add_layers(self, entry: Entry, name: str, generator: Generator) -> None:
-        factors = entry.recipe.factors
+    def _add_layers(self, entry: Entry, name: str, generator: Generator, seen: Mapping[str, Seen] | None) -> None:
+        """Wraps what is not wrapped yet and gives each layer its tensors; `seen=None` leaves out a computed start."""
+        factors, start = entry.recipe.factors, entry.recipe.start
         if factors is None:
             return
         constants = factors.constants([_shape(self.model.get_submodule(path)) for path in entry.paths])
+        mapped = ranks.Starts(entry.recipe.ranks)
         for path in entry.paths:
+            W = None  # its own weight, once it is stored in fewer bits gone
             if path not in self.layers:
                 original = self.model.get_submodule(path)
+                W = keep(original).dense()
                 adapted = Adapted(original, entry.recipe.store, self.live)
                 self.layers[path] = adapted.train(original.training)
                 self.model.set_submodule(path, adapted)
             layer = self.layers[path]
-            tensors = factors.init(layer.out_features, layer.in_features, generator)
-            on = {role: t.to(layer.device) for role, t in tensors.items()}
-            layer.add(name, entry.recipe, on, {role: t.to(layer.device) for role, t in constants.items()})
+            at = entry.recipe.at(path)
+            tensors = starts.blank(start, at.factors, layer.out_features, layer.in_features, generator)
+            if seen is not None:
+                tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
+            on = mapped.of(path, {role: t.to(layer.device) for role, t in tensors.items()})
+            layer.add(name, at, on, {role: t.to(layer.device) for role, t in constants.items()})
 
     def _add_heads(self, entry: Entry, name: str, generator: Generator) -> None:
         for path in entry.heads:
@@ -278,7 +310,7 @@ class Adapters:
         before = dict(vars(self.live))
         self.live.names, self.live.ids = chosen, rows
         if rank is not None:
-            self.live.drawn = {name: self._at(name, rank) for name in chosen}
+            self.live.chosen = {name: self._at(name, rank) for name in chosen}
         try:
             yield self
         finally:
@@ -320,7 +352,7 @@ class Adapters:
         lr = r.lr if lr is None else lr
         rates = {"B": lr * r.lr_ratio, "head": lr if head_lr is None else head_lr}
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
-        for role, tensor in self.tensors(name).values():
+        for role, tensor in once(self.tensors(name)).values():
             if tensor.requires_grad:
                 decays = tensor.ndim > 1
                 fresh = {"params": [], "lr": rates.get(role, lr), "weight_decay": weight_decay * decays, "role": role}
@@ -343,33 +375,43 @@ class Adapters:
             raise UserError(f"layout {layout!r} is unknown: the one there is is 'peft'")
         return peft_layout.write(self, folder, name)
 
-    def merge(self, name: str | None = None) -> nn.Module:
+    def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
 
-        The update is added in float32 and the sum kept in the dtype the layer was loaded in.
+        The update is added in float32 and the sum kept in the dtype the layer was loaded in, or the whole model in
+        `dtype`: float32, bfloat16 or float16. A quantized base is dequantized first; a merge into fewer bits is
+        refused, as it rounds the update away (`loralab.merge.merge_errors` measures it).
         """
-        name = self.only(name)
-        with self.steps.away():
-            plain: nn.Module = copy.deepcopy(self.model)
-        of(plain).unwrap(name)
-        return plain
+        name, kept = self.only(name), None if dtype is None else merge_dtype(dtype)
+        plain: nn.Module = copy.deepcopy(self.model)
+        of(plain).unwrap(name, kept)
+        return plain if kept is None else plain.to(kept)
 
     def detach(self) -> None:
-        """Gives the model its original module tree and bits back; the adapters are gone."""
+        """Gives the model its original module tree and bits back; the adapters are gone.
+
+        What was stored in fewer bits stays rounded: it comes back dequantized, in the dtype it was loaded in.
+        """
         for entry in self.entries.values():
             self._give_base_back(entry)
         self.unwrap()
 
-    def unwrap(self, name: str | None = None) -> None:
+    def unwrap(self, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         """Puts plain layers back: with the update of `name` merged in, or None for the base alone."""
         self.steps.disconnect()
         for path, layer in self.layers.items():
-            self.model.set_submodule(path, layer.plain(name))
+            self.model.set_submodule(path, layer.plain(name, dtype))
         for path, head in self.heads.items():
             self.model.set_submodule(path, head.base if name is None else head.copy_of(name))
         for key, tensor in self.model.named_parameters():
             tensor.requires_grad_(self._learned[key])
         self.model.__dict__.pop(HANDLE, None)
+
+
+def once(tensors: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[str, Tensor]]:
+    """The entries of `Adapters.tensors` without what layers share: it stays under the first layer that has it."""
+    first = {id(tensor): key for key, (_, tensor) in reversed(list(tensors.items()))}
+    return {key: pair for key, pair in tensors.items() if first[id(pair[1])] == key}
 
 
 def _head_of(model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loralab.attach import HANDLE, Adapters, of
+from loralab.attach import HANDLE, Adapters, of, once
 from loralab.errors import UserError
 from loralab.recipe import Recipe, from_json, to_json
 from loralab.targets import cover
@@ -39,13 +39,13 @@ class AdapterFile:
 def save(handle: Adapters, folder: Path | str, name: str | None = None) -> Path:
     """Writes an adapter with its head, recipe, scaling, labels, coverage and the base's hash; returns the folder."""
     name = handle.only(name)
-    entry, held = handle.entries[name], handle.tensors(name)
+    entry, held = handle.entries[name], once(handle.tensors(name))
     header = {
         "format": FORMAT,
         "version": VERSION,
         "name": name,
         "recipe": to_json(entry.recipe),
-        "scaling": getattr(entry.recipe.factors, "scaling", None),
+        "scaling": _scaling(entry.recipe),
         "coverage": {} if entry.coverage is None else entry.coverage.matched,
         "head": list(entry.heads),
         "labels": list(entry.labels),
@@ -105,8 +105,8 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None, check_ba
         )
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
-    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels)
-    problems = _fill(handle.state(name), file.tensors)
+    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels, filled=True)
+    problems = _fill({key: tensor for key, (_, tensor) in once(handle.tensors(name)).items()}, file.tensors)
     if problems:
         if known is None:
             handle.unwrap()
@@ -116,6 +116,13 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None, check_ba
     setattr(model, HANDLE, handle)
     handle.live.names, handle.live.ids = (name,), None
     return handle
+
+
+def _scaling(recipe: Recipe) -> float | dict[str, float] | None:
+    """What B is multiplied by: one number, or with a rank map one for each layer."""
+    if recipe.ranks is None or not hasattr(recipe.factors, "scaling"):
+        return getattr(recipe.factors, "scaling", None)
+    return {path: recipe.at(path).factors.scaling for path in recipe.ranks.adapted}  # type: ignore[union-attr]
 
 
 def _strange_layers(handle: Adapters, file: AdapterFile) -> list[str]:

@@ -6,11 +6,19 @@ The norm is taken by output row, as the authors' code does, and never forms B A:
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from loralab.update import Dense, Update, each
 
-def row_norms(base: Any, A: Tensor, B: Tensor) -> Tensor:
-    """|W_i + B_i A| (..., out) of every row, for A (..., r, in) and B (..., out, r) with the scaling folded in."""
+
+def row_norms(base: Any, u: Update | Dense) -> Tensor:
+    """|W_i + B_i A| (..., out) of every row; a dense update is added to the weight for it."""
+    if isinstance(u, Dense):
+        W = base.dense()
+        V: Tensor = W.to(torch.promote_types(W.dtype, torch.float32)) + u.D
+        return V.square().sum(-1).clamp_min(1e-12).sqrt()
+    A, B = u.A, u.B
     WA = base.linear(A).mT  # (..., out, r)
     cross = (WA * B).sum(-1)  # (..., out)
     own = ((B @ (A @ A.mT)) * B).sum(-1)
@@ -18,8 +26,8 @@ def row_norms(base: Any, A: Tensor, B: Tensor) -> Tensor:
     return squares.clamp_min(1e-12).sqrt()
 
 
-def gain(m: Tensor, base: Any, A: Tensor, B: Tensor, exact: bool = False) -> Tensor:
+def gain(m: Tensor, base: Any, u: Update | Dense, exact: bool = False) -> Tensor:
     """g = m / |W + B A|. The norm is a constant to autograd (section 4.3 of the paper) unless `exact`."""
     if not exact:
-        A, B = A.detach(), B.detach()
-    return m / row_norms(base, A, B)
+        u = each(Tensor.detach, u)
+    return m / row_norms(base, u)

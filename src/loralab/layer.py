@@ -5,6 +5,7 @@ They hold tensors only. Which adapter is live is asked of the one `Live` that al
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from loralab.errors import UserError
 from loralab.gain import row_norms
 from loralab.lower import lower
 from loralab.recipe import Recipe
-from loralab.update import Update, apply, merged, nothing, stack, take
+from loralab.update import Dense, Update, apply, each, merged, nothing, stack, take
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Live:
 
     names: tuple[str, ...] = ()
     ids: Tensor | None = None
-    drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this step
+    drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this training forward
+    chosen: dict[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
 
 
 class Adapted(nn.Module):
@@ -54,7 +56,7 @@ class Adapted(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next(chain(self.parameters(), self.buffers())).device  # a quantized base without bias has buffers only
 
     @property
     def in_features(self) -> int:
@@ -71,20 +73,25 @@ class Adapted(nn.Module):
         if recipe.gain:
             with torch.no_grad():
                 u = lower(replace(recipe, gain=False), {**tensors, **self.constants[name]}, self.base)
-                tensors = {**tensors, "m": row_norms(self.base, u.A, u.B)}
-        roles = {role: nn.Parameter(tensor, requires_grad=role in recipe.learn) for role, tensor in tensors.items()}
+                tensors = {**tensors, "m": row_norms(self.base, u)}
+        roles = {  # a parameter is shared with another layer, so it stays the very one
+            role: (t if isinstance(t, nn.Parameter) else nn.Parameter(t, False)).requires_grad_(role in recipe.learn)
+            for role, t in tensors.items()
+        }
         self.adapters[name] = nn.ParameterDict(roles)
         self.recipes[name] = recipe
 
-    def plain(self, name: str | None = None) -> nn.Module:
-        """The layer as it was before, with the update of one adapter merged in (in float32 or wider) if it has one."""
+    def plain(self, name: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+        """The layer as it was before, with the update of one adapter merged in (in float32 or wider) if it has one.
+
+        Its weight is kept in `dtype`, by default the one it was loaded in; from a quantized base it is dequantized.
+        """
         W = self.base.dense()
         if name in self.recipes:
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():
-                u = Update(*(None if t is None else t.to(wide) for t in self.lower(name)))  # type: ignore[arg-type]
-                W = merged(W.to(wide), u)
-        restore(self.original[0], W.to(self.dtype))
+                W = merged(W.to(wide), each(lambda t: t.to(wide), self.lower(name)))
+        restore(self.original[0], W.to(dtype or self.dtype))
         return self.original[0]
 
     def remove(self, name: str) -> None:
@@ -94,12 +101,12 @@ class Adapted(nn.Module):
         """Role -> tensor of one adapter in this layer."""
         return dict(self.adapters[name].named_parameters())
 
-    def lower(self, name: str) -> Update:
-        """The triple of one adapter; one that has no part in this layer changes nothing."""
+    def lower(self, name: str, drawn: Any = None) -> Update | Dense:
+        """The update of one adapter; one that has no part in this layer changes nothing. `drawn` is for training."""
         if name not in self.recipes:
             return nothing(self.out_features, self.in_features, next(self.adapters.parameters()))
         p = {**self.roles(name), **self.constants[name]}
-        return lower(self.recipes[name], p, self.base, self.live.drawn.get(name))
+        return lower(self.recipes[name], p, self.base, self.live.chosen.get(name, drawn))
 
     def drop(self, name: str) -> Callable[[Tensor], Tensor] | None:
         p = self.recipes[name].dropout if name in self.recipes else 0.0
@@ -110,11 +117,11 @@ class Adapted(nn.Module):
         if not any(name in self.recipes for name in names):
             return self.base(x)  # type: ignore[no-any-return]
         if ids is None:
-            return apply(x, self.base, self.lower(names[0]), self.drop(names[0]))
+            return apply(x, self.base, self.lower(names[0], self.live.drawn.get(names[0])), self.drop(names[0]))
         if len(x) != len(ids):
             raise UserError(f"input of {len(x)} rows, but ids name an adapter for {len(ids)} rows")
         rows = x.reshape(len(x), -1, self.in_features)  # (rows, t, in): a pooler passes (rows, in)
-        u = take(stack([self.lower(name) for name in names]), ids)
+        u = take(stack([self.lower(name, self.live.drawn.get(name)) for name in names]), ids)
         return apply(rows, self.base, u, self._drop_rows(names, ids)).reshape(*x.shape[:-1], self.out_features)
 
     def _drop_rows(self, names: tuple[str, ...], ids: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -1,19 +1,24 @@
 """PEFT's adapter folders (adapter_config.json, adapter_model.safetensors): read them, and write what others read.
 
-Any low-rank update without a gain can be written, since it lowers to a plain LoRA of scaling 1.
+A low-rank update can be written as a LoRA of scaling 1, with a gain as a DoRA: both say the same function.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loralab.errors import UserError
+from loralab.factors.base import Factors
 from loralab.factors.lora import LoRA
+from loralab.factors.vera import VeRA
 from loralab.recipe import Recipe
+from loralab.update import Update
 
 if TYPE_CHECKING:
     from loralab.attach import Adapters
@@ -21,61 +26,91 @@ if TYPE_CHECKING:
 
 TENSORS, HEADER = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])\.weight")
-# settings of PEFT's LoraConfig under which its file is not the plain LoRA that is read here
-REFUSED = {"use_dora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
+ROLES = {  # PEFT's name of a tensor in a layer -> role
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_magnitude_vector": "m",
+    "vera_lambda_d": "d",
+    "vera_lambda_b": "b",
+}
+PROJECTION = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+TENSOR = re.compile(r"(?P<path>.+)\.(?P<name>" + "|".join(map(re.escape, ROLES)) + ")")
+# settings under which PEFT's file is not the plain method that is read here
+REFUSED = {"bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
+KINDS: dict[str, Callable[[dict[str, Any]], Factors]] = {  # peft_type -> config -> factors
+    "LORA": lambda c: LoRA(rank=c["r"], alpha=float(c["lora_alpha"]), stabilized=bool(c.get("use_rslora"))),
+    "VERA": lambda c: VeRA(rank=c["r"], projection_seed=c["projection_prng_key"], source="peft"),
+}
 
 
 def read(folder: Path) -> "AdapterFile":
+    """A LoRA, rsLoRA, DoRA or VeRA folder of PEFT; UserError for anything that would not be the same function here."""
     from loralab.files import AdapterFile, read_header, read_tensors
 
     config = read_header(folder / HEADER)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / HEADER}: peft_type {config.get('peft_type')!r} is not read here, only 'LORA'")
-    if strange := [k for k, v in REFUSED.items() if config.get(k) not in (v, None)]:
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        raise UserError(f"{folder / HEADER}: peft_type {kind!r} is not read here, only {', '.join(KINDS)}")
+    if strange := [key for key, plain in REFUSED.items() if config.get(key) not in (plain, None)]:
         told = ", ".join(f"{key}={config[key]!r}" for key in strange)
-        raise UserError(f"{folder / HEADER}: {told} is not read here; export plain LoRA from PEFT instead")
+        raise UserError(f"{folder / HEADER}: {told} is not read here")
     tensors: dict[str, Tensor] = {}
     paths: dict[str, None] = {}
     heads: dict[str, None] = {}
+    projection: dict[str, Tensor] = {}
     for key, tensor in read_tensors(folder / TENSORS).items():
         key = key.removeprefix(PREFIX)
-        if found := FACTOR.fullmatch(key):
+        if found := TENSOR.fullmatch(key):
             paths[found["path"]] = None
-            tensors[f"{found['path']}.{found['role']}"] = tensor
+            tensors[f"{found['path']}.{ROLES[found['name']]}"] = tensor
+        elif key in PROJECTION:
+            projection[PROJECTION[key]] = tensor
         else:
-            heads[
-                next((m for m in config.get("modules_to_save") or [] if key.startswith(m + ".")), key.split(".")[0])
-            ] = None
+            heads[key.split(".")[0]] = None
             tensors[key] = tensor
-    factors = LoRA(config["r"], float(config["lora_alpha"]), stabilized=bool(config.get("use_rslora")))
+    factors = KINDS[kind](config)
+    _check_projection(folder, factors, projection)
+    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
+    recipe = Recipe(factors=factors, gain=bool(config.get("use_dora")), dropout=dropout)
     base = {"name": config.get("base_model_name_or_path"), "sha256": None}
-    recipe = Recipe(factors=factors, dropout=float(config.get("lora_dropout") or 0))
     return AdapterFile(folder.name or "peft", recipe, list(paths), list(heads), [], base, tensors)
 
 
+def _check_projection(folder: Path, factors: Factors, stored: dict[str, Tensor]) -> None:
+    """Refuses a file whose projection this machine's generator does not draw again."""
+    if stored:
+        drawn = factors.constants([(stored["B"].shape[0], stored["A"].shape[1])])
+        if not all(torch.equal(stored[role], drawn[role]) for role in stored):
+            raise UserError(f"{folder / TENSORS}: its projection is not the one that its seed draws here")
+
+
 def write(handle: "Adapters", folder: Path | str, name: str | None = None) -> Path:
-    """Writes the adapter as a PEFT LoRA: ranks may differ by layer, the scaling is folded into B (alpha = rank)."""
+    """Writes the adapter as a PEFT LoRA or DoRA: ranks may differ by layer, the scaling is folded into B."""
     name = handle.only(name)
     entry = handle.entries[name]
     if entry.coverage is None:
         raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
+    if not entry.recipe.low_rank:
+        raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for path in entry.paths:
-        u = handle.layers[path].lower(name)
-        if u.gain is not None:
-            raise UserError(f"adapter {name!r} has a gain, which a plain LoRA cannot say; merge it instead")
+        layer = handle.layers[path]
+        u = layer.lower(name)
+        assert isinstance(u, Update)
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = u.A, u.B
+        if u.gain is not None:
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.roles(name)["m"]
         ranks[path] = u.A.shape[0]
     for key, (role, tensor) in handle.tensors(name).items():
         if role == "head":
             tensors[PREFIX + key] = tensor
+    config = {**_config(handle, entry.heads, ranks), "use_dora": entry.recipe.gain}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}, folder / TENSORS)
-        (folder / HEADER).write_text(json.dumps(_config(handle, entry.heads, ranks), indent=1) + "\n")
+        (folder / HEADER).write_text(json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder

@@ -5,14 +5,19 @@ import difflib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from loralab import starts
 from loralab.bases import STORES
 from loralab.errors import UserError
 from loralab.factors import FACTORS, Factors
+from loralab.factors.adalora import AdaLoRA
 from loralab.factors.delta import DeltaLoRA
 from loralab.factors.dylora import DyLoRA
 from loralab.factors.lora import LoRA
 from loralab.factors.precond import PreconditionedLoRA
+from loralab.factors.superlora import SuperLoRA
 from loralab.factors.vera import VeRA
+from loralab.ranks import PLANS, STORED, RankMap, example, own
+from loralab.ranks import problems as rank_problems
 
 BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: every bias, or everything
 
@@ -21,6 +26,8 @@ BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: eve
 class Recipe:
     factors: Factors | None = field(default_factory=LoRA)
     """Where A and B come from; None adapts no layer."""
+    start: str = "kaiming"
+    """How A and B begin: kaiming, gaussian, orthogonal, pissa, pissa-fast, olora, loftq or eva."""
     gain: bool = False
     """DoRA: also learn the length of each row of the weight."""
     exact_gain: bool = False
@@ -35,6 +42,10 @@ class Recipe:
     """LoRA+: learning rate of B over that of A."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in training."""
+    ranks: RankMap | None = None
+    """Rank, share and gates of every layer; None gives each layer its own factors of the method's rank."""
+    plan: str | None = None
+    """What makes the rank map before a run: drop or error-spectrum; without a run, `ranks` must hold the map."""
 
     @property
     def learn(self) -> tuple[str, ...]:
@@ -45,12 +56,28 @@ class Recipe:
     @property
     def roles(self) -> tuple[str, ...]:
         """Roles that a layer holds."""
-        return () if self.factors is None else (*self.factors.roles, *(["m"] if self.gain else []))
+        if self.factors is None:
+            return ()
+        return (*self.factors.roles, *starts.added(self.start), *(["m"] if self.gain else []))
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the update of a layer is a low-rank product, with a gain or not, which other tools can read."""
+        return self.factors is not None and self.factors.low_rank
 
     @property
     def learn_base(self) -> str | None:
         """Which tensors of the base learn in place: None, "bias" or "all"."""
         return next((role for role in self.train or () if role in BASE_ROLES), None)
+
+    def at(self, path: str) -> "Recipe":
+        """The recipe of one layer, at the rank that the map gives it."""
+        assert self.factors is not None
+        return replace(self, factors=own(self.factors, self.ranks, path), ranks=None, plan=None)
+
+    def planned(self, total_steps: int) -> "Recipe":
+        """The recipe with what depends on the length of training filled in."""
+        return self if self.factors is None else replace(self, factors=self.factors.planned(total_steps))
 
     def count(self, out_features: int, in_features: int) -> int:
         """Values of one adapted layer that learn, in closed form."""
@@ -69,6 +96,18 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "dylora": (Recipe(factors=DyLoRA()), "W x + b + (alpha/k) B[:, :k] A[:k] x, k drawn each step"),
     "frozen-dylora": (Recipe(factors=DyLoRA(frozen=True)), "dylora, only row and column k learn"),
     "delta-lora": (Recipe(factors=DeltaLoRA()), "W x + b + s B A x + follow s (B A - B0 A0) x"),
+    "adalora": (Recipe(factors=AdaLoRA(), lr=2e-3), "W x + b + s B diag(E) A x, a falling budget closes gates E"),
+    "pissa": (Recipe(start="pissa"), "W x + b + s (B A - B0 A0) x, s B0 A0 the best rank-r part of W"),
+    "olora": (Recipe(start="olora"), "W x + b + s (B A - B0 A0) x, B0 A0 the first r of W = Q R"),
+    "loftq": (Recipe(store="nf4", start="loftq"), "Q x + b + s B A x, W kept as Q in 4 bit, s B A starts near W - Q"),
+    "eva": (Recipe(start="eva"), "W x + b + s B A x, A starts at what the inputs span"),
+    "qlora": (Recipe(store="nf4-dq"), "W x + b + s B A x, W in 4 bit"),
+    "qdora": (Recipe(store="nf4-dq", gain=True), "dora, W in 4 bit"),
+    "lora-drop": (Recipe(plan="drop"), "lora, layers of small output share one A and B per kind"),
+    "lokr": (Recipe(factors=SuperLoRA(split=2)), "W x + b + s (T1 kron T2) x, T of rank r or whole"),
+    "lonkr": (Recipe(factors=SuperLoRA(split=3)), "W x + b + s (T1 kron T2 kron T3) x, T of rank r or whole"),
+    "lorta": (Recipe(factors=SuperLoRA(order=3, core=True)), "W x + b + s (C x1 A1 x2 A2 x3 A3) x, folded to order 3"),
+    "superlora": (Recipe(factors=SuperLoRA(ratio=0.25)), "W x + b + s F(A1 A2) x, F fixed, 4 weights from a number"),
     "bitfit": (Recipe(factors=None, train=("bias",)), "every bias learns"),
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
     "head": (Recipe(factors=None, train=(), lr=1e-3), "only the classification head learns"),
@@ -109,17 +148,27 @@ def check(r: Recipe) -> Recipe:
         problems.append(f"dropout={r.dropout}: expected 0 <= dropout < 1")
     if not r.lr > 0 or not r.lr_ratio > 0:
         problems.append(f"lr={r.lr}, lr_ratio={r.lr_ratio}: expected both above 0")
+    shared = r.plan == "drop" or bool(getattr(r.ranks, "shares", None))
+    problems += starts.problems(r.start, r.factors, r.store, shared)
     if r.learn_base and r.store:
         problems.append(f"train={r.learn_base!r} with store={r.store!r}: a stored weight is frozen")
     if r.factors is None and (r.dropout or r.learn or r.gain):
         given = f"dropout={r.dropout}, gain={r.gain}, train={r.train}"
         problems.append(f"factors=None with {given}: no layer is adapted")
+    if r.factors is None and (r.ranks or r.plan):
+        problems.append(f"factors=None with ranks or plan={r.plan!r}: no layer is adapted")
+    if r.plan is not None and r.plan not in PLANS:
+        problems.append(f"plan={r.plan!r}: choose one of {', '.join(PLANS)}")
+    if r.plan in STORED and r.store is None:
+        problems.append(f"plan={r.plan!r} with store=None: no weight is rounded, so there is no error to go by")
     if r.exact_gain and not r.gain:
         problems.append(f"exact_gain={r.exact_gain} with gain={r.gain}: there is no norm")
     if r.factors is not None:
         problems += r.factors.problems()
-        if strange := sorted(set(r.learn) - set(r.roles)):
-            roles = ", ".join(r.roles)
+        problems += _map_problems(r.factors, r)
+        able = [role for role in r.roles if role not in starts.added(r.start)]
+        if strange := sorted(set(r.learn) - set(able)):
+            roles = ", ".join(able)
             problems.append(
                 f"train={r.train} with {name_of(r.factors)}: its roles are {roles}, not {', '.join(strange)}"
             )
@@ -128,13 +177,28 @@ def check(r: Recipe) -> Recipe:
     return r
 
 
+def _map_problems(factors: Factors, r: Recipe) -> list[str]:
+    """Why the recipe cannot have its rank map; a start must suit the rank of every layer."""
+    ranks = r.ranks
+    if r.plan in PLANS and ranks is None and not factors.problems():
+        ranks = example(r.plan, getattr(factors, "rank", 1))
+    if ranks is None or (wrong := rank_problems(factors, ranks)):
+        return [] if ranks is None else wrong
+    at_rank = {p.rank: own(factors, ranks, path) for path, p in ranks.adapted.items()}
+    told = [problem for f in at_rank.values() for problem in starts.problems(r.start, f, r.store)]
+    if starts.added(r.start) and any(part.gates for part in ranks.adapted.values()):
+        told.append(f"start={r.start!r} with gates: what a start off zero takes away has none")
+    return told
+
+
 def name_of(factors: Factors) -> str:
     return next(name for name, kind in FACTORS.items() if kind is type(factors))
 
 
 def to_json(r: Recipe) -> dict[str, Any]:
     factors = None if r.factors is None else {"kind": name_of(r.factors), **dataclasses.asdict(r.factors)}
-    return {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}, "factors": factors}
+    ranks = None if r.ranks is None else r.ranks.to_json()
+    return {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}, "factors": factors, "ranks": ranks}
 
 
 def from_json(data: dict[str, Any]) -> Recipe:
@@ -145,6 +209,7 @@ def from_json(data: dict[str, Any]) -> Recipe:
             factors = dict(factors)
             data["factors"] = FACTORS[factors.pop("kind")](**factors)
         data["train"] = None if data["train"] is None else tuple(data["train"])
+        data["ranks"] = None if data.get("ranks") is None else RankMap.from_json(data["ranks"])
         return check(Recipe(**data))
     except (KeyError, TypeError) as error:
         raise UserError(f"recipe {data}: {error} is not known here; it may come from a newer version") from error

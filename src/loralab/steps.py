@@ -5,50 +5,71 @@ the step of whichever torch optimizer holds the adapter's parameters.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from loralab.errors import UserError
 
 if TYPE_CHECKING:
     from loralab.attach import Adapters
+    from loralab.factors import Factors
 
 
 class Steps:
-    """Hooks of one handle, for its adapters whose factors are `stepped`."""
+    """Hooks of one handle, for its adapters whose factors are `stepped`, and what these keep from step to step."""
 
     def __init__(self, handle: "Adapters") -> None:
         self.handle = handle
         self.generators: dict[str, torch.Generator] = {}  # adapter -> the stream its draws come from
-        self.due: set[str] = set()  # adapters whose next training forward draws
-        self.versions: dict[str, int] = {}  # adapter -> how often its tensors had changed when last seen
-        self.kept: dict[str, Any] = {}
-        self.removers: list[Any] = []
+        self.begun: dict[str, Tensor] = {}  # adapter -> state of that stream before the draw of the step under way
+        self.drawn: dict[str, Any] = {}  # adapter -> the draw of the step under way; none: its next forward draws
+        self.memories: dict[str, dict[str, dict[str, Tensor]]] = {}  # adapter -> path -> what its factors keep
+        self.marks: dict[str, tuple[int, list[Tensor]]] = {}  # adapter -> its tensors at the last training forward
+        self.seen: set[str] = set()  # adapters whose steps are known to arrive here
+        self.under_way: dict[str, tuple[torch.optim.Optimizer, Any]] = {}  # between before_step and after_step
+        self.on_model: Any = None
+        self.on_optimizers: Any = None
 
     def add(self, name: str, seed: int) -> None:
         self.generators[name] = torch.Generator().manual_seed(seed)
-        self.due.add(name)
         self.connect()
 
     def remove(self, name: str) -> None:
-        for held in (self.generators, self.versions, self.kept, self.handle.live.drawn):
+        for held in (self.generators, self.memories, self.handle.live.drawn):
             held.pop(name, None)
-        self.due.discard(name)
+        self._anew(name)
+        self.seen.discard(name)
         if not self.generators:
             self.disconnect()
 
-    def connect(self) -> None:
-        if self.removers or not self.generators:
-            return
-        me = weakref.ref(self)
+    def _anew(self, name: str) -> None:
+        """The step under way, if there is one, counts as not begun."""
+        for held in (self.begun, self.drawn, self.marks, self.under_way):
+            held.pop(name, None)
 
-        def forward(*_: Any) -> None:
-            if steps := me():
-                steps.before_forward()
+    # ---- hooks ---------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """The model's hook is a bound method, so a deep copy of the model calls the copy of this object."""
+        if self.on_model is None:
+            self.on_model = self.handle.model.register_forward_pre_hook(self.before_forward)
+        if self.on_optimizers is None:
+            self._watch_optimizers()
+
+    def disconnect(self) -> None:
+        if self.on_model is not None:
+            self.on_model.remove()
+        if self.on_optimizers is not None:
+            self.on_optimizers()
+        self.on_model = self.on_optimizers = None
+
+    def _watch_optimizers(self) -> None:
+        """Hooks of every optimizer there is, which must neither keep this object alive nor outlive it."""
+        me = weakref.ref(self)
 
         def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if steps := me():
@@ -58,65 +79,141 @@ class Steps:
             if steps := me():
                 steps.after_step(optimizer)
 
-        self.removers = [
-            self.handle.model.register_forward_pre_hook(forward),
-            register_optimizer_step_pre_hook(before),
-            register_optimizer_step_post_hook(after),
-        ]
+        removers = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
-    def disconnect(self) -> None:
-        for remover in self.removers:
-            remover.remove()
-        self.removers = []
+        def let_go() -> None:
+            for remover in removers:
+                remover.remove()
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Without hooks for a while, so that the model can be copied."""
-        self.disconnect()
-        try:
-            yield
-        finally:
-            self.connect()
+        self.on_optimizers = weakref.finalize(self, let_go)
+        self.on_optimizers.atexit = False
 
-    def before_forward(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "on_optimizers": None, "marks": {}, "under_way": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.on_model is not None:
+            self._watch_optimizers()
+
+    def before_forward(self, *_: Any) -> None:
         handle = self.handle
+        handle.live.drawn.clear()
         if not handle.model.training or not torch.is_grad_enabled():
             return
-        for name in self.live():
-            version = self.version(name)
-            if name not in self.due and self.versions.get(name, version) != version:
-                raise UserError(
-                    f"adapter {name!r} changed in an optimizer step that loralab did not see, so its method would "
-                    "silently be another: step it with a torch.optim optimizer"
-                )
-            if name in self.due:
-                factors = handle.entries[name].recipe.factors
-                assert factors is not None
-                handle.live.drawn[name] = factors.draw(self.generators[name])
-                self.due.discard(name)
-            self.versions[name] = version
+        for name in handle.live.names:
+            if name in self.generators:
+                self._begin_or_go_on(name)
+
+    def _begin_or_go_on(self, name: str) -> None:
+        if name in self.handle.live.chosen:
+            raise UserError(f"adapter {name!r} is used at a chosen rank, which is for evaluation: call model.eval()")
+        self.under_way.pop(name, None)  # of a step that failed
+        if name not in self.drawn:
+            self.begun[name] = self.generators[name].get_state()
+            self.drawn[name] = self.factors(name).draw(self.generators[name])
+        elif self._changed(name):
+            raise UserError(
+                f"adapter {name!r} changed in an optimizer step that loralab did not see, so its method would "
+                "silently be another: step it with a torch.optim optimizer, without a closure"
+            )
+        self.handle.live.drawn[name] = self.drawn[name]
+        self._mark(name)
+
+    def _mark(self, name: str) -> None:
+        learned = self.learned(name)
+        # writing to t.data leaves no trace in the version, so until a step has arrived here the values count too
+        copies = [] if name in self.seen else [t.detach().clone() for t in learned]
+        self.marks[name] = sum(t._version for t in learned), copies
+
+    def _changed(self, name: str) -> bool:
+        if name not in self.marks:
+            return False
+        learned, (version, copies) = self.learned(name), self.marks[name]
+        return version != sum(t._version for t in learned) or any(
+            not torch.equal(t, copy) for t, copy in zip(learned, copies, strict=False)
+        )
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for name in self.stepped_by(optimizer):
-            factors, layers = self.parts(name)
-            self.kept[name] = factors.before_step(layers, self.handle.live.drawn.get(name))
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name in self.generators:
+            moved = [t for t in self.learned(name) if t.grad is not None]
+            mine = [id(t) in held for t in moved]
+            if name in self.under_way or not any(mine):  # an optimizer may wrap another, and may hold other adapters
+                continue
+            if name not in self.drawn and not any(bool(t.grad.any()) for t in moved):  # type: ignore[union-attr]
+                continue
+            if getattr(optimizer, "found_inf", None):  # it will skip this step by itself
+                self.marks.pop(name, None)
+                continue
+            self._refuse(name, optimizer, mine)
+            kept = self.factors(name).before_step(self.parts(name), self.drawn[name])
+            self.under_way[name] = (optimizer, kept)
+
+    def _refuse(self, name: str, optimizer: torch.optim.Optimizer, mine: list[bool]) -> None:
+        """Raises UserError for a step that the method of an adapter cannot follow."""
+        if not all(mine):
+            raise UserError(
+                f"this optimizer holds {sum(mine)} of {len(mine)} tensors of adapter {name!r} that have gradients; "
+                "its method acts on whole steps: put them all into one optimizer"
+            )
+        if name not in self.drawn:
+            raise UserError(
+                f"adapter {name!r} is stepped, but there was no training forward since its last step, so its method "
+                "would silently be another: call model.train(), and the adapted model itself, before backward()"
+            )
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise UserError(f"gradients of adapter {name!r} are still scaled: call scaler.unscale_(optimizer) first")
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for name in self.stepped_by(optimizer):
-            factors, layers = self.parts(name)
-            factors.after_step(layers, self.handle.live.drawn.pop(name, None), self.kept.pop(name, None))
-            self.due.add(name)
+        for name, (began, kept) in list(self.under_way.items()):
+            if began is optimizer:
+                self.factors(name).after_step(self.parts(name), self.drawn[name], kept)
+                self._anew(name)
+                self.handle.live.drawn.pop(name, None)
+                self.seen.add(name)
 
-    def live(self) -> list[str]:
-        return [name for name in self.handle.live.names if name in self.generators]
+    # ---- what there is of an adapter -----------------------------------------------------------------------------
 
-    def stepped_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [name for name in self.generators if any(id(t) in held for t in self.handle.state(name).values())]
+    def factors(self, name: str) -> "Factors":
+        factors = self.handle.entries[name].recipe.factors
+        assert factors is not None
+        return factors
 
-    def parts(self, name: str) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
-        entry = self.handle.entries[name]
-        return entry.recipe.factors, {path: self.handle.layers[path].roles(name) for path in entry.paths}
+    def learned(self, name: str) -> list[Tensor]:
+        """Tensors of its layers that learn; the head is left out, as it may have an optimizer of its own."""
+        layers = (self.handle.layers[path] for path in self.handle.entries[name].paths)
+        return [t for layer in layers for t in layer.roles(name).values() if t.requires_grad]
 
-    def version(self, name: str) -> int:
-        return sum(t._version for t in self.handle.state(name).values() if t.requires_grad)
+    def parts(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """path -> role, or key of the factors' memory -> tensor."""
+        roles = {path: self.handle.layers[path].roles(name) for path in self.handle.entries[name].paths}
+        if name not in self.memories:
+            self.memories[name] = {path: self.factors(name).memory(p) for path, p in roles.items()}
+        return {path: {**p, **self.memories[name][path]} for path, p in roles.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside the adapters' own tensors; a step under way begins anew."""
+        out = {}
+        for name, generator in self.generators.items():
+            self.parts(name)
+            out[f"{name}/random"] = self.begun[name] if name in self.drawn else generator.get_state()
+            for path, memory in self.memories[name].items():
+                out |= {f"{name}/{path}/{key}": t for key, t in memory.items()}
+        return out
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`; raises UserError, with nothing changed, for the state of other adapters."""
+        mine = self.state_dict()
+        if wrong := [key for key in mine.keys() | state.keys() if key not in mine or key not in state]:
+            told = ", ".join(sorted(wrong)[:4])
+            raise UserError(f"the state of the steps is that of other adapters: {len(wrong)} keys differ ({told})")
+        if wrong := [key for key, t in mine.items() if t.shape != state[key].shape]:
+            raise UserError(f"the state of the steps is that of adapters of another size: {', '.join(wrong[:4])}")
+        for key, t in mine.items():
+            name, _, rest = key.partition("/")
+            if rest == "random":
+                self.generators[name].set_state(state[key].cpu())
+                self._anew(name)
+            else:
+                t.copy_(state[key])

@@ -6,7 +6,7 @@ matched by whole components of a module's path. GPT-2 keeps q, k and v in one la
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -102,9 +102,15 @@ class Coverage:
     def paths(self) -> list[str]:
         return list(dict.fromkeys(path for paths in self.matched.values() for path in paths))
 
+    def keep(self, paths: Container[str]) -> "Coverage":
+        """Without the matched layers that are not in `paths`, which count as left alone."""
+        matched = {pattern: [p for p in found if p in paths] for pattern, found in self.matched.items()}
+        left = [*self.left, *(path for path in self.paths if path not in paths)]
+        return Coverage({pattern: found for pattern, found in matched.items() if found}, left)
+
     def __str__(self) -> str:
-        rows = [f"{pattern}: {len(paths)} layers ({paths[0]} ...)" for pattern, paths in self.matched.items()]
-        return "\n".join([*rows, f"left alone: {len(self.left)} linear layers"])
+        rows = [f"{pattern}: {summary(paths)}" for pattern, paths in self.matched.items()]
+        return "; ".join([*rows, f"left alone: {summary(self.left) or 'none'}"])
 
 
 def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Coverage:

@@ -3,10 +3,13 @@
 W (out, in) is frozen, A (r, in) and B (out, r) carry the scaling, g (out,) is absent without a gain.
 A leading axis on A, B and g means one adapter per row of the batch; matrix products broadcast over it.
 Forward, merge, mixed batches and export are written here once, for the triple.
+
+An update that is no low-rank product is a `Dense` instead: y = g * (W x + D x) + b. The two types differ in two
+products, and the functions below are the same for both.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,11 +29,38 @@ class Update(NamedTuple):
     B: Tensor  # (..., out, r)   scaling folded in
     gain: Tensor | None = None  # (..., out)
 
+    def times(self, x: Tensor) -> Tensor:
+        """B A x: (..., t, in) -> (..., t, out)."""
+        return x @ self.A.mT.to(x.dtype) @ self.B.mT.to(x.dtype)
 
-def apply(x: Tensor, base: Base, u: Update, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def matrix(self) -> Tensor:
+        """B A (..., out, in)."""
+        return self.B @ self.A
+
+
+class Dense(NamedTuple):
+    D: Tensor  # (..., out, in)   scaling folded in
+    gain: Tensor | None = None  # (..., out)
+
+    def times(self, x: Tensor) -> Tensor:
+        """D x: (..., t, in) -> (..., t, out)."""
+        return x @ self.D.mT.to(x.dtype)
+
+    def matrix(self) -> Tensor:
+        return self.D
+
+
+U = TypeVar("U", bound=Update | Dense)
+
+
+def each(f: Callable[[Tensor], Tensor], u: U) -> U:
+    """`u` with `f` on each of its tensors."""
+    return type(u)(*(None if t is None else f(t) for t in u))  # type: ignore[arg-type]
+
+
+def apply(x: Tensor, base: Base, u: Update | Dense, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """g * (W x + B A drop(x)) + b for x (..., t, in); with a leading axis on `u`, x is (rows, t, in)."""
-    h = (x if drop is None else drop(x)) @ u.A.mT.to(x.dtype)  # (..., t, r)
-    y = base(x) + h @ u.B.mT.to(x.dtype)  # (..., t, out)
+    y = base(x) + u.times(x if drop is None else drop(x))  # (..., t, out)
     if u.gain is None:
         return y
     g = u.gain.unsqueeze(-2).to(y.dtype)  # (..., 1, out)
@@ -40,26 +70,36 @@ def apply(x: Tensor, base: Base, u: Update, drop: Callable[[Tensor], Tensor] | N
     return torch.addcmul((1 - g) * base.bias.to(y.dtype), y, g)
 
 
-def merged(W: Tensor, u: Update) -> Tensor:
+def merged(W: Tensor, u: Update | Dense) -> Tensor:
     """The dense weight (..., out, in) that acts like `apply`, in W's dtype or wider."""
-    V = W + u.B @ u.A
+    V = W + u.matrix()
     return V if u.gain is None else V * u.gain.unsqueeze(-1)
 
 
-def stack(updates: Sequence[Update]) -> Update:
-    """K updates as one with a leading axis of K: ranks padded with zeros, absent gains filled with ones."""
-    rank = max(u.A.shape[-2] for u in updates)
-    A = torch.stack([F.pad(u.A, (0, 0, 0, rank - u.A.shape[-2])) for u in updates])  # (K, r, in)
-    B = torch.stack([F.pad(u.B, (0, rank - u.B.shape[-1])) for u in updates])  # (K, out, r)
+def stack(updates: Sequence[Update | Dense]) -> Update | Dense:
+    """K updates as one with a leading axis of K: ranks padded with zeros, absent gains filled with ones.
+
+    One dense update among them makes the result dense.
+    """
+    low = [u for u in updates if isinstance(u, Update)]
+    if len(low) < len(updates):
+        return Dense(torch.stack([u.matrix() for u in updates]), _gains(updates))  # D (K, out, in)
+    rank = max(u.A.shape[-2] for u in low)
+    A = torch.stack([F.pad(u.A, (0, 0, 0, rank - u.A.shape[-2])) for u in low])  # (K, r, in)
+    B = torch.stack([F.pad(u.B, (0, rank - u.B.shape[-1])) for u in low])  # (K, out, r)
+    return Update(A, B, _gains(low))
+
+
+def _gains(updates: Sequence[Update | Dense]) -> Tensor | None:
     if all(u.gain is None for u in updates):
-        return Update(A, B)
-    gains = [u.B.new_ones(u.B.shape[-2]) if u.gain is None else u.gain for u in updates]
-    return Update(A, B, torch.stack(gains))  # gain (K, out)
+        return None
+    ups = [u.B if isinstance(u, Update) else u.D for u in updates]  # (out, ...)
+    return torch.stack([t.new_ones(len(t)) if u.gain is None else u.gain for u, t in zip(updates, ups, strict=True)])
 
 
-def take(u: Update, ids: Tensor) -> Update:
+def take(u: Update | Dense, ids: Tensor) -> Update | Dense:
     """The update of each row: `ids` (rows,) index the leading axis."""
-    return Update(u.A[ids], u.B[ids], None if u.gain is None else u.gain[ids])
+    return each(lambda t: t[ids], u)
 
 
 def nothing(out_features: int, in_features: int, like: Tensor) -> Update:

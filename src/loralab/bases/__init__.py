@@ -1,4 +1,4 @@
-"""How a frozen weight is kept. A storage format is one file with `linear`, `forward`, `dense`, and one row here."""
+"""How a frozen weight is kept. A format of few bits is one file with `encode` and `decode`, and one row here."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,12 +9,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loralab.bases.float import Float
+from loralab.bases.frozen import Quantized
+from loralab.bases.int2 import INT2
+from loralab.bases.int8 import INT8
+from loralab.bases.nf4 import NF4, NF4_DQ
 from loralab.errors import UserError
 
 # name -> (weight (out, in), bias (out,) or None) -> base
 STORES: dict[str, Callable[[Tensor, Tensor | None], Any]] = {
     "float32": partial(Float, dtype=torch.float32),
     "bfloat16": partial(Float, dtype=torch.bfloat16),
+    "int8": partial(Quantized, codec=INT8),
+    "nf4": partial(Quantized, codec=NF4),
+    "nf4-dq": partial(Quantized, codec=NF4_DQ),  # double quantization
+    "int2": partial(Quantized, codec=INT2),
 }
 
 LINEAR = (nn.Linear, Conv1D)  # the layers that can be adapted; exact types, a subclass may compute something else

@@ -50,7 +50,8 @@ def app() -> App:
     flags = Parameter(negative="", consume_multiple=True, show_default=_shown)
     top = App(
         name="loralab", help="One equation, every LoRA, and comparisons that are evidence.", version=_version,
-        default_parameter=flags, help_formatter=Headed(), config=_whole_numbers, result_action="return_value",
+        default_parameter=flags, help_formatter=Headed(), config=_whole_numbers,
+        result_action="return_value", suppress_keyboard_interrupt=False,
     )  # fmt: skip
     top["--help"].help, top["--version"].help = "This list, or the flags of a command.", "The version."
     for place, (name, (told, example)) in enumerate(COMMANDS.items()):
@@ -60,14 +61,15 @@ def app() -> App:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's error, 130 when interrupted."""
+    """Runs a command; returns the exit code: 0, 1 if nobody read on, 2 for a user's error, 130 when interrupted."""
     given = sys.argv[1:] if argv is None else list(argv)
     _quiet()
     try:
         app()(given, exit_on_error=False, print_error=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # `loralab methods | head -1`
+    except BrokenPipeError:  # `loralab methods --json | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, CycloptsError, OSError) as error:
         print(f"loralab: {' '.join(_told(error, given).split())}", file=sys.stderr)
         return 2
@@ -109,7 +111,7 @@ def _told(error: Exception, given: Sequence[str]) -> str:
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.argument.name
         near = difflib.get_close_matches(name, [t for t in given if t.startswith("-")], 1)
-        needs = f"{name} needs a value" if name in given else f"{given[0]} needs {name}" + "".join(f", not {flag}" for flag in near)
+        needs = f"{name} needs a value" if name in given else ", not ".join([f"{given[0]} needs {name}", *near])
         return f"{needs}; see loralab {given[0]} --help"
     if isinstance(error, UnusedCliTokensError):
         return f"{given[0]} cannot use {' '.join(error.unused_tokens or ())!r}; see loralab {given[0]} --help"

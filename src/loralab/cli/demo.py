@@ -2,30 +2,19 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from loralab.cli.show import as_json, folder_size, size, table
+from loralab.cli.show import Json, as_json, folder_size, size, table
 from loralab.errors import UserError
 from loralab.train import Settings, train
 from loralab.train.progress import Bar
 
-RUNS: dict[str, dict[str, Any]] = {
-    "full": {"epochs": 3},
-    "head": {"epochs": 3},
-    "lora": {"epochs": 4},
-}  # method -> settings beside the defaults
+METHODS = ("full", "head", "lora")  # each at its default learning rate
+GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 4}
 COLUMNS = ("method", "Matthews", "learns", "peak memory", "training", "adapter on disk")
 
 
-def demo(
-    *,
-    model: str = "minilm",
-    out: Path = Path("runs/demo"),
-    seed: int = 0,
-    json: Annotated[bool, Parameter(negative="", help="Print the results as JSON.")] = False,
-) -> None:
+def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0, json: Json = False) -> None:
     """Fine-tune a real small encoder on an embedded task by full, head-only and LoRA fine-tuning; about two minutes.
 
     Parameters
@@ -37,20 +26,18 @@ def demo(
     seed: int
         Seed of all three runs.
     """
-    results: dict[str, Any] = {}
-    for method, given in RUNS.items():
-        folder = _fresh(out / method)
-        results[method] = train(
-            Settings(task="minimal-pairs", model=model, method=method, seed=seed, out=folder, **given), Bar()
-        )
-        results[method]["adapter_bytes"] = folder_size(folder / "adapter")
+    runs = [Settings(**GIVEN, model=model, method=method, seed=seed, out=out / method) for method in METHODS]
+    _clear([run.folder for run in runs])
+    results = [{**train(run, Bar()), "adapter_bytes": folder_size(run.folder / "adapter")} for run in runs]
     if json:
-        as_json(results)
+        as_json({result["method"]: result for result in results})
         return
-    first = results["lora"]
-    title = f"minimal-pairs ({first['protocol']['train']} rows of train), {first['model']}, seed {seed}"
-    table(title, COLUMNS, [row(result) for result in results.values()])
-    print(f"Matthews correlation on the validation split, at the epoch a held-out tenth of train chose. Runs: {out}")
+    protocol = results[0]["protocol"]
+    rows = f"{protocol['train']} rows to train on, {protocol['held_out']} held out"
+    title = f"minimal-pairs ({rows}), {results[0]['model']}, {GIVEN['epochs']} epochs, seed {seed}"
+    table(title, COLUMNS, [row(result) for result in results])
+    print("Matthews: on the validation split, at the epoch that the held-out rows chose")
+    print(f"run folders: {', '.join(str(run.folder) for run in runs)}")
 
 
 def row(result: dict[str, Any]) -> tuple[str, ...]:
@@ -64,10 +51,10 @@ def row(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _fresh(folder: Path) -> Path:
-    """The folder, rid of an earlier demo's run; nothing else is ever deleted."""
-    if folder.exists():
-        if not (folder / "run.json").is_file():
-            raise UserError(f"--out {folder.parent}: {folder} is not a run of loralab; choose another folder")
+def _clear(folders: list[Path]) -> None:
+    """Takes an earlier demo's runs away, once all of them are known to be runs; nothing else is ever deleted."""
+    there = [folder for folder in folders if folder.exists()]
+    if strange := [folder for folder in there if not (folder / "run.json").is_file()]:
+        raise UserError(f"--out {strange[0].parent}: {strange[0]} is not a run of loralab; choose another folder")
+    for folder in there:
         shutil.rmtree(folder)
-    return folder

@@ -1,12 +1,12 @@
 """`loralab export`: an adapter in the layout other tools read."""
 
 from pathlib import Path
+from typing import Literal
 
 from loralab.cli import base
-from loralab.errors import UserError
 
 
-def export(folder: Path, /, *, model: str, out: Path, layout: str = "peft") -> None:
+def export(folder: Path, /, *, model: str, out: Path, layout: Literal["peft"] = "peft") -> None:
     """Write an adapter in PEFT's layout, which vLLM and the rest of the ecosystem read too.
 
     Parameters
@@ -18,9 +18,8 @@ def export(folder: Path, /, *, model: str, out: Path, layout: str = "peft") -> N
     out: Path
         Folder to write; must not exist.
     layout: str
-        The one layout is "peft".
+        Whose layout.
     """
-    if out.exists():
-        raise UserError(f"--out {out} exists: choose a new folder")
+    base.absent(out)
     adapters, _ = base.load(model, folder)
     print(f"exported to {adapters.export(out, layout=layout)}")

@@ -6,8 +6,8 @@ from cyclopts.help import DefaultFormatter, HelpPanel
 from rich.console import Console, ConsoleOptions
 
 HEADINGS = {
-    "Task, data and model": "task data text label validation max-length model",
-    "Method": "method rank alpha targets dropout lr-ratio store",
+    "Task, data and model": "task data text label problem-type validation max-length model",
+    "Method": "method rank alpha targets ranks plan keep dropout lr-ratio store",
     "Optimization": "epochs batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "selection patience seed",
     "Run": "out resume checkpoint-every dtype threads track json",

@@ -1,17 +1,15 @@
 """`loralab inspect`: what an adapter folder holds."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from loralab.cli.show import as_json, folder_size, pairs, size
+from loralab.cli.show import Json, as_json, folder_size, pairs, size
 from loralab.files import read
 from loralab.recipe import to_json
 from loralab.targets import summary
 
 
-def inspect(folder: Path, /, *, json: Annotated[bool, Parameter(negative="", help="Print as JSON.")] = False) -> None:
+def inspect(folder: Path, /, *, json: Json = False) -> None:
     """What an adapter folder holds: recipe, layers, labels, the base it belongs to, sizes.
 
     Parameters
@@ -33,12 +31,16 @@ def inspect(folder: Path, /, *, json: Annotated[bool, Parameter(negative="", hel
     if json:
         as_json(data)
         return
-    shown = {**data, "layers": summary(file.paths), "head": ", ".join(file.heads), "labels": ", ".join(file.labels)}
-    shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _flat(data["recipe"]).items() if value is not None)
+    shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in data.items()}
+    shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _told(data["recipe"]).items())
+    shown["layers"] = summary(file.paths)
     shown["base"] = f"{file.base.get('name')}, sha256 {str(file.base.get('sha256') or 'not stored')[:16]}"
     shown["values"], shown["bytes"] = f"{data['values']:,}", size(data["bytes"])
-    pairs(str(folder), shown)
+    pairs(str(folder), {key: value or "none" for key, value in shown.items()})
 
 
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**(recipe["factors"] or {}), **{key: value for key, value in recipe.items() if key != "factors"}}
+def _told(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are on, those of the factors first."""
+    flat = {**(recipe["factors"] or {}), **recipe}
+    del flat["factors"]
+    return {key: value for key, value in flat.items() if value not in (None, False, 0)}

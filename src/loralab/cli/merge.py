@@ -1,14 +1,16 @@
 """`loralab merge`: a plain model with an adapter merged in."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from transformers.utils import logging
 
 from loralab.cli import base
 from loralab.errors import UserError
+from loralab.merge import merge_errors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE = ["The cat that the dogs chase sleeps.", "A longer line, so that the rows differ in length and in words."]
 
 
@@ -28,21 +30,22 @@ def merge(
     dtype: str
         What the merged weights are kept in.
     """
-    if out.exists():
-        raise UserError(f"--out {out} exists: choose a new folder")
+    base.absent(out)
     adapters, tokenizer = base.load(model, folder)
-    plain = adapters.merge().to(DTYPES[dtype])
-    error = _difference(adapters.model, plain, tokenizer)
+    errors = merge_errors(adapters, None, tokenizer(PROBE, padding=True, return_tensors="pt"))
+    _write(adapters.merge(dtype=dtype), tokenizer, out)
+    print(f"merged into {out} as {dtype}; largest difference of an output on {len(PROBE)} probe rows, by dtype:")
+    print(", ".join(f"{route} {error:.1g}" for route, error in errors.items()))
+
+
+def _write(plain: Any, tokenizer: Any, out: Path) -> None:
+    """The folder, whole or not at all."""
+    partial = out.with_name(out.name + ".partial")
+    logging.disable_progress_bar()
     try:
-        plain.save_pretrained(out)  # type: ignore[operator]
-        tokenizer.save_pretrained(out)  # type: ignore[attr-defined]
+        for part in (plain, tokenizer):
+            part.save_pretrained(partial)
+        os.replace(partial, out)
     except OSError as problem:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {out}: {problem.strerror or problem}") from problem
-    print(f"merged into {out} as {dtype}; largest difference of an output on {len(PROBE)} probe rows: {error:.2g}")
-
-
-def _difference(adapted: Any, plain: Any, tokenizer: Any) -> float:
-    batch = tokenizer(PROBE, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        ours, theirs = adapted.eval()(**batch).logits, plain.eval()(**batch).logits
-    return float((ours - theirs.float()).abs().max())

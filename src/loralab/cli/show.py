@@ -3,39 +3,50 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
+
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
     """The first `texts` columns are text, the others are numbers."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    shown = _plain()
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    _print(shown)
-
-
-def as_json(data: Any) -> None:
-    print(json.dumps(data, indent=1))
+    _print(title, shown)
 
 
 def pairs(title: str, data: Mapping[str, str]) -> None:
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
+    """A name and its value a line."""
+    shown = _plain()
+    shown.show_header = False
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
     for key, value in data.items():
         shown.add_row(key, value)
-    _print(shown)
+    _print(title, shown)
 
 
-def _print(shown: Table) -> None:
+def _plain() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _print(title: str, shown: Table) -> None:
     """As it is: a bracket in a path or an equation is no markup."""
-    Console(highlight=False, markup=False, emoji=False).print(shown)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(title, style="bold", soft_wrap=True)  # a table would wrap its title to its own width
+    console.print(shown)
+
+
+def as_json(data: Any) -> None:
+    print(json.dumps(data, indent=1))
 
 
 def size(count: float) -> str:

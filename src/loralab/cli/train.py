@@ -4,16 +4,16 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from loralab.cli.show import as_json, pairs, size
+from loralab.cli.show import Json, as_json, pairs, size
 from loralab.train import Settings
 from loralab.train import train as run
 from loralab.train.progress import Bar
 
 
 def train(
-    settings: Annotated[Settings, Parameter(name="*", negative="")],
+    settings: Annotated[Settings, Parameter(name="*")],
     *,
-    json: Annotated[bool, Parameter(negative="", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Fine-tune one model on one task with one method.
 
@@ -33,10 +33,10 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
     chosen = f"epoch {result['selected_epoch']}, by {protocol['selection']}" + " (optimistic)" * protocol["optimistic"]
     return {
         metric["name"]: f"{metric['selected']:.4f}  ({chosen})",
-        "last epoch": f"{metric['last']:.4f}",
-        "best on validation": f"{metric['best_on_validation']:.4f}  (optimistic)",
-        **({"also": others} if others else {}),
-        "parameters": f"{counts['adapter']:,} adapter + {counts['head']:,} head of a base of {counts['base']:,}",
-        "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s, {time['tokens_per_s']:.0f} tok/s",
+        "  last epoch": f"{metric['last']:.4f}",
+        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: chosen on the split it is reported on)",
+        **({"other metrics": others} if others else {}),
+        "values that learn": f"{counts['adapter']:,} adapter + {counts['head']:,} head; base {counts['base']:,}",
+        "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s",
         "peak memory": f"{size(result['memory']['peak_bytes'])} above what the imports take",
     }

@@ -10,7 +10,7 @@ from loralab.errors import UserError
 
 
 def verify(folder: Path, /, *, model: str | None = None) -> None:
-    """Check an adapter folder: readable, finite, and with --model that it loads on that base. Exit code 2 if not.
+    """Check an adapter folder: readable, complete, finite, and with --model that it loads on that base.
 
     Parameters
     ----------
@@ -20,10 +20,22 @@ def verify(folder: Path, /, *, model: str | None = None) -> None:
         The base to try it on: a local folder, a hub name, or an alias.
     """
     file = files.read(folder)
-    if bad := [key for key, tensor in file.tensors.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{folder}: values that are not finite in {', '.join(bad)}")
     if model is None:
+        if problems := _problems(folder, file):
+            raise UserError(f"{folder}: {'; '.join(problems)}")
         print(f"{folder}: whole ({len(file.tensors)} tensors); pass --model to check that it fits a base")
         return
     base.load(model, folder)
     print(f"{folder}: whole, and fits {model}")
+
+
+def _problems(folder: Path, file: files.AdapterFile) -> list[str]:
+    """What is wrong without looking at a base; a folder of PEFT does not list its tensors."""
+    header = folder / files.HEADER
+    listed = set(files.read_header(header).get("roles", {})) if header.is_file() else set(file.tensors)
+    wrong = {
+        "missing tensors": sorted(listed - set(file.tensors)),
+        "unexpected tensors": sorted(set(file.tensors) - listed),
+        "values that are not finite": [key for key, t in file.tensors.items() if not torch.isfinite(t).all()],
+    }
+    return [f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys]

@@ -17,6 +17,7 @@ class Factors:
 
     roles: ClassVar[tuple[str, ...]]  # names of the parameters of a layer
     learn: ClassVar[tuple[str, ...]]  # those that learn unless a recipe says otherwise
+    low_rank: ClassVar[bool] = True  # whether `lower` says it; if not, `dense` does
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
 
     def problems(self) -> list[str]:
@@ -35,6 +36,10 @@ class Factors:
         """(A, B), scaling folded in. `drawn` is what `draw` gave for this step, None in evaluation."""
         raise NotImplementedError
 
+    def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
+        """The update (..., out, in) itself, scaling folded in, of a method whose update is no low-rank product."""
+        raise NotImplementedError
+
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         """Role -> number of values in one layer, in closed form, for every role that can learn."""
         raise NotImplementedError
@@ -47,8 +52,17 @@ class Factors:
         """The part of the constants that one layer uses; `lower` sees it in `p`."""
         return {}
 
+    def planned(self, total_steps: int) -> "Factors":
+        """The same method with what depends on the length of training filled in."""
+        return self
+
+    def memory(self, p: Roles) -> dict[str, Tensor]:
+        """What one layer, with parameters `p`, keeps from step to step: fresh tensors that `before_step` and
+        `after_step` find beside its roles and change in place. A checkpoint holds them, an adapter file does not."""
+        return {}
+
     def draw(self, generator: Generator) -> Any:
-        """Drawn once per optimizer step, for all layers alike."""
+        """Drawn once per optimizer step, for all layers alike; raises UserError if training cannot begin."""
         return None
 
     def at(self, rank: int) -> Any:

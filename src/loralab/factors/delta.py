@@ -1,9 +1,9 @@
-"""Delta-LoRA: W follows the low-rank product, W <- W + follow (alpha / r) (B' A' - B A) at each step from `start` on
+"""Delta-LoRA: W follows the low-rank product, W <- W + follow (alpha / r) (B' A' - B A) after `wait` steps
 (Zi et al., 2023).
 
-The steps telescope to W + follow s (B A - Bk Ak) with (Ak, Bk) the factors at `start`, so W is never touched: the update
-is [A; A; Ak] and [s B, follow s B, -follow s Bk], the middle pair without gradient, as W is a constant to autograd.
-Until `start` the snapshot is the factors themselves and the difference is zero.
+The steps telescope to W + follow s (B A - Bk Ak), (Ak, Bk) the factors after `wait` steps, so W is never touched: the
+update is [A; A; Ak] and [s B, follow s B, -follow s Bk], the middle pair without gradient, as W is a constant to
+autograd. Until then the snapshot is the factors themselves and the difference is zero.
 """
 
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from loralab.factors.lora import LoRA
 class DeltaLoRA(LoRA):
     follow: float = 2.0
     """How far W follows the product (the paper's lambda)."""
-    start: int = 500
+    wait: int = 500
     """Optimizer steps before W follows (the paper's K)."""
 
     roles: ClassVar[tuple[str, ...]] = ("A", "B", "Ak", "Bk", "step")
     stepped: ClassVar[bool] = True
 
     def problems(self) -> list[str]:
-        return [*super().problems(), *([] if self.start >= 0 else [f"start={self.start!r}: expected 0 or more"])]
+        return [*super().problems(), *([] if self.wait >= 0 else [f"wait={self.wait!r}: expected 0 or more"])]
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
         p = super().init(out_features, in_features, generator)
@@ -43,6 +43,6 @@ class DeltaLoRA(LoRA):
         with torch.no_grad():
             for p in layers.values():
                 p["step"] += 1
-                if int(p["step"]) <= self.start:
+                if int(p["step"]) <= self.wait:
                     p["Ak"].copy_(p["A"])
                     p["Bk"].copy_(p["B"])

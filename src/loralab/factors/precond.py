@@ -20,7 +20,7 @@ class PreconditionedLoRA(LoRA):
     stepped: ClassVar[bool] = True
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
-        for p in layers.values():
+        for p in {id(p["B"]): p for p in layers.values()}.values():  # layers may share one B: scaled once
             if p["B"].grad is not None:
                 A = p["A"].detach()
                 gram = A @ A.mT + self.delta * torch.eye(len(A), dtype=A.dtype, device=A.device)  # (r, r)

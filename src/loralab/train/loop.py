@@ -65,7 +65,7 @@ class Trainer:
         set_seed(s.seed)
         groups = run.adapters.parameter_groups(lr=s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr)
         self.model, self.optimizer = self.accelerator.prepare(run.model, torch.optim.AdamW(groups))
-        self.steps = s.epochs * -(-len(run.train) // s.batch_size)
+        self.steps = s.steps(len(run.train))
         self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
         self.learned = [p for p in run.model.parameters() if p.requires_grad]
         self.progress = Progress()
@@ -79,6 +79,8 @@ class Trainer:
             self.folder.begin(facts(self.parts))
         if s.track:
             self.accelerator.init_trackers("loralab", {k: str(v) for k, v in s.to_json().items()})
+        if coverage := self.parts.adapters.entry(None).coverage:
+            self.reporter.say(f"adapts {coverage}")
         for note in self.parts.notes:
             self.reporter.say(f"note: {note}")
         rows = len(self.parts.train)
@@ -206,6 +208,7 @@ class Trainer:
         tensors |= {f"best/{key}": t for key, t in self.best.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{key}": t for key, t in state.items()}
+        tensors |= {f"steps/{key}": t for key, t in self.parts.adapters.steps.state_dict().items()}
         tensors["random"] = torch.get_rng_state()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.folder.write_checkpoint(vars(p) | {"learning_rates": rates}, tensors)
@@ -222,6 +225,8 @@ class Trainer:
             for key, t in self.parts.adapters.state().items():
                 t.copy_(tensors[f"live/{key}"])
         self.best = {key.removeprefix("best/"): t for key, t in tensors.items() if key.startswith("best/")}
+        stepped = {key.removeprefix("steps/"): t for key, t in tensors.items() if key.startswith("steps/")}
+        self.parts.adapters.steps.load_state_dict(stepped)
         state: dict[int, dict[str, Tensor]] = {}
         for key, t in tensors.items():
             if key.startswith("optimizer/"):

@@ -1,13 +1,15 @@
 """All that a run needs before its first step: the task, the model with its adapter, and tokenized rows."""
 
+import math
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import accelerate
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import loralab
 from loralab import models, tasks
@@ -15,8 +17,11 @@ from loralab.attach import Adapters, attach
 from loralab.errors import UserError
 from loralab.recipe import to_json
 from loralab.tasks import Task
-from loralab.train.batches import Rows, encode, longest
+from loralab.train.batches import Rows, collate, encode, epoch_batches, longest
+from loralab.train.plan import Work, planned
 from loralab.train.settings import Settings
+
+SEEN = 1024  # training rows are plenty for the directions of a few thousand inputs, and one look takes seconds
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Run:
     held_out: Rows | None
     validation: dict[str, Rows]
     notes: tuple[str, ...]
+    plan: dict[str, Any] | None = None  # what made the rank map before the run, and what that cost
 
     @property
     def regression(self) -> bool:
@@ -41,38 +47,52 @@ class Run:
 def prepare(settings: Settings) -> Run:
     """Loads everything and attaches the adapter; raises UserError before anything is written."""
     recipe = settings.recipe()
-    task = tasks.load(
-        settings.task, settings.data, text=settings.text, label=settings.label, validation=settings.validation
-    )
+    given = None if settings.problem_type == "auto" else settings.problem_type == "regression"
+    own: dict[str, Any] = {"text": settings.text, "label": settings.label, "validation": settings.validation}
+    task = tasks.load(settings.task, settings.data, **own, regression=given)
     regression = task.labels is None
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    model, tokenizer = models.classifier(settings.model, task.num_outputs, regression, torch.float32, settings.seed)
+    model, tokenizer = _model(settings, task)
     most = longest(model)
     if most is not None and settings.max_length > most:
         raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
-    if regression:
-        _center(model, sum(task.train.labels) / len(task.train))
+    train, held_out, sizes = _splits(task, settings)
+    splits = {"train": train, **({"held-out": held_out} if held_out else {}), **task.validation}
+    rows = {key: encode(split, tokenizer, settings.max_length, regression) for key, split in splits.items()}
     labels = task.labels or ("score",)
+
+    def seen() -> Iterator[dict[str, Tensor]]:
+        return _seen(rows["train"], settings, tokenizer)
+
+    data = (rows["train"], task.sha256, labels)
+    recipe, plan = planned(Work(settings, recipe, *data, tokenizer, lambda: _model(settings, task)[0], seen))
     adapters = attach(
         model,
-        recipe,
+        recipe.planned(settings.steps(len(train))),
         name=_adapter_name(task.name),
         targets=settings.targets,
         head=True,
         labels=labels,
         seed=settings.seed,
+        batches=seen(),
     )
-    train, held_out, sizes = _splits(task, settings)
-    splits = {"train": train, **({"held-out": held_out} if held_out else {}), **task.validation}
-    rows = {key: encode(split, tokenizer, settings.max_length, regression) for key, split in splits.items()}
     cut = {key: r for key, r in rows.items() if r.truncated}
     over = f"rows are longer than {settings.max_length} tokens and were cut"
     notes = [*task.notes, *sizes, *(f"{r.truncated} of {len(r)} {key} {over}" for key, r in cut.items())]
     validation = {key: rows[key] for key in task.validation}
     return Run(
-        settings, task, model, tokenizer, adapters, rows["train"], rows.get("held-out"), validation, tuple(notes)
+        settings, task, model, tokenizer, adapters, rows["train"], rows.get("held-out"), validation, tuple(notes), plan
     )
+
+
+def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
+    """(model, tokenizer), the model as a run begins with it."""
+    regression = task.labels is None
+    model, tokenizer = models.classifier(settings.model, task.num_outputs, regression, torch.float32, settings.seed)
+    if regression:
+        _center(model, sum(task.train.labels) / len(task.train))
+    return model, tokenizer
 
 
 def _splits(task: Task, settings: Settings) -> tuple[tasks.Split, tasks.Split | None, list[str]]:
@@ -82,6 +102,13 @@ def _splits(task: Task, settings: Settings) -> tuple[tasks.Split, tasks.Split | 
         return task.train, None, [note] if settings.selection == "validation" else []
     kept, held = tasks.held_out(task.train, task.sha256, task.labels is not None)
     return task.train.take(kept), task.train.take(held), []
+
+
+def _seen(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """What a start that looks at data sees: batches of the first epoch, of SEEN training rows in all."""
+    batches = epoch_batches(rows.lengths, settings.batch_size, settings.seed, 0)
+    for chosen in batches[: math.ceil(SEEN / settings.batch_size)]:
+        yield collate(rows, chosen, tokenizer, torch.device("cpu"))
 
 
 def _center(model: Any, mean: float) -> None:
@@ -104,6 +131,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "settings": run.settings.to_json(),
         "recipe": to_json(run.adapters.entry(None).recipe),
+        "plan": run.plan,
         "seed": run.settings.seed,
         "versions": {
             "loralab": loralab.__version__,

@@ -28,9 +28,10 @@ def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any]) 
         "selected_epoch": selected["epoch"],
         "counts": run.adapters.counts(),
         "time": {
-            "train_s": progress["seconds"],
+            "train_s": progress["seconds"] + (run.plan or {}).get("seconds", 0.0),
             "examples_per_s": len(run.train) * progress["epoch"] / seconds,
             "tokens_per_s": progress["tokens"] / seconds,
+            **({} if run.plan is None else {"plan": run.plan}),  # its seconds are in train_s, its rows in no rate
         },
         "memory": dict(memory),
         "protocol": {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralab.errors import UserError
+from loralab.ranks import RankMap
 from loralab.recipe import Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
@@ -30,6 +31,8 @@ class Settings:
     """Text columns of an own file, one or two."""
     label: str | None = None
     """Label column of an own file; float values mean regression."""
+    problem_type: Literal["auto", "classification", "regression"] = "auto"
+    """What the labels of an own file are; auto: classes, unless they are numbers with a fraction."""
     validation: Path | None = None
     """Validation file of an own task; without it a fifth of the file is held back."""
     seed: int = 0
@@ -59,8 +62,14 @@ class Settings:
     """Tokens of a row; longer rows are cut, counted and reported."""
     dropout: float | None = None
     """Dropout on the adapter's input; 0 by default, as it is slow on CPU and gains little here."""
+    ranks: Path | None = None
+    """A rank map (JSON): rank, share and gates of every layer; one rank for all by default."""
+    plan: str | None = None
+    """Makes the rank map before the run: drop (as in LoRA-drop) or error-spectrum; the time it takes counts."""
+    keep: float = 0.9
+    """Of plan drop: the part of the importance whose layers keep their own factors."""
     store: str | None = None
-    """How frozen weights are kept: float32 or bfloat16; as loaded by default."""
+    """How frozen weights are kept: float32, bfloat16, int8, nf4, nf4-dq or int2; as loaded by default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What products run in; bfloat16 keeps the parameters that learn in float32 (autocast)."""
     weight_decay: float = 0.01
@@ -92,6 +101,8 @@ class Settings:
         wrong += [f"{key}={self.of(key)}: expected above 0" for key in given if not self.of(key) > 0]
         if self.accumulate > self.batch_size:
             wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")
+        if not 0 <= self.keep <= 1:
+            wrong.append(f"keep={self.keep}: expected a part of the importance, 0 to 1")
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a part of all steps, 0 <= warmup < 1")
         if wrong:
@@ -100,9 +111,14 @@ class Settings:
     def of(self, key: str) -> Any:
         return getattr(self, key)
 
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of the whole run on that many training rows."""
+        return self.epochs * -(-rows // self.batch_size)
+
     def recipe(self) -> Recipe:
-        given = {key: getattr(self, key) for key in ("rank", "alpha", "lr", "lr_ratio", "dropout", "store")}
-        return recipe(self.method, **{key: value for key, value in given.items() if value is not None})
+        keys = ("rank", "alpha", "lr", "lr_ratio", "dropout", "store", "plan")
+        given = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        return recipe(self.method, **given, **({"ranks": RankMap.load(self.ranks)} if self.ranks else {}))
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,192 @@
+"""ALoRA: while it trains, the ranks that matter least go to the layers that lost none (Liu et al., 2024).
+
+The AB-LoRA score of rank i is S(M) - S(M without i) + S(M with only i), with S minus the loss on one batch and every
+rank a gate on a row of A. S(M) is the same for all and left out. In each round n ranks (n the number of layers) are
+zeroed and as many given out, so the budget holds. A zeroed rank is taken out, a fresh one has B = 0, and B makes up for
+what alpha / rank changes, so that the kept ranks act as before.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from loralab import starts
+from loralab.errors import UserError
+from loralab.factors.lora import LoRA
+from loralab.ranks import Part, RankMap
+from loralab.ranks.drop import evaluating
+from loralab.targets import Coverage
+
+if TYPE_CHECKING:
+    from loralab.attach import Adapters
+
+Scores = dict[str, list[float]]  # path -> one score for each of its ranks
+Ranks = dict[str, int]
+
+
+def alora(
+    adapters: "Adapters",
+    name: str,
+    train_epoch: Callable[[int], None],
+    score_batch: Mapping[str, Any],
+    rounds: int = 8,
+    train_more: Callable[[int], None] | None = None,
+    seed: int = 0,
+) -> list[RankMap]:
+    """Trains, scores and reallocates `rounds` times; the map after each round. The adapter holds the last of them.
+
+    `train_epoch(round)` trains for an epoch and must make its optimizer anew from `adapters.parameter_groups()`, since
+    the parameters of a round are other ones; `train_more(round)` trains after each round (the paper: a quarter epoch).
+    `score_batch` is what `model(**score_batch)` takes, labels included; the paper takes 32 rows held out. A round costs
+    two forward passes of it for each rank.
+    """
+    generator, maps, watch = Generator().manual_seed(seed), [], _Watch(adapters, name)
+    for number in range(rounds):
+        watch.run(train_epoch, number)
+        maps.append(reallocate(adapters, name, scores(adapters, name, score_batch), generator))
+        if train_more is not None:
+            train_more(number)
+    return maps
+
+
+def scores(adapters: "Adapters", name: str, batch: Mapping[str, Any]) -> Scores:
+    """The AB-LoRA score of every rank less S(M): loss without it minus loss with only it, in evaluation."""
+    _check(adapters, name)
+    held: dict[str, Any] = {path: adapters.layers[path].adapters[name] for path in adapters.entry(name).paths}
+    model: Any = adapters.model
+    gates = {path: torch.ones_like(p["A"][:, 0]) for path, p in held.items()}  # (r,)
+
+    def loss() -> float:
+        return float(model(**batch).loss)
+
+    out: Scores = {path: [] for path in held}
+    with torch.no_grad(), evaluating(adapters.model), adapters.use(name):
+        try:
+            for path, p in held.items():
+                p["gates"] = nn.Parameter(gates[path], requires_grad=False)
+            live = {path: p["gates"] for path, p in held.items()}
+            for path, gate in live.items():
+                for i in range(len(gate)):
+                    gate[i] = 0
+                    without = loss()
+                    for other in live.values():
+                        other.zero_()
+                    gate[i] = 1
+                    out[path].append(without - loss())
+                    for other in live.values():
+                        other.fill_(1)
+        finally:
+            for p in held.values():
+                if "gates" in p:
+                    del p["gates"]
+    return out
+
+
+def divide(scores: Scores, ranks: Ranks, most: Ranks) -> tuple[dict[str, list[int]], Ranks]:
+    """(path -> places of the ranks it loses, path -> ranks it is given): as many given as lost.
+
+    The lowest n scores over all layers lose, n the number of layers in `ranks`. The layers that lost none get the same
+    number each, what is over goes to those of the highest mean score, and none gets more than `most`. With too little
+    room fewer ranks move.
+    """
+    order = sorted((score, path, i) for path, row in scores.items() for i, score in enumerate(row))
+    for n in range(min(len(ranks), len(order)), 0, -1):
+        lost: dict[str, list[int]] = {}
+        for _, path, i in order[:n]:
+            lost.setdefault(path, []).append(i)
+        winners = [path for path in ranks if path not in lost and ranks[path] < most[path]]
+        winners.sort(key=lambda path: -_mean(scores.get(path, [])))
+        if sum(most[path] - ranks[path] for path in winners) < n:
+            continue
+        given = dict.fromkeys(winners, 0)
+        while sum(given.values()) < n:
+            for path in winners:
+                if sum(given.values()) < n and ranks[path] + given[path] < most[path]:
+                    given[path] += 1
+        return lost, {path: k for path, k in given.items() if k}
+    return {}, {}
+
+
+def _mean(row: list[float]) -> float:
+    return sum(row) / len(row) if row else -torch.inf  # a layer without ranks has no score, so it comes last
+
+
+def reallocate(adapters: "Adapters", name: str, scored: Scores, generator: Generator) -> RankMap:
+    """Moves ranks as `divide` says, in place, and returns the new map; what is kept acts as before."""
+    _check(adapters, name)
+    entry = adapters.entry(name)
+    paths = entry.paths if entry.recipe.ranks is None else list(entry.recipe.ranks.layers)
+    ranks = {path: len(scored.get(path, [])) for path in paths}
+    layers = {path: adapters.layers[path] for path in paths}
+    most = {path: min(layer.out_features, layer.in_features) for path, layer in layers.items()}
+    lost, given = divide(scored, ranks, most)
+    after = RankMap({path: Part(k - len(lost.get(path, [])) + given.get(path, 0)) for path, k in ranks.items()})
+    recipe = replace(entry.recipe, ranks=after)
+    for path, layer in layers.items():
+        kept = [i for i in range(ranks[path]) if i not in lost.get(path, [])]
+        if not after.layers[path].rank:
+            if name in layer.recipes:
+                layer.remove(name)
+        elif kept != list(range(ranks[path])) or given.get(path):
+            _move(layer, name, recipe.at(path), kept, given.get(path, 0), generator)
+    adapters.entries[name] = replace(entry, recipe=recipe, coverage=_coverage(entry, after))
+    return after
+
+
+def _move(layer: Any, name: str, recipe: Any, kept: list[int], more: int, generator: Generator) -> None:
+    """Keeps these ranks of a layer and adds `more` fresh ones, whose B is zero."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    if kept:
+        p, scaling = layer.roles(name), layer.recipes[name].factors.scaling / recipe.factors.scaling
+        parts.append((p["A"].detach()[kept], p["B"].detach()[:, kept] * scaling))
+    if more:
+        fresh = replace(recipe.factors, rank=more).init(layer.out_features, layer.in_features, generator)
+        parts.append((fresh["A"].to(layer.device), fresh["B"].to(layer.device)))
+    A, B = (torch.cat(tensors, axis) for axis, tensors in enumerate(zip(*parts, strict=True)))
+    layer.add(name, recipe, {"A": A, "B": B}, {})
+
+
+def _coverage(entry: Any, ranks: RankMap) -> Coverage:
+    """Which layers have an adapter now; one that had lost all its ranks comes back under its own path."""
+    back = {path: [path] for path in ranks.adapted if path not in entry.paths}
+    matched = {**entry.coverage.matched, **back}
+    return Coverage(matched, [path for path in entry.coverage.left if path not in back]).keep(ranks.adapted)
+
+
+def _check(adapters: "Adapters", name: str) -> None:
+    r = adapters.entry(name).recipe
+    whole = r.factors is not None and type(r.factors).lower is LoRA.lower and not r.factors.stepped
+    if not whole or r.gain or starts.added(r.start):
+        raise UserError(
+            f"adapter {name!r}: ALoRA moves the ranks of plain s B A; it goes with lora, rslora and lora+, "
+            "without a gain and with a start from zero"
+        )
+    if r.ranks is not None and any(part.share or part.gates for part in r.ranks.layers.values()):
+        raise UserError(f"adapter {name!r}: ALoRA moves ranks from layer to layer, so none may have a share or gates")
+
+
+class _Watch:
+    """Sees that every layer that trained in the first round goes on training: a stale optimizer has old parameters."""
+
+    def __init__(self, adapters: "Adapters", name: str) -> None:
+        self.adapters, self.name = adapters, name
+        self.trained: set[str] = set()
+
+    def run(self, train: Callable[[int], None], number: int) -> None:
+        before = self._versions()
+        train(number)
+        now = {path for path, version in self._versions().items() if version != before.get(path)}
+        if number == 0:
+            self.trained = now
+        if stale := sorted(self.trained & before.keys() - now):
+            raise UserError(
+                f"round {number + 1} trained no tensor of {stale[0]} ({len(stale)} layers): make the optimizer anew in "
+                "each round, from adapters.parameter_groups()"
+            )
+
+    def _versions(self) -> dict[str, int]:
+        layers = {path: self.adapters.layers[path] for path in self.adapters.entry(self.name).paths}
+        return {path: sum(t._version for t in layer.roles(self.name).values()) for path, layer in layers.items()}

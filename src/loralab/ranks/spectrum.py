@@ -1,0 +1,49 @@
+"""error-spectrum: a budget of ranks goes to the layers where a store of few bits errs most; this project's own map.
+
+E = W - kept(W) of every layer. Of the singular values of all layers together the `rank * layers` largest are taken, and
+a layer gets one rank for each of its own among them. By Eckart and Young no other division of the budget lets low-rank
+corrections take away more of the squared error, the sum of |E|^2. It is not RA-LoRA, of which too little is public.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.bases import keep
+from loralab.errors import UserError
+from loralab.ranks import RankMap
+
+
+def error_map(layers: Mapping[str, Any], store: str, rank: int = 8, least: int = 0) -> RankMap:
+    """Path -> nn.Linear or Conv1D that is not adapted yet; the ranks sum to `rank` times the number of layers.
+
+    `least` is what every layer gets whatever its error. Ranks cost more values in a larger layer, so the map may have
+    somewhat more or fewer values than `rank` everywhere.
+    """
+    spectra = {path: error_spectrum(layer, store) for path, layer in layers.items()}
+    return spread(spectra, rank * len(layers), least)
+
+
+def error_spectrum(layer: Any, store: str) -> Tensor:
+    """Singular values (min(out, in),) of W - kept(W), falling, in float64."""
+    W = keep(layer).dense().detach()
+    kept = keep(layer, store).dense().detach()
+    values: Tensor = torch.linalg.svdvals(W.double() - kept.to(W.device).double())
+    return values
+
+
+def spread(spectra: Mapping[str, Tensor], budget: int, least: int = 0) -> RankMap:
+    """The map whose ranks are the number of a layer's values among the `budget` largest of all."""
+    if not any(values.any() for values in spectra.values()):
+        raise UserError("the store keeps every bit of these layers, so there is no error to go by: use another store")
+    room = sum(len(values) for values in spectra.values())
+    if not least * len(spectra) <= budget <= room:
+        raise UserError(f"a budget of {budget} ranks: {len(spectra)} layers take {least * len(spectra)} to {room}")
+    ranks = {path: min(least, len(values)) for path, values in spectra.items()}
+    rest = [(float(v), path) for path, values in spectra.items() for v in values[ranks[path] :]]
+    rest.sort(key=lambda pair: -pair[0])  # stable: ties go to the earlier layer
+    for _, path in rest[: budget - sum(ranks.values())]:
+        ranks[path] += 1
+    return RankMap(ranks)

@@ -1,0 +1,131 @@
+"""Plans: what a run does before its first step to get its rank map, with what that cost.
+
+`drop` is LoRA-drop: a short training on a sample stratified by label, the importance of every layer, the map; then the
+run begins anew, on a fresh model and head. `error-spectrum` looks at the weights only.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from loralab.attach import Adapters, attach
+from loralab.errors import UserError
+from loralab.files import read_header
+from loralab.ranks import RankMap
+from loralab.ranks.drop import drop_map, importance, shapes
+from loralab.ranks.spectrum import error_map
+from loralab.recipe import Recipe, from_json
+from loralab.targets import cover
+from loralab.tasks import Split, held_out
+from loralab.train.batches import Rows, collate, epoch_batches, sorted_batches
+from loralab.train.settings import Settings
+
+LEAST_ROWS, MOST_ROWS = 256, 1000  # of the sample, which is a tenth of the training rows between these
+EPOCHS = 3  # "a few", and LoRA-drop's text does not say more
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan may use."""
+
+    settings: Settings
+    recipe: Recipe
+    rows: Rows  # the training rows
+    sha256: str  # of the data
+    labels: tuple[str, ...]
+    tokenizer: Any
+    fresh: Callable[[], nn.Module]  # loads the model anew
+    seen: Callable[[], Iterable[Mapping[str, Any]]]  # batches for a start that looks at data
+
+
+def planned(work: Work) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe with its rank map, and what making it cost; a run that goes on has both in its run.json."""
+    recipe, s = work.recipe, work.settings
+    if recipe.plan is None or recipe.ranks is not None:
+        return recipe, None
+    if s.resume and (s.folder / "run.json").exists():
+        before = read_header(s.folder / "run.json")
+        return from_json(before["recipe"]), before["plan"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"plan={recipe.plan!r} runs in one process: make the map there, then give every process --ranks"
+        )
+    started = time.perf_counter()
+    ranks, steps, rows = PLANS[recipe.plan](work)
+    cost = {"name": recipe.plan, "seconds": time.perf_counter() - started, "steps": steps, "rows": rows}
+    return replace(recipe, ranks=ranks), cost
+
+
+def drop(work: Work) -> tuple[RankMap, int, int]:
+    """(map, optimizer steps, rows of the sample) of LoRA-drop."""
+    s, cuda = work.settings, torch.cuda.is_available()
+    with torch.random.fork_rng():
+        torch.manual_seed(s.seed)  # dropout
+        model = work.fresh().to("cuda" if cuda else "cpu")
+        recipe = replace(work.recipe, plan=None)
+        given: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
+        adapters = attach(model, recipe, name="plan", head=True, **given)
+        sample = _sample(work)
+        steps = _train(adapters, work, sample)
+        lengths = work.rows.lengths[sample]
+        batches = (_batch(work, sample, places, adapters) for places in sorted_batches(lengths, 2 * s.batch_size))
+        scores = importance(adapters, "plan", batches)
+    rank: int = recipe.factors.rank  # type: ignore[union-attr]
+    return drop_map(scores, shapes(adapters, "plan"), rank, s.keep), steps, len(sample)
+
+
+def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
+    """(map, 0, 0): the weights alone decide."""
+    s, recipe, model = work.settings, work.recipe, work.fresh()
+    heads = attach(model, "head", head=True).entry(None).heads
+    assert recipe.store is not None
+    layers = {path: model.get_submodule(path) for path in cover(model, s.targets, heads).paths}
+    return error_map(layers, recipe.store, recipe.factors.rank), 0, 0  # type: ignore[union-attr]
+
+
+PLANS: dict[str, Callable[[Work], tuple[RankMap, int, int]]] = {"drop": drop, "error-spectrum": error_spectrum}
+
+
+def _sample(work: Work) -> list[int]:
+    """A tenth of the training rows, stratified by label."""
+    n, labels = len(work.rows), work.rows.labels
+    if n <= LEAST_ROWS:
+        return list(range(n))
+    split = Split([()] * n, labels.tolist())
+    fraction = max(0.1, LEAST_ROWS / n)
+    return held_out(split, work.sha256, not labels.is_floating_point(), fraction, MOST_ROWS)[1]
+
+
+def _batch(work: Work, sample: list[int], places: list[int], adapters: Adapters) -> dict[str, torch.Tensor]:
+    device = next(adapters.model.parameters()).device
+    return collate(work.rows, [sample[i] for i in places], work.tokenizer, device)
+
+
+def _train(adapters: Adapters, work: Work, sample: list[int]) -> int:
+    """EPOCHS passes over the sample at a constant learning rate; returns the optimizer steps."""
+    from loralab.train.loop import row_losses  # the loop prepares a run, and that plans
+
+    s, steps = work.settings, 0
+    groups = adapters.parameter_groups(lr=s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr)
+    optimizer = torch.optim.AdamW(groups)
+    learned = [p for group in groups for p in group["params"]]
+    model = adapters.model.train()
+    for epoch in range(EPOCHS):
+        for places in epoch_batches(work.rows.lengths[sample], s.batch_size, s.seed, epoch):
+            batch = _batch(work, sample, places, adapters)
+            device = batch["input_ids"].device
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+                logits = model(**batch).logits.float()
+            labels = work.rows.labels[[sample[i] for i in places]].to(device)
+            row_losses(logits, labels).mean().backward()
+            if s.clip:
+                nn.utils.clip_grad_norm_(learned, s.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps += 1
+    return steps

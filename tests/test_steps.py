@@ -1,0 +1,437 @@
+"""The hooks of methods that work at every step: what they see, what they refuse, and what they leave behind."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from archs import build, rows, shake
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+import loralab
+from loralab.factors import FACTORS
+from loralab.recipe import NAMED
+from loralab.train import Settings, train
+from loralab.train import loop as loop_module
+
+STEPPED = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.factors.stepped]
+LENGTH = {"adalora": {"total_steps": 20}}
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+
+
+def adapted(method, **given):
+    model = build("bert").train()
+    adapters = loralab.attach(model, method, rank=4, targets="attention", head=True, **LENGTH.get(method, {}), **given)
+    return model, adapters
+
+
+def adamw(adapters, **given):
+    return torch.optim.AdamW(adapters.parameter_groups(lr=1e-2), **given)
+
+
+def backward(model, seed=1):
+    model(**rows(seed=seed), labels=LABELS).loss.backward()
+
+
+def step(model, optimizer, seed=1):
+    backward(model, seed)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def ranks(model, adapters, optimizer, count=12):
+    drawn = []
+    for _ in range(count):
+        backward(model)
+        drawn.append(adapters.live.drawn["default"])
+        optimizer.step()
+        optimizer.zero_grad()
+    return drawn
+
+
+def hooks():
+    return len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+
+
+def test_every_stepped_method_is_here():
+    assert {type(NAMED[name][0].factors) for name in STEPPED} == {kind for kind in FACTORS.values() if kind.stepped}
+
+
+# ---- a missing hook ----------------------------------------------------------------------------------------------
+
+
+def by_hand(adapters):
+    with torch.no_grad():
+        for t in adapters.state().values():
+            if t.grad is not None:
+                t -= 0.01 * t.grad
+
+
+def by_data(adapters):
+    for t in adapters.state().values():
+        if t.grad is not None:
+            t.data.add_(t.grad, alpha=-0.01)
+
+
+class Foreign:
+    """An optimizer of another library."""
+
+    def __init__(self, adapters):
+        self.held = [t for t in adapters.state().values() if t.requires_grad]
+
+    def step(self):
+        given = [t for t in self.held if t.grad is not None]
+        torch._foreach_add_([t.data for t in given], [t.grad for t in given], alpha=-0.01)
+
+
+@pytest.mark.parametrize("method", STEPPED)
+@pytest.mark.parametrize("update", [by_hand, by_data, lambda adapters: Foreign(adapters).step()])
+def test_an_update_that_no_torch_optimizer_makes_is_told_at_the_next_forward(method, update):
+    model, adapters = adapted(method)
+    backward(model)
+    update(adapters)
+    with pytest.raises(loralab.UserError, match="step it with a torch.optim optimizer"):
+        model(**rows())
+    model.eval()(**rows())  # a prediction is none of its business
+
+
+@pytest.mark.parametrize("method", STEPPED)
+def test_a_loop_that_leaves_torchs_optimizer_later_is_told_too(method):
+    model, adapters = adapted(method)
+    optimizer = adamw(adapters)
+    for _ in range(3):
+        step(model, optimizer)
+    backward(model)
+    by_hand(adapters)
+    with pytest.raises(loralab.UserError, match="did not see"):
+        model(**rows())
+
+
+@pytest.mark.parametrize("method", STEPPED)
+def test_training_in_eval_mode_or_past_the_model_is_told_at_the_step(method):
+    for forward in (lambda model: model.eval()(**rows(), labels=LABELS).loss,
+                    lambda model: model.train().bert(**rows()).last_hidden_state.pow(2).sum()):  # fmt: skip
+        model, adapters = adapted(method)
+        shake(adapters, "default")
+        forward(model).backward()
+        before = {key: t.detach().clone() for key, t in adapters.state().items()}
+        with pytest.raises(loralab.UserError, match="call model.train\\(\\)"):
+            adamw(adapters).step()
+        assert all(torch.equal(t, before[key]) for key, t in adapters.state().items())
+
+
+def test_a_closure_is_refused_as_its_gradients_come_too_late():
+    model, adapters = adapted("lora-fa-precond")
+    optimizer = adamw(adapters)
+    backward(model)
+    optimizer.step()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**rows(), labels=LABELS).loss
+        loss.backward()
+        return loss
+
+    with pytest.raises(loralab.UserError, match="no training forward"):
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    optimizer.step(closure)  # nothing told yet that there would be gradients
+    with pytest.raises(loralab.UserError, match="without a closure"):
+        model(**rows())
+
+
+def test_two_optimizers_that_share_an_adapter_are_refused_but_the_head_may_have_its_own():
+    model, adapters = adapted("delta-lora", wait=2)
+    groups = {group["role"]: [] for group in adapters.parameter_groups()}
+    for group in adapters.parameter_groups():
+        groups[group["role"]] += group["params"]
+    head, A = (torch.optim.SGD(groups[role], lr=0.1) for role in ("head", "A"))
+    backward(model)
+    with pytest.raises(loralab.UserError, match="into one optimizer"):
+        A.step()
+    both = torch.optim.SGD([*groups["A"], *groups["B"]], lr=0.1)
+    head.step(), both.step()
+    backward(model)
+    both.step(), head.step()
+    assert {int(t) for key, t in adapters.state().items() if key.endswith(".step")} == {2}
+
+
+# ---- which steps count -------------------------------------------------------------------------------------------
+
+
+def test_gradient_accumulation_draws_once_and_counts_one_step():
+    model, adapters = adapted("dylora")
+    other, delta = adapted("delta-lora")
+    optimizers = adamw(adapters), adamw(delta)
+    seen = []
+    for number in range(6):
+        for part in range(3):
+            backward(model, seed=part), backward(other, seed=part)
+            seen.append((number, adapters.live.drawn["default"]))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert len(set(seen)) == 6
+    assert {int(t) for key, t in delta.state().items() if key.endswith(".step")} == {6}
+
+
+def test_two_adapters_in_one_optimizer_count_only_their_own_steps():
+    model = build("bert").train()
+    adapters = loralab.attach(model, "delta-lora", name="a", rank=3, wait=9, head=True)
+    adapters.add("b", "dylora", rank=3, head=True)
+    optimizer = torch.optim.AdamW([*adapters.parameter_groups(name="a"), *adapters.parameter_groups(name="b")], lr=0.01)
+    step(model, optimizer)
+    with adapters.use("b"):
+        for _ in range(2):
+            step(model, optimizer)
+    with adapters.use(["a", "b"], ids=[0, 1, 1, 0, 1]):
+        backward(model)
+        assert adapters.live.drawn.keys() == {"a", "b"}
+        optimizer.step()
+    assert {int(t) for key, t in adapters.state("a").items() if key.endswith(".step")} == {2}
+    assert adapters.live.drawn == {}
+
+
+def test_an_optimizer_around_another_is_one_step():
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    model, adapters = adapted("delta-lora")
+    optimizer = Around(adamw(adapters))
+    for _ in range(3):
+        step(model, optimizer)
+    assert {int(t) for key, t in adapters.state().items() if key.endswith(".step")} == {3}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_does_not_count(fused):
+    model, adapters = adapted("delta-lora")
+    optimizer = adamw(adapters, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for number in range(4):
+        scaler.scale(model(**rows(), labels=LABELS).loss).backward()
+        if number == 2:
+            next(t for t in adapters.state().values() if t.grad is not None).grad.fill_(torch.inf)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert {int(t) for key, t in adapters.state().items() if key.endswith(".step")} == {3}
+    scaler.scale(model(**rows(), labels=LABELS).loss).backward()
+    if fused:  # it would unscale in its own kernel, after the hook
+        with pytest.raises(loralab.UserError, match="unscale_"):
+            scaler.step(optimizer)
+
+
+def test_a_step_that_failed_can_be_taken_again_by_another_optimizer():
+    model, adapters = adapted("delta-lora")
+
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise MemoryError
+
+    backward(model)
+    with pytest.raises(MemoryError):
+        Broken(adapters.parameter_groups(), lr=0.1).step()
+    step(model, adamw(adapters))
+    assert {int(t) for key, t in adapters.state().items() if key.endswith(".step")} == {1}
+
+
+# ---- a draw is for training alone --------------------------------------------------------------------------------
+
+
+def test_evaluation_merge_and_export_between_forward_and_step_use_the_full_rank(tmp_path):
+    model, adapters = adapted("dylora")
+    shake(adapters, "default")
+    full = model.eval()(**rows()).logits.detach()
+    model.train()
+    while True:
+        step(model, torch.optim.SGD(adapters.parameter_groups(lr=0.0), lr=0.0))
+        backward(model)
+        if adapters.live.drawn["default"] < 4:
+            break
+    drawn = adapters.live.drawn["default"]
+    adapters.export(tmp_path / "peft")
+    assert loralab.load(build("bert"), tmp_path / "peft").entry(None).recipe.factors.rank == 4
+    torch.testing.assert_close(adapters.merge().eval()(**rows()).logits, full, rtol=0, atol=1e-5)
+    assert torch.equal(model.eval()(**rows()).logits, full)
+    with torch.no_grad():
+        assert torch.equal(model.train()(**rows()).logits, full)
+    model(**rows())
+    assert adapters.live.drawn["default"] == drawn  # the step under way keeps its draw
+
+
+def test_a_chosen_rank_is_for_evaluation():
+    model, adapters = adapted("dylora")
+    with adapters.use("default", rank=2), pytest.raises(loralab.UserError, match="model.eval"):
+        model(**rows())
+
+
+# ---- life and death ----------------------------------------------------------------------------------------------
+
+
+def test_hooks_come_and_go():
+    gc.collect()  # models of other tests
+    none = hooks()
+    model, adapters = adapted("lora")
+    assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
+    adapters.add("a", "dylora", rank=2)
+    adapters.add("b", "delta-lora", rank=2)
+    assert (hooks(), len(model._forward_pre_hooks)) == ((none[0] + 1, none[1] + 1), 1)
+    adapters.remove("a")
+    assert hooks() == (none[0] + 1, none[1] + 1)
+    adapters.remove("b")
+    assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
+    adapters.add("c", "dylora", rank=2)
+    adapters.merge("c")
+    assert (hooks(), len(model._forward_pre_hooks)) == ((none[0] + 1, none[1] + 1), 1)
+    adapters.detach()
+    assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
+
+
+def test_a_model_that_is_gone_takes_its_hooks_along():
+    gc.collect()
+    none = hooks()
+    model, adapters = adapted("dylora")
+    optimizer = adamw(adapters)
+    ranks(model, adapters, optimizer, 2)
+    backward(model)
+    handle = weakref.ref(adapters)
+    del model, adapters
+    gc.collect()
+    assert handle() is None
+    assert hooks() == none
+    optimizer.step()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickled(model)])
+def test_a_copy_of_a_model_steps_on_its_own(again):
+    model, adapters = adapted("dylora")
+    optimizer = adamw(adapters)
+    ranks(model, adapters, optimizer, 3)
+    backward(model)
+    under_way = adapters.live.drawn["default"]
+    twin = again(model)
+    held = twin._loralab
+    assert held is not adapters
+    assert held.model is twin
+    twin.zero_grad()
+    drawn = ranks(twin, held, adamw(held))
+    assert drawn[0] == under_way
+    assert len(set(drawn)) > 1
+    assert adapters.live.drawn["default"] == under_way
+    optimizer.step()
+    optimizer.zero_grad()
+    assert ranks(model, adapters, optimizer) == [*drawn[1:], ranks(twin, held, adamw(held), 1)[0]]
+    backward(twin)
+    by_hand(held)
+    with pytest.raises(loralab.UserError, match="did not see"):
+        twin(**rows())
+    model(**rows())
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_compiled_model_draws_at_every_step():
+    model, adapters = adapted("dylora")
+    compiled = torch.compile(model, backend="eager")
+    drawn = ranks(compiled, adapters, adamw(adapters))
+    twin, expected = adapted("dylora")
+    assert drawn == ranks(twin, expected, adamw(expected))
+    assert len(set(drawn)) > 1
+    for key, t in adapters.state().items():
+        torch.testing.assert_close(t, expected.state()[key], rtol=0, atol=1e-4)
+
+
+# ---- going on later ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", STEPPED)
+@pytest.mark.parametrize("middle", [False, True])
+def test_the_state_of_steps_makes_a_loop_go_on_to_the_same_bits(method, middle):
+    """`middle`: saved between a forward and its step, which then begins anew, with the same draw."""
+    model, adapters = adapted(method)
+    optimizer = adamw(adapters)
+    for number in range(6):
+        step(model, optimizer, seed=number)
+    if middle:
+        backward(model)
+    saved = {key: t.clone() for key, t in adapters.state().items()}
+    steps = {key: t.clone() for key, t in adapters.steps.state_dict().items()}
+    moments = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    later, others = adapted(method)
+    with torch.no_grad():
+        for key, t in others.state().items():
+            t.copy_(saved[key])
+    again = adamw(others)
+    again.load_state_dict(moments)
+    others.steps.load_state_dict(steps)
+    for number in range(8):
+        step(model, optimizer, seed=number)
+        step(later, again, seed=number)
+    assert all(torch.equal(t, others.state()[key]) for key, t in adapters.state().items())
+    mine, theirs = adapters.steps.state_dict(), others.steps.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_the_state_of_other_adapters_is_refused():
+    _, dylora = adapted("dylora")
+    _, adalora = adapted("adalora")
+    with pytest.raises(loralab.UserError, match="of other adapters"):
+        dylora.steps.load_state_dict(adalora.steps.state_dict())
+    wider = loralab.attach(build("bert"), "adalora", rank=5, targets="attention", total_steps=20)
+    with pytest.raises(loralab.UserError, match="another size"):
+        adalora.steps.load_state_dict(wider.steps.state_dict())
+    _, plain = adapted("lora")
+    assert plain.steps.state_dict() == {}
+    plain.steps.load_state_dict({})
+
+
+@pytest.mark.parametrize("method", STEPPED)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, monkeypatch, method):
+    def run(name, **given):
+        train(Settings(task=str(own["class"]), model=str(tiny), text=("sentence",), label="label", method=method,
+                       rank=4, epochs=2, batch_size=20, max_length=32, checkpoint_every=4, selection="last",
+                       out=tmp_path / name, **given))  # fmt: skip
+        return loralab.files.read(tmp_path / name / "adapter").tensors
+
+    whole = run("whole")
+    take = loop_module.Trainer._step
+
+    def cut(self, chosen):
+        if self.progress.step == 14:
+            raise KeyboardInterrupt
+        return take(self, chosen)
+
+    monkeypatch.setattr(loop_module.Trainer, "_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.setattr(loop_module.Trainer, "_step", take)
+    resumed = run("cut", resume=True)
+    assert all(torch.equal(t, resumed[key]) for key, t in whole.items())
+
+
+def test_memory_follows_what_learns_and_nothing_is_kept_for_methods_without():
+    _, adapters = adapted("dylora")
+    assert adapters.steps.state_dict().keys() == {"default/random"}
+    model, adapters = adapted("adalora")
+    path = next(iter(adapters.layers))
+    state = adapters.steps.state_dict()
+    assert state[f"default/{path}/A.mean"].shape == adapters.layers[path].roles("default")["A"].shape
+    step(model, adamw(adapters))
+    assert isinstance(model, nn.Module)
+    assert state[f"default/{path}/A.mean"].abs().max() > 0  # the live tensor
