@@ -267,6 +267,7 @@ def test_a_map_survives_json_a_file_and_the_recipe(tmp_path):
     assert RankMap.from_json(json.loads(json.dumps(MAP.to_json()))) == MAP
     assert RankMap.load(MAP.save(tmp_path / "map.json")) == MAP
     assert RankMap.from_json({"a.b": 3}) == RankMap({"a.b": 3}) == RankMap({"a.b": Part(3)})
+    assert str(MAP) == "5 of 6 layers, ranks 2 to 5, 2 of them with shared A and B (1 pair)"
     assert hash(RankMap({"a": 1, "b": 2})) == hash(RankMap({"b": 2, "a": 1}))
     r = recipe("dora", ranks=MAP)
     assert from_json(json.loads(json.dumps(to_json(r)))) == r
@@ -479,6 +480,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     assert result["time"]["train_s"] == pytest.approx(plan["seconds"] + seconds, abs=1e-3)
     assert result["time"]["train_s"] > plan["seconds"] > 0
     assert (plan["steps"] > 0) == ("method" in more)
+    assert any(note.startswith(f"plan {plan['name']} gave") for note in result["notes"])
     run = json.loads((tmp_path / "r/run.json").read_text())
     ranks = RankMap.from_json(run["recipe"]["ranks"])
     assert bool(ranks.shares) == ("method" in more)

@@ -209,6 +209,12 @@ def test_an_optimizer_around_another_is_one_step():
     for _ in range(3):
         step(model, optimizer)
     assert {int(t) for key, t in adapters.state().items() if key.endswith(".step")} == {3}
+    states = []
+    for wrap in (Around, lambda inner: inner):
+        model, adapters = adapted("lora-fa-precond")
+        step(model, wrap(torch.optim.SGD(adapters.parameter_groups(lr=1e-4))))
+        states.append(adapters.state())
+    assert all(torch.equal(t, states[1][key]) for key, t in states[0].items())  # gradients are scaled once
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -291,7 +297,7 @@ def test_hooks_come_and_go():
     adapters.remove("b")
     assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
     adapters.add("c", "dylora", rank=2)
-    adapters.merge("c")
+    assert len(adapters.merge("c")._forward_pre_hooks) == 0
     assert (hooks(), len(model._forward_pre_hooks)) == ((none[0] + 1, none[1] + 1), 1)
     adapters.detach()
     assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)

@@ -5,6 +5,7 @@ from typing import Any
 
 from loralab.cli.show import Json, as_json, folder_size, pairs, size
 from loralab.files import read
+from loralab.ranks import RankMap
 from loralab.recipe import to_json
 from loralab.targets import summary
 
@@ -43,4 +44,6 @@ def _told(recipe: dict[str, Any]) -> dict[str, Any]:
     """The settings that are on, those of the factors first."""
     flat = {**(recipe["factors"] or {}), **recipe}
     del flat["factors"]
+    if recipe["ranks"]:
+        flat["ranks"] = str(RankMap.from_json(recipe["ranks"]))
     return {key: value for key, value in flat.items() if value not in (None, False, 0)}

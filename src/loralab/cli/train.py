@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+from accelerate import PartialState
 from cyclopts import Parameter
 
 from loralab.cli.show import Json, as_json, pairs, size
@@ -20,6 +21,8 @@ def train(
     Writes a run folder: run.json, metrics.jsonl, adapter/ and, last, result.json.
     """
     result = run(settings, Bar())
+    if not PartialState().is_main_process:
+        return
     if json:
         as_json(result)
     else:
@@ -34,7 +37,7 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
     return {
         metric["name"]: f"{metric['selected']:.4f}  ({chosen})",
         "  last epoch": f"{metric['last']:.4f}",
-        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: chosen on the split it is reported on)",
+        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: selected on validation)",
         **({"other metrics": others} if others else {}),
         "values that learn": f"{counts['adapter']:,} adapter + {counts['head']:,} head; base {counts['base']:,}",
         "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s",

@@ -32,10 +32,12 @@ def verify(folder: Path, /, *, model: str | None = None) -> None:
 def _problems(folder: Path, file: files.AdapterFile) -> list[str]:
     """What is wrong without looking at a base; a folder of PEFT does not list its tensors."""
     header = folder / files.HEADER
-    listed = set(files.read_header(header).get("roles", {})) if header.is_file() else set(file.tensors)
+    roles = files.read_header(header).get("roles") if header.is_file() else dict.fromkeys(file.tensors)
+    if not isinstance(roles, dict):
+        return [f"{header.name} does not list its tensors under roles"]
     wrong = {
-        "missing tensors": sorted(listed - set(file.tensors)),
-        "unexpected tensors": sorted(set(file.tensors) - listed),
+        "missing tensors": [key for key in roles if key not in file.tensors],
+        "unexpected tensors": [key for key in file.tensors if key not in roles],
         "values that are not finite": [key for key, t in file.tensors.items() if not torch.isfinite(t).all()],
     }
     return [f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys]

@@ -54,6 +54,19 @@ class RankMap:
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.layers.items(), key=lambda item: item[0])))
 
+    def __str__(self) -> str:
+        """31 of 37 layers, ranks 2 to 8, 21 of them with shared A and B (5 pairs)."""
+        ranks = [part.rank for part in self.adapted.values()]
+        low, high = min(ranks), max(ranks)
+        parts = [
+            f"{len(ranks)} of {len(self.layers)} layers",
+            f"rank {low}" if low == high else f"ranks {low} to {high}",
+        ]
+        if shares := self.shares:
+            pairs = f"{len(shares)} pair" + "s" * (len(shares) > 1)
+            parts.append(f"{sum(map(len, shares.values()))} of them with shared A and B ({pairs})")
+        return ", ".join(parts)
+
     @property
     def adapted(self) -> dict[str, Part]:
         """The layers that get an adapter."""

@@ -79,7 +79,8 @@ def prepare(settings: Settings) -> Run:
     )
     cut = {key: r for key, r in rows.items() if r.truncated}
     over = f"rows are longer than {settings.max_length} tokens and were cut"
-    notes = [*task.notes, *sizes, *(f"{r.truncated} of {len(r)} {key} {over}" for key, r in cut.items())]
+    planning = [] if plan is None else [f"plan {recipe.plan} gave {recipe.ranks}"]
+    notes = [*task.notes, *sizes, *planning, *(f"{r.truncated} of {len(r)} {key} {over}" for key, r in cut.items())]
     validation = {key: rows[key] for key in task.validation}
     return Run(
         settings, task, model, tokenizer, adapters, rows["train"], rows.get("held-out"), validation, tuple(notes), plan
