@@ -16,7 +16,7 @@ from loralab import ranks, starts
 from loralab.bases import keep
 from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
-from loralab.layer import Adapted, AdaptedHead, Live
+from loralab.layer import Adapted, AdaptedHead, Live, put_back
 from loralab.merge import merge_dtype
 from loralab.recipe import Recipe, recipe
 from loralab.starts.inputs import Seen, look
@@ -399,6 +399,7 @@ class Adapters:
     def unwrap(self, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         """Puts plain layers back: with the update of `name` merged in, or None for the base alone."""
         self.steps.disconnect()
+        put_back(self.model)
         for path, layer in self.layers.items():
             self.model.set_submodule(path, layer.plain(name, dtype))
         for path, head in self.heads.items():

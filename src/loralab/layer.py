@@ -19,6 +19,8 @@ from loralab.lower import lower
 from loralab.recipe import Recipe
 from loralab.update import Dense, Update, apply, each, merged, nothing, stack, take
 
+FAST = "_loralab_fast"  # the mark of a module whose forward is not that of its class
+
 
 @dataclass
 class Live:
@@ -28,6 +30,19 @@ class Live:
     ids: Tensor | None = None
     drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this training forward
     chosen: dict[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
+
+
+def put(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Gives one module another way to compute what it computes, until `put_back`."""
+    module.forward = forward
+    module.__dict__[FAST] = True
+
+
+def put_back(model: nn.Module) -> None:
+    """Every module computes as its class says again."""
+    for module in model.modules():
+        if module.__dict__.pop(FAST, False):
+            del module.__dict__["forward"]
 
 
 class Adapted(nn.Module):
@@ -112,17 +127,32 @@ class Adapted(nn.Module):
         p = self.recipes[name].dropout if name in self.recipes else 0.0
         return (lambda x: F.dropout(x, p)) if p and self.training else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def drops_input(self) -> bool:
+        """Whether a live adapter drops parts of its input in training."""
+        return any(self.recipes[name].dropout for name in self.live.names if name in self.recipes)
+
+    def live_update(self, rows: int) -> Update | Dense | None:
+        """The update for an input of that many rows: None where nothing is live here, one per row with `ids`."""
         names, ids = self.live.names, self.live.ids
         if not any(name in self.recipes for name in names):
+            return None
+        if ids is None:
+            return self.lower(names[0], self.live.drawn.get(names[0]))
+        if rows != len(ids):
+            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(ids)} rows")
+        return take(stack([self.lower(name, self.live.drawn.get(name)) for name in names]), ids)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, ids = self.live_update(len(x)), self.live.ids
+        if u is None:
             return self.base(x)  # type: ignore[no-any-return]
         if ids is None:
-            return apply(x, self.base, self.lower(names[0], self.live.drawn.get(names[0])), self.drop(names[0]))
-        if len(x) != len(ids):
-            raise UserError(f"input of {len(x)} rows, but ids name an adapter for {len(ids)} rows")
+            return apply(x, self.base, u, self.drop(self.live.names[0]))
         rows = x.reshape(len(x), -1, self.in_features)  # (rows, t, in): a pooler passes (rows, in)
-        u = take(stack([self.lower(name, self.live.drawn.get(name)) for name in names]), ids)
-        return apply(rows, self.base, u, self._drop_rows(names, ids)).reshape(*x.shape[:-1], self.out_features)
+        return apply(rows, self.base, u, self._drop_rows(self.live.names, ids)).reshape(
+            *x.shape[:-1], self.out_features
+        )
 
     def _drop_rows(self, names: tuple[str, ...], ids: Tensor) -> Callable[[Tensor], Tensor] | None:
         drops = [self.drop(name) for name in names]
@@ -152,6 +182,8 @@ class AdaptedHead(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (rows, ...) -> (rows, outputs); rows of adapters with fewer labels are filled with -inf."""
         names, ids = self.live.names, self.live.ids
+        if names and not torch.is_autocast_enabled(x.device.type):  # the backbone may compute in bfloat16
+            x = x.to(next(self.copy_of(names[0]).parameters()).dtype)
         if not names:
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if ids is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_scheduler
 
+from loralab import speed
 from loralab.errors import UserError
 from loralab.tasks import is_constant, score
 from loralab.train.batches import Rows, collate, epoch_batches, sorted_batches
@@ -60,11 +61,14 @@ class Trainer:
     def __init__(self, run: Run, folder: RunFolder, reporter: Reporter, peak: Peak) -> None:
         s = run.settings
         self.settings, self.parts, self.folder, self.peak = s, run, folder, peak
-        self.accelerator = _accelerator(s, run)
+        narrow = s.precision == torch.bfloat16
+        held = narrow and s.speed != "off" and speed.frozen(run.model) is None  # then products need no autocast
+        self.choices = speed.prepare(run.model, s.speed, "bfloat16" if held else None)
+        self.accelerator = _accelerator(s, run, autocast=narrow and not held)
         self.reporter = reporter if self.accelerator.is_main_process else Silent()
         set_seed(s.seed)
         groups = run.adapters.parameter_groups(lr=s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr)
-        self.model, self.optimizer = self.accelerator.prepare(run.model, torch.optim.AdamW(groups))
+        self.model, self.optimizer = self.accelerator.prepare(run.model, torch.optim.AdamW(groups, fused=True))
         self.steps = s.steps(len(run.train))
         self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
         self.learned = [p for p in run.model.parameters() if p.requires_grad]
@@ -76,7 +80,7 @@ class Trainer:
         if s.resume:
             self._load_checkpoint()
         elif main:
-            self.folder.begin(facts(self.parts))
+            self.folder.begin(facts(self.parts) | {"speed": [vars(choice) for choice in self.choices]})
         if s.track:
             self.accelerator.init_trackers("loralab", {k: str(v) for k, v in s.to_json().items()})
         if coverage := self.parts.adapters.entry(None).coverage:
@@ -261,7 +265,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _accelerator(settings: Settings, run: Run) -> Accelerator:
+def _accelerator(settings: Settings, run: Run, autocast: bool) -> Accelerator:
     # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
     AcceleratorState._reset_state()
     # full fine-tuning reaches tensors that a forward pass need not use (a pooler, say)
@@ -269,7 +273,7 @@ def _accelerator(settings: Settings, run: Run) -> Accelerator:
         find_unused_parameters=run.adapters.entry(None).recipe.learn_base is not None
     )
     return Accelerator(
-        mixed_precision="bf16" if settings.dtype == "bfloat16" else "no",
+        mixed_precision="bf16" if autocast else "no",
         cpu=not torch.cuda.is_available(),
         log_with=settings.track,
         project_dir=str(settings.folder) if settings.track else None,

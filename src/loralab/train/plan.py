@@ -119,7 +119,7 @@ def _train(adapters: Adapters, work: Work, sample: list[int]) -> int:
         for places in epoch_batches(work.rows.lengths[sample], s.batch_size, s.seed, epoch):
             batch = _batch(work, sample, places, adapters)
             device = batch["input_ids"].device
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == torch.bfloat16):
                 logits = model(**batch).logits.float()
             labels = work.rows.labels[[sample[i] for i in places]].to(device)
             row_losses(logits, labels).mean().backward()

@@ -142,6 +142,7 @@ def facts(run: Run) -> dict[str, Any]:
             "accelerate": accelerate.__version__,
         },
         "hardware": hardware(),
+        "precision": str(run.settings.precision).removeprefix("torch."),
         "data": {"sha256": run.task.sha256, "train": len(run.train), "held_out": len(run.held_out or ()),
                  **{key: len(rows) for key, rows in run.validation.items()}},
         "base_sha256": run.adapters.base_sha256,

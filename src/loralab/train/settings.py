@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from loralab.errors import UserError
 from loralab.ranks import RankMap
 from loralab.recipe import Recipe, recipe
+from loralab.speed.machine import fast_bfloat16
 
 Selection = Literal["held-out", "last", "validation"]
 
@@ -70,8 +73,10 @@ class Settings:
     """Of plan drop: the part of the importance whose layers keep their own factors."""
     store: str | None = None
     """How frozen weights are kept: float32, bfloat16, int8, nf4, nf4-dq or int2; as loaded by default."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products run in; bfloat16 keeps the parameters that learn in float32 (autocast)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What products run in; auto: bfloat16 where the machine multiplies it fast. What learns stays float32."""
+    speed: Literal["auto", "off"] = "auto"
+    """auto: the fast path, as far as machine and model take it; off: the plain one."""
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -119,6 +124,12 @@ class Settings:
         keys = ("rank", "alpha", "lr", "lr_ratio", "dropout", "store", "plan")
         given = {key: value for key in keys if (value := getattr(self, key)) is not None}
         return recipe(self.method, **given, **({"ranks": RankMap.load(self.ranks)} if self.ranks else {}))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What products run in on this machine."""
+        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16())
+        return torch.bfloat16 if fast else torch.float32
 
     @property
     def folder(self) -> Path:

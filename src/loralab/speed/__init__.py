@@ -1,0 +1,134 @@
+"""What makes training fast, each piece optional: chosen once, before training starts, and named with its reason.
+
+    choices = loralab.speed.prepare(model, speed="auto", store="bfloat16")
+
+A piece is a row of PIECES: what must hold for it, and how it is put into the model. `speed="off"` leaves the plain
+path, which every piece equals (tests/test_speed.py) and is measured against (docs/benchmarks.md).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from loralab.attach import HANDLE, Adapters
+from loralab.errors import UserError
+from loralab.layer import Adapted, put, put_back
+from loralab.speed import masks
+from loralab.speed.encoders import LAYERS, layers_of
+
+Speed = Literal["auto", "off"]
+CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product; its own 1024 are too few
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One piece: whether it is used, and why or why not."""
+
+    piece: str
+    used: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    why: str
+    problem: Callable[[nn.Module], str | None]  # what keeps a model from using it
+    put: Callable[[nn.Module], None]
+
+
+def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -> list[Choice]:
+    """Puts into `model` what is fast here; call it once, after `attach`, before training. Returns what and why.
+
+    `store="bfloat16"` keeps every frozen tensor of the model in bfloat16 and computes in it; what learns stays float32.
+    Raises UserError for an unknown speed or store.
+    """
+    if speed not in ("auto", "off"):
+        raise UserError(f"speed={speed!r}: expected auto or off")
+    if store is not None:
+        hold(model, store)
+    chosen = []
+    for name, piece in PIECES.items():
+        problem = "speed is off" if speed == "off" else piece.problem(model)
+        if problem is None:
+            piece.put(model)
+        chosen.append(Choice(name, problem is None, problem or piece.why))
+    return chosen
+
+
+def hold(model: nn.Module, store: str) -> None:
+    """Rounds every frozen floating tensor of the model to `store`, so that products need no casts."""
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if store not in dtypes:
+        raise UserError(f"store={store!r} for a whole model: expected bfloat16 or float32")
+    handle = getattr(model, HANDLE, None)
+    if handle is not None:
+        _ = handle.base_sha256  # taken while the base still has its own bits
+    for p in model.parameters():
+        if not p.requires_grad and p.is_floating_point():
+            p.data = p.data.to(dtypes[store])
+    for layer in model.modules():
+        if isinstance(layer, Adapted):
+            layer.dtype = dtypes[store]
+
+
+def frozen(model: nn.Module) -> str | None:
+    """Why a model's layers cannot be taken as frozen, or None."""
+    handle: Adapters | None = getattr(model, HANDLE, None)
+    own: set[int] = set()  # of tensors that an adapter or its head has
+    if handle is not None:
+        if in_place := [key for name in handle.names for key in handle.entry(name).base_names]:
+            return f"{in_place[0]} learns in place"
+        own = {id(t) for name in handle.names for t in handle.state(name).values()}
+    loose = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    return f"{loose[0]} learns, and it is no adapter's" if loose else None
+
+
+def _no_cpu(model: nn.Module) -> str | None:
+    device = next(model.parameters()).device.type
+    return None if device == "cpu" else f"the model is on {device}, which draws random numbers fast"
+
+
+def _drop(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return masks.dropout(x, module.p, module.training)  # type: ignore[arg-type]
+
+
+def _put_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            put(module, partial(_drop, module))
+
+
+def _no_block(model: nn.Module) -> str | None:
+    if not layers_of(model):
+        return f"{type(model).__name__} has no layers of a known kind: {', '.join(LAYERS)}"
+    return frozen(model)
+
+
+def _put_block(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        put(layer, LAYERS[type(layer).__name__](layer, model.config))
+
+
+def _no_cache(model: nn.Module) -> str | None:
+    return None if CACHE not in os.environ else f"{CACHE} is set to {os.environ[CACHE]}"
+
+
+def _put_cache(model: nn.Module) -> None:
+    os.environ[CACHE] = "16384"
+
+
+PIECES: dict[str, Piece] = {
+    "cache": Piece("products of batches of many lengths are prepared once, not again and again", _no_cache, _put_cache),
+    "dropout": Piece("random bits are drawn 64 at a time", _no_cpu, _put_dropout),
+    "block": Piece(
+        "a layer is one step of autograd: q, k, v in one product, nothing kept twice", _no_block, _put_block
+    ),
+}
+
+
+__all__ = ["PIECES", "Choice", "Piece", "Speed", "frozen", "hold", "prepare", "put_back"]

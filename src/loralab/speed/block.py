@@ -1,0 +1,196 @@
+"""One encoder layer (attention, feed-forward, two LayerNorms) as a single autograd function.
+
+    s = softmax(scale q k^T + mask + bias)    y = LN(x + drop(W_o drop(s) v))    out = LN(y + drop(W_2 act(W_1 y)))
+
+Small encoders spend more time between products than in them: this writes into the tensors it has, joins q, k and v
+into one product, and lets autograd see one node with the adapters' triples as its inputs. It keeps for backward what
+the products need and no more, and nothing at all where no gradient is wanted. It knows triples, not methods.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.layer import Adapted
+from loralab.speed.masks import mask as dropout_mask
+from loralab.speed.product import Low, Product
+from loralab.update import Update
+
+SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one layer, whatever the architecture calls them."""
+
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    norm1: nn.LayerNorm
+    up: nn.Module
+    down: nn.Module
+    norm2: nn.LayerNorm
+    heads: int
+    approximate: str  # of GELU: "none" or "tanh"
+    drops: tuple[float, float, float]  # of attention, of o, of down
+
+
+class Block:
+    """Takes the place of a layer's `forward`; `wrap` makes what the architecture returns."""
+
+    def __init__(self, layer: nn.Module, parts: Parts, wrap: Any = None) -> None:
+        self.layer, self.parts, self.wrap = layer, parts, wrap
+        p = parts
+        self.linear = (p.q, p.k, p.v, p.o, p.up, p.down)
+        self.qkv, self.o = Product([_base(p.q), _base(p.k), _base(p.v)]), Product([_base(p.o)])
+        self.up, self.down = Product([_base(p.up)]), Product([_base(p.down)])
+        self.qkv.adjoin()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        live = [m.live_update(len(hidden_states)) if isinstance(m, Adapted) else None for m in self.linear]
+        asked = more.get("output_attentions") or more.get("past_key_values") is not None
+        if asked or any(u is not None and not isinstance(u, Update) for u in live) or self._drops_input():
+            kept = {"position_bias": position_bias} if position_bias is not None else {}
+            return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kept, **more)
+        flat = [t for u in live for t in ((None, None, None) if u is None else u)]
+        drops = self.parts.drops if self.layer.training else (0.0, 0.0, 0.0)
+        out = Layer.apply(self, drops, hidden_states, attention_mask, position_bias, *flat)  # type: ignore[no-untyped-call]
+        return out if self.wrap is None else self.wrap(out)
+
+    def _drops_input(self) -> bool:
+        """Whether a live adapter drops parts of its input, which this function does not do."""
+        return any(isinstance(m, Adapted) and m.training and m.drops_input for m in self.linear)
+
+
+class Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, block: Block, drops: Sequence[float], x3: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
+    ) -> Tensor:
+        b, t, d = x3.shape
+        p, lows = block.parts, _lows(flat)
+        x = x3.reshape(b * t, d)  # (n, d), n = b t
+        qkv, of_qkv = block.qkv.forward(x, lows[:3])  # (n, 3 d)
+        qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * p.heads, t, -1)
+        s = torch.bmm(qkv[0], qkv[1].mT).view(b, p.heads, t, t)
+        s = softmax(_add_bias(s, qkv.shape[-1] ** -0.5, mask, bias)).view(-1, t, t)
+        m1 = dropout_mask(s, drops[0]) if drops[0] else None
+        c = torch.bmm(s if m1 is None else s * m1, qkv[2])  # (b heads, t, dh)
+        c = c.view(b, p.heads, t, -1).transpose(1, 2).reshape(b * t, d)
+        o, of_o = block.o.forward(c, lows[3:4])
+        o, m2 = _drop_add(o, drops[1], x)
+        y, *of_norm1 = _norm(o, p.norm1)
+        u, of_up = block.up.forward(y, lows[4:5])  # (n, inner)
+        g = aten.gelu(u, approximate=p.approximate)
+        w, of_down = block.down.forward(g, lows[5:6])
+        w, m3 = _drop_add(w, drops[2], y)
+        out, *of_norm2 = _norm(w, p.norm2)
+        learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
+        inputs = [t if learn else None for t, learn in zip((x, c, y, g), (any(learns[:3]), *learns[3:]), strict=True)]
+        ctx.block, ctx.shape, ctx.approximate = block, (b, t, d), p.approximate
+        ctx.save_for_backward(
+            *flat, *inputs, qkv, s, m1, o, m2, *of_norm1, u, w, m3, *of_norm2, *of_qkv, *of_o, *of_up, *of_down
+        )
+        return out.view(b, t, d)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        flat, saved = ctx.saved_tensors[:18], ctx.saved_tensors[18:]
+        x, c, y, g, qkv, s, m1, o, m2, mean1, rstd1, u, w, m3, mean2, rstd2 = saved[:16]
+        of_qkv, of_o, of_up, of_down = (saved[16 + 5 * i : 21 + 5 * i] for i in range(4))
+        block, (b, t, d), lows = ctx.block, ctx.shape, _lows(flat)
+        p, to_x = block.parts, ctx.needs_input_grad[2]
+        dw = _norm_back(grads[0].reshape(b * t, d), w, mean2, rstd2, p.norm2)  # also the gradient of y, by the residual
+        dg, of6 = block.down.backward(_times(dw, m3), g, lows[5:6], of_down, True)
+        du = aten.gelu_backward(dg, u, approximate=ctx.approximate)
+        dy, of5 = block.up.backward(du, y, lows[4:5], of_up, True)
+        do = _norm_back(dy.add_(dw), o, mean1, rstd1, p.norm1)  # also the gradient of x
+        dc, of4 = block.o.backward(_times(do, m2), c, lows[3:4], of_o, True)
+        dqkv = _attention_back(dc, qkv, s, m1, b)
+        dqkv = dqkv.view(3, b, p.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, 3 * d)
+        dx, of123 = block.qkv.backward(dqkv, x, lows[:3], of_qkv, to_x)
+        given = None if dx is None else dx.add_(do).view(b, t, d)
+        return None, None, given, None, None, *of123, *of4, *of5, *of6
+
+
+def softmax(s: Tensor) -> Tensor:
+    """Softmax over the last axis, in place where rows are short."""
+    if s.shape[-1] > SHORT or s.device.type != "cpu":
+        return torch.softmax(s, -1)
+    s = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    return s.mul_(s.sum(-1, keepdim=True).reciprocal_())
+
+
+def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """scale s + mask + bias for scores s (b, heads, t, t); a boolean mask is true where attention may look."""
+    s = s.mul_(scale) if bias is None else torch.add(bias, s, alpha=scale)
+    if mask is None:
+        return s
+    if mask.dtype == torch.bool:
+        return s.masked_fill_(~mask, torch.finfo(s.dtype).min)
+    return s.add_(mask)
+
+
+def _attention_back(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int) -> Tensor:
+    """dc (n, d) -> the gradient of q, k, v (3, b heads, t, dh)."""
+    q, k, v = qkv
+    t, dh = q.shape[1:]
+    dc = dc.view(b, t, -1, dh).transpose(1, 2).reshape(-1, t, dh)
+    out = torch.empty_like(qkv)
+    torch.bmm((s if m is None else s * m).mT, dc, out=out[2])
+    ds = torch.bmm(dc, v.mT)  # (b heads, t, t)
+    ds = ds if m is None else ds.mul_(m)
+    if t > SHORT:
+        ds = torch._softmax_backward_data(ds, s, -1, s.dtype)
+    else:
+        ds = ds.mul_(s)
+        ds = ds.addcmul_(s, ds.sum(-1, keepdim=True), value=-1)
+    ds = ds.mul_(dh**-0.5)
+    torch.bmm(ds, k, out=out[0])
+    torch.bmm(ds.mT, q, out=out[1])
+    return out
+
+
+def _drop_add(y: Tensor, p: float, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(x + drop(y), the mask)."""
+    m = dropout_mask(y, p) if p else None
+    return (torch.add(x, y) if m is None else torch.addcmul(x, y, m)), m
+
+
+def _norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
+        x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    )
+    return out
+
+
+def _norm_back(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.LayerNorm) -> Tensor:
+    given = (dy.contiguous(), x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, [True, False, False])
+    dx: Tensor = aten.native_layer_norm_backward(*given)[0]
+    return dx
+
+
+def _times(x: Tensor, m: Tensor | None) -> Tensor:
+    return x if m is None else x * m
+
+
+def _lows(flat: Sequence[Tensor | None]) -> list[Low]:
+    return [None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2]) for i in range(0, 18, 3)]  # type: ignore[arg-type]
+
+
+def _base(module: nn.Module) -> Any:
+    from loralab.bases import keep
+
+    return module.base if isinstance(module, Adapted) else keep(module)

@@ -1,0 +1,264 @@
+"""Every fast piece is the plain path: outputs, gradients, what dropout draws, and what backward keeps."""
+
+import math
+
+import pytest
+import torch
+from archs import build, rows, shake
+from torch.nn import functional as F
+
+import loralab
+from loralab import speed
+from loralab.recipe import NAMED
+from loralab.speed import block, masks
+from loralab.speed.encoders import layers_of
+
+ENCODERS = ["bert", "roberta", "electra", "mpnet", "distilbert"]
+LOW_RANK = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.low_rank and not row.plan]
+SETTINGS = {"rank": 3, "alpha": 5.0}
+
+
+def adapted(kind, method="lora", targets="all-linear", **more):
+    allowed = vars(NAMED[method][0].factors)
+    given = {key: value for key, value in SETTINGS.items() if key in allowed}
+    model = build(kind)
+    adapters = loralab.attach(model, method, targets=targets, head=True, batches=[rows(seed=8)], **given, **more)
+    shake(adapters, "default")
+    return model, adapters
+
+
+def double(model, adapters):
+    """In float64, constants too, so that a difference is a mistake and not rounding."""
+    model.double()
+    for layer in adapters.layers.values():
+        for name, constants in layer.constants.items():
+            layer.constants[name] = {k: t.double() if t.is_floating_point() else t for k, t in constants.items()}
+
+
+def pass_through(model, adapters, batch, draws=None):
+    """(logits, gradients by path.role) of one training pass."""
+    if draws is not None:
+        torch.manual_seed(draws)
+    logits = model.train()(**batch).logits
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
+    (logits * weight).sum().backward()
+    return logits, {key: t.grad for key, t in adapters.state().items() if t.requires_grad}
+
+
+def same(ours, theirs, tolerance=1e-9):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    for key, grad in theirs[1].items():
+        assert (grad is None) == (ours[1][key] is None), key
+        if grad is not None:
+            assert grad.isfinite().all()
+            torch.testing.assert_close(ours[1][key], grad, rtol=0, atol=tolerance * (1 + grad.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("targets", ["all-linear", "attention-qv", ".*layer.*[.]1[.].*"])
+def test_a_block_is_the_layer_it_replaces(kind, targets):
+    results = []
+    for fast in (False, True):
+        model, adapters = adapted(kind, targets=targets)
+        double(model, adapters)
+        if fast:
+            used = {choice.piece: choice.used for choice in speed.prepare(model)}
+            assert used["block"]
+            assert len(layers_of(model)) == 2
+        results.append(pass_through(model, adapters, rows()))
+    same(*results)
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_block_takes_every_low_rank_method(method):
+    results = []
+    for fast in (False, True):
+        model, adapters = adapted("mpnet", method)
+        double(model, adapters)
+        if fast:
+            speed.prepare(model)
+        adapters.steps.disconnect()  # a rank drawn anew for each model would compare two different functions
+        results.append(pass_through(model, adapters, rows()))
+    same(*results, 1e-5 if NAMED[method][0].store else 1e-9)  # what is stored in few bits is made anew in float32
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("tokens", [7, block.SHORT + 3])
+def test_a_block_is_the_layer_with_the_same_dropout(kind, tokens, monkeypatch):
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
+    results = []
+    for fast in (False, True):
+        model, adapters = adapted(kind)
+        double(model, adapters)
+        model.set_attn_implementation("eager")
+        for module in model.modules():
+            if type(module) is torch.nn.Dropout:
+                module.p = 0.3
+        if fast:
+            speed.prepare(model)
+        results.append(pass_through(model, adapters, rows(tokens=tokens), draws=5))
+    same(*results)
+    model, adapters = adapted(kind)
+    double(model, adapters)
+    assert (pass_through(model, adapters, rows(tokens=tokens))[0] - results[0][0]).abs().max() > 0.01  # it did drop
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_rows_of_several_adapters_go_through_a_block(method):
+    model, adapters = adapted("bert", method)
+    adapters.add("b", "rslora", rank=5, head=True)
+    shake(adapters, "b", seed=4)
+    double(model, adapters)
+    batch, ids = rows(), [1, 0, 0, 1, 0]
+    names = ["default", "b"]
+
+    def mixed():
+        with adapters.use(names, ids=ids):
+            logits = model(**batch).logits
+        learned = [t for name in names for t in adapters.state(name).values()]
+        return logits, dict(enumerate(torch.autograd.grad(logits.square().sum(), learned, allow_unused=True)))
+
+    plain = mixed()
+    speed.prepare(model)
+    same(mixed(), plain)
+    with adapters.use(None):
+        base = model(**batch).logits
+    torch.testing.assert_close(base, build("bert").double()(**batch).logits, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "more"), [("superlora", {}), ("lora", {"dropout": 0.3})])
+def test_what_a_block_cannot_do_takes_the_plain_path(method, more):
+    results = []
+    for fast in (False, True):
+        model, adapters = adapted("bert", method, **more)
+        double(model, adapters)
+        if fast:
+            speed.prepare(model)
+        torch.manual_seed(3)
+        results.append(pass_through(model, adapters, rows(), draws=5))
+    same(*results)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_drop_what_they_say_and_know_no_order(p, dtype):
+    torch.manual_seed(0)
+    like = torch.empty(61, 53, dtype=dtype)
+    drawn = torch.stack([masks.mask(like, p) for _ in range(400)]).float()  # (masks, 61, 53)
+    kept = (drawn != 0).float()
+    n = kept.numel()
+    assert abs(kept.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 3 / 256 / math.sqrt(400)
+    assert abs(drawn.mean() - 1) < 5 * math.sqrt(p / (1 - p) / n) + (0.004 if dtype == torch.bfloat16 else 0)
+    flat = kept.flatten(1) - (1 - p)  # high and low bytes of a word must know nothing of each other, nor neighbours
+    half = -(-like.numel() // 8) * 4
+    for shift in (1, 2, 4, half, 53):
+        together = (flat[:, shift:] * flat[:, :-shift]).mean() / (p * (1 - p))
+        assert abs(together) < 5 / math.sqrt(n) + 2e-4, shift
+    assert abs((flat[1:] * flat[:-1]).mean()) / (p * (1 - p)) < 5 / math.sqrt(n) + 2e-4  # nor one mask of the next
+
+
+def test_masks_repeat_with_torchs_seed_and_pass_gradients():
+    x = torch.randn(7, 11, requires_grad=True)
+    torch.manual_seed(4)
+    first = masks.dropout(x, 0.4)
+    torch.manual_seed(4)
+    again, other = masks.dropout(x, 0.4), masks.dropout(x, 0.4)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    first.sum().backward()
+    torch.testing.assert_close(x.grad * x, first)
+    assert masks.dropout(x, 0.4, training=False) is x
+
+
+def kept_shapes(model, batch):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = model.train()(**batch).logits.sum()
+    return out, [tuple(t.shape) for t in kept]
+
+
+def test_nothing_is_kept_below_the_first_adapted_layer():
+    shapes = {}
+    for targets in ("all-linear", ".*layer[.]1[.].*"):
+        model, adapters = adapted("bert", targets=targets)
+        speed.prepare(model)
+        out, shapes[targets] = kept_shapes(model, rows())
+        out.backward()
+        assert all(
+            p.grad is None for key, p in model.named_parameters() if id(p) not in map(id, adapters.state().values())
+        )
+    inner = (5 * 7, 37)  # (rows * tokens, inner): what GELU reads, once or twice a layer
+    assert 0 < shapes[".*layer[.]1[.].*"].count(inner) < shapes["all-linear"].count(inner)
+
+
+def test_lora_fa_keeps_no_input():
+    model, _ = adapted("bert", "lora-fa")
+    speed.prepare(model)
+    plain, _ = adapted("bert", "lora")
+    speed.prepare(plain)
+    fewer, more = kept_shapes(model, rows())[1], kept_shapes(plain, rows())[1]
+    assert fewer.count((35, 37)) == more.count((35, 37)) - 2  # of each layer's down-projection
+    assert fewer.count((35, 24)) < more.count((35, 24))
+
+
+def test_a_model_held_in_bfloat16_keeps_what_learns_in_float32_and_learns_the_same():
+    losses = {}
+    for store in (None, "bfloat16"):
+        model, adapters = adapted("mpnet")
+        speed.prepare(model, store=store)
+        for key, p in model.named_parameters():
+            learns = any(p is t for t in adapters.state().values())
+            assert p.dtype == (torch.float32 if learns or store is None else torch.bfloat16), key
+        optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=3e-3))
+        labels, losses[store] = torch.tensor([0, 2, 1, 1, 0]), []
+        for _ in range(30):
+            loss = F.cross_entropy(model(**rows()).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[store].append(loss.item())
+    plain, held = (torch.tensor(losses[store]) for store in (None, "bfloat16"))
+    assert plain[-1] < plain[0] / 2
+    assert (plain - held).abs().max() < 0.1 * plain[0]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "deberta-v2"])
+def test_a_model_without_known_layers_trains_all_the_same_and_says_why(kind):
+    model, adapters = adapted(kind)
+    plain = pass_through(*adapted(kind), rows())
+    choices = {choice.piece: choice for choice in speed.prepare(model)}
+    assert not choices["block"].used
+    assert "no layers of a known kind" in choices["block"].reason
+    same(pass_through(model, adapters, rows()), plain, 1e-6)
+
+
+def test_full_fine_tuning_keeps_the_layers_and_says_why():
+    model = build("bert")
+    loralab.attach(model, "full", head=True)
+    choices = {choice.piece: choice for choice in speed.prepare(model)}
+    assert not choices["block"].used
+    assert "learns" in choices["block"].reason
+
+
+def test_off_is_off_and_undo_puts_the_plain_path_back():
+    model, _ = adapted("bert")
+    assert not any(choice.used for choice in speed.prepare(model, speed="off"))
+    assert not any("forward" in vars(module) for module in model.modules())
+    speed.prepare(model)
+    assert any("forward" in vars(module) for module in model.modules())
+    speed.put_back(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(loralab.UserError, match="expected auto or off"):
+        speed.prepare(model, speed="on")
+    with pytest.raises(loralab.UserError, match="expected bfloat16 or float32"):
+        speed.prepare(model, store="nf4")
+
+
+def test_a_merged_copy_of_a_fast_model_is_plain():
+    model, adapters = adapted("bert")
+    expected = model(**rows()).logits
+    speed.prepare(model)
+    merged = adapters.merge("default")
+    torch.testing.assert_close(merged(**rows()).logits, expected, rtol=0, atol=1e-5)
+    assert not any("forward" in vars(module) for module in merged.modules())
