@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from loralab import starts
 from loralab.attach import HANDLE, Adapters, of, once
 from loralab.errors import UserError
 from loralab.recipe import Recipe, from_json, to_json
@@ -34,6 +35,7 @@ class AdapterFile:
     labels: list[str]
     base: dict[str, Any]  # name, model_type, sha256 (None: the folder does not say)
     tensors: dict[str, Tensor]  # path.role -> tensor
+    begins: bool = False  # the file lacks what its start adds (A0, B0): it is made again, from the base
 
 
 def save(handle: Adapters, folder: Path | str, name: str | None = None) -> Path:
@@ -105,8 +107,10 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None, check_ba
         )
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
-    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels, filled=True)
-    problems = _fill({key: tensor for key, (_, tensor) in once(handle.tensors(name)).items()}, file.tensors)
+    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels, filled=not file.begins)
+    made = starts.added(file.recipe.start) if file.begins else ()
+    held = {key: tensor for key, (role, tensor) in once(handle.tensors(name)).items() if role not in made}
+    problems = _fill(held, file.tensors)
     if problems:
         if known is None:
             handle.unwrap()
