@@ -183,7 +183,7 @@ def begun(name):
     r, size = recipe(name, rank=RANK, alpha=ALPHA), (29, 23)
     layer = nn.Linear(*size[::-1])
     with torch.no_grad():
-        layer.weight.copy_(tensor(*size, seed=5))
+        layer.weight.copy_(0.3 * tensor(*size, seed=5))
     W, base, generator = keep(layer).dense().detach(), keep(layer, r.store), torch.Generator().manual_seed(0)
     p = blank(r.start, r.factors, *size, generator)
     return r.factors.scaling, W, base.dense().detach(), p | begin(r.start, r.factors, W, base, generator)
