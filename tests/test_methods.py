@@ -5,6 +5,7 @@ import pytest
 import torch
 from archs import build, rows, shake
 from literal import tensor
+from shapes import made
 from torch import nn
 
 import loralab
@@ -12,6 +13,7 @@ from loralab.bases.float import Float
 from loralab.factors.dylora import DyLoRA
 from loralab.factors.vera import VeRA
 from loralab.lower import lower
+from loralab.ranks import RankMap
 from loralab.recipe import NAMED, Recipe
 from loralab.update import apply
 
@@ -110,6 +112,22 @@ def test_lora_fa_keeps_no_x(base):
         assert torch.Size([ROWS * TOKENS, RANK]) in shapes
 
 
+@pytest.mark.parametrize("name", [name for name in measure.EQUATIONS if NAMED[name][0].low_rank])
+@pytest.mark.parametrize("given", [{}, {"gain": True}, {"gain": True, "exact_gain": True}])
+def test_nothing_of_the_size_of_the_weight_is_made(name, given):
+    """Neither B A, nor an identity to make it with, nor the weight's own gradient, in forward and backward."""
+    model = nn.Sequential(nn.Linear(N_IN, N_OUT)).train()
+    more = {"ranks": RankMap({"0": RANK})} if NAMED[name][0].plan else {}
+    more |= {"total_steps": 9} if name == "adalora" else {}
+    more |= {"batches": [{"input": torch.randn(9, N_IN)}]} if name == "eva" else {}
+    more |= {"store": "float32", "start": "kaiming"} if NAMED[name][0].store else {}  # few bits become dense
+    adapters = loralab.attach(model, name, rank=RANK, targets=["0"], **more, **given)
+    shake(adapters, "default")
+    shapes = made(model, torch.randn(ROWS, N_IN))
+    assert (ROWS, N_OUT) in shapes
+    assert shapes.isdisjoint({(N_OUT, N_IN), (N_IN, N_OUT), (N_IN, N_IN), (N_OUT, N_OUT)})
+
+
 def test_lora_plus_steps_b_faster_by_the_ratio():
     adapters = loralab.attach(build("bert"), "lora+", rank=2, head=True)
     shake(adapters, "default")
@@ -170,7 +188,8 @@ def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):
         torch.testing.assert_close(plain(**batch).logits, outputs[-1], rtol=0, atol=1e-5)
     assert torch.equal(outputs[-1], model(**batch).logits)  # the full rank is what evaluation uses
     for rank in (1, 5):
-        with pytest.raises(loralab.UserError, match="for ranks 2 to 4"), adapters.use("default", rank=rank):
+        told = f"rank={rank}: this DyLoRA was trained for ranks 2 to 4, choose one of them"
+        with pytest.raises(loralab.UserError, match=told), adapters.use("default", rank=rank):
             pass
 
 

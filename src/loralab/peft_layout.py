@@ -142,6 +142,7 @@ def write(handle: "Adapters", folder: Path | str, name: str | None = None) -> Pa
         layer = handle.layers[path]
         u = layer.lower(name)
         assert isinstance(u, Update)
+        u = _fitting(u)
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = u.A, u.B
         if u.gain is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.roles(name)["m"]
@@ -158,6 +159,16 @@ def write(handle: "Adapters", folder: Path | str, name: str | None = None) -> Pa
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _fitting(u: Update) -> Update:
+    """The same update at no higher a rank than its matrix (out, in) can have, as some methods stack several pairs."""
+    (rank, columns), rows = u.A.shape, len(u.B)
+    if rank <= min(rows, columns):
+        return u
+    D = u.matrix()
+    eye = torch.eye(min(rows, columns), dtype=D.dtype, device=D.device)
+    return u._replace(A=D, B=eye) if rows <= columns else u._replace(A=eye, B=D)
 
 
 def _config(handle: "Adapters", heads: tuple[str, ...], ranks: dict[str, int]) -> dict[str, Any]:

@@ -199,14 +199,17 @@ def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
 
 
 def _moves(factors: Factors, r: Recipe) -> bool:
-    """Whether the roles that learn have a gradient at the start, tried on a square layer."""
-    if "m" in r.learn or not starts.STARTS[r.start].zero:
+    """Whether the roles that learn have a gradient at the start, tried on a square layer.
+
+    What a dense update has of its roles depends on the layer's size, so nothing is said of it.
+    """
+    if "m" in r.learn or r.start not in starts.STARTS or not starts.STARTS[r.start].zero or not factors.low_rank:
         return True
     n = max(getattr(factors, "rank", 1), 8)
     p = factors.init(n, n, Generator().manual_seed(0))
     learned = [p[role].requires_grad_() for role in r.learn]
     p |= factors.local(factors.constants([(n, n)]), n, n)
-    A, B = factors.lower(p) if factors.low_rank else (factors.dense(p, n, n), torch.eye(n))
+    A, B = factors.lower(p)
     total = ((B @ A) * torch.randn(n, n, generator=Generator().manual_seed(1))).sum()
     return total.requires_grad and any(bool(grad.any()) for grad in torch.autograd.grad(total, learned))
 
