@@ -12,6 +12,8 @@ import loralab
 from loralab.factors.adalora import AdaLoRA, kept_gates
 from loralab.files import read
 from loralab.lower import lower
+from loralab.ranks import RankMap
+from loralab.ranks.kept import kept_map
 from loralab.recipe import Recipe, recipe
 from loralab.train import Settings, train
 
@@ -226,6 +228,27 @@ def test_defaults_follow_rank_and_length():
     assert planned.factors.total_steps == 30
     assert recipe("adalora", total_steps=20).planned(30).factors.total_steps == 20
     assert recipe("full").planned(30) == recipe("full")
+
+
+def test_what_a_budget_left_is_a_map_for_another_run(tmp_path):
+    model = build("bert").train()
+    adapters = loralab.attach(model, "adalora", rank=3, target_rank=1, targets=TARGETS, head=True, **STEPS)
+    with pytest.raises(loralab.UserError, match="before the first step"):
+        kept_map(adapters)
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-2))
+    for step in range(14):
+        model(**rows(seed=step), labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ranks = RankMap.load(kept_map(adapters).save(tmp_path / "map.json"))
+    assert {path: part.rank for path, part in ranks.layers.items()} == {
+        path: int((layer.roles("default")["E"] != 0).sum()) for path, layer in adapters.layers.items()
+    }
+    assert sum(part.rank for part in ranks.layers.values()) == len(adapters.layers)
+    again = loralab.attach(build("bert"), "lora", targets=TARGETS, ranks=ranks)
+    assert set(again.layers) == set(ranks.adapted)
+    with pytest.raises(loralab.UserError, match="method adalora"):
+        kept_map(again)
 
 
 def test_what_training_remembers_stays_out_of_the_file(tmp_path):

@@ -1,5 +1,7 @@
 """Each literal algorithm of a paper, written slowly, agrees with its lowering, gradients and steps included."""
 
+import json
+
 import measure
 import pytest
 import torch
@@ -93,7 +95,22 @@ def test_two_adapters_with_different_vera_seeds_share_a_model():
         torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=1e-5)
 
 
-def test_vera_keeps_its_projection_out_of_the_file(tmp_path):
+@pytest.mark.parametrize("method", ["vera", "superlora"])
+def test_a_file_holds_the_hash_of_what_its_seed_draws(tmp_path, method):
+    """A generator that drew something else would make the same vectors another function."""
+    loralab.attach(build("bert"), method, rank=2).save(tmp_path)
+    header = json.loads((tmp_path / "adapter.json").read_text())
+    assert len(header["constants"]) == 64
+    loralab.load(build("bert"), tmp_path)
+    header["recipe"]["factors"]["projection_seed"] = 1
+    (tmp_path / "adapter.json").write_text(json.dumps(header))
+    model = build("bert")
+    with pytest.raises(loralab.UserError, match="what its seed draws here is not what it was trained with"):
+        loralab.load(model, tmp_path)
+    assert not hasattr(model, "_loralab")
+
+
+def test_vera_keeps_its_projection_out_of_the_file():
     adapters = loralab.attach(build("bert"), "vera", rank=5)
     assert {role for role, _ in adapters.tensors().values()} == {"d", "b"}
     layers = list(adapters.layers.values())
@@ -172,6 +189,21 @@ def test_frozen_dylora_leaves_other_rows_their_bits_under_adamw():
             if role in "AB":
                 changed = (t != before[key]).any(1 if role == "A" else 0)
                 assert changed.nonzero().flatten().tolist() == [drawn - 1]
+
+
+def test_grouping_is_by_role_or_pefts():
+    """The other side, PEFT's groups, is in test_peft.py."""
+    adapters = loralab.attach(build("bert"), "lora+", rank=2, head=True)
+    for given, told in (
+        ({"grouping": "role"}, "grouping='role': choose one of roles, peft"),
+        ({"grouping": "peft", "head_lr": 1.0}, "head_lr=1.0 with grouping='peft'"),
+    ):
+        with pytest.raises(loralab.UserError, match=told):
+            adapters.parameter_groups(**given)
+    groups = {(g["role"], g["lr"], g["weight_decay"]) for g in adapters.parameter_groups(1.0, 0.1, head_lr=2.0)}
+    assert groups == {("A", 1.0, 0.1), ("B", 16.0, 0.1), ("head", 2.0, 0.1), ("head", 2.0, 0.0)}
+    groups = {(g["role"], g["lr"], g["weight_decay"]) for g in adapters.parameter_groups(1.0, 0.1, grouping="peft")}
+    assert groups == {("A", 1.0, 0.1), ("B", 16.0, 0.1), ("head", 1.0, 0.1), ("head", 16.0, 0.0)}
 
 
 def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):

@@ -84,7 +84,15 @@ def read(folder: Path) -> "AdapterFile":
     recipe = Recipe(factors, start, bool(config.get("use_dora")), dropout=dropout, ranks=_ranks(config, list(paths)))
     base = {"name": config.get("base_model_name_or_path"), "sha256": None}
     return AdapterFile(
-        folder.name or "peft", check(recipe), list(paths), list(heads), [], base, tensors, bool(starts.added(start))
+        folder.name or "peft",
+        check(recipe),
+        list(paths),
+        list(heads),
+        [],
+        base,
+        tensors,
+        None,
+        bool(starts.added(start)),
     )
 
 
