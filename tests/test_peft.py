@@ -128,6 +128,11 @@ def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
         ({"init_lora_weights": "loftq"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora", "fan_in_fan_out": True}, "init_lora_weights='olora' changes the base"),
         ({"rank_pattern": {"query": 2}}, "expected (2, 24)"),
+        ({"rank_pattern": {"(query": 2}}, "not a config of PEFT"),
+        ({"rank_pattern": [2]}, "not a config of PEFT"),
+        ({"r": "eight"}, "rank='eight': expected a whole number"),
+        ({"r": None}, "rank=None"),
+        ({"lora_alpha": None}, "not a config of PEFT"),
     ],
 )
 def test_a_folder_that_would_be_another_function_is_refused(changed, told, tmp_path):

@@ -63,7 +63,6 @@ def read(folder: Path) -> "AdapterFile":
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise UserError(f"{folder / HEADER}: peft_type {kind!r} is not read here, only {', '.join(KINDS)}")
-    start = _start(folder, config)
     tensors: dict[str, Tensor] = {}
     paths: dict[str, None] = {}
     heads: dict[str, None] = {}
@@ -78,22 +77,24 @@ def read(folder: Path) -> "AdapterFile":
         else:
             heads[key.split(".")[0]] = None
             tensors[key] = tensor
-    factors = KINDS[kind](config)
-    _check_projection(folder, factors, projection)
-    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
-    recipe = Recipe(factors, start, bool(config.get("use_dora")), dropout=dropout, ranks=_ranks(config, list(paths)))
+    recipe = _recipe(folder, config, list(paths))
+    assert recipe.factors is not None
+    _check_projection(folder, recipe.factors, projection)
     base = {"name": config.get("base_model_name_or_path"), "sha256": None}
-    return AdapterFile(
-        folder.name or "peft",
-        check(recipe),
-        list(paths),
-        list(heads),
-        [],
-        base,
-        tensors,
-        None,
-        bool(starts.added(start)),
-    )
+    name, begins = folder.name or "peft", bool(starts.added(recipe.start))
+    return AdapterFile(name, recipe, list(paths), list(heads), [], base, tensors, begins=begins)
+
+
+def _recipe(folder: Path, config: dict[str, Any], paths: list[str]) -> Recipe:
+    start = _start(folder, config)
+    try:
+        factors, gain = KINDS[config["peft_type"]](config), bool(config.get("use_dora"))
+        dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
+        return check(Recipe(factors, start, gain, dropout=dropout, ranks=_ranks(config, paths)))
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{folder / HEADER}: not a config of PEFT ({type(error).__name__}: {error})") from error
 
 
 def _start(folder: Path, config: dict[str, Any]) -> str:
