@@ -59,7 +59,10 @@ def test_where_peft_and_a_paper_differ_both_are_as_said(what):
 
 # ---- PEFT's folders --------------------------------------------------------------------------------------------------
 
-PATTERNS = {"rank_pattern": {"query": 2, r"layer\.1\.attention\.self\.value": 4}, "alpha_pattern": {"value": 7}}
+PATTERNS = {  # a pattern is for whole names at the end of a path, so "uery" and "attention" say nothing
+    "rank_pattern": {"uery": 5, "attention": 6, "query": 2, r"layer\.1\.attention\.self\.value": 4},
+    "alpha_pattern": {"self": 9, "value": 7},
+}
 FOLDERS = {  # name -> a method, and settings of PEFT beside
     **{name: (name, {}) for name in CONFIGS if name != "adalora"},
     "rank pattern": ("lora", {"rank_pattern": PATTERNS["rank_pattern"]}),
