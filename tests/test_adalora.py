@@ -1,6 +1,7 @@
 """AdaLoRA against a literal, slow version of itself and against PEFT: the same masks and losses, step by step."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import loralab
 from loralab.factors.adalora import AdaLoRA, kept_gates
 from loralab.files import read
 from loralab.lower import lower
+from loralab.ranks import RankMap
+from loralab.ranks.kept import kept_map
 from loralab.recipe import Recipe, recipe
 from loralab.train import Settings, train
 
@@ -72,9 +75,8 @@ class Slow:
                     self.layers[i][1][k] = 0.0
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.05), lambda p: torch.optim.AdamW(p, lr=0.03)])
-@pytest.mark.parametrize("every", [1, 3])
-def test_it_is_the_literal_algorithm(make, every):
+def literal_run(kind, every):
+    """(largest difference of any value at any step, open gates after each step) of 17 steps on three layers."""
     factors = AdaLoRA(rank=RANK, target_rank=2, alpha=7.0, every=every, **STEPS)
     x, y = tensor(4, N_IN, seed=1), tensor(4, N_OUT, seed=2)
     E = torch.zeros(RANK, dtype=torch.float64)
@@ -84,8 +86,9 @@ def test_it_is_the_literal_algorithm(make, every):
     slow = Slow(theirs, RANK, 2, 14, 2, 4, every)
     layers = {str(i): dict(zip("AEB", layer, strict=True)) for i, layer in enumerate(ours)}
     layers = {path: {**p, **factors.memory(p)} for path, p in layers.items()}
+    make = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=0.03)}[kind]
     optimizers = [make([p for layer in side for p in layer]) for side in (ours, theirs)]
-    open_gates = []
+    off, open_gates = 0.0, []
     for t in range(1, 18):  # beyond total_steps, too
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -99,13 +102,19 @@ def test_it_is_the_literal_algorithm(make, every):
         factors.after_step(layers, None, None)
         slow.after(t)
         for mine, literal in zip(ours, theirs, strict=True):
-            for a, b in zip(mine, literal, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-        open_gates.append(sum(int((p["E"] != 0).sum()) for p in layers.values()))
+            off = max(off, *(float((a - b).detach().abs().max()) for a, b in zip(mine, literal, strict=True)))
+        open_gates.append(sum(map(sum, kept_gates(layers).values())))
+    return off, open_gates
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_it_is_the_literal_algorithm(kind, every):
+    off, open_gates = literal_run(kind, every)
+    assert off < 1e-12
     assert open_gates[:2] == [15, 15]
     assert open_gates[9:] == [6] * 8  # settled at twice the layers
     assert open_gates == sorted(open_gates, reverse=True) or every > 1  # between two choices a gate may open again
-    assert kept_gates(layers) == {str(i): (p["E"] != 0).tolist() for i, p in enumerate(layers.values())}
 
 
 def test_the_budget_falls_by_the_cube_of_what_is_left():
@@ -219,6 +228,27 @@ def test_defaults_follow_rank_and_length():
     assert planned.factors.total_steps == 30
     assert recipe("adalora", total_steps=20).planned(30).factors.total_steps == 20
     assert recipe("full").planned(30) == recipe("full")
+
+
+def test_what_a_budget_left_is_a_map_for_another_run(tmp_path):
+    model = build("bert").train()
+    adapters = loralab.attach(model, "adalora", rank=3, target_rank=1, targets=TARGETS, head=True, **STEPS)
+    with pytest.raises(loralab.UserError, match="before the first step"):
+        kept_map(adapters)
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-2))
+    for step in range(14):
+        model(**rows(seed=step), labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ranks = RankMap.load(kept_map(adapters).save(tmp_path / "map.json"))
+    assert {path: part.rank for path, part in ranks.layers.items()} == {
+        path: int((layer.roles("default")["E"] != 0).sum()) for path, layer in adapters.layers.items()
+    }
+    assert sum(part.rank for part in ranks.layers.values()) == len(adapters.layers)
+    again = loralab.attach(build("bert"), "lora", targets=TARGETS, ranks=ranks)
+    assert set(again.layers) == set(ranks.adapted)
+    with pytest.raises(loralab.UserError, match="method adalora"):
+        kept_map(again)
 
 
 def test_what_training_remembers_stays_out_of_the_file(tmp_path):

@@ -1,27 +1,26 @@
 """Each literal algorithm of a paper, written slowly, agrees with its lowering, gradients and steps included."""
 
+import json
+
+import measure
 import pytest
 import torch
 from archs import build, rows, shake
+from literal import tensor
+from shapes import made
 from torch import nn
-from torch.nn import functional as F
 
 import loralab
 from loralab.bases.float import Float
-from loralab.factors.delta import DeltaLoRA
 from loralab.factors.dylora import DyLoRA
-from loralab.factors.lora import LoRA
-from loralab.factors.precond import PreconditionedLoRA
 from loralab.factors.vera import VeRA
 from loralab.lower import lower
-from loralab.recipe import Recipe
+from loralab.ranks import RankMap
+from loralab.recipe import NAMED, Recipe
 from loralab.update import apply
 
 N_OUT, N_IN, RANK, ROWS, TOKENS = 13, 11, 3, 5, 7
-
-
-def tensor(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+TOLERANCE = {"qdora": 1e-5}  # the lengths of rows kept in few bits are float32
 
 
 @pytest.fixture
@@ -29,33 +28,29 @@ def base():
     return Float(nn.Parameter(tensor(N_OUT, N_IN, seed=0), requires_grad=False), tensor(N_OUT, seed=1))
 
 
-@pytest.fixture
-def x():
-    return tensor(ROWS, TOKENS, N_IN, seed=2)
+@pytest.mark.parametrize("name", measure.EQUATIONS)
+def test_the_lowering_is_the_literal_equation(name):
+    """Output and gradients, with dropout; every named method whose layers are adapted is in the table."""
+    assert measure.EQUATIONS[name]() < TOLERANCE.get(name, 1e-11)
 
 
-def learn(*tensors):
-    return [t.clone().requires_grad_(True) for t in tensors]
+def test_every_named_method_is_measured():
+    assert {*measure.EQUATIONS, *measure.WITHOUT} == set(NAMED)
 
 
-def gradients(y, learned):
-    weights = tensor(*y.shape, seed=9)  # a scalar in generic position
-    return torch.autograd.grad((y * weights).sum(), learned)
+@pytest.mark.parametrize("name", ["dora", "qdora"])
+def test_the_norm_of_a_gain_can_learn_too(name):
+    assert measure.equation(name, exact=True) < TOLERANCE.get(name, 1e-11)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_dora_is_the_dense_formula_with_the_norm_held_or_not(base, x, exact):
-    A, B, m = tensor(RANK, N_IN, seed=3), tensor(N_OUT, RANK, seed=4), tensor(N_OUT, seed=5).abs() + 0.5
-    recipe = Recipe(factors=LoRA(rank=RANK, alpha=5.0), gain=True, exact_gain=exact)
-    ours = learn(A, B, m)
-    y = apply(x, base, lower(recipe, dict(zip("ABm", ours, strict=True)), base))
-    theirs = learn(A, B, m)
-    V = base.weight + 5 / RANK * theirs[1] @ theirs[0]
-    norm = V.norm(dim=1, keepdim=True)
-    expected = F.linear(x, theirs[2][:, None] * V / (norm if exact else norm.detach()), base.bias)
-    torch.testing.assert_close(y, expected)
-    for mine, slow in zip(gradients(y, ours), gradients(expected, theirs), strict=True):
-        torch.testing.assert_close(mine, slow)
+@pytest.mark.parametrize("name", measure.STEPS)
+def test_steps_are_those_of_the_literal_algorithm(name):
+    assert measure.STEPS[name]() < 1e-10
+
+
+@pytest.mark.parametrize("name", measure.STARTS)
+def test_starts_are_those_of_the_literal_rule(name):
+    assert measure.STARTS[name]() < 1e-5
 
 
 def test_doras_fresh_magnitude_is_the_norm_of_the_weight():
@@ -66,16 +61,10 @@ def test_doras_fresh_magnitude_is_the_norm_of_the_weight():
 
 
 @pytest.mark.parametrize("source", ["philox-1", "peft"])
-def test_vera_is_two_vectors_around_one_projection_cut_to_the_layer(base, x, source):
+def test_veras_projection_is_uniform_and_sized_for_the_largest_layer(source):
     factors = VeRA(rank=17, projection_seed=4, source=source)
     constants = factors.constants([(N_OUT, 29), (31, N_IN)])
     assert (constants["A"].shape, constants["B"].shape) == ((17, 29), (31, 17))
-    d, b = tensor(17, seed=3), tensor(N_OUT, seed=4)
-    local = {key: t.double() for key, t in factors.local(constants, N_OUT, N_IN).items()}
-    y = apply(x, base, lower(Recipe(factors=factors), {"d": d, "b": b, **local}, base))
-    A, B = constants["A"].double()[:, :N_IN], constants["B"].double()[:N_OUT]
-    expected = F.linear(x, base.weight, base.bias) + (((x @ A.T) * d) @ B.T) * b
-    torch.testing.assert_close(y, expected)
     bound_a, bound_b = (6 / 29) ** 0.5, (6 / 17) ** 0.5
     assert bound_a * 0.95 < constants["A"].abs().max() <= bound_a
     assert bound_b * 0.95 < constants["B"].abs().max() <= bound_b
@@ -106,7 +95,22 @@ def test_two_adapters_with_different_vera_seeds_share_a_model():
         torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=1e-5)
 
 
-def test_vera_keeps_its_projection_out_of_the_file(tmp_path):
+@pytest.mark.parametrize("method", ["vera", "superlora"])
+def test_a_file_holds_the_hash_of_what_its_seed_draws(tmp_path, method):
+    """A generator that drew something else would make the same vectors another function."""
+    loralab.attach(build("bert"), method, rank=2).save(tmp_path)
+    header = json.loads((tmp_path / "adapter.json").read_text())
+    assert len(header["constants"]) == 64
+    loralab.load(build("bert"), tmp_path)
+    header["recipe"]["factors"]["projection_seed"] = 1
+    (tmp_path / "adapter.json").write_text(json.dumps(header))
+    model = build("bert")
+    with pytest.raises(loralab.UserError, match="what its seed draws here is not what it was trained with"):
+        loralab.load(model, tmp_path)
+    assert not hasattr(model, "_loralab")
+
+
+def test_vera_keeps_its_projection_out_of_the_file():
     adapters = loralab.attach(build("bert"), "vera", rank=5)
     assert {role for role, _ in adapters.tensors().values()} == {"d", "b"}
     layers = list(adapters.layers.values())
@@ -125,15 +129,20 @@ def test_lora_fa_keeps_no_x(base):
         assert torch.Size([ROWS * TOKENS, RANK]) in shapes
 
 
-def test_the_preconditioned_gradient_is_that_of_the_weight_projected():
-    factors = PreconditionedLoRA(rank=RANK, alpha=5.0)
-    A, B = tensor(RANK, N_IN, seed=3), nn.Parameter(tensor(N_OUT, RANK, seed=4))
-    g = tensor(N_OUT, RANK, seed=5)
-    B.grad = g.clone()
-    factors.before_step({"layer": {"A": A, "B": B}}, None)
-    s = 5 / RANK
-    expected = g @ torch.linalg.inv(A @ A.T + 1e-8 * torch.eye(RANK, dtype=torch.float64)) / s**2
-    torch.testing.assert_close(B.grad, expected)
+@pytest.mark.parametrize("name", [name for name in measure.EQUATIONS if NAMED[name][0].low_rank])
+@pytest.mark.parametrize("given", [{}, {"gain": True}, {"gain": True, "exact_gain": True}])
+def test_nothing_of_the_size_of_the_weight_is_made(name, given):
+    """Neither B A, nor an identity to make it with, nor the weight's own gradient, in forward and backward."""
+    model = nn.Sequential(nn.Linear(N_IN, N_OUT)).train()
+    more = {"ranks": RankMap({"0": RANK})} if NAMED[name][0].plan else {}
+    more |= {"total_steps": 9} if name == "adalora" else {}
+    more |= {"batches": [{"input": torch.randn(9, N_IN)}]} if name == "eva" else {}
+    more |= {"store": "float32", "start": "kaiming"} if NAMED[name][0].store else {}  # few bits become dense
+    adapters = loralab.attach(model, name, rank=RANK, targets=["0"], **more, **given)
+    shake(adapters, "default")
+    shapes = made(model, torch.randn(ROWS, N_IN))
+    assert (ROWS, N_OUT) in shapes
+    assert shapes.isdisjoint({(N_OUT, N_IN), (N_IN, N_OUT), (N_IN, N_IN), (N_OUT, N_OUT)})
 
 
 def test_lora_plus_steps_b_faster_by_the_ratio():
@@ -149,26 +158,16 @@ def test_lora_plus_steps_b_faster_by_the_ratio():
         torch.testing.assert_close(before[key] - t.detach(), torch.full_like(t, moved))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-def test_dylora_uses_the_first_rows_at_alpha_over_rank(base, x, rank):
-    A, B = tensor(4, N_IN, seed=3), tensor(N_OUT, 4, seed=4)
-    ours, theirs = learn(A, B), learn(A, B)
-    recipe = Recipe(factors=DyLoRA(rank=4, alpha=5.0))
-    y = apply(x, base, lower(recipe, dict(zip("AB", ours, strict=True)), base, drawn=rank))
-    down = (x.reshape(-1, N_IN) @ theirs[0][:rank].T).reshape(ROWS, TOKENS, rank)
-    expected = F.linear(x, base.weight, base.bias) + 5 / rank * down @ theirs[1][:, :rank].T
-    torch.testing.assert_close(y, expected)
-    for mine, slow in zip(gradients(y, ours), gradients(expected, theirs), strict=True):
-        torch.testing.assert_close(mine, slow)
-
-
-def test_frozen_dylora_has_the_same_forward_and_gradient_in_one_row_alone(base, x):
-    A, B = learn(tensor(4, N_IN, seed=3), tensor(N_OUT, 4, seed=4))
+def test_frozen_dylora_has_the_same_forward_and_gradient_in_one_row_alone(base):
+    x, A, B = (
+        tensor(*shape, seed=i).requires_grad_(i > 0)
+        for i, shape in enumerate(((ROWS, TOKENS, N_IN), (4, N_IN), (N_OUT, 4)))
+    )
     p = {"A": A, "B": B}
     y = [apply(x, base, lower(Recipe(factors=DyLoRA(4, 5.0, frozen=f)), p, base, drawn=3)) for f in (True, False)]
     assert torch.equal(*y)
-    gA, gB = gradients(y[0], [A, B])
-    fA, fB = gradients(y[1], [A, B])
+    gA, gB = measure.weighted(y[0], [A, B])
+    fA, fB = measure.weighted(y[1], [A, B])
     torch.testing.assert_close(gA[2], fA[2])
     torch.testing.assert_close(gB[:, 2], fB[:, 2])
     assert gA[[0, 1, 3]].abs().max() == 0
@@ -192,6 +191,21 @@ def test_frozen_dylora_leaves_other_rows_their_bits_under_adamw():
                 assert changed.nonzero().flatten().tolist() == [drawn - 1]
 
 
+def test_grouping_is_by_role_or_pefts():
+    """The other side, PEFT's groups, is in test_peft.py."""
+    adapters = loralab.attach(build("bert"), "lora+", rank=2, head=True)
+    for given, told in (
+        ({"grouping": "role"}, "grouping='role': choose one of roles, peft"),
+        ({"grouping": "peft", "head_lr": 1.0}, "head_lr=1.0 with grouping='peft'"),
+    ):
+        with pytest.raises(loralab.UserError, match=told):
+            adapters.parameter_groups(**given)
+    groups = {(g["role"], g["lr"], g["weight_decay"]) for g in adapters.parameter_groups(1.0, 0.1, head_lr=2.0)}
+    assert groups == {("A", 1.0, 0.1), ("B", 16.0, 0.1), ("head", 2.0, 0.1), ("head", 2.0, 0.0)}
+    groups = {(g["role"], g["lr"], g["weight_decay"]) for g in adapters.parameter_groups(1.0, 0.1, grouping="peft")}
+    assert groups == {("A", 1.0, 0.1), ("B", 16.0, 0.1), ("head", 1.0, 0.1), ("head", 16.0, 0.0)}
+
+
 def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):
     model, batch = build("bert"), rows()
     adapters = loralab.attach(model, "dylora", rank=4, alpha=5.0, minimum=2)
@@ -206,35 +220,9 @@ def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):
         torch.testing.assert_close(plain(**batch).logits, outputs[-1], rtol=0, atol=1e-5)
     assert torch.equal(outputs[-1], model(**batch).logits)  # the full rank is what evaluation uses
     for rank in (1, 5):
-        with pytest.raises(loralab.UserError, match="for ranks 2 to 4"), adapters.use("default", rank=rank):
+        told = f"rank={rank}: this DyLoRA was trained for ranks 2 to 4, choose one of them"
+        with pytest.raises(loralab.UserError, match=told), adapters.use("default", rank=rank):
             pass
-
-
-@pytest.mark.parametrize("start", [0, 7])
-def test_delta_lora_is_the_algorithm_that_writes_to_w(start):
-    """50 AdamW steps: the snapshot form against W <- W + follow s (B' A' - B A), to float64 rounding."""
-    follow, s, target = 1.7, 5 / RANK, tensor(ROWS, N_OUT, seed=7)
-    x, W, b = tensor(ROWS, N_IN, seed=2), tensor(N_OUT, N_IN, seed=0), tensor(N_OUT, seed=1)
-    A, B = learn(tensor(RANK, N_IN, seed=3), torch.zeros(N_OUT, RANK, dtype=torch.float64))
-    literal_W, theirs = W.clone(), learn(A.detach(), B.detach())
-    factors = DeltaLoRA(rank=RANK, alpha=5.0, follow=follow, wait=start)
-    p = {"A": A, "B": B, "Ak": A.detach().clone(), "Bk": B.detach().clone(), "step": torch.zeros((), dtype=torch.int64)}
-    base = Float(nn.Parameter(W, requires_grad=False), b)
-    ours_optimizer, their_optimizer = torch.optim.AdamW([A, B], lr=0.05), torch.optim.AdamW(theirs, lr=0.05)
-    for step in range(50):
-        y = apply(x, base, lower(Recipe(factors=factors), p, base))
-        expected = x @ literal_W.T + s * (x @ theirs[0].T) @ theirs[1].T + b
-        torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
-        before = theirs[1].detach() @ theirs[0].detach()
-        for optimizer, out in ((ours_optimizer, y), (their_optimizer, expected)):
-            optimizer.zero_grad()
-            F.mse_loss(out, target).backward()
-            optimizer.step()
-        factors.after_step({"layer": p}, None, None)
-        if step >= start:
-            literal_W += follow * s * (theirs[1].detach() @ theirs[0].detach() - before)
-    assert (literal_W - W).abs().max() > 0.1
-    assert torch.equal(base.weight, W)
 
 
 def test_bitfit_trains_every_bias_and_gives_them_back():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from archs import build, rows, shake
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 import loralab
 from loralab.factors import FACTORS
 from loralab.recipe import NAMED
+from loralab.steps import WATCHING
 from loralab.train import Settings, train
 from loralab.train import loop as loop_module
 
@@ -52,8 +53,8 @@ def ranks(model, adapters, optimizer, count=12):
     return drawn
 
 
-def hooks():
-    return len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+def listening():
+    return len(WATCHING)
 
 
 def test_every_stepped_method_is_here():
@@ -286,26 +287,26 @@ def test_a_chosen_rank_is_for_evaluation():
 
 def test_hooks_come_and_go():
     gc.collect()  # models of other tests
-    none = hooks()
+    none = listening()
     model, adapters = adapted("lora")
-    assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
+    assert (listening(), len(model._forward_pre_hooks)) == (none, 0)
     adapters.add("a", "dylora", rank=2)
     adapters.add("b", "delta-lora", rank=2)
-    assert (hooks(), len(model._forward_pre_hooks)) == ((none[0] + 1, none[1] + 1), 1)
+    assert (listening(), len(model._forward_pre_hooks)) == (none + 1, 1)
     adapters.remove("a")
-    assert hooks() == (none[0] + 1, none[1] + 1)
+    assert listening() == none + 1
     adapters.remove("b")
-    assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
+    assert (listening(), len(model._forward_pre_hooks)) == (none, 0)
     adapters.add("c", "dylora", rank=2)
     assert len(adapters.merge("c")._forward_pre_hooks) == 0
-    assert (hooks(), len(model._forward_pre_hooks)) == ((none[0] + 1, none[1] + 1), 1)
+    assert (listening(), len(model._forward_pre_hooks)) == (none + 1, 1)
     adapters.detach()
-    assert (hooks(), len(model._forward_pre_hooks)) == (none, 0)
+    assert (listening(), len(model._forward_pre_hooks)) == (none, 0)
 
 
 def test_a_model_that_is_gone_takes_its_hooks_along():
     gc.collect()
-    none = hooks()
+    none = listening()
     model, adapters = adapted("dylora")
     optimizer = adamw(adapters)
     ranks(model, adapters, optimizer, 2)
@@ -314,8 +315,23 @@ def test_a_model_that_is_gone_takes_its_hooks_along():
     del model, adapters
     gc.collect()
     assert handle() is None
-    assert hooks() == none
+    assert listening() == none
     optimizer.step()
+
+
+def test_a_model_freed_while_an_optimizer_steps_does_not_disturb_it():
+    """Its hooks were taken off while torch walked over them: "OrderedDict mutated during iteration"."""
+    model, adapters = adapted("dylora")
+    optimizer = adamw(adapters)
+    backward(model)
+    gone = [adapted("delta-lora")]
+    freeing = register_optimizer_step_pre_hook(lambda *_: gone.clear() or (gc.collect() and None))
+    _global_optimizer_pre_hooks.move_to_end(freeing.id, last=False)
+    try:
+        optimizer.step()
+    finally:
+        freeing.remove()
+    assert gone == []
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickled(model)])

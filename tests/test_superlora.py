@@ -3,10 +3,10 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from archs import build, rows, shake
+from literal import projection, superlora
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,35 +55,6 @@ def shaken(factors, out=N_OUT, into=N_IN):
     return p, factors.local(factors.constants([(out, into), (17, 3)]), out, into)
 
 
-def tucker_loops(C, modes):
-    """T[i_1, ...] = sum over r_1, ... of C[r_1, ...] A_1[i_1, r_1] ...; without C the r are all the same."""
-    T = torch.zeros([len(A) for A in modes], dtype=torch.float64)
-    for index in itertools.product(*(range(len(A)) for A in modes)):
-        for ranks in itertools.product(*(range(A.shape[1]) for A in modes)):
-            weight = C[ranks] if C is not None else float(len(set(ranks)) == 1)
-            T[index] += weight * math.prod(A[i, r] for A, i, r in zip(modes, index, ranks, strict=True))
-    return T
-
-
-def projection(seed, n, count):
-    """F (count, n) as a matrix: places in the order of Philox's words hold v, -v, v, -v, ..."""
-    words = np.random.Philox(key=seed).random_raw(count).tolist()
-    matrix = torch.zeros(count, n, dtype=torch.float64)
-    for place, turn in enumerate(sorted(range(count), key=words.__getitem__)):
-        matrix[place, turn % n] = (-1) ** (turn // n)
-    return matrix
-
-
-def slow(factors, p, matrices):
-    D = torch.ones(1, 1, dtype=torch.float64)
-    for k, matrix in enumerate(matrices, 1):
-        modes = [p[f"A{k}{m}"] for m in range(1, factors.order + 1) if f"A{k}{m}" in p]
-        D = torch.kron(D, tucker_loops(p.get(f"C{k}"), modes).reshape(matrix) if modes else p[f"C{k}"])
-    if factors.ratio < 1:
-        D = (projection(factors.projection_seed, D.numel(), N_OUT * N_IN) @ D.flatten()).reshape(N_OUT, N_IN)
-    return ALPHA / factors.rank * D
-
-
 @pytest.mark.parametrize(("given", "matrices", "modes"), CASES, ids=IDS)
 def test_the_update_is_the_formula_in_loops(base, given, matrices, modes):
     factors = SuperLoRA(alpha=ALPHA, projection_seed=6, **given)
@@ -95,7 +66,7 @@ def test_the_update_is_the_formula_in_loops(base, given, matrices, modes):
             assert sorted(folded) == sorted(len(p[f"A{k}{m}"]) for m in range(1, factors.order + 1))
     u = lower(Recipe(factors=factors), p | constants, base)
     assert isinstance(u, Dense)
-    torch.testing.assert_close(u.D, slow(factors, p, matrices))
+    torch.testing.assert_close(u.D, superlora(p, factors, matrices, (N_OUT, N_IN)))
     x = tensor(ROWS, TOKENS, N_IN, seed=4)
     expected = F.linear(x, base.weight + u.D, base.bias)
     torch.testing.assert_close(apply(x, base, u), expected)

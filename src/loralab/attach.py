@@ -18,6 +18,7 @@ from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
 from loralab.layer import Adapted, AdaptedHead, Live, put_back
 from loralab.merge import merge_dtype
+from loralab.optimizers import grouped
 from loralab.recipe import Recipe, recipe
 from loralab.starts.inputs import Seen, look
 from loralab.steps import Steps
@@ -345,19 +346,21 @@ class Adapters:
         return {"adapter": adapter, "head": head, "trainable": adapter + head, "base": self._base_size}
 
     def parameter_groups(
-        self, lr: float | None = None, weight_decay: float = 0.0, head_lr: float | None = None, name: str | None = None
+        self,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        head_lr: float | None = None,
+        name: str | None = None,
+        grouping: str = "roles",
     ) -> list[dict[str, Any]]:
-        """Optimizer groups by role: B at lr * lr_ratio (LoRA+), the head at its own rate, no decay on vectors."""
+        """Optimizer groups by role: B at lr * lr_ratio (LoRA+), the head at its own rate, no decay on vectors.
+
+        `grouping="peft"` is that of PEFT's LoRA+: all vectors, a head's bias too, at lr * lr_ratio, and only biases
+        without decay.
+        """
         r = self.entry(name).recipe
-        lr = r.lr if lr is None else lr
-        rates = {"B": lr * r.lr_ratio, "head": lr if head_lr is None else head_lr}
-        groups: dict[tuple[str, bool], dict[str, Any]] = {}
-        for role, tensor in once(self.tensors(name)).values():
-            if tensor.requires_grad:
-                decays = tensor.ndim > 1
-                fresh = {"params": [], "lr": rates.get(role, lr), "weight_decay": weight_decay * decays, "role": role}
-                groups.setdefault((role, decays), fresh)["params"].append(tensor)
-        return list(groups.values())
+        learned = {key: pair for key, pair in once(self.tensors(name)).items() if pair[1].requires_grad}
+        return grouped(learned, grouping, r.lr if lr is None else lr, r.lr_ratio, head_lr, weight_decay)
 
     # ---- leaving -------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from loralab import starts
 from loralab.attach import HANDLE, Adapters, of, once
 from loralab.errors import UserError
+from loralab.fingerprint import fingerprint
 from loralab.recipe import Recipe, from_json, to_json
 from loralab.targets import cover
 
@@ -34,6 +36,8 @@ class AdapterFile:
     labels: list[str]
     base: dict[str, Any]  # name, model_type, sha256 (None: the folder does not say)
     tensors: dict[str, Tensor]  # path.role -> tensor
+    constants: str | None = None  # sha256 of what the method's seed draws
+    begins: bool = False  # the file lacks what its start adds (A0, B0): it is made again, from the base
 
 
 def save(handle: Adapters, folder: Path | str, name: str | None = None) -> Path:
@@ -51,6 +55,7 @@ def save(handle: Adapters, folder: Path | str, name: str | None = None) -> Path:
         "labels": list(entry.labels),
         "roles": {key: role for key, (role, _) in held.items()},
         "counts": handle.counts(name),
+        "constants": _constants(handle, name),
         "base": {**_base_name(handle.model), "sha256": handle.base_sha256},
     }
     folder = Path(folder)
@@ -81,7 +86,7 @@ def read(folder: Path | str) -> AdapterFile:
         paths = dict.fromkeys(path for paths in header["coverage"].values() for path in paths)
         return AdapterFile(
             header["name"], from_json(header["recipe"]), list(paths), header["head"], header["labels"], header["base"],
-            read_tensors(folder / TENSORS),
+            read_tensors(folder / TENSORS), header.get("constants"),
         )  # fmt: skip
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / HEADER}: not an adapter header ({type(error).__name__}: {error})") from error
@@ -105,8 +110,12 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None, check_ba
         )
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
-    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels, filled=True)
-    problems = _fill({key: tensor for key, (_, tensor) in once(handle.tensors(name)).items()}, file.tensors)
+    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels, filled=not file.begins)
+    made = starts.added(file.recipe.start) if file.begins else ()
+    held = {key: tensor for key, (role, tensor) in once(handle.tensors(name)).items() if role not in made}
+    problems = _fill(held, file.tensors)
+    if file.constants not in (None, _constants(handle, name)):
+        problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
     if problems:
         if known is None:
             handle.unwrap()
@@ -116,6 +125,16 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None, check_ba
     setattr(model, HANDLE, handle)
     handle.live.names, handle.live.ids = (name,), None
     return handle
+
+
+def _constants(handle: Adapters, name: str) -> str | None:
+    """sha256 of the frozen tensors that a method draws from a seed and no file holds; None where there are none."""
+    entry = handle.entries[name]
+    if entry.recipe.factors is None:
+        return None
+    layers = [handle.layers[path] for path in entry.paths]
+    drawn = entry.recipe.factors.constants([(layer.out_features, layer.in_features) for layer in layers])
+    return fingerprint(sorted(drawn.items()), exact=True) if drawn else None
 
 
 def _scaling(recipe: Recipe) -> float | dict[str, float] | None:

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loralab import starts
 from loralab.errors import UserError
 from loralab.factors.base import Factors
 from loralab.factors.lora import LoRA
 from loralab.factors.vera import VeRA
-from loralab.recipe import Recipe
+from loralab.ranks import Part, RankMap
+from loralab.recipe import Recipe, check
 from loralab.update import Update
 
 if TYPE_CHECKING:
@@ -35,8 +37,18 @@ ROLES = {  # PEFT's name of a tensor in a layer -> role
 }
 PROJECTION = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
 TENSOR = re.compile(r"(?P<path>.+)\.(?P<name>" + "|".join(map(re.escape, ROLES)) + ")")
-# settings under which PEFT's file is not the plain method that is read here
-REFUSED = {"bias": "none", "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
+# settings that are read, or that say nothing of what the tensors do; any other that is set is refused
+KNOWN = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
+    "megatron_core", "runtime_config", "qalora_group_size", "loftq_config", "eva_config", "projection_prng_key",
+    "save_projection", "vera_dropout", "d_initial", "init_weights",
+}  # fmt: skip
+UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
+# init_lora_weights -> start; those that move PEFT's base are taken away here, from the same rule over the same weight
+STARTS = {str(plain): "kaiming" for plain in (True, False, None, "gaussian", "orthogonal", "eva")}
+STARTS |= {"pissa": "pissa", "olora": "olora"}
 KINDS: dict[str, Callable[[dict[str, Any]], Factors]] = {  # peft_type -> config -> factors
     "LORA": lambda c: LoRA(rank=c["r"], alpha=float(c["lora_alpha"]), stabilized=bool(c.get("use_rslora"))),
     "VERA": lambda c: VeRA(rank=c["r"], projection_seed=c["projection_prng_key"], source="peft"),
@@ -44,16 +56,13 @@ KINDS: dict[str, Callable[[dict[str, Any]], Factors]] = {  # peft_type -> config
 
 
 def read(folder: Path) -> "AdapterFile":
-    """A LoRA, rsLoRA, DoRA or VeRA folder of PEFT; UserError for anything that would not be the same function here."""
+    """A LoRA, rsLoRA, DoRA, VeRA, PiSSA or OLoRA folder of PEFT; UserError for what would be another function here."""
     from loralab.files import AdapterFile, read_header, read_tensors
 
     config = read_header(folder / HEADER)
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise UserError(f"{folder / HEADER}: peft_type {kind!r} is not read here, only {', '.join(KINDS)}")
-    if strange := [key for key, plain in REFUSED.items() if config.get(key) not in (plain, None)]:
-        told = ", ".join(f"{key}={config[key]!r}" for key in strange)
-        raise UserError(f"{folder / HEADER}: {told} is not read here")
     tensors: dict[str, Tensor] = {}
     paths: dict[str, None] = {}
     heads: dict[str, None] = {}
@@ -68,12 +77,56 @@ def read(folder: Path) -> "AdapterFile":
         else:
             heads[key.split(".")[0]] = None
             tensors[key] = tensor
-    factors = KINDS[kind](config)
-    _check_projection(folder, factors, projection)
-    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
-    recipe = Recipe(factors=factors, gain=bool(config.get("use_dora")), dropout=dropout)
+    recipe = _recipe(folder, config, list(paths))
+    assert recipe.factors is not None
+    _check_projection(folder, recipe.factors, projection)
     base = {"name": config.get("base_model_name_or_path"), "sha256": None}
-    return AdapterFile(folder.name or "peft", recipe, list(paths), list(heads), [], base, tensors)
+    name, begins = folder.name or "peft", bool(starts.added(recipe.start))
+    return AdapterFile(name, recipe, list(paths), list(heads), [], base, tensors, begins=begins)
+
+
+def _recipe(folder: Path, config: dict[str, Any], paths: list[str]) -> Recipe:
+    start = _start(folder, config)
+    try:
+        factors, gain = KINDS[config["peft_type"]](config), bool(config.get("use_dora"))
+        dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
+        return check(Recipe(factors, start, gain, dropout=dropout, ranks=_ranks(config, paths)))
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{folder / HEADER}: not a config of PEFT ({type(error).__name__}: {error})") from error
+
+
+def _start(folder: Path, config: dict[str, Any]) -> str:
+    """The start of a file's adapter; UserError for settings under which it is not the plain method read here."""
+    if strange := [key for key, value in config.items() if key not in KNOWN and value not in UNSET]:
+        told = ", ".join(f"{key}={config[key]!r}" for key in strange)
+        raise UserError(f"{folder / HEADER}: {told} is not read here; merge the adapter with PEFT instead")
+    begun = str(config.get("init_lora_weights", True))
+    if begun not in STARTS or (begun == "olora" and config.get("fan_in_fan_out")):  # it reads Conv1D transposed
+        raise UserError(
+            f"{folder / HEADER}: init_lora_weights={begun!r} changes the base in a way that is not made again here; "
+            "save it with PEFT's path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
+        )
+    return STARTS[begun]
+
+
+def _ranks(config: dict[str, Any], paths: list[str]) -> RankMap | None:
+    """rank_pattern and alpha_pattern as a map: of the patterns that match the end of a path, the first one counts."""
+
+    def of(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
+        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), otherwise)
+
+    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not rank_pattern and not alpha_pattern:
+        return None
+    alphas = {path: of(alpha_pattern, path, None) for path in paths}
+    return RankMap(
+        {
+            path: Part(of(rank_pattern, path, config["r"]), alpha=None if alpha is None else float(alpha))
+            for path, alpha in alphas.items()
+        }
+    )
 
 
 def _check_projection(folder: Path, factors: Factors, stored: dict[str, Tensor]) -> None:
@@ -98,6 +151,7 @@ def write(handle: "Adapters", folder: Path | str, name: str | None = None) -> Pa
         layer = handle.layers[path]
         u = layer.lower(name)
         assert isinstance(u, Update)
+        u = _fitting(u)
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = u.A, u.B
         if u.gain is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.roles(name)["m"]
@@ -114,6 +168,16 @@ def write(handle: "Adapters", folder: Path | str, name: str | None = None) -> Pa
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _fitting(u: Update) -> Update:
+    """The same update at no higher a rank than its matrix (out, in) can have, as some methods stack several pairs."""
+    (rank, columns), rows = u.A.shape, len(u.B)
+    if rank <= min(rows, columns):
+        return u
+    D = u.matrix()
+    eye = torch.eye(min(rows, columns), dtype=D.dtype, device=D.device)
+    return u._replace(A=D, B=eye) if rows <= columns else u._replace(A=eye, B=D)
 
 
 def _config(handle: "Adapters", heads: tuple[str, ...], ranks: dict[str, int]) -> dict[str, Any]:

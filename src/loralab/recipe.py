@@ -5,6 +5,9 @@ import difflib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Generator
+
 from loralab import starts
 from loralab.bases import STORES
 from loralab.errors import UserError
@@ -158,8 +161,8 @@ def check(r: Recipe) -> Recipe:
     problems += starts.problems(r.start, r.factors, r.store, shared)
     if r.learn_base and r.store:
         problems.append(f"train={r.learn_base!r} with store={r.store!r}: a stored weight is frozen")
-    if r.factors is None and (r.dropout or r.learn or r.gain):
-        given = f"dropout={r.dropout}, gain={r.gain}, train={r.train}"
+    if r.factors is None and (r.dropout or r.learn or r.gain or r.lr_ratio != 1):
+        given = f"dropout={r.dropout}, gain={r.gain}, train={r.train}, lr_ratio={r.lr_ratio}"
         problems.append(f"factors=None with {given}: no layer is adapted")
     if r.factors is None and (r.ranks or r.plan):
         problems.append(f"factors=None with ranks or plan={r.plan!r}: no layer is adapted")
@@ -172,15 +175,43 @@ def check(r: Recipe) -> Recipe:
     if r.factors is not None:
         problems += r.factors.problems()
         problems += _map_problems(r.factors, r)
-        able = [role for role in r.roles if role not in starts.added(r.start)]
-        if strange := sorted(set(r.learn) - set(able)):
-            roles = ", ".join(able)
-            problems.append(
-                f"train={r.train} with {name_of(r.factors)}: its roles are {roles}, not {', '.join(strange)}"
-            )
+        problems += _learn_problems(r.factors, r)
+        if r.dropout and not r.factors.drops:
+            problems.append(f"dropout={r.dropout} with {name_of(r.factors)}: its W follows B A, and sees no dropped x")
     if problems:
         raise UserError("; ".join(problems))
     return r
+
+
+def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
+    """Why the roles that a recipe trains cannot be trained, or not move."""
+    name = name_of(factors)
+    able = [role for role in r.roles if role not in starts.added(r.start)]
+    wrong = []
+    if strange := sorted(set(r.learn) - set(able)):
+        wrong.append(f"train={r.train} with {name}: its roles are {', '.join(able)}, not {', '.join(strange)}")
+    elif r.train is not None and not factors.problems() and not _moves(factors, r):
+        wrong.append(f"train={r.train} with {name}: what is frozen is zero at the start, so none of these ever moves")
+    if r.lr_ratio != 1 and "B" not in r.learn:
+        learned = ", ".join(r.learn) or "none"
+        wrong.append(f"lr_ratio={r.lr_ratio} with {name}: no role B learns (those that do: {learned}); leave it at 1")
+    return wrong
+
+
+def _moves(factors: Factors, r: Recipe) -> bool:
+    """Whether the roles that learn have a gradient at the start, tried on a square layer.
+
+    What a dense update has of its roles depends on the layer's size, so nothing is said of it.
+    """
+    if "m" in r.learn or r.start not in starts.STARTS or not starts.STARTS[r.start].zero or not factors.low_rank:
+        return True
+    n = max(getattr(factors, "rank", 1), 8)
+    p = factors.init(n, n, Generator().manual_seed(0))
+    learned = [p[role].requires_grad_() for role in r.learn]
+    p |= factors.local(factors.constants([(n, n)]), n, n)
+    A, B = factors.lower(p)
+    total = ((B @ A) * torch.randn(n, n, generator=Generator().manual_seed(1))).sum()
+    return total.requires_grad and any(bool(grad.any()) for grad in torch.autograd.grad(total, learned))
 
 
 def _map_problems(factors: Factors, r: Recipe) -> list[str]:

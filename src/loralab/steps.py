@@ -5,7 +5,7 @@ the step of whichever torch optimizer holds the adapter's parameters.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,23 @@ from loralab.errors import UserError
 if TYPE_CHECKING:
     from loralab.attach import Adapters
     from loralab.factors import Factors
+
+
+WATCHING: "weakref.WeakSet[Steps]" = weakref.WeakSet()  # those that hear of every optimizer's step while they live
+HOOKS: list[Any] = []  # the one pair of hooks that tells them
+
+
+def watch(steps: "Steps") -> None:
+    """The hooks stay once they are there: torch walks over them, so nothing may be taken off when a model is freed."""
+    WATCHING.add(steps)
+    if not HOOKS:
+        HOOKS.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _tell(Steps.before_step, optimizer)))
+        HOOKS.append(register_optimizer_step_post_hook(lambda optimizer, *_: _tell(Steps.after_step, optimizer)))
+
+
+def _tell(what: Callable[["Steps", torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
+    for steps in list(WATCHING):
+        what(steps, optimizer)
 
 
 class Steps:
@@ -32,7 +49,6 @@ class Steps:
         self.seen: set[str] = set()  # adapters whose steps are known to arrive here
         self.under_way: dict[str, tuple[torch.optim.Optimizer, Any]] = {}  # between before_step and after_step
         self.on_model: Any = None
-        self.on_optimizers: Any = None
 
     def add(self, name: str, seed: int) -> None:
         self.generators[name] = torch.Generator().manual_seed(seed)
@@ -57,44 +73,21 @@ class Steps:
         """The model's hook is a bound method, so a deep copy of the model calls the copy of this object."""
         if self.on_model is None:
             self.on_model = self.handle.model.register_forward_pre_hook(self.before_forward)
-        if self.on_optimizers is None:
-            self._watch_optimizers()
+        watch(self)
 
     def disconnect(self) -> None:
         if self.on_model is not None:
             self.on_model.remove()
-        if self.on_optimizers is not None:
-            self.on_optimizers()
-        self.on_model = self.on_optimizers = None
-
-    def _watch_optimizers(self) -> None:
-        """Hooks of every optimizer there is, which must neither keep this object alive nor outlive it."""
-        me = weakref.ref(self)
-
-        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if steps := me():
-                steps.before_step(optimizer)
-
-        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if steps := me():
-                steps.after_step(optimizer)
-
-        removers = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-
-        def let_go() -> None:
-            for remover in removers:
-                remover.remove()
-
-        self.on_optimizers = weakref.finalize(self, let_go)
-        self.on_optimizers.atexit = False
+        self.on_model = None
+        WATCHING.discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "on_optimizers": None, "marks": {}, "under_way": {}}
+        return {**vars(self), "marks": {}, "under_way": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.on_model is not None:
-            self._watch_optimizers()
+            watch(self)
 
     def before_forward(self, *_: Any) -> None:
         handle = self.handle

@@ -29,10 +29,11 @@ class Float(nn.Module):
 
     def square_norms(self) -> Tensor:
         """|W_i|^2 (out,) in float32 or wider, computed once: W never changes."""
-        if self._square_norms is None or self._square_norms.device != self.weight.device:
-            wide = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
-            self._square_norms = wide.square().sum(1)
-        return self._square_norms
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        known = self._square_norms
+        if known is None or (known.device, known.dtype) != (self.weight.device, dtype):
+            known = self._square_norms = self.weight.detach().to(dtype).square().sum(1)
+        return known
 
     def dense(self) -> Tensor:
         """W (out, in) as kept."""

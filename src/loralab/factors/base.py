@@ -18,6 +18,7 @@ class Factors:
     roles: ClassVar[tuple[str, ...]]  # names of the parameters of a layer
     learn: ClassVar[tuple[str, ...]]  # those that learn unless a recipe says otherwise
     low_rank: ClassVar[bool] = True  # whether `lower` says it; if not, `dense` does
+    drops: ClassVar[bool] = True  # whether dropout on x leaves the method what it is
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
 
     def problems(self) -> list[str]:

@@ -26,6 +26,7 @@ class DeltaLoRA(LoRA):
 
     roles: ClassVar[tuple[str, ...]] = ("A", "B", "Ak", "Bk", "step")
     stepped: ClassVar[bool] = True
+    drops: ClassVar[bool] = False  # W, which follows B A, never sees dropped inputs
 
     def problems(self) -> list[str]:
         return [*super().problems(), *([] if self.wait >= 0 else [f"wait={self.wait!r}: expected 0 or more"])]

@@ -45,7 +45,9 @@ class DyLoRA(LoRA):
 
     def at(self, rank: int) -> int:
         if not self.minimum <= rank <= self.rank:
-            raise UserError(f"rank {rank}: this DyLoRA was trained for ranks {self.minimum} to {self.rank}")
+            raise UserError(
+                f"rank={rank}: this DyLoRA was trained for ranks {self.minimum} to {self.rank}, choose one of them"
+            )
         return rank
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:

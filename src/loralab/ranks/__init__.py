@@ -1,7 +1,8 @@
 """Rank maps: layer -> its own or a shared pair (A, B), of which rank, with which gates. A policy returns one.
 
 y = W x + b + s B diag(gates) A x with s = alpha / r or alpha / sqrt(r), r the layer's own rank (as PEFT's rank_pattern
-does). Layers of one share hold the very same parameters A and B; a gain m and gates stay each layer's own.
+does), and alpha its own where the map says so (PEFT's alpha_pattern). Layers of one share hold the very same parameters
+A and B; a gain m and gates stay each layer's own.
 """
 
 import dataclasses
@@ -37,6 +38,8 @@ class Part:
     """Layers of the same share have one A and one B; None keeps them the layer's own."""
     gates: tuple[float, ...] | None = None
     """One factor from 0 to 1 for every row of A; they do not learn. None is no gates, which is all ones."""
+    alpha: float | None = None
+    """Scaling numerator of the layer; None is the method's own. PEFT's alpha_pattern."""
 
 
 @dataclass(frozen=True, init=False)
@@ -94,7 +97,7 @@ class RankMap:
         try:
             parts = {path: Part(p) if isinstance(p, int) else Part(**_tuples(p)) for path, p in data.items()}
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"rank map: {error}; expected layer -> rank, or layer -> rank, share, gates") from error
+            raise UserError(f"rank map: {error}; expected layer -> rank, or -> rank, share, gates, alpha") from error
         return cls(parts)
 
     def save(self, file: Path | str) -> Path:
@@ -132,6 +135,8 @@ def _problems(parts: Mapping[str, Part]) -> list[str]:
                 wrong.append(f"{len(part.gates)} gates for {path}: expected one for each of its {part.rank} ranks")
             if out := [gate for gate in part.gates if not (_number(gate) and 0 <= gate <= 1)]:
                 wrong.append(f"gates out of range for {path}: {out[0]!r}, expected 0 to 1")
+        if part.alpha is not None and not (_number(part.alpha) and part.alpha > 0):
+            wrong.append(f"alpha={part.alpha!r} for {path}: expected above 0")
         if part.share is not None:
             first = ranks.setdefault(part.share, (path, part.rank))
             if part.rank == 0 or first[1] != part.rank:
@@ -145,15 +150,12 @@ def _number(gate: Any) -> bool:
 
 
 def own(factors: Factors, ranks: RankMap | None, path: str) -> Factors:
-    """The factors of one layer: those of the recipe at the layer's own rank."""
-    return factors if ranks is None else replace(factors, rank=ranks.layers[path].rank)  # type: ignore[call-arg]
-
-
-def widest(factors: Factors | None, ranks: RankMap | None) -> Factors | None:
-    """The factors at the largest rank of any layer."""
-    if factors is None or ranks is None:
+    """The factors of one layer: those of the recipe at the layer's own rank and alpha."""
+    if ranks is None:
         return factors
-    return own(factors, ranks, max(ranks.layers, key=lambda path: ranks.layers[path].rank))
+    part = ranks.layers[path]
+    given = {"rank": part.rank} | ({} if part.alpha is None else {"alpha": part.alpha})
+    return replace(factors, **given)
 
 
 def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
@@ -175,6 +177,8 @@ def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
         wrong[f"shares with {name}: it decides layer by layer, so each needs its own A and B"] = None
     if any(part.gates for part in parts) and (type(factors).lower is not LoRA.lower or "gates" in factors.roles):
         wrong[f"gates with {name}: only s B A, one gate for a row of A, takes gates from a map"] = None
+    if any(part.alpha is not None for part in parts) and not hasattr(factors, "alpha"):
+        wrong[f"alpha of a layer with {name}: it has no alpha"] = None
     for k in sorted({part.rank for part in parts}):
         wrong |= dict.fromkeys(replace(factors, rank=k).problems())  # type: ignore[call-arg]
     return list(wrong)

@@ -164,8 +164,9 @@ def _check(adapters: "Adapters", name: str) -> None:
             f"adapter {name!r}: ALoRA moves the ranks of plain s B A; it goes with lora, rslora and lora+, "
             "without a gain and with a start from zero"
         )
-    if r.ranks is not None and any(part.share or part.gates for part in r.ranks.layers.values()):
-        raise UserError(f"adapter {name!r}: ALoRA moves ranks from layer to layer, so none may have a share or gates")
+    if r.ranks is not None and any(part.share or part.gates or part.alpha for part in r.ranks.layers.values()):
+        told = "ALoRA moves ranks from layer to layer, so none may have a share, gates or an alpha of its own"
+        raise UserError(f"adapter {name!r}: {told}")
 
 
 class _Watch:

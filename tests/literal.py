@@ -1,0 +1,164 @@
+"""Every paper's equation and algorithm, written slowly: loops over rows and columns in float64, no code of the library.
+
+`UPDATES` gives U (out, in) of y = g * (W x + U drop(x)) + b for each named method, from its parameters by role.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+DOUBLE = torch.float64
+
+
+def tensor(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def product(B, A):
+    """B A by its definition: three loops."""
+    return torch.stack(
+        [torch.stack([sum(b * A[k, j] for k, b in enumerate(row)) for j in range(A.shape[1])]) for row in B]
+    )
+
+
+def forward(x, W, b, U, m=None, exact=False, seen=None):
+    """g_i (sum_j W_ij x_j + U_ij seen_j) + b_i with g_i = m_i / |W_i + U_i|, held constant unless `exact`.
+
+    `seen` (..., in) is what dropout leaves of x for the update.
+    """
+    seen, columns = x if seen is None else seen, []
+    for i in range(len(W)):
+        y = sum(W[i, j] * x[..., j] + U[i, j] * seen[..., j] for j in range(W.shape[1]))
+        if m is not None:
+            norm = sum((W[i, j] + U[i, j]) ** 2 for j in range(W.shape[1])) ** 0.5
+            y = m[i] / (norm if exact else norm.detach()) * y
+        columns.append(y if b is None else y + b[i])
+    return torch.stack(columns, -1)
+
+
+# ---- updates: (parameters by role, settings of the method, what it drew) -> U (out, in) ---------------------------
+
+
+def lora(p, f, drawn=None):
+    return f.alpha / f.rank * product(p["B"], p["A"])
+
+
+def rslora(p, f, drawn=None):
+    return f.alpha / math.sqrt(f.rank) * product(p["B"], p["A"])
+
+
+def vera(p, f, drawn=None):
+    """diag(b) B diag(d) A."""
+    return product(torch.diag(p["b"]), product(p["B"], product(torch.diag(p["d"]), p["A"])))
+
+
+def dylora(p, f, drawn=None):
+    rank = drawn or f.rank
+    return f.alpha / rank * product(p["B"][:, :rank], p["A"][:rank])
+
+
+def frozen_dylora(p, f, drawn=None):
+    """All of the first `drawn` terms act, the last of them learns."""
+    if drawn is None:
+        return dylora(p, f)
+    terms = [torch.outer(p["B"][:, k], p["A"][k]) for k in range(drawn)]
+    return f.alpha / drawn * sum([*(t.detach() for t in terms[:-1]), terms[-1]])
+
+
+def delta_lora(p, f, drawn=None):
+    """W has followed B A since the snapshot; it is a constant to autograd."""
+    followed = product(p["B"], p["A"]) - product(p["Bk"], p["Ak"])
+    return lora(p, f) + f.follow * f.alpha / f.rank * followed.detach()
+
+
+def adalora(p, f, drawn=None):
+    """P Lambda Q; the divisor is that of the authors' code."""
+    return f.alpha / (f.rank + 1e-5) * product(p["B"], product(torch.diag(p["E"]), p["A"]))
+
+
+def moved(p, f, drawn=None):
+    """PiSSA and OLoRA over their own residual: (W - B0 A0) x + s B A x."""
+    return lora(p, f) - product(p["B0"], p["A0"])
+
+
+def gated(p, f, drawn=None):
+    """The update of a layer with gates on the rows of A (a rank map, ALoRA)."""
+    return f.alpha / f.rank * product(p["B"], product(torch.diag(p["gates"]), p["A"]))
+
+
+def tucker(C, modes):
+    """T[i_1, ...] = sum over r_1, ... of C[r_1, ...] A_1[i_1, r_1] ...; without C the r are all the same."""
+    entries = []
+    for index in itertools.product(*(range(len(A)) for A in modes)):
+        ranks = itertools.product(*(range(A.shape[1]) for A in modes))
+        ranks = [r for r in ranks if C is not None or len(set(r)) == 1]
+        entries.append(
+            sum(
+                (1 if C is None else C[r]) * math.prod(A[i, k] for A, i, k in zip(modes, index, r, strict=True))
+                for r in ranks
+            )
+        )
+    return torch.stack(entries).reshape([len(A) for A in modes])
+
+
+def projection(seed, n, count):
+    """F (count, n) as a matrix: places in the order of Philox's words hold v, -v, v, -v, ..."""
+    words = np.random.Philox(key=seed).random_raw(count).tolist()
+    matrix = torch.zeros(count, n, dtype=DOUBLE)
+    for place, turn in enumerate(sorted(range(count), key=words.__getitem__)):
+        matrix[place, turn % n] = (-1) ** (turn // n)
+    return matrix
+
+
+def superlora(p, f, matrices, size):
+    """F(T_1 kron T_2 ...) for a layer of `size`; `matrices` are the (o_k, i_k), worked out by hand."""
+    D = torch.ones(1, 1, dtype=DOUBLE)
+    for k, matrix in enumerate(matrices, 1):
+        modes = [p[f"A{k}{m}"] for m in range(1, f.order + 1) if f"A{k}{m}" in p]
+        D = torch.kron(D, tucker(p.get(f"C{k}"), modes).reshape(matrix) if modes else p[f"C{k}"])
+    if f.ratio < 1:
+        D = (projection(f.projection_seed, D.numel(), math.prod(size)) @ D.flatten()).reshape(size)
+    return f.alpha / f.rank * D
+
+
+WIDE = (12, 10)  # a size that splits, for SuperLoRA
+HAND = {  # its named rows at rank 1 on that size
+    "lokr": [(3, 2), (4, 5)],
+    "lonkr": [(2, 1), (2, 2), (3, 5)],
+    "lorta": [(12, 10)],
+    "superlora": [(6, 5)],
+}
+UPDATES = {
+    **dict.fromkeys(("lora", "dora", "lora-fa", "lora-fa-precond", "lora+", "loftq", "eva", "qlora", "qdora"), lora),
+    "rslora": rslora,
+    "vera": vera,
+    "dylora": dylora,
+    "frozen-dylora": frozen_dylora,
+    "delta-lora": delta_lora,
+    "adalora": adalora,
+    "pissa": moved,
+    "olora": moved,
+    "lora-drop": gated,
+    **{name: lambda p, f, drawn=None, hand=hand: superlora(p, f, hand, WIDE) for name, hand in HAND.items()},
+}
+
+
+# ---- starts ----------------------------------------------------------------------------------------------------------
+
+
+def best_part(M, rank):
+    """The best rank-r part of M: M times the projector on the eigenvectors of M^T M with the largest values."""
+    _, V = torch.linalg.eigh(M.double().T @ M.double())
+    top = V[:, -rank:]
+    return M.double() @ top @ top.T
+
+
+def gram_schmidt(W, rank):
+    """(A, B) of OLoRA up to signs: B from the first columns of W, A what they take of W."""
+    Q = []
+    for column in W.double().T[:rank]:
+        rest = column - sum((q @ column) * q for q in Q)
+        Q.append(rest / rest.norm())
+    return torch.stack([q @ W.double() for q in Q]), torch.stack(Q, 1)
