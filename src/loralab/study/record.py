@@ -125,14 +125,7 @@ class Study:
 
     def run(self, planned: Planned) -> Run | None:
         """The finished run, or None."""
-        if planned.address is None:
-            return None
-        folder = self.store / planned.address
-        if not (folder / "result.json").is_file():
-            return None
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        history = [json.loads(line) for line in lines]
-        return Run(planned, folder, read_header(folder / "result.json"), history, read_header(folder / "run.json"))
+        return read_run(self.store, planned)
 
     def cells(self) -> dict[Key, Cell]:
         """By (task, model, label), in the order of the study."""
@@ -148,6 +141,20 @@ class Study:
         tuning = [run for p in plans if p.role == "tune" and (run := self.run(p))]
         pending = len(final) - len(runs) - len(failed)
         return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), pending, tuple(failed))
+
+
+def read_run(store: Path, planned: Planned) -> Run | None:
+    """The finished run of the store, or None."""
+    if planned.address is None or not (store / planned.address / "result.json").is_file():
+        return None
+    folder = store / planned.address
+    return Run(planned, folder, read_header(folder / "result.json"), history(folder), read_header(folder / "run.json"))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The epochs of a run, finished or not."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def failure(store: Path, planned: Planned) -> str | None:
