@@ -30,7 +30,8 @@ def show(study: Study) -> None:
 
 
 def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
-    left = "".join(f", {n} {what}" for n, what in ((s.pending, "to do"), (s.failed, "failed")) if n)
+    states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn"))
+    left = "".join(f", {n} {what}" for n, what in states if n)
     learns = f"{result['counts']['trainable']:,}"
     numbers = (f"{s.mean:.3f}", _number(s.sd), _interval(s.low, s.high), f"{s.seeds}{left}", f"{s.inflation:+.3f}")
     return s.task, Path(s.model).name, s.method, s.metric, *numbers, learns, str(s.tuning)

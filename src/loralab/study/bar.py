@@ -71,8 +71,7 @@ class StudyBar:
             search.report(self.trial, record, epochs)
 
     def say(self, text: str) -> None:
-        if text.startswith("warning"):
-            self.console.print(f"{self.label}: {text}", soft_wrap=True, markup=False)
+        """Notes are in run.json, and warnings in the line of the finished run."""
 
     def stop(self) -> None:
         self.bar.update(self.part, visible=False)
@@ -83,5 +82,5 @@ def told(outcome: dict[str, Any] | Exception) -> str:
         return "pruned"
     if isinstance(outcome, Exception):
         return f"failed: {outcome}"
-    metric = outcome["metric"]
-    return f"{metric['name']} {metric['selected']:.4f}  {clock(outcome['time']['train_s'])}"
+    metric, learnt = outcome["metric"], "  (did not learn: one class for every row)" * bool(outcome["warnings"])
+    return f"{metric['name']} {metric['selected']:.4f}  {clock(outcome['time']['train_s'])}{learnt}"

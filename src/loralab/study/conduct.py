@@ -6,6 +6,7 @@ stages: the store says what is done, so an interrupted study goes on with the sa
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def _stage(
 
 
 def _search(point: Point, bar: StudyBar, rows: float) -> None:
-    def run(settings: Settings, trial: Any) -> None:
-        bar.labels[settings.folder.name] = label(point.planned("tune", settings.seed, {}))
+    def run(settings: Settings, trial: Any, tried: Mapping[str, Any]) -> None:
+        bar.labels[settings.folder.name] = label(point.planned("tune", settings.seed, tried))
         bar.begin(settings, trial)
         try:
             bar.finished(settings, run_one(settings, bar, point.definition.adapters), rows)

@@ -47,7 +47,7 @@ def define(table: dict[str, Any], name: str, base: Path, **flags: Any) -> Defini
         about=str(given.get("about", "")),
         tasks=_tasks(table.get("tasks"), flags.get("tasks") or (), base, wrong),
         methods=_methods(given.get("methods"), base, wrong),
-        models=_unique("models", wrong.strings("models", _listed(given.get("models", ["minilm"]))), wrong),
+        models=_models(table.get("models", ["minilm"]), flags.get("models") or (), base, wrong),
         seeds=_seeds(given.get("seeds", [0, 1, 2]), wrong),
         data=flags.get("data") or (base / str(table["data"]) if "data" in table else None),
         store=Path(given.get("store", Definition.store)),
@@ -62,8 +62,10 @@ def define(table: dict[str, Any], name: str, base: Path, **flags: Any) -> Defini
     return definition
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _models(value: Any, wanted: Sequence[str], base: Path, wrong: Problems) -> tuple[str, ...]:
+    """A folder of the file, written ./NAME, is relative to the file."""
+    of_file = [str(base / x) if x.startswith(".") else x for x in ([] if wanted else wrong.strings("models", value))]
+    return _unique("models", tuple(wanted) or tuple(of_file), wrong)
 
 
 def _tasks(value: Any, wanted: Sequence[str], base: Path, wrong: Problems) -> tuple[Row, ...]:
@@ -180,7 +182,7 @@ def _tune(table: dict[str, Any], base: Path, wrong: Problems) -> Tune:
         wrong.say("tune", f"search={tune.search!r}: expected 'grid' or 'optuna'")
     if type(tune.trials) is not int or tune.trials < 1:
         wrong.say("tune", f"trials={tune.trials!r}: expected 1 or more")
-    if tune.seed is not None and (type(tune.seed) is not int or tune.seed < 0):
+    if type(tune.seed) is not int or tune.seed < 0:
         wrong.say("tune", f"seed={tune.seed!r}: expected a whole number, 0 or more")
     return tune
 

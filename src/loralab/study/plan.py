@@ -78,7 +78,7 @@ def tuning(point: Point) -> Tuning:
     tried = trials(point.grid)
     scores: list[float | None] = []
     for at in tried:
-        plan = point.planned("tune", d.tuning_seed, at)
+        plan = point.planned("tune", d.tune.seed, at)
         run = read_run(point.store, plan)
         scores.append(
             search.WORST
@@ -100,7 +100,7 @@ def plan(definition: Definition) -> list[Planned]:
     for block in blocks(definition):
         states = [(point, tuning(point)) for point in block]
         for point, state in states:
-            planned += [point.planned("tune", definition.tuning_seed, tried) for tried in state.tried]
+            planned += [point.planned("tune", definition.tune.seed, tried) for tried in state.tried]
         for seed in definition.seeds:
             planned += [point.planned("final", seed, state.chosen) for point, state in states]
     return planned
@@ -128,5 +128,5 @@ def notes(definition: Definition) -> list[str]:
         if own := sorted(set(method.settings) & set(definition.protocol)):
             told.append(f"{method.label} has its own {', '.join(own)}")
     if any(budgets.values()):
-        told.append(f"tuned on seed {definition.tuning_seed}, chosen on held-out rows")
+        told.append(f"tuned on seed {definition.tune.seed}, chosen on held-out rows")
     return told

@@ -92,6 +92,7 @@ class Cell:
     key: Key
     runs: tuple[Run, ...]  # finished final runs, by seed
     tuning: tuple[Run, ...]  # finished tuning runs
+    trials: int  # tuning runs begun: finished, failed or pruned
     pending: int  # final runs that are planned, not finished and not failed
     failed: tuple[str, ...]  # why the failed ones did
 
@@ -139,8 +140,9 @@ class Study:
         runs = [run for p in final if (run := self.run(p))]
         failed = [told for p in final if (told := failure(self.store, p))]
         tuning = [run for p in plans if p.role == "tune" and (run := self.run(p))]
+        trials = sum(p.address is not None and (self.store / p.address).is_dir() for p in plans if p.role == "tune")
         pending = len(final) - len(runs) - len(failed)
-        return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), pending, tuple(failed))
+        return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), trials, pending, tuple(failed))
 
 
 def read_run(store: Path, planned: Planned) -> Run | None:

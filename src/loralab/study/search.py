@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WORST = float("-inf")  # the score of a run that failed
 RANDOM = 4  # trials before the sampler trusts what it saw; as many before any is pruned
+Begin = Callable[[Settings, Any, Mapping[str, Any]], None]  # runs settings under a trial of these values
 INSTALL = "search = 'optuna' needs Optuna: pip install 'loralab[search]'"
 
 
@@ -54,7 +55,7 @@ def library() -> ModuleType:
     return optuna  # type: ignore[no-any-return]
 
 
-def replay(point: "Point", run: Callable[[Settings, Any], None] | None = None) -> State:
+def replay(point: "Point", run: Begin | None = None) -> State:
     """The search as far as the store has it; with `run`, which runs settings under a trial, to its end."""
     optuna, d, state = library(), point.definition, State()
     seed = zlib.crc32(" ".join(point.key).encode())
@@ -83,17 +84,15 @@ def replay(point: "Point", run: Callable[[Settings, Any], None] | None = None) -
     return state
 
 
-def _outcome(
-    point: "Point", tried: Mapping[str, Any], trial: Any, run: Callable[[Settings, Any], None] | None
-) -> float | Pruned | None:
+def _outcome(point: "Point", tried: Mapping[str, Any], trial: Any, run: Begin | None) -> float | Pruned | None:
     """The score of a trial, WORST if it failed, Pruned, or None if it has not been run."""
-    planned = point.planned("tune", point.definition.tuning_seed, tried)
+    planned = point.planned("tune", point.definition.tune.seed, tried)
     folder = point.store / str(planned.address)
     try:
         for record in history(folder):
-            report(trial, record, point.settings("tune", point.definition.tuning_seed, tried).epochs)
+            report(trial, record, point.settings("tune", point.definition.tune.seed, tried).epochs)
         if run is not None and not (folder / "result.json").is_file() and not failure(point.store, planned):
-            run(point.settings("tune", point.definition.tuning_seed, tried), trial)
+            run(point.settings("tune", point.definition.tune.seed, tried), trial, tried)
     except Pruned as pruned:
         return pruned
     if failure(point.store, planned):

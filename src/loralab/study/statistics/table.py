@@ -39,6 +39,7 @@ class Summary:
     pending: int
     failed: int
     tuning: int  # runs spent on tuning
+    unlearnt: int  # runs that predict one class for every row
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _summary(cell: Cell, level: float) -> Summary:
         task, model, method, metric, len(runs), over_seeds.mean, over_seeds.sd,
         *over_seeds.interval(level), *over_both.interval(level), over_both.rows,
         last=mean["last"], best_on_validation=mean["best_on_validation"], inflation=float(cell.inflation.mean()),
-        pending=cell.pending, failed=len(cell.failed), tuning=len(cell.tuning),
+        pending=cell.pending, failed=len(cell.failed), tuning=cell.trials,
+        unlearnt=sum(bool(run.result["warnings"]) for run in runs),
     )  # fmt: skip
 
 
