@@ -11,54 +11,60 @@ from loralab.study.estimate import clock
 from loralab.study.record import Study
 from loralab.study.statistics import Comparison, Summary, comparisons, summaries
 
-SHOWN = 20  # comparisons; of more, those that say something
-RESULTS = ("task", "model", "method", "metric", "mean", "sd", "95 % interval", "seeds", "inflation", "learns", "tuned")
-COMPARED = ("task", "a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "seeds needed")
+SHOWN = 20  # comparisons; of more, those that differ
+RESULTS = ("method", "mean", "sd", "95 % interval", "seeds", "inflation", "learns", "tuned")
+COMPARED = ("a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "needs")
 
 
 def show(study: Study) -> None:
-    cells = study.cells()
-    table(
-        study.name, RESULTS, [_result(s, cells[s.task, s.model, s.method].runs[0].result) for s in summaries(study)], 4
-    )
-    found = comparisons(study)
-    if found:
-        told = [c for c in found if c.verdict in ("better", "worse")] if len(found) > SHOWN else found
+    """A table for each task and model, then one of the comparisons there."""
+    cells, found = study.cells(), comparisons(study)
+    differ = [c for c in found if c.verdict in ("better", "worse")] if len(found) > SHOWN else found
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    for s in summaries(study):
+        groups.setdefault((s.task, s.model), []).append(s)
+    for (task, model), group in groups.items():
+        rows = [_result(s, cells[task, model, s.method].runs[0].result) for s in group]
+        table(f"{task}, {Path(model).name}: {group[0].metric}", RESULTS, rows)
+        for s in group:
+            _states(s)
         print()
-        table(_heading(found, len(told)), COMPARED, [_comparison(c) for c in told], 3)
+        if here := [c for c in differ if (c.task, c.model) == (task, model)]:
+            table(f"{task}, {Path(model).name}: a against b", COMPARED, [_comparison(c) for c in here], 2)
+            print()
     _footnotes(study, found)
 
 
 def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
-    states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn"))
-    left = "".join(f", {n} {what}" for n, what in states if n)
-    learns = f"{result['counts']['trainable']:,}"
-    numbers = (f"{s.mean:.3f}", _number(s.sd), _interval(s.low, s.high), f"{s.seeds}{left}", f"{s.inflation:+.3f}")
-    return s.task, Path(s.model).name, s.method, s.metric, *numbers, learns, str(s.tuning)
+    numbers = (f"{s.mean:.3f}", _number(s.sd), _interval(s.low, s.high), str(s.seeds), f"{s.inflation:+.3f}")
+    return s.method, *numbers, f"{result['counts']['trainable']:,}", str(s.tuning)
+
+
+def _states(s: Summary) -> None:
+    """What is odd about a cell, in a line of its own."""
+    states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: one class for every row"))
+    if told := "; ".join(f"{n} {what}" for n, what in states if n):
+        print(f"{s.method}: {told}")
 
 
 def _comparison(c: Comparison) -> tuple[str, ...]:
-    needed = str(c.seeds_needed or ("more than 1,024" if c.difference else ""))
-    verdict = c.verdict + " (within the margin)" * (c.within_margin and c.verdict in ("better", "worse"))
-    p = "" if math.isnan(c.p_holm) else f"{c.p_holm:.3g}"
-    return c.task, c.a, c.b, f"{c.difference:+.3f}", _interval(c.low, c.high), p, verdict, "" if not p else needed
-
-
-def _heading(found: Sequence[Comparison], shown: int) -> str:
-    counts = Counter(c.verdict for c in found)
-    told = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-    return f"{len(found)} comparisons: {told}" + f"; the {shown} that differ:" * (shown < len(found))
+    tested = not math.isnan(c.p_holm)
+    needed = str(c.seeds_needed or "> 1,024") if tested and c.difference else ""
+    verdict = c.verdict + "*" * (c.within_margin and c.verdict in ("better", "worse"))
+    return c.a, c.b, f"{c.difference:+.3f}", _interval(c.low, c.high), f"{c.p_holm:.3g}" * tested, verdict, needed
 
 
 def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
-    margins = ", ".join(f"{c.metric} {c.margin:g}" for c in {c.metric: c for c in found}.values())
-    rows = {c.rows > 0 for c in found}
-    over = {True: "seeds and validation rows", False: "seeds alone, so they are about these rows"}
     if found:
-        print(
-            f"a against b on the same seeds; alpha {study.compare['alpha']:g} after Holm's correction; margin {margins}"
-        )
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(c.verdict for c in found).most_common())
+        print(f"{len(found)} comparisons: {counts}" + "; those that differ are shown" * (len(found) > SHOWN))
+        margins = ", ".join(f"{c.metric} {c.margin:g}" for c in {c.metric: c for c in found}.values())
+        alpha = f"alpha {study.compare['alpha']:g} after Holm's correction"
+        print(f"a against b on the same seeds; {alpha}; margin {margins} (*: within it)")
+        rows = {c.rows > 0 for c in found}
+        over = {True: "seeds and validation rows", False: "seeds alone, so they are about these rows"}
         print(f"intervals are over {' or '.join(over[x] for x in sorted(rows, reverse=True))}")
+        print("needs: seeds to find such a difference with 80 % power")
     print("inflation: what choosing the epoch on the reported split would have added")
     for note in study.notes:
         print(f"note: {note}")
