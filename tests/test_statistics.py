@@ -232,3 +232,6 @@ def test_resamples_keep_the_classes_and_their_rows():
     assert drawn.shape == (50, 4)
     assert set(drawn[:, [0, 2]].sum(1)) == {7}
     assert set(drawn[:, [1, 3]].sum(1)) == {41}
+    labels, always_one = np.array([0, 1, 1, 1, 0, 1, 1]), np.tile([0.0, 1.0], (7, 1))
+    scores = resampled("accuracy", [always_one], labels, 50, np.random.default_rng(0))
+    assert set(scores[:, 0]) == {5 / 7}  # the share of a class is no chance
