@@ -14,10 +14,11 @@ Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """The first `texts` columns are text, the others are numbers."""
+    """The first `texts` columns are text, the others are numbers, which are never broken."""
     shown = _plain()
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i < texts else "right", overflow="fold")
+        number = i >= texts
+        shown.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     _print(title, shown)

@@ -1,0 +1,94 @@
+"""A study as tables on the terminal."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.cli.show import size, table
+from loralab.study.estimate import clock
+from loralab.study.record import Study
+from loralab.study.statistics import Comparison, Summary, comparisons, summaries
+
+SHOWN = 20  # comparisons; of more, those that differ
+RESULTS = ("method", "mean", "sd", "95 % interval", "seeds", "inflation", "learns", "tuned")
+COMPARED = ("a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "needs")
+
+
+def show(study: Study) -> None:
+    """A table for each task and model, then one of the comparisons there."""
+    cells, found = study.cells(), comparisons(study)
+    differ = [c for c in found if c.verdict in ("better", "worse")] if len(found) > SHOWN else found
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    for s in summaries(study):
+        groups.setdefault((s.task, s.model), []).append(s)
+    for (task, model), group in groups.items():
+        rows = [_result(s, cells[task, model, s.method].runs[0].result) for s in group]
+        table(f"{task}, {Path(model).name}: {group[0].metric}", RESULTS, rows)
+        for s in group:
+            _states(s)
+        print()
+        if here := [c for c in differ if (c.task, c.model) == (task, model)]:
+            table(f"{task}, {Path(model).name}: a against b", COMPARED, [_comparison(c) for c in here], 2)
+            print()
+    _footnotes(study, found)
+
+
+def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
+    numbers = (f"{s.mean:.3f}", _number(s.sd), _interval(s.low, s.high), str(s.seeds), f"{s.inflation:+.3f}")
+    return s.method, *numbers, f"{result['counts']['trainable']:,}", str(s.tuning)
+
+
+def _states(s: Summary) -> None:
+    """What is odd about a cell, in a line of its own."""
+    states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: one class for every row"))
+    if told := "; ".join(f"{n} {what}" for n, what in states if n):
+        print(f"{s.method}: {told}")
+
+
+def _comparison(c: Comparison) -> tuple[str, ...]:
+    tested = not math.isnan(c.p_holm)
+    needed = str(c.seeds_needed or "> 1,024") if tested and c.difference else ""
+    verdict = c.verdict + "*" * (c.within_margin and c.verdict in ("better", "worse"))
+    return c.a, c.b, f"{c.difference:+.3f}", _interval(c.low, c.high), f"{c.p_holm:.3g}" * tested, verdict, needed
+
+
+def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
+    if found:
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(c.verdict for c in found).most_common())
+        print(f"{len(found)} comparisons: {counts}" + "; those that differ are shown" * (len(found) > SHOWN))
+        margins = ", ".join(f"{c.metric} {c.margin:g}" for c in {c.metric: c for c in found}.values())
+        alpha = f"alpha {study.compare['alpha']:g} after Holm's correction"
+        print(f"a against b on the same seeds; {alpha}; margin {margins} (*: within it)")
+        rows = {c.rows > 0 for c in found}
+        over = {True: "seeds and validation rows", False: "seeds alone, so they are about these rows"}
+        print(f"intervals are over {' or '.join(over[x] for x in sorted(rows, reverse=True))}")
+        print("needs: seeds to find such a difference with 80 % power")
+    print("inflation: what choosing the epoch on the reported split would have added")
+    for note in study.notes:
+        print(f"note: {note}")
+
+
+def _number(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:.3f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}" if low < 0 else f"{low:.3f} to {high:.3f}"
+
+
+def show_outline(told: dict[str, Any]) -> None:
+    rows = [
+        (c["task"], Path(c["model"]).name, c["method"], str(c["tune"]), str(c["final"]), str(c["done"]))
+        for c in told["cells"]
+    ]
+    table(f"{told['name']}: the plan", ("task", "model", "method", "tuning", "runs", "done"), rows, 3)
+    shared = f" ({told['shared']} more are shared)" if told["shared"] else ""
+    print(f"{told['runs']} runs{shared}, {told['done']} done")
+    guess = told["estimate"]
+    if guess["guessed"]:
+        rest = f", and {guess['unknown']} runs like none that is finished" if guess["unknown"] else ""
+        print(f"left: about {clock(guess['seconds'])} of training{rest}; peak memory {size(guess['peak_bytes'])}")
+    elif guess["unknown"]:
+        print("time and memory: not known, no run like these is finished")

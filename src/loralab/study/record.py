@@ -1,0 +1,189 @@
+"""A study as it lies on disk: study.json names every planned run, and the runs lie in a store by their address.
+
+STUDY/study.json            name, definition, planned runs
+STORE/ADDRESS/              a run folder; STORE is runs/store unless the study says otherwise
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loralab.errors import UserError
+from loralab.files import read_header, read_tensors
+
+Array = NDArray[Any]
+Key = tuple[str, str, str]  # task, model, label of the method
+Role = Literal["tune", "final"]
+FAILED = "failed.json"  # in a run folder: a run that cannot finish, and why
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that a study wants."""
+
+    task: str
+    model: str
+    method: str  # its label
+    seed: int
+    role: Role  # tune runs choose, final runs are reported
+    settings: Mapping[str, Any] | None  # flags of `loralab train`; None while tuning has not chosen them
+    address: str | None  # None as long as the settings are
+    tried: Mapping[str, Any]  # what tuning varies, and its value in this run
+
+    @property
+    def key(self) -> Key:
+        return self.task, self.model, self.method
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run says of every row of a split, at its selected epoch."""
+
+    logits: Array  # (rows, outputs) float32
+    labels: Array  # (rows,)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    planned: Planned
+    folder: Path
+    result: dict[str, Any]  # result.json
+    history: list[dict[str, Any]]  # metrics.jsonl, a row an epoch
+    facts: dict[str, Any]  # run.json
+
+    @property
+    def seed(self) -> int:
+        return self.planned.seed
+
+    @property
+    def selected(self) -> float:
+        return float(self.result["metric"]["selected"])
+
+    @property
+    def inflation(self) -> float:
+        """What choosing the epoch on the reported split would have added."""
+        return float(self.result["metric"]["best_on_validation"]) - self.selected
+
+    @cached_property
+    def predictions(self) -> dict[str, Predictions] | None:
+        """By validation split, the reported one first; None where a run did not keep them."""
+        file = self.folder / "predictions.safetensors"
+        if not file.is_file():
+            return None
+        tensors = read_tensors(file)
+        found = {key.rpartition("/")[0] for key in tensors}
+        first = next(iter(found)) if len(found) == 1 else "validation_matched"  # MNLI alone has two
+        order = sorted(found, key=lambda split: (split != first, split))
+        return {split: Predictions(*(tensors[f"{split}/{k}"].numpy() for k in ("logits", "labels"))) for split in order}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task and model."""
+
+    key: Key
+    runs: tuple[Run, ...]  # finished final runs, by seed
+    tuning: tuple[Run, ...]  # finished tuning runs
+    trials: int  # tuning runs begun: finished, failed or pruned
+    pending: int  # final runs that are planned, not finished and not failed
+    failed: tuple[str, ...]  # why the failed ones did
+
+    @property
+    def metric(self) -> str | None:
+        return str(self.runs[0].result["metric"]["name"]) if self.runs else None
+
+    @property
+    def scores(self) -> Array:
+        """(seeds,): the selected score of every finished run."""
+        return np.array([run.selected for run in self.runs])
+
+    @property
+    def inflation(self) -> Array:
+        """(seeds,): best on validation minus selected."""
+        return np.array([run.inflation for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Study:
+    """What study.json holds, and the runs of the store that belong to it."""
+
+    folder: Path
+    name: str
+    about: str
+    store: Path
+    definition: dict[str, Any]  # the study as it was asked for, flags included
+    compare: dict[str, Any]  # alpha, margin by metric, against: a label or None for all pairs
+    planned: tuple[Planned, ...]
+    notes: tuple[str, ...]  # what a reader should know: unequal budgets, optimistic selection, pruned trials
+
+    def run(self, planned: Planned) -> Run | None:
+        """The finished run, or None."""
+        return read_run(self.store, planned)
+
+    def cells(self) -> dict[Key, Cell]:
+        """By (task, model, label), in the order of the study."""
+        found: dict[Key, list[Planned]] = {}
+        for planned in self.planned:
+            found.setdefault(planned.key, []).append(planned)
+        return {key: self._cell(key, plans) for key, plans in found.items()}
+
+    def _cell(self, key: Key, plans: list[Planned]) -> Cell:
+        final = [p for p in plans if p.role == "final"]
+        runs = [run for p in final if (run := self.run(p))]
+        failed = [told for p in final if (told := failure(self.store, p))]
+        tuning = [run for p in plans if p.role == "tune" and (run := self.run(p))]
+        trials = sum(p.address is not None and (self.store / p.address).is_dir() for p in plans if p.role == "tune")
+        pending = len(final) - len(runs) - len(failed)
+        return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), trials, pending, tuple(failed))
+
+
+def read_run(store: Path, planned: Planned) -> Run | None:
+    """The finished run of the store, or None."""
+    if planned.address is None or not (store / planned.address / "result.json").is_file():
+        return None
+    folder = store / planned.address
+    return Run(planned, folder, read_header(folder / "result.json"), history(folder), read_header(folder / "run.json"))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The epochs of a run, finished or not."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def failure(store: Path, planned: Planned) -> str | None:
+    """Why a run cannot finish, if it was found that it cannot."""
+    if planned.address is None:
+        return None
+    file = store / planned.address / FAILED
+    finished = (store / planned.address / "result.json").is_file()
+    return str(read_header(file)["error"]) if file.is_file() and not finished else None
+
+
+def load(folder: Path | str) -> Study:
+    """The study of a folder that `loralab study` wrote."""
+    folder = Path(folder)
+    if not (folder / "study.json").is_file():
+        raise UserError(f"{folder} holds no study.json: expected the --out of a `loralab study`")
+    data = read_header(folder / "study.json")
+    try:
+        planned = tuple(Planned(**entry) for entry in data.pop("planned"))
+        notes = tuple(data.pop("notes"))
+        return Study(folder=folder, planned=planned, notes=notes, store=_store(folder, data.pop("store")), **data)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'study.json'}: {error}; it may come from another version: run the study again"
+        ) from error
+
+
+def _store(folder: Path, named: str) -> Path:
+    """A store that is named relative to the study moves with it."""
+    return Path(named) if Path(named).is_absolute() else (folder / named).resolve()
