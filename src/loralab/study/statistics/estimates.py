@@ -1,0 +1,131 @@
+"""A mean over seeds with all that is uncertain about it: its interval, its tests, and the seeds that would settle it.
+
+A score of seed s on a validation split of n rows is  mu + a_s + b + c_s:  a_s is luck of the seed, b of the rows that
+every seed is scored on, c_s of both. The spread of S seeds sees a and c, so  s^2 / S  is their part; b is the
+covariance that resampled rows give the scores of different seeds (`resample.py`). The variance is the sum of both,
+with the degrees of freedom of Satterthwaite (1946):  (V1 + V2)^2 / (V1^2 / df1 + V2^2 / df2).
+Without predictions b is unknown: what is left is Student's t over seeds, and speaks of these rows only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[Any]
+MOST_SEEDS = 1000  # beyond it nobody runs them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, or with `estimate(a - b)` a paired difference of means."""
+
+    mean: float
+    sd: float  # over seeds
+    seeds: int
+    of_rows: float = 0.0  # variance that the rows bring to every seed alike
+    rows: int = 0  # validation rows, 0 where predictions are unknown
+
+    @property
+    def of_seeds(self) -> float:
+        return self.sd**2 / self.seeds
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return math.sqrt(self.of_seeds + self.of_rows)
+
+    @property
+    def df(self) -> float:
+        return freedom(self.of_seeds, self.seeds, self.of_rows, self.rows)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Where the mean lies; (nan, nan) with one seed, which has no spread."""
+        if self.seeds < 2:
+            return math.nan, math.nan
+        half = stats.t.ppf((1 + level) / 2, self.df) * self.error
+        return self.mean - half, self.mean + half
+
+    def p(self) -> float:
+        """Two-sided p of no difference; nan with one seed."""
+        if self.seeds < 2:
+            return math.nan
+        if self.error == 0:  # every seed has the same difference: t is x/0, and flipping signs is the exact test
+            return 1.0 if self.mean == 0 else 2.0 ** (1 - self.seeds)
+        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.df))
+
+    def p_equivalent(self, margin: float) -> float:
+        """TOST (Schuirmann, 1987): the larger p of 'not below -margin' and 'not above margin'."""
+        if self.seeds < 2:
+            return math.nan
+        room = margin - abs(self.mean)
+        if self.error == 0:
+            return 2.0**-self.seeds if room > 0 else 1.0
+        return float(stats.t.sf(room / self.error, self.df))
+
+
+def freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
+    """Satterthwaite's degrees of freedom of a variance of two parts."""
+    if of_seeds + of_rows == 0 or of_rows == 0:
+        return seeds - 1
+    return (of_seeds + of_rows) ** 2 / (of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1))
+
+
+def estimate(scores: Sequence[float] | Array, replicates: Array | None = None, rows: int = 0) -> Estimate:
+    """The mean of (seeds,) scores; `replicates` (times, seeds) are the same scores on resampled rows."""
+    values = np.asarray(scores, dtype=float)
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    of_rows = 0.0 if replicates is None or len(values) < 2 else shared_variance(replicates)
+    return Estimate(float(values.mean()), sd, len(values), of_rows, 0 if replicates is None else rows)
+
+
+def shared_variance(replicates: Array) -> float:
+    """Mean covariance of different columns of (times, seeds), not below 0: what the rows do to all seeds alike."""
+    covariance = np.cov(replicates, rowvar=False)
+    n = len(covariance)
+    return max(0.0, float((covariance.sum() - np.trace(covariance)) / (n * (n - 1))))
+
+
+def seeds_needed(found: Estimate, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Seeds at which a true difference as large as the one seen is found with that power, the spread being as seen.
+
+    None: more than MOST_SEEDS, as where the rows, of which there are no more, hide it.
+    """
+    if found.seeds < 2 or found.mean == 0:
+        return None
+    for seeds in _trials():
+        of_seeds = found.sd**2 / seeds
+        error, df = math.sqrt(of_seeds + found.of_rows), freedom(of_seeds, seeds, found.of_rows, found.rows)
+        if error == 0 or _power(abs(found.mean) / error, df, alpha) >= power:
+            return seeds
+    return None
+
+
+def _trials() -> range:
+    return range(2, MOST_SEEDS + 1)
+
+
+def _power(effect: float, df: float, alpha: float) -> float:
+    """Of the two-sided t-test, at an effect of so many standard errors (noncentral t)."""
+    limit = stats.t.ppf(1 - alpha / 2, df)
+    return float(stats.nct.sf(limit, df, effect) + stats.nct.cdf(-limit, df, effect))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values that hold for the whole family (Holm, 1979): max over j <= i of (m - j) p_(j); nan is no test."""
+    order = [i for i in np.argsort(p) if not math.isnan(p[i])]
+    adjusted, highest = [math.nan] * len(p), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * p[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def mcnemar(right_a: Array, right_b: Array) -> float:
+    """Exact p that two classifiers are right equally often, from the rows where only one is right (McNemar, 1947)."""
+    a, b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    return float(stats.binomtest(a, a + b).pvalue) if a + b else 1.0

@@ -1,0 +1,115 @@
+"""Scores on resampled validation rows: the stratified bootstrap (Efron and Tibshirani, 1993), for many runs at once.
+
+A resample is a weight for every row. Each metric is a function of weighted sums, so all scores of all resamples are
+one product: counts of (label, prediction) for classes, moments for correlations. Rows that no run tells apart have
+one weight together (multinomial), which makes 40,000 rows a few hundred patterns. Strata are the labels, so every
+resample has the classes of the split. Spearman's ranks are those of the whole split.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+Array = NDArray[Any]
+AT_ONCE = 2**24  # weights held at a time: 128 MB
+
+
+def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, generator: Generator) -> Array:
+    """(times, runs): the metric of every run, whose logits are (rows, outputs), on the same resamples of the rows."""
+    if metric in COUNTS:
+        table = np.stack([labels.astype(np.int64), *(x.argmax(1) for x in logits)], axis=1)
+        patterns, counts = np.unique(table, axis=0, return_counts=True)
+        score = _of_classes(metric, patterns, max(int(table.max()) + 1, *(x.shape[1] for x in logits)))
+        strata = patterns[:, 0]
+    else:
+        values = np.stack([labels, *(x[:, 0] for x in logits)], axis=1).astype(np.float64)
+        score = _of_numbers(rankdata(values, axis=0) if metric == "spearman" else values)
+        counts, strata = np.ones(len(labels), dtype=np.int64), np.zeros(len(labels))
+    return np.concatenate([score(w) for w in _weights(counts, strata, times, generator)])
+
+
+def _weights(counts: Array, strata: Array, times: int, generator: Generator) -> Iterator[Array]:
+    """(some, patterns) at a time: how often each pattern is drawn, as many of each stratum as there are."""
+    block = max(1, AT_ONCE // len(counts))
+    for start in range(0, times, block):
+        drawn = np.empty((min(block, times - start), len(counts)))
+        for stratum in np.unique(strata):
+            inside = strata == stratum
+            total = counts[inside].sum()
+            drawn[:, inside] = generator.multinomial(total, counts[inside] / total, size=len(drawn))
+        yield drawn
+
+
+def _of_classes(metric: str, patterns: Array, classes: int) -> Callable[[Array], Array]:
+    """Weights (times, patterns) -> scores (times, runs); a pattern is a label and a prediction of each run."""
+    label, predicted = patterns[:, 0], patterns[:, 1:]
+
+    def score(weights: Array) -> Array:
+        columns = []
+        for of_run in predicted.T:
+            cells = np.eye(classes * classes)[label * classes + of_run]  # (patterns, classes^2)
+            columns.append(COUNTS[metric]((weights @ cells).reshape(-1, classes, classes)))
+        return np.stack(columns, axis=1)
+
+    return score
+
+
+def _of_numbers(values: Array) -> Callable[[Array], Array]:
+    """Weights (times, rows) -> Pearson correlations (times, runs) of column 0 with the others."""
+    x = values - values.mean(0)  # the sums below would cancel for values far from 0
+    label, outputs = x[:, :1], x[:, 1:]
+
+    def score(weights: Array) -> Array:
+        w = weights / weights.sum(1, keepdims=True)
+        mean_y, mean_x = w @ label, w @ outputs  # (times, 1), (times, runs)
+        both = w @ (label * outputs) - mean_y * mean_x
+        spread = (w @ label**2 - mean_y**2) * (w @ outputs**2 - mean_x**2)
+        return _divide(both, np.sqrt(np.maximum(spread, 0.0)))
+
+    return score
+
+
+def _accuracy(counts: Array) -> Array:
+    return _divide(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2)))
+
+
+def _f1_by_class(counts: Array) -> Array:
+    """(times, classes), nan for a class that nobody has or predicts."""
+    both = np.diagonal(counts, axis1=1, axis2=2)
+    total = counts.sum(1) + counts.sum(2)
+    return np.where(total > 0, _divide(2 * both, total), np.nan)
+
+
+def _f1(counts: Array) -> Array:
+    return np.nan_to_num(_f1_by_class(counts))[:, 1]
+
+
+def _f1_macro(counts: Array) -> Array:
+    by_class = _f1_by_class(counts)
+    return _divide(np.nansum(by_class, axis=1), (~np.isnan(by_class)).sum(1))
+
+
+def _matthews(counts: Array) -> Array:
+    """Of any number of classes (Gorodkin, 2004); 0 where labels or predictions are constant."""
+    total, right = counts.sum((1, 2)), np.trace(counts, axis1=1, axis2=2)
+    true, said = counts.sum(2), counts.sum(1)  # (times, classes)
+    both = right * total - (true * said).sum(1)
+    return _divide(both, np.sqrt((total**2 - (true**2).sum(1)) * (total**2 - (said**2).sum(1))))
+
+
+def _divide(over: Array, under: Array) -> Array:
+    out: Array = np.zeros(np.broadcast(over, under).shape)
+    return np.divide(over, under, out=out, where=under > 0)
+
+
+COUNTS: dict[str, Callable[[Array], Array]] = {  # from counts (times, label, prediction)
+    "accuracy": _accuracy,
+    "matthews_correlation": _matthews,
+    "f1": _f1,
+    "f1_macro": _f1_macro,
+}
+NUMBERS = ("pearson", "spearman")
