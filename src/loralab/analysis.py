@@ -13,6 +13,7 @@ amplification    |D| / |U^T W V| over the first `top` directions (section 7.3), 
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,3 +188,14 @@ def mean(matrices: list[Tensor]) -> Tensor:
     for page, m in zip(padded, matrices, strict=True):
         page[: m.shape[0], : m.shape[1]] = m
     return padded.nanmean(0)
+
+
+def kind(path: str) -> str:
+    """What a layer is in its block: encoder.layer.3.attention.self.query -> attention.self.query."""
+    return re.split(r"\.\d+\.", path)[-1]
+
+
+def short(path: str) -> str:
+    """encoder.layer.3.attention.self.query -> 3 attention.self.query."""
+    block = re.search(r"\.(\d+)\.", path)
+    return f"{block[1]} {kind(path)}" if block else path

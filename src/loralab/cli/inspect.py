@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import analysis
-from loralab.analysis import TOP, Layer, Overlap, Spectrum
+from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
 from loralab.cli.show import Json, as_json, folder_size, number, pairs, size, table
 from loralab.errors import UserError
@@ -118,50 +118,48 @@ def _draw(spectra: list[Spectrum], overlaps: list[Overlap], plot: Path) -> None:
 
 
 def show_spectra(spectra: list[Spectrum], top: int) -> None:
-    over_base = {
+    columns = {
+        "layer": [short(s.path) for s in spectra],
+        "norm": [number(s.norm) for s in spectra],
+        "share": [f"{s.share:.1%}" for s in spectra],
+        "eff.": [f"{s.effective_rank:.2f}" for s in spectra],
+        "spectrum": [spark(s.values[:top]) for s in spectra],
         "amplified": [_times(s.amplification) for s in spectra],
-        "W along": [_times(s.along) for s in spectra],
-        "gain off 1": [number(s.gain) for s in spectra],
+        "along": [_times(s.along) for s in spectra],
+        "gain": [number(s.gain) for s in spectra],
     }
-    more = {name: cells for name, cells in over_base.items() if any(cell != "-" for cell in cells)}
-    columns = ("layer", "norm", "share", "eff. rank", "largest", "spectrum", *more)
-    rows = [
-        (name, number(s.norm), f"{s.share:.1%}", f"{s.effective_rank:.2f}", number(max(s.values, default=0)),
-         spark(s.values[:top]), *(cells[i] for cells in more.values()))
-        for i, (name, s) in enumerate(zip(short([s.path for s in spectra]), spectra, strict=True))
-    ]  # fmt: skip
-    table("\nthe update of every layer", columns, rows)
-    print("share: of the squared norm of all; eff. rank: exp of the entropy of the singular values over their sum")
-    if "amplified" in more:
-        print(f"amplified: the first {top} directions of the update, their norm over that of W along them")
-        print("W along: norm of W along them over that along random directions")
+    known = {name: cells for name, cells in columns.items() if any(cell != "-" for cell in cells)}
+    table("\nthe update of every layer", tuple(known), list(zip(*known.values(), strict=True)))
+    print("share: of the squared norm of all; spectrum: the largest singular values")
+    print("eff.: effective rank, exp of the entropy of the singular values over their sum")
+    if "amplified" in known:
+        print(f"amplified: norm of the update's first {top} directions over that of W along them")
+        print("along: that norm of W over the one along random directions")
+    if "gain" in known:
+        print("gain: how far the gain of any row is off 1; the other columns are without it")
 
 
 def show_overlaps(overlaps: list[Overlap], title: str) -> None:
     rows = []
-    for name, o in zip(short([o.path for o in overlaps]), overlaps, strict=True):
+    for o in overlaps:
         k = min(o.reads.shape)
-        ends = [value for m in (o.reads, o.writes) for value in (m[0, 0], m[k - 1, k - 1])]
-        rows.append((name, f"{k}", *(f"{float(value):.3f}" for value in ends), f"{k * max(o.chance):.3f}"))
-    columns = ("layer", "k", "reads (1, 1)", "(k, k)", "writes (1, 1)", "(k, k)", "chance (k, k)")
-    table(f"\n{title}: phi(i, j), how alike what they read and write is", columns, rows)
+        ends = [m[i, i] for m in (o.reads, o.writes) for i in (0, k - 1)]
+        rows.append((short(o.path), str(k), *(f"{float(value):.3f}" for value in ends), f"{k * max(o.chance):.3f}"))
+    columns = ("layer", "k", "reads 1", "reads k", "writes 1", "writes k", "chance k")
+    table(f"\n{title}: phi(i, i) of what the updates read and write", columns, rows)
     for side in ("reads", "writes"):
         phi = analysis.mean([getattr(o, side) for o in overlaps])
-        cells = [(f"{i + 1}", *(f"{float(value):.2f}" for value in row)) for i, row in enumerate(phi)]
-        table(f"\n{side}: phi(i, j), mean of {len(overlaps)} layers", ("i / j", *map(str, range(1, len(phi[0]) + 1))), cells)
-    print("1: the directions of one lie within those of the other; chance: of random directions, the larger of the two")
+        cells = [(str(i), *(f"{float(value):.2f}" for value in row)) for i, row in enumerate(phi, 1)]
+        head = ("i / j", *map(str, range(1, phi.shape[1] + 1)))
+        table(f"\n{side}: phi(i, j), mean of {len(overlaps)} layers", head, cells)
+    print("phi(i, j): how much of the first i directions lies within the first j of the other, 0 to 1")
+    print("chance: the same of random directions. Adapters of one seed start with one A, so they read alike")
 
 
 def spark(values: list[float]) -> str:
     """A bar a value, the largest full."""
     most = max(values, default=0.0) or 1.0
     return "".join(BLOCKS[round((len(BLOCKS) - 1) * value / most)] for value in values)
-
-
-def short(paths: list[str]) -> list[str]:
-    """Paths without the component that all begin with."""
-    first = {path.partition(".")[0] for path in paths}
-    return [path.partition(".")[2] for path in paths] if len(first) == 1 and all("." in p for p in paths) else paths
 
 
 def _times(value: float | None) -> str:

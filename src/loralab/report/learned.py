@@ -1,11 +1,10 @@
 """Pictures of what adapters learned: spectra and shares of their layers, and heat maps of how alike two of them are."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from loralab import analysis
-from loralab.analysis import Overlap, Spectrum
+from loralab.analysis import Overlap, Spectrum, kind, short
 from loralab.report.look import INK, SERIES, figure, save, styled
 
 __all__ = ["overlaps", "save", "spectra"]
@@ -30,7 +29,7 @@ def spectra(found: Sequence[Spectrum]) -> Any:
         values.set_ylim(bottom=0)
         values.legend(title="layers", loc="upper right")
         shares.set(title="share of the squared norm", xlabel="%")
-        shares.set_yticks(range(len(names)), [numbered(name) for name in names], fontsize=7)
+        shares.set_yticks(range(len(names)), [short(name) for name in names], fontsize=7)
         shares.invert_yaxis()
         shares.margins(y=0.01)
         shares.grid(axis="y", visible=False)
@@ -38,22 +37,27 @@ def spectra(found: Sequence[Spectrum]) -> Any:
 
 
 def overlaps(found: Sequence[Overlap]) -> Any:
-    """A row a kind of layer: phi(i, j) of what its updates read, and of what they write, mean over depth."""
+    """For every kind of layer phi(i, j) of what its updates read, and of what they write, mean over depth."""
     kinds: dict[str, list[Overlap]] = {}
     for o in found:
         kinds.setdefault(kind(o.path), []).append(o)
-    rows = {f"all layers ({len(found)})": list(found)} if len(kinds) > 1 else {}
-    rows |= {f"{name} ({len(group)})": group for name, group in kinds.items()}
+    groups = {"all layers": list(found)} if len(kinds) > 1 else {}
+    groups |= kinds
+    across = 2 if len(groups) > 1 else 1  # kinds side by side
     with styled():
-        fig = figure(6.4, 0.6 + 2.5 * len(rows))
-        axes = fig.subplots(len(rows), 2, squeeze=False)
-        for pair, (name, group) in zip(axes, rows.items(), strict=True):
-            for ax, side, far in zip(pair, ("reads", "writes"), (0, 1), strict=True):
+        fig = figure(4.9 * across + 0.6, 0.4 + 2.6 * -(-len(groups) // across))
+        axes = fig.subplots(-(-len(groups) // across), 2 * across, squeeze=False).flatten().tolist()
+        for name, group in groups.items():
+            for side, far in (("reads", 0), ("writes", 1)):
                 phi = analysis.mean([getattr(o, side) for o in group]).numpy()
                 chance = max(phi.shape) * sum(o.chance[far] for o in group) / len(group)
+                ax = axes.pop(0)
                 drawn = heat(ax, phi)
-                ax.set(title=f"{name}\n{side}, chance up to {chance:.2f}", xlabel="j", ylabel="i")
-        fig.colorbar(drawn, ax=axes, shrink=0.5, label="phi(i, j)")
+                ax.set(xlabel="j", ylabel="i")
+                ax.set_title(f"{name} ({len(group)})\n{side}, chance up to {chance:.2f}", fontsize=8)
+        for ax in axes:
+            ax.set_axis_off()
+        fig.colorbar(drawn, ax=fig.axes, aspect=50, label="phi(i, j)")
     return fig
 
 
@@ -69,16 +73,3 @@ def heat(ax: Any, matrix: Any) -> Any:
             color = INK if matrix[i, j] > 0.6 else "white"
             ax.text(j, i, f"{matrix[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=5.5, color=color)
     return drawn
-
-
-def kind(path: str) -> str:
-    """What layers of every block have in common: encoder.layer.3.attention.self.query -> attention.self.query."""
-    return re.split(r"\.\d+\.", path)[-1]
-
-
-def numbered(path: str) -> str:
-    """encoder.layer.3.attention.self.query -> 3 attention.self.query."""
-    block = re.search(r"\.(\d+)\.", path)
-    return f"{block[1]} {kind(path)}" if block else kind(path)
-
-

@@ -68,7 +68,9 @@ def svg(fig: Any, salt: str) -> str:
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r' id="[a-z0-9A-Z.]+_\d+"', "", drawn)  # figure_1, axes_1: the same in every picture
-    drawn = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', drawn, count=1)
+    drawn = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', drawn, count=1
+    )
     for color, name in VARIABLES.items():
         drawn = drawn.replace(color, f"var({name})")
     return drawn.replace("'DejaVu Sans'", "inherit").replace("font: 9px inherit", "font-size: 9px")
