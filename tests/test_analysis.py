@@ -50,7 +50,7 @@ def test_the_spectrum_of_every_method_is_that_of_the_dense_update(name, tmp_path
     assert [s.path for s in found] == list(slow)
     norms = {path: np.linalg.norm(D) for path, (_, D) in slow.items()}
     for s in found:
-        W, D = slow[s.path]
+        _, D = slow[s.path]
         values = np.linalg.svd(D, compute_uv=False)
         np.testing.assert_allclose(s.values, values[: len(s.values)], rtol=1e-3, atol=1e-4 * values[0])
         assert (values[len(s.values) :] < 1e-5 * values[0]).all()

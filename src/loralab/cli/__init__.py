@@ -22,12 +22,16 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Fine-tune one model on one task with one method.",
         "loralab train --task reviews.csv --text title body --label stars --out runs/reviews",
     ),
+    "report": (
+        "The page, pictures and tables of a study or a folder of runs.",
+        "loralab report runs",
+    ),
     "methods": (
         "The table of methods: equation, what learns, how many values.",
         "loralab methods --json",
     ),
     "inspect": (
-        "What an adapter folder holds.",
+        "What an adapter folder holds, and what it learned.",
         "loralab inspect runs/reviews/adapter",
     ),
     "verify": (

@@ -18,7 +18,7 @@ MARKERS = "osD^vPX*"
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper"} | {
     color: f"--s{i}" for i, color in enumerate(SERIES)
 }
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
@@ -41,7 +41,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def figure(width: float = 4.4, height: float = 3.2) -> Any:
+def figure(width: float = 4.1, height: float = 3.2) -> Any:
     """A figure of a card's size, in inches; on a telephone it fills the screen at its own scale."""
     from matplotlib.figure import Figure
 
