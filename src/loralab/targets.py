@@ -21,6 +21,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention-q": ("q",),
     "attention-k": ("k",),
     "attention-v": ("v",),
+    "attention-qk": ("q", "k"),
     "attention-qv": ("q", "v"),
     "attention-qkv": ("q", "k", "v"),
     "attention": ("q", "k", "v", "o"),

@@ -22,6 +22,10 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Fine-tune one model on one task with one method.",
         "loralab train --task reviews.csv --text title body --label stars --out runs/reviews",
     ),
+    "study": (
+        "Many runs that answer one question, compared with corrected tests.",
+        "loralab study studies/utaustin.toml --model minilm --data DIR",
+    ),
     "report": (
         "The page, pictures and tables of a study or a folder of runs.",
         "loralab report runs",
@@ -46,6 +50,10 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Write an adapter in PEFT's layout.",
         "loralab export runs/reviews/adapter --model minilm --out exported",
     ),
+}
+STOPPED = {  # what to say when the user stops it
+    "train": "; the run goes on from its last checkpoint with --resume",
+    "study": "; the same command goes on where it was",
 }
 CHATTY = ("bitsandbytes", "transformers")  # they log about themselves at import and while loading
 
@@ -78,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loralab: {' '.join(_told(error, given).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; the run goes on from its last checkpoint with --resume" if given[:1] == ["train"] else ""
-        print(f"loralab: stopped{hint}", file=sys.stderr)
+        print(f"loralab: stopped{STOPPED.get(given[0], '') if given else ''}", file=sys.stderr)
         return 130
     return 0
 

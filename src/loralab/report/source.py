@@ -13,9 +13,10 @@ from typing import Any
 from loralab.errors import UserError
 from loralab.files import read_header
 from loralab.study import Planned, Study, load
+from loralab.study.definition import MARGIN, Compare
 from loralab.train import Settings
 
-COMPARE = {"alpha": 0.05, "margin": {"default": 0.01}, "against": None}  # as a study file has it by default
+COMPARE = {"alpha": Compare.alpha, "margin": {"default": MARGIN}, "against": Compare.against}
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)}
 # settings that are not in a label: the cell says them, or they decide nothing
 UNLABELLED = ("task", "model", "method", "seed", "data", "validation", "threads", "track", "checkpoint_every")

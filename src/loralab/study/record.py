@@ -92,6 +92,7 @@ class Cell:
     key: Key
     runs: tuple[Run, ...]  # finished final runs, by seed
     tuning: tuple[Run, ...]  # finished tuning runs
+    trials: int  # tuning runs begun: finished, failed or pruned
     pending: int  # final runs that are planned, not finished and not failed
     failed: tuple[str, ...]  # why the failed ones did
 
@@ -125,14 +126,7 @@ class Study:
 
     def run(self, planned: Planned) -> Run | None:
         """The finished run, or None."""
-        if planned.address is None:
-            return None
-        folder = self.store / planned.address
-        if not (folder / "result.json").is_file():
-            return None
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        history = [json.loads(line) for line in lines]
-        return Run(planned, folder, read_header(folder / "result.json"), history, read_header(folder / "run.json"))
+        return read_run(self.store, planned)
 
     def cells(self) -> dict[Key, Cell]:
         """By (task, model, label), in the order of the study."""
@@ -146,8 +140,23 @@ class Study:
         runs = [run for p in final if (run := self.run(p))]
         failed = [told for p in final if (told := failure(self.store, p))]
         tuning = [run for p in plans if p.role == "tune" and (run := self.run(p))]
+        trials = sum(p.address is not None and (self.store / p.address).is_dir() for p in plans if p.role == "tune")
         pending = len(final) - len(runs) - len(failed)
-        return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), pending, tuple(failed))
+        return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), trials, pending, tuple(failed))
+
+
+def read_run(store: Path, planned: Planned) -> Run | None:
+    """The finished run of the store, or None."""
+    if planned.address is None or not (store / planned.address / "result.json").is_file():
+        return None
+    folder = store / planned.address
+    return Run(planned, folder, read_header(folder / "result.json"), history(folder), read_header(folder / "run.json"))
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The epochs of a run, finished or not."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def failure(store: Path, planned: Planned) -> str | None:

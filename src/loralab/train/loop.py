@@ -24,7 +24,7 @@ from loralab.train.batches import Rows, collate, epoch_batches, sorted_batches
 from loralab.train.folder import RunFolder
 from loralab.train.memory import Peak, ledger, saved_activations
 from loralab.train.prepare import Run, facts, prepare
-from loralab.train.progress import Reporter, Silent, epoch_line
+from loralab.train.progress import Reporter, Silent
 from loralab.train.result import result_of
 from loralab.train.settings import Settings
 
@@ -170,13 +170,13 @@ class Trainer:
         if p.best < 0 or self._selecting(-1) > self._selecting(p.best) or s.selection == "last":
             p.best = len(p.history) - 1
             self.best = {key: t.detach().clone() for key, t in parts.adapters.state().items()}
-        self.reporter.say(epoch_line(record, s.epochs, parts.task.metrics[0]))
         if s.track:
             self.accelerator.log({"train_loss": record["train_loss"], **record["validation"]}, step=p.step)
         if self.accelerator.is_main_process:
             self.folder.write_metrics(p.history)
         if p.epoch < s.epochs:
             self._save_checkpoint()
+        self.reporter.epoch(record, s.epochs, parts.task.metrics[0])  # last, as it may end the run, which can go on
 
     def _logits(self, rows: Rows) -> Any:
         """(rows, outputs) as a numpy array, in the order of `rows`; processes share the work."""

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Summary:
     pending: int
     failed: int
     tuning: int  # runs spent on tuning
+    unlearnt: int  # runs that predict one class for every row
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,15 @@ def _summary(cell: Cell, level: float) -> Summary:
     scores = _replicates(metric, runs)
     over_seeds = estimate(cell.scores)
     over_both = over_seeds if scores is None else estimate(cell.scores, scores, _rows(runs[0]))
-    of = [float(np.mean([run.result["metric"][key] for run in runs])) for key in ("last", "best_on_validation")]
-    numbers: tuple[Any, ...] = (*over_seeds.interval(level), *over_both.interval(level), over_both.rows, *of)
-    counts = cell.pending, len(cell.failed), len(cell.tuning)
-    means = over_seeds.mean, over_seeds.sd
-    return Summary(*cell.key, metric, len(runs), *means, *numbers, float(cell.inflation.mean()), *counts)
+    mean = {key: float(np.mean([run.result["metric"][key] for run in runs])) for key in ("last", "best_on_validation")}
+    task, model, method = cell.key
+    return Summary(
+        task, model, method, metric, len(runs), over_seeds.mean, over_seeds.sd,
+        *over_seeds.interval(level), *over_both.interval(level), over_both.rows,
+        last=mean["last"], best_on_validation=mean["best_on_validation"], inflation=float(cell.inflation.mean()),
+        pending=cell.pending, failed=len(cell.failed), tuning=cell.trials,
+        unlearnt=sum(bool(run.result["warnings"]) for run in runs),
+    )  # fmt: skip
 
 
 def _compared(a: Cell, b: Cell, alpha: float, margin: float, level: float) -> Comparison:

@@ -1,0 +1,102 @@
+"""The address of a run: sha256 over what decides its result, so that equal runs are one run, whoever asks for it.
+
+    address = first 16 hex of sha256(settings that differ from their defaults, recipe, hash of data, hash of base)
+
+A setting at its default is left out, so a version that adds a setting keeps the addresses it had. How a method is
+written does not matter: `lora+` and `lora` with lr_ratio 16 and its rate are one recipe. Where data and model lie does
+not matter either, what is in them does.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from loralab import models, tasks
+from loralab.factors import FACTORS
+from loralab.recipe import Recipe, name_of, to_json
+from loralab.tasks import glue
+from loralab.train import Settings
+
+VERSION = 1  # raise it when a default changes what runs come to: old addresses then mean nothing
+LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
+NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}
+IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "plan", "store"}
+IN_HASHES = {"task", "data", "text", "label", "problem_type", "validation", "model"}
+MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a task's rows are known by."""
+
+    sha256: str
+    train: int | None  # rows; None where they are still on the hub
+
+
+def address(settings: Settings) -> str:
+    text = json.dumps(content(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def content(settings: Settings) -> dict[str, Any]:
+    """What the address is the hash of."""
+    recipe = settings.recipe()
+    left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
+    own = {f.name: f.default for f in dataclasses.fields(Settings) if f.name not in left_out}
+    given = settings.to_json()
+    return {
+        "version": VERSION,
+        "settings": {key: given[key] for key, default in own.items() if given[key] != default},
+        "recipe": _recipe(recipe),
+        "data": data(settings).sha256,
+        "base": base(settings.model),
+    }
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    """Without what is at its default."""
+    own, usual = to_json(recipe), to_json(Recipe())
+    factors = own.pop("factors")
+    if recipe.factors is not None:
+        of_kind = dataclasses.asdict(FACTORS[name_of(recipe.factors)]())
+        factors = {key: value for key, value in factors.items() if key not in of_kind or value != of_kind[key]}
+    return {"factors": factors, **{key: value for key, value in own.items() if value != usual[key]}}
+
+
+def data(settings: Settings) -> Data:
+    """The hash of a task's rows; of a task that would come from the hub its name, as nothing is fetched to plan."""
+    s = settings
+    return _data(s.task, s.data, s.text, s.label, s.problem_type, s.validation)
+
+
+@cache
+def _data(
+    task: str, folder: Path | None, text: tuple[str, ...], label: str | None, kind: str, validation: Path | None
+) -> Data:
+    name = glue.canonical(task)
+    if name is not None and folder is None:
+        return Data(f"{glue.HUB} {name}", glue.TABLE[name].official["train"])
+    regression = None if kind == "auto" else kind == "regression"
+    found = tasks.load(task, folder, text=text, label=label, validation=validation, regression=regression)
+    return Data(found.sha256, len(found.train))
+
+
+@cache
+def base(model: str) -> str:
+    """The hash of a model's files; of a hub name the name, as nothing is fetched to plan."""
+    place = models.resolve(model)
+    if not isinstance(place, Path):
+        return f"hub {place}"
+    files = sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
+    return hashlib.sha256(" ".join(f"{file.name} {models.sha256(file)}" for file in files).encode()).hexdigest()
+
+
+def same(before: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether an unfinished run with these settings can go on as that of `settings`."""
+    now = json.loads(json.dumps(settings.to_json()))
+    return all(before.get(key) == value for key, value in now.items())

@@ -1,0 +1,234 @@
+"""Statistics of studies: their intervals cover, their tests err as often as they say, and both agree with slow oracles.
+
+Simulations have fixed seeds. A rate is compared with what was promised by an exact binomial test at the level LUCK, so
+a correct method fails here once in a thousand choices of the seed.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from loralab.study.statistics import Estimate, estimate, holm, mcnemar, resampled, seeds_needed
+from loralab.study.statistics.resample import COUNTS, NUMBERS, _of_classes, _of_numbers, _weights
+from loralab.tasks import METRICS
+
+LUCK = 1e-3
+ALPHA = 0.05
+TIMES = 3000
+
+
+def as_promised(hits, rate, sides="two-sided"):
+    """Whether so many of `hits` are true as a rate says; with sides='greater' they must not be more."""
+    hits = np.asarray(hits)
+    return stats.binomtest(int(hits.sum()), len(hits), rate, alternative=sides).pvalue > LUCK
+
+
+def draws(seeds, mean=0.0, sd=0.013, times=TIMES, seed=0):
+    """Paired differences of a study, many times over: a list of (seeds,)."""
+    return np.random.default_rng(seed).normal(mean, sd, (times, seeds))
+
+
+# ---- over seeds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_the_interval_over_seeds_covers(seeds, level):
+    mean = 0.87
+    bounds = np.array([estimate(x).interval(level) for x in draws(seeds, mean)])
+    assert as_promised((bounds[:, 0] < mean) & (mean < bounds[:, 1]), level)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_paired_test_is_the_t_test_and_errs_as_often_as_it_says(seeds):
+    found = draws(seeds)
+    p = np.array([estimate(x).p() for x in found])
+    np.testing.assert_allclose(p, stats.ttest_1samp(found, 0, axis=1).pvalue, rtol=1e-9)
+    assert as_promised(p < ALPHA, ALPHA)
+
+
+@pytest.mark.parametrize("effect", [0.9, 1.7, 3.1])
+def test_as_many_seeds_as_it_asks_for_have_the_power_it_promises(effect):
+    sd = 0.013
+    seen = Estimate(mean=effect * sd, sd=sd, seeds=3)
+    needed = seeds_needed(seen)
+    assert needed is not None
+    powers = []
+    for seeds in (needed - 1, needed):
+        powers.append(np.array([estimate(x).p() < ALPHA for x in draws(seeds, effect * sd, sd, seed=seeds)]))
+    assert as_promised(powers[1], 0.8, "less")  # no less than 80 %
+    if needed > 2:
+        assert as_promised(powers[0], 0.8, "greater")
+
+
+def test_no_number_of_seeds_finds_what_the_rows_hide():
+    assert seeds_needed(Estimate(0.01, 0.004, 5, of_rows=0.02**2, rows=300)) is None
+    assert seeds_needed(Estimate(0.0, 0.004, 5)) is None
+    assert seeds_needed(Estimate(0.01, 0.004, 1)) is None
+    sure = seeds_needed(Estimate(0.01, 0.004, 5))
+    with_rows = seeds_needed(Estimate(0.01, 0.004, 5, of_rows=0.003**2, rows=300))
+    assert sure is not None
+    assert with_rows is not None
+    assert sure < with_rows
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_equivalence_is_claimed_wrongly_no_more_often_than_alpha(seeds):
+    """At the margin the rate is alpha itself, beyond it lower; well inside, equivalence is found."""
+    margin, sd = 0.02, 0.003
+    at = [np.array([estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, m, sd)]) for m in (margin, -margin)]
+    assert all(as_promised(hits, ALPHA) for hits in at)
+    assert as_promised(
+        [estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 1.5 * margin, sd)], ALPHA, "greater"
+    )
+    assert np.mean([estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 0.0, sd)]) > 0.9
+
+
+def test_one_seed_says_nothing_and_equal_differences_say_little():
+    alone = estimate([0.3])
+    assert all(math.isnan(x) for x in (*alone.interval(), alone.p(), alone.p_equivalent(1)))
+    for seeds in (2, 3, 6):  # all signs alike happens in 2 of 2^seeds flips
+        flips = np.array(list(itertools.product([-1, 1], repeat=seeds)))
+        extreme = np.mean(abs((flips * 0.01).sum(1)) >= seeds * 0.01 - 1e-12)
+        assert estimate([0.01] * seeds).p() == pytest.approx(extreme)
+    assert estimate([0.0] * 3).p() == 1
+
+
+# ---- over seeds and rows ---------------------------------------------------------------------------------------------
+
+ROWS, SEEDS, OUTER = 150, 3, 500
+
+
+def scored(random, skill, rows=ROWS, seeds=SEEDS):
+    """(seeds, rows) of right and wrong: rows are hard or easy for every seed, seeds are lucky, the rest is chance."""
+    hard = random.normal(0, 0.9, rows)
+    luck = random.normal(0, 0.12, (len(skill), seeds, 1))
+    own = random.normal(0, 0.5, (len(skill), seeds, rows))
+    return np.asarray(skill)[:, None, None] + hard + luck + own > 0
+
+
+def logits_of(right, labels):
+    """Two columns whose larger is the label where right, the other one where wrong."""
+    said = np.where(right, labels, 1 - labels)
+    return np.stack([1 - said, said], axis=1).astype(np.float32)
+
+
+def simulated(skill, seed):
+    """Scores (methods, seeds), replicates (times, methods, seeds) of one study of fresh rows and seeds."""
+    random = np.random.default_rng([seed, 77])
+    labels = random.permutation(np.arange(ROWS) % 2)
+    right = scored(random, skill).reshape(-1, ROWS)
+    replicates = resampled("accuracy", [logits_of(x, labels) for x in right], labels, 200, random)
+    return right.mean(1).reshape(len(skill), SEEDS), replicates.reshape(-1, len(skill), SEEDS)
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """Two methods of equal skill, in OUTER studies."""
+    return [simulated((0.6, 0.6), seed) for seed in range(OUTER)]
+
+
+def test_the_interval_over_seeds_and_rows_covers_and_that_over_seeds_alone_does_not(studies):
+    truth = stats.norm.cdf(0.6 / math.sqrt(0.9**2 + 0.12**2 + 0.5**2))
+    both = np.array([estimate(scores[0], r[:, 0], ROWS).interval() for scores, r in studies])
+    seeds = np.array([estimate(scores[0]).interval() for scores, _ in studies])
+    assert as_promised((both[:, 0] < truth) & (truth < both[:, 1]), 0.95)
+    assert not as_promised((seeds[:, 0] < truth) & (truth < seeds[:, 1]), 0.95)
+
+
+def test_the_paired_test_over_seeds_and_rows_errs_no_more_often_than_it_says(studies):
+    p = np.array([estimate(s[0] - s[1], r[:, 0] - r[:, 1], ROWS).p() for s, r in studies])
+    assert as_promised(p < ALPHA, ALPHA, "greater")
+    differ = [simulated((0.6, 1.4), seed) for seed in range(60)]
+    found = [estimate(s[0] - s[1], r[:, 0] - r[:, 1], ROWS) for s, r in differ]
+    assert np.mean([e.p() < ALPHA for e in found]) > 0.7
+    assert all(e.mean < 0 for e in found)
+
+
+# ---- families, pairs -------------------------------------------------------------------------------------------------
+
+
+def test_holm_is_the_closure_of_bonferroni():
+    """A hypothesis is rejected if every family that holds it is, each at its own Bonferroni level."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        p = random.choice([0.001, 0.01, 0.02, 0.02, 0.3, 1.0, *random.random(3)], 5)
+        families = [f for n in range(1, 6) for f in itertools.combinations(range(5), n)]
+        slow = [max(min(1.0, len(f) * min(p[list(f)])) for f in families if i in f) for i in range(5)]
+        np.testing.assert_allclose(holm(p), slow)
+    assert np.isnan(holm([0.01, math.nan, 0.02])).tolist() == [False, True, False]
+    assert holm([0.01, math.nan, 0.02])[::2] == holm([0.01, 0.02])
+
+
+def test_holm_keeps_the_chance_of_any_false_claim():
+    random = np.random.default_rng(1)
+    any_false = [min(holm([*random.random(6), *random.random(3) * 1e-3])[:6]) < ALPHA for _ in range(TIMES)]
+    assert as_promised(any_false, ALPHA, "greater")
+    assert np.mean(any_false) > ALPHA / 3  # and it is no test that never rejects
+
+
+def test_mcnemar_counts_the_rows_where_only_one_is_right():
+    random = np.random.default_rng(2)
+    a, b = random.random((2, 37)) < [[0.8], [0.5]]
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    tails = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1)) / 2 ** (only_a + only_b)
+    assert only_a != only_b
+    assert mcnemar(a, b) == pytest.approx(2 * tails)
+    assert mcnemar(a, b) == mcnemar(b, a)
+    assert mcnemar(a, a) == 1
+
+
+# ---- resamples -------------------------------------------------------------------------------------------------------
+
+
+def split(classes, runs=3, rows=97):
+    random = np.random.default_rng(classes)
+    labels = random.integers(0, classes, rows) if classes > 1 else random.normal(50, 2, rows)
+    signal = np.eye(classes)[labels] if classes > 1 else labels[:, None]
+    return labels, [signal + random.normal(0, 1.1 + i, (rows, classes)) for i in range(runs)]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_weight_is_a_row_repeated(metric):
+    """Every metric of tasks, on weighted rows, is that of the rows written out."""
+    for classes in [c for c in (2, 4) if metric != "f1" or c == 2] if metric in COUNTS else [1]:
+        labels, logits = split(classes)
+        weights = np.random.default_rng(5).integers(0, 4, (6, len(labels))).astype(float)
+        if metric in COUNTS:
+            patterns = np.stack([labels, *(x.argmax(1) for x in logits)], axis=1)
+            score = _of_classes(metric, patterns, classes)
+        else:
+            values = np.stack([labels, *(x[:, 0] for x in logits)], axis=1)
+            score = _of_numbers(values if metric == "pearson" else stats.rankdata(values, axis=0))
+        weights[0] = 1  # ranks are those of the whole split, so Spearman's is exact there only
+        rows = weights.astype(int)[: 1 if metric == "spearman" else None]
+        slow = [[METRICS[metric](np.repeat(x, w, 0), np.repeat(labels, w)) for x in logits] for w in rows]
+        np.testing.assert_allclose(score(weights)[: len(slow)], slow, atol=1e-12)
+
+
+def test_every_metric_of_tasks_can_be_resampled():
+    assert sorted((*COUNTS, *NUMBERS)) == sorted(METRICS)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_resamples_spread_as_those_of_a_loop_do(metric):
+    labels, logits = split(2 if metric in COUNTS else 1)
+    fast = resampled(metric, logits, labels, 2000, np.random.default_rng(3))
+    random, slow = np.random.default_rng(4), []
+    strata = [np.flatnonzero(labels == c) for c in np.unique(labels)] if metric in COUNTS else [np.arange(len(labels))]
+    for _ in range(400):
+        rows = np.concatenate([random.choice(s, len(s)) for s in strata])
+        slow.append([METRICS[metric](x[rows], labels[rows]) for x in logits])
+    np.testing.assert_allclose(fast.mean(0), np.mean(slow, 0), atol=0.03)
+    np.testing.assert_allclose(np.cov(fast.T), np.cov(np.transpose(slow)), atol=0.3 * np.var(slow, 0).max())
+
+
+def test_resamples_keep_the_classes_and_their_rows():
+    counts, strata = np.array([5, 11, 2, 30]), np.array([0, 1, 0, 1])
+    drawn = np.concatenate(list(_weights(counts, strata, 50, np.random.default_rng(0))))
+    assert drawn.shape == (50, 4)
+    assert set(drawn[:, [0, 2]].sum(1)) == {7}
+    assert set(drawn[:, [1, 3]].sum(1)) == {41}
