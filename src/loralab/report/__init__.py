@@ -27,7 +27,8 @@ def write(folder: Path | str, out: Path | str | None = None, published: Path | s
         raise UserError(f"{folder}: no run of the study is finished, so there is nothing to report yet")
     tables = content.tables(found)
     if published is not None:
-        tables.append(others.table(Path(published), list(dict.fromkeys(task for task, _ in found.places()))))
+        theirs = others.table(Path(published), list(dict.fromkeys(task for task, _ in found.places())))
+        tables.insert(-1, theirs)  # before the runs
     pictures = [*charts.charts(found), *ranks.charts(found)]
     text = page.render(found, tables, pictures)
     try:

@@ -66,29 +66,22 @@ def _costs() -> list[Column]:
         Column("memory", lambda r: n.size(r.cost.peak_bytes), lambda r: r.cost.peak_bytes, "peak of training"),
         Column("rows/s", lambda r: n.count(r.cost.examples_per_s), lambda r: r.cost.examples_per_s,
                "training examples per second"),
-        Column("training", lambda r: n.duration(r.cost.train_s), lambda r: r.cost.train_s, "time of a run", short=False),
+        Column("training", lambda r: n.duration(r.cost.train_s), lambda r: r.cost.train_s, short=False),
     ]  # fmt: skip
 
 
 def notes(f: Findings) -> list[str]:
     """What the numbers of the results are."""
-    with_rows = [bool(r.summary.rows) for r in f.results]
-    of = {
-        (True, True): "seeds and validation rows",
-        (
-            False,
-            False,
-        ): "seeds alone (Student's t): predictions were not kept, so it speaks of these validation rows only",
-    }.get((all(with_rows), any(with_rows)), "seeds, and validation rows where predictions were kept")
-    told = [
-        "Score: mean ± standard deviation over seeds, at the epoch that the selection chose",
-        f"Interval: 95 %, over {of}",
-    ]
+    over = {
+        (True,): "seeds and validation rows",
+        (False,): "seeds (Student's t); predictions were not kept, so it speaks of these validation rows only",
+        (False, True): "seeds, and over validation rows where predictions were kept",
+    }[tuple(sorted({bool(r.summary.rows) for r in f.results}))]
+    told = ["Score: mean ± standard deviation over seeds, at the epoch that the selection chose"]
+    told.append(f"Interval: 95 %, over {over}")
     if any(r.comparison for r in f.results):
         alpha = f.study.compare["alpha"]
-        told.append(
-            f"Verdict: against {reference(f)}, paired by seed, Holm-corrected over all comparisons at {alpha:g}"
-        )
+        told.append(f"Verdict: against {reference(f)}, paired by seed, corrected by Holm, at {alpha:g}")
     if any(len(r.seeds) == 1 for r in f.results):
         told.append("One seed has no spread: no interval and no verdict")
     return told

@@ -40,6 +40,7 @@ class Part:
     about: str = ""
     table: Table | None = None
     charts: Sequence[Picture] = ()
+    foreign: bool = False  # numbers of others
 
 
 def render(f: Findings, tables: Sequence[Table], charts: Sequence[Chart]) -> str:
@@ -52,13 +53,9 @@ def render(f: Findings, tables: Sequence[Table], charts: Sequence[Chart]) -> str
     for chart in charts:
         drawn = Markup(svg(chart.fig, chart.name))
         pictures.setdefault(chart.section, []).append(Picture(chart.title, chart.caption, drawn))
-    of_name = {table.name: Part(table.name, table.title, table=table) for table in tables}
-    parts = [
-        of_name.pop("results"),
-        *(Part(key, *SECTIONS[key], charts=pictures[key]) for key in SECTIONS if key in pictures),
-    ]
-    order = ("comparisons", "published", "runs")
-    parts += [of_name[name] for name in order if name in of_name]
+    drawn_parts = [Part(key, *SECTIONS[key], charts=pictures[key]) for key in SECTIONS if key in pictures]
+    first, *rest = [Part(t.name, t.title, t.about, t, foreign=t.foreign) for t in tables]
+    parts = [first, *drawn_parts, *rest]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_own("page.html"))
@@ -88,7 +85,8 @@ def tiles(f: Findings) -> list[tuple[str, str]]:
         ("hardware", "; ".join(dict.fromkeys(hardware(run.facts) for run in runs))),
     ]
     if pending or failed:
-        told.insert(5, ("not finished", f"{pending} pending, {failed} failed"))
+        counts = {"pending": pending, "failed": failed}
+        told.insert(5, ("not finished", ", ".join(f"{count} {what}" for what, count in counts.items() if count)))
     return told
 
 

@@ -35,9 +35,13 @@ def table(file: Path, tasks: list[str]) -> Table:
         Column("where", lambda r: r["where"], short=False),
         Column("notes", lambda r: r["notes"] or "–", short=False),
     ]
-    notes = ["As printed at the source: other models, other selections, other rows; ± as the source has it",
-             "– : the source does not say"]  # fmt: skip
-    return Table("published", "Published numbers", columns, rows, lambda row: row, notes)
+    rows.sort(key=lambda row: plain(row["task"]))
+    notes = ["Value: as printed at the source, ± as the source has it; – where the source does not say"]
+    about = (
+        "Numbers of others, under other protocols: another model, another selection (mostly the best epoch on the "
+        "reported split), other rows. They give a context, and no verdict is drawn between them and the results above."
+    )
+    return Table("published", "Published numbers", columns, rows, lambda row: row, notes, about, foreign=True)
 
 
 def _of(key: str) -> Callable[[Row], str]:

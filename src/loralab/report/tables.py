@@ -38,6 +38,8 @@ class Table:
     rows: Sequence[Any]
     raw: Callable[[Any], dict[str, Any]]  # a row as plain numbers, for the CSV
     notes: Sequence[str] = ()  # what its numbers are
+    about: str = ""  # what must be read before them
+    foreign: bool = False  # numbers of others
 
     def shown(self, columns: Sequence[Column]) -> list[list[str]]:
         return [[column.show(row) for column in columns] for row in self.rows]
