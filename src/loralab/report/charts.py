@@ -15,6 +15,9 @@ Array = NDArray[Any]
 Style = tuple[str, str]  # colour and marker of a method, the same in every picture
 
 
+STEPS = (1, 2, 5, 10)  # of an axis
+
+
 @dataclass(frozen=True)
 class Chart:
     section: str
@@ -24,17 +27,29 @@ class Chart:
     fig: Any
 
 
+Drawn = tuple[str, str, str, Any] | None  # section, what, caption, figure
+Draw = Callable[[Sequence[Result], dict[str, Style]], Drawn]
+
+
 def charts(f: Findings) -> Iterator[Chart]:
     styles = styles_of(f.methods)
     for (task, model), results in f.places().items():
-        where, extra = f"{task}, {model}", swept(results)
+        extra = swept(results)
         main = [r for r in results if r not in extra]
-        for draw in (scores, curves, *(_cost(key) for key in COSTS), speed, memory):
-            with styled():
-                made = draw(results if draw is scores else main, styles)
-            if made is not None:
-                section, what, caption, fig = made
-                yield Chart(section, f"{section}-{what}-{task}-{model}", f"{where}: {what}", caption, fig)
+        for draw in (scores, curves, *(_cost(key) for key in COSTS)):
+            yield from _chart(f"{task}, {model}", draw, results if draw is scores else main, styles)
+    for model, results in f.models().items():
+        extra = swept(results)
+        for draw in (speed, memory):
+            yield from _chart(model, draw, [r for r in results if r not in extra], styles)
+
+
+def _chart(where: str, draw: Draw, results: Sequence[Result], styles: dict[str, Style]) -> Iterator[Chart]:
+    with styled():
+        made = draw(results, styles)
+    if made is not None:
+        section, what, caption, fig = made
+        yield Chart(section, f"{section} {what} {where}", f"{where}: {what}", caption, fig)
 
 
 def styles_of(methods: Sequence[str]) -> dict[str, Style]:
@@ -43,14 +58,13 @@ def styles_of(methods: Sequence[str]) -> dict[str, Style]:
     return {label: (SERIES[i % k], MARKERS[(i + i // k) % len(MARKERS)]) for i, label in enumerate(methods)}
 
 
-Drawn = tuple[str, str, str, Any] | None  # section, what, caption, figure
-
-
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def scores(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
     """A row a method: every seed, their mean and its interval."""
+    if len(results) < 2:
+        return None
     fig = figure(height=1.15 + 0.34 * len(results))
     ax = fig.subplots()
     for row, r in enumerate(results):
@@ -61,12 +75,13 @@ def scores(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
         face = color if len(r.seeds) > 1 else PAPER
         ax.plot(r.summary.mean, row, marker, color=color, markerfacecolor=face, markersize=7)
     _rows(ax, [r.label for r in results])
+    ax.locator_params(axis="x", nbins=4)
     ax.set_xlabel(_metric(results))
     return "scores", "score", f"Point: mean (hollow: one seed); bar: 95 % interval; ticks: seeds. {_n(results)}", fig
 
 
-def _rows(ax: Any, labels: Sequence[str]) -> None:
-    ax.set_yticks(range(len(labels)), [_cut(label, 28) for label in labels])
+def _rows(ax: Any, labels: Sequence[str], at: Sequence[int] | None = None) -> None:
+    ax.set_yticks(at or range(len(labels)), [_cut(label, 28) for label in labels])
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
 
@@ -107,7 +122,7 @@ def curves(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
     ax.set(xlabel="epoch", ylabel=_metric(results))
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(fig, ax)
-    told = f"On validation, which no held-out selection sees. Line: mean; band: lowest to highest seed. {_n(results)}"
+    told = f"After each epoch, on validation. Line: mean; band: lowest to highest seed. {_n(results)}"
     return "curves", "learning curve", told, fig
 
 
@@ -136,7 +151,7 @@ COSTS: dict[str, tuple[str, Callable[[Cost], float], Callable[[float], str]]] = 
 }
 
 
-def _cost(key: str) -> Callable[[Sequence[Result], dict[str, Style]], Drawn]:
+def _cost(key: str) -> Draw:
     axis, value, reads = COSTS[key]
 
     def draw(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
@@ -144,6 +159,8 @@ def _cost(key: str) -> Callable[[Sequence[Result], dict[str, Style]], Drawn]:
         if len(results) < 2:
             return None
         points = [(value(r.cost), r.summary.mean) for r in results]
+        unit = 60.0 if reads is n.duration and max(points)[0] > 120 else 1.0  # so that ticks are whole minutes
+        points = [(x / unit, y) for x, y in points]
         on_front = pareto(points)
         fig = figure(height=3.0)
         ax = fig.subplots()
@@ -155,7 +172,7 @@ def _cost(key: str) -> Callable[[Sequence[Result], dict[str, Style]], Drawn]:
                 ax.plot([x, x], [r.summary.low, r.summary.high], color=color, lw=1.2, alpha=0.7)
             face = color if on else PAPER
             ax.plot(x, y, marker, color=color, markerfacecolor=face, ls="none", markersize=7.5, label=_cut(r.label, 28))
-        _scale(ax, [x for x, _ in points], reads)
+        _scale(ax, [x for x, _ in points], lambda x: reads(x * unit))
         ax.set(xlabel=axis, ylabel=_metric(results))
         _legend(fig, ax)
         told = f"Filled: on the Pareto front (dashed); bar: 95 % interval of the score. {_n(results)}"
@@ -175,7 +192,7 @@ def _scale(ax: Any, values: Sequence[float], reads: Callable[[float], str]) -> N
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlim(low / 2, high * 2)
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
         ax.margins(x=0.12)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: reads(x)))
 
@@ -197,21 +214,26 @@ def _bars(
     results: Sequence[Result], styles: dict[str, Style], values: Sequence[tuple[float, float]], what: str, axis: str,
     reads: Callable[[float], str],
 ) -> Drawn:  # fmt: skip
+    """A bar a method, under the name of its task."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    fig = figure(height=1.15 + 0.34 * len(results))
+    tasks = list(dict.fromkeys(r.place[0] for r in results))
+    at = [row + tasks.index(r.place[0]) for row, r in enumerate(results)]  # a free row above each task but the first
+    fig = figure(height=1.15 + 0.26 * (at[-1] + 1))
     ax = fig.subplots()
     most = max(mean for mean, _ in values)
-    for row, (r, (mean, sd)) in enumerate(zip(results, values, strict=True)):
-        ax.barh(row, mean, color=styles[r.label][0], height=0.62)
-        end = mean
+    for row, r, (mean, sd) in zip(at, results, values, strict=True):
+        ax.barh(row, mean, color=styles[r.label][0], height=0.7)
         if not np.isnan(sd):
             ax.plot([mean - sd, mean + sd], [row, row], color=INK, lw=1)
-            end = mean + sd
-        ax.text(end + most * 0.02, row, reads(mean), va="center", fontsize=8)
-    _rows(ax, [r.label for r in results])
+        ax.text(mean + np.nan_to_num(sd) + most * 0.02, row, reads(mean), va="center", fontsize=8)
+    _rows(ax, [r.label for r in results], at)
+    for task in tasks if len(tasks) > 1 else ():
+        first = next(row for row, r in zip(at, results, strict=True) if r.place[0] == task)
+        ax.text(0, first - 0.5, _cut(task, 30), va="bottom", fontsize=8, fontweight="bold")
+    ax.set_ylim(at[-1] + 0.5, -1.4 if len(tasks) > 1 else -0.6)
     ax.set_xlim(0, most * 1.22)
-    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: reads(x)))
     ax.set_xlabel(axis)
     return "bars", what, f"Bar: mean over seeds; line: ± one standard deviation. {_n(results)}", fig

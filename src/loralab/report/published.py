@@ -39,7 +39,8 @@ def table(file: Path, tasks: list[str]) -> Table:
     notes = ["Value: as printed at the source, ± as the source has it; – where the source does not say"]
     about = (
         "Numbers of others, under other protocols: another model, another selection (mostly the best epoch on the "
-        "reported split), other rows. They give a context, and no verdict is drawn between them and the results above."
+        "reported split), other rows. Most print scores times 100. They give a "
+        "context, and no verdict is drawn between them and the results above."
     )
     return Table("published", "Published numbers", columns, rows, lambda row: row, notes, about, foreign=True)
 

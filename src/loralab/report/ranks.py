@@ -18,7 +18,7 @@ def charts(f: Findings) -> Iterator[Chart]:
         for name, made in (("rank curve", curve(found)), *maps(found)):
             if made is not None:
                 caption, fig = made
-                yield Chart("ranks", f"ranks-{name}-{task}-{model}", f"{task}, {model}: {name}", caption, fig)
+                yield Chart("ranks", f"ranks {name} {task}, {model}", f"{task}, {model}: {name}", caption, fig)
 
 
 def curve(found: dict[Point, Result]) -> tuple[str, Any] | None:

@@ -1,13 +1,14 @@
 """The numbers of a report, a row a cell and a row a comparison, before anyone formats them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from loralab.study import Cell, Comparison, Run, Study, Summary, comparisons, summaries
 
+K = TypeVar("K")
 FLIPPED = {"better": "worse", "worse": "better"}
 REFERENCES = ("full", "lora")  # what others are set against where a study does not say
 
@@ -68,10 +69,20 @@ class Findings:
 
     def places(self) -> dict[tuple[str, str], list[Result]]:
         """(task, model) -> its results."""
-        out: dict[tuple[str, str], list[Result]] = {}
-        for result in self.results:
-            out.setdefault(result.place, []).append(result)
-        return out
+        return grouped(self.results, lambda r: r.place)
+
+    def models(self) -> dict[str, list[Result]]:
+        """Model -> its results, those of a task together."""
+        by_model = grouped(self.results, lambda r: r.place[1])
+        tasks = list(dict.fromkeys(r.place[0] for r in self.results))
+        return {model: sorted(own, key=lambda r: tasks.index(r.place[0])) for model, own in by_model.items()}
+
+
+def grouped(results: Sequence[Result], key: Callable[[Result], K]) -> dict[K, list[Result]]:
+    out: dict[K, list[Result]] = {}
+    for result in results:
+        out.setdefault(key(result), []).append(result)
+    return out
 
 
 def findings(study: Study) -> Findings:
@@ -144,5 +155,8 @@ def _point(r: Result) -> Point | None:
 
 def swept(results: Sequence[Result]) -> list[Result]:
     """Cells that only vary the rank or targets of a method that is there under its own name."""
-    own = {r.label for r in results}
-    return [r for (_, _, method), r in points(results).items() if r.label != method and method in own]
+    own = {(r.place, r.label) for r in results}
+    return [
+        r for place in grouped(results, lambda r: r.place).values() for (_, _, method), r in points(place).items()
+        if r.label != method and (r.place, method) in own
+    ]  # fmt: skip

@@ -35,9 +35,11 @@ def read(folder: Path | str) -> Study:
         raise UserError(f"{folder} holds no finished run: expected a study, or a folder with runs of `loralab train`")
     planned, doubles = _planned(found)
     unfinished = sum(not (file.parent / "result.json").exists() for file in folder.rglob("run.json"))
-    told = {f"{doubles} runs repeat the settings and seed of another, which alone is counted": doubles,
-            f"{unfinished} runs are not finished and not counted": unfinished}  # fmt: skip
-    notes = tuple(note for note, count in told.items() if count)
+    told = {
+        "{} with the settings and the seed of another run, which alone is counted": doubles,
+        "{} not finished, and not counted": unfinished,
+    }
+    notes = tuple(note.format(f"{count} run" + "s" * (count > 1)) for note, count in told.items() if count)
     about = "Runs of a folder. They were not planned as one study, so nothing says that tuning was equal."
     return Study(folder, folder.resolve().name, about, folder, {}, dict(COMPARE), tuple(planned), notes)
 
