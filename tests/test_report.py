@@ -237,7 +237,7 @@ def test_every_table_has_a_line_for_every_row(study, writer):
 def test_pictures_are_there_when_the_data_has_them(study, written, plain):
     names = {file.stem for file in (written / "plots").iterdir()}
     assert {"bars-speed-mpnet", "bars-memory-mpnet"} <= names
-    for what in ("scores-score", "curves-learning-curve", "ranks-rank-curve",
+    for what in ("scores-score", "scores-learning-curve", "ranks-rank-curve",
                  "ranks-rank-and-targets-of-lora", "costs-score-against-values-that-learn", "costs-score-against-time",
                  "costs-score-against-memory"):  # fmt: skip
         assert f"{what}-cola-mpnet" in names
@@ -254,7 +254,7 @@ def charts_of(folder):
 
 def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_them(study):
     found = rows.findings(source.read(study))
-    (chart,) = [c for c in charts.charts(found) if (c.section, c.title) == ("curves", "cola, mpnet: learning curve")]
+    (chart,) = [c for c in charts.charts(found) if (c.section, c.title) == ("scores", "cola, mpnet: learning curve")]
     (ax,) = chart.fig.axes
     runs = load(study).cells()["cola", "mpnet", "lora"].runs
     values = np.array([[row["validation"]["matthews_correlation"] for row in run.history] for run in runs])

@@ -50,7 +50,7 @@ def test_the_paired_test_is_the_t_test_and_errs_as_often_as_it_says(seeds):
     assert as_promised(p < ALPHA, ALPHA)
 
 
-@pytest.mark.parametrize("effect", [0.9, 1.7, 3.1])
+@pytest.mark.parametrize("effect", [0.9, 1.7, 3.1, 8.0, 90.0])
 def test_as_many_seeds_as_it_asks_for_have_the_power_it_promises(effect):
     sd = 0.013
     seen = Estimate(mean=effect * sd, sd=sd, seeds=3)

@@ -38,7 +38,7 @@ def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _comparison(c: Comparison) -> tuple[str, ...]:
-    needed = str(c.seeds_needed or ("more than 1,000" if c.difference else ""))
+    needed = str(c.seeds_needed or ("more than 1,024" if c.difference else ""))
     verdict = c.verdict + " (within the margin)" * (c.within_margin and c.verdict in ("better", "worse"))
     p = "" if math.isnan(c.p_holm) else f"{c.p_holm:.3g}"
     return c.task, c.a, c.b, f"{c.difference:+.3f}", _interval(c.low, c.high), p, verdict, "" if not p else needed

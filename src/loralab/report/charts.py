@@ -123,7 +123,7 @@ def curves(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(fig, ax)
     told = f"After each epoch, on validation. Line: mean; band: lowest to highest seed. {_n(results)}"
-    return "curves", "learning curve", told, fig
+    return "scores", "learning curve", told, fig
 
 
 def _history(r: Result) -> tuple[list[int], Array]:

@@ -15,8 +15,7 @@ from loralab.report.rows import Findings
 from loralab.report.tables import Table
 
 SECTIONS = {  # section of a chart -> its title, and what a reader should know
-    "scores": ("Scores", ""),
-    "curves": ("Learning curves", ""),
+    "scores": ("Scores and learning curves", ""),
     "costs": (
         "Score against cost",
         "Up is better, left is cheaper. Nothing beats what is on the front on both.",

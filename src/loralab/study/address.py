@@ -39,7 +39,7 @@ class Data:
 
 
 def address(settings: Settings) -> str:
-    text = json.dumps(content(settings), sort_keys=True)
+    text = json.dumps(_numbers(content(settings)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
@@ -66,6 +66,15 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
         of_kind = dataclasses.asdict(FACTORS[name_of(recipe.factors)]())
         factors = {key: value for key, value in factors.items() if key not in of_kind or value != of_kind[key]}
     return {"factors": factors, **{key: value for key, value in own.items() if value != usual[key]}}
+
+
+def _numbers(value: Any) -> Any:
+    """Whole numbers as floats: 16 and 16.0 are one setting."""
+    if isinstance(value, dict):
+        return {key: _numbers(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(x) for x in value]
+    return float(value) if type(value) is int else value
 
 
 def data(settings: Settings) -> Data:

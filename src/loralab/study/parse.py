@@ -176,8 +176,9 @@ def _protocol(table: dict[str, Any], base: Path, wrong: Problems) -> dict[str, A
 
 
 def _tune(table: dict[str, Any], base: Path, wrong: Problems) -> Tune:
+    wrong.known("tune", table, ("search", "trials", "seed", *GRID))
     own = {key: x for key, x in table.items() if key in ("search", "trials", "seed")}
-    tune = Tune(grid=_grid("tune", {key: x for key, x in table.items() if key not in own}, base, wrong), **own)
+    tune = Tune(grid=_grid("tune", {key: x for key, x in table.items() if key in GRID}, base, wrong), **own)
     if tune.search not in ("grid", "optuna"):
         wrong.say("tune", f"search={tune.search!r}: expected 'grid' or 'optuna'")
     if type(tune.trials) is not int or tune.trials < 1:

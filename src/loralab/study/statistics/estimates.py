@@ -4,12 +4,15 @@ A score of seed s on a validation split of n rows is  mu + a_s + b + c_s:  a_s i
 every seed is scored on, c_s of both. The spread of S seeds sees a and c, so  s^2 / S  is their part; b is the
 covariance that resampled rows give the scores of different seeds (`resample.py`). The variance is the sum of both,
 with the degrees of freedom of Satterthwaite (1946):  (V1 + V2)^2 / (V1^2 / df1 + V2^2 / df2).
+An interval is never narrower, a p never smaller, than those of seeds alone: the covariance is an estimate too, and with
+few seeds its noise would lend degrees of freedom that are not there.
 Without predictions b is unknown: what is left is Student's t over seeds, and speaks of these rows only.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[Any]
-MOST_SEEDS = 1000  # beyond it nobody runs them
+STEPS = tuple(2**k for k in range(1, 11))  # of seeds; beyond 1024 nobody runs them
 
 
 @dataclass(frozen=True)
@@ -35,42 +38,48 @@ class Estimate:
         return self.sd**2 / self.seeds
 
     @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        return math.sqrt(self.of_seeds + self.of_rows)
-
-    @property
-    def df(self) -> float:
-        return freedom(self.of_seeds, self.seeds, self.of_rows, self.rows)
+    def parts(self) -> tuple[tuple[float, float], ...]:
+        """(standard error, degrees of freedom) of seeds alone, and of seeds and rows; the less sure one counts."""
+        both = math.sqrt(self.of_seeds + self.of_rows), freedom(self.of_seeds, self.seeds, self.of_rows, self.rows)
+        return (math.sqrt(self.of_seeds), self.seeds - 1), both
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Where the mean lies; (nan, nan) with one seed, which has no spread."""
         if self.seeds < 2:
             return math.nan, math.nan
-        half = stats.t.ppf((1 + level) / 2, self.df) * self.error
+        half = max(stats.t.ppf((1 + level) / 2, df) * error for error, df in self.parts)
         return self.mean - half, self.mean + half
 
     def p(self) -> float:
         """Two-sided p of no difference; nan with one seed."""
         if self.seeds < 2:
             return math.nan
-        if self.error == 0:  # every seed has the same difference: t is x/0, and flipping signs is the exact test
+        if self.exact:
             return 1.0 if self.mean == 0 else 2.0 ** (1 - self.seeds)
-        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.df))
+        return min(1.0, 2 * self._tail(abs(self.mean)))
 
     def p_equivalent(self, margin: float) -> float:
         """TOST (Schuirmann, 1987): the larger p of 'not below -margin' and 'not above margin'."""
         if self.seeds < 2:
             return math.nan
         room = margin - abs(self.mean)
-        if self.error == 0:
+        if self.exact:
             return 2.0**-self.seeds if room > 0 else 1.0
-        return float(stats.t.sf(room / self.error, self.df))
+        return self._tail(room)
+
+    @property
+    def exact(self) -> bool:
+        """Every seed has the same difference: t is x/0, and flipping signs is the test."""
+        return self.of_seeds + self.of_rows == 0
+
+    def _tail(self, distance: float) -> float:
+        """Chance of a mean so far above its true value, at least."""
+        return float(max(stats.t.sf(distance / error, df) for error, df in self.parts if error))
 
 
 def freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
     """Satterthwaite's degrees of freedom of a variance of two parts."""
-    if of_seeds + of_rows == 0 or of_rows == 0:
+    if of_rows == 0:
         return seeds - 1
     return (of_seeds + of_rows) ** 2 / (of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1))
 
@@ -93,26 +102,29 @@ def shared_variance(replicates: Array) -> float:
 def seeds_needed(found: Estimate, alpha: float = 0.05, power: float = 0.8) -> int | None:
     """Seeds at which a true difference as large as the one seen is found with that power, the spread being as seen.
 
-    None: more than MOST_SEEDS, as where the rows, of which there are no more, hide it.
+    None: more than the last of STEPS, as where the rows, of which there are no more, hide it.
     """
     if found.seeds < 2 or found.mean == 0:
         return None
-    for seeds in _trials():
-        of_seeds = found.sd**2 / seeds
-        error, df = math.sqrt(of_seeds + found.of_rows), freedom(of_seeds, seeds, found.of_rows, found.rows)
-        if error == 0 or _power(abs(found.mean) / error, df, alpha) >= power:
-            return seeds
-    return None
 
+    def enough(seeds: int) -> bool:
+        parts = replace(found, seeds=seeds).parts
+        return all(_power(abs(found.mean) / error, df, alpha) >= power for error, df in parts if error)
 
-def _trials() -> range:
-    return range(2, MOST_SEEDS + 1)
+    upper = next((n for n in STEPS if enough(n)), None)  # by doubling: far beyond it noncentral t has no digits left
+    if upper is None:
+        return None
+    between = range(max(2, upper // 2), upper)
+    return bisect_left(between, True, key=enough) + between.start if between else upper
 
 
 def _power(effect: float, df: float, alpha: float) -> float:
     """Of the two-sided t-test, at an effect of so many standard errors (noncentral t)."""
     limit = stats.t.ppf(1 - alpha / 2, df)
-    return float(stats.nct.sf(limit, df, effect) + stats.nct.cdf(-limit, df, effect))
+    found = float(stats.nct.sf(limit, df, effect) + stats.nct.cdf(-limit, df, effect))
+    if math.isnan(found):  # an effect beyond scipy's series, so large that only the spread's own luck is left
+        return float(stats.chi2.cdf(df * (effect / limit) ** 2, df))
+    return found
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -64,7 +64,7 @@ class Comparison:
     p_equivalent_holm: float
     verdict: Verdict
     within_margin: bool  # equivalent in practice, whatever the verdict
-    seeds_needed: int | None  # for 80 % power at the difference seen; None: more than 1,000
+    seeds_needed: int | None  # for 80 % power at the difference seen; None: more than 1,024
     mcnemar: tuple[float, ...]  # p for each pair of runs of a seed; classes only
 
 

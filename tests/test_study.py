@@ -1,0 +1,400 @@
+"""Studies: a file says all that is wrong with it, equal runs are one run, and what was done is not done again."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from loralab import UserError
+from loralab.cli import main
+from loralab.study import conduct as conduct_module
+from loralab.study import load
+from loralab.study.address import IN_HASHES, NOT_RESULT, address
+from loralab.study.bar import StudyBar
+from loralab.study.conduct import conduct
+from loralab.study.parse import define
+from loralab.study.plan import plan
+from loralab.study.results import outline
+from loralab.study.runners import runner
+from loralab.train import Settings
+from loralab.train import loop as loop_module
+
+STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(tiny, own, **given):
+    """A study of two methods that takes seconds."""
+    task = {"name": "animals", "task": str(own["class"]), "text": "sentence", "label": "label"}
+    return {
+        "tasks": [task],
+        "models": [str(tiny)],
+        "seeds": [0, 1],
+        "protocol": {"epochs": 2, "max_length": 32, "batch_size": 20, "lr": 2e-2},
+        "methods": [{"method": "lora", "rank": 3}, {"method": "head"}],
+        **given,
+    }
+
+
+def study(tiny, own, **given):
+    return define(table(tiny, own, **given), "animals", Path())
+
+
+def carried_out(definition, out="out", on="in-turn", **given):
+    return conduct(definition, Path(out), runner(on), StudyBar(), **given)
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[tuple[str, int]]:
+    """(address, epochs done before) of every run that really trains."""
+    run, found = loop_module.Trainer.run, []
+
+    def counted(self):
+        progress = self.folder.read_checkpoint()
+        found.append((self.settings.folder.name, progress[0]["epoch"] if progress else 0))
+        return run(self)
+
+    monkeypatch.setattr(loop_module.Trainer, "run", counted)
+    return found
+
+
+# ---- a file ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_wrong_is_said_at_once(tiny, own):
+    given = table(
+        tiny, own, sedes=[1], seeds=[0, 0], compare={"against": "loar", "margin": {"acuracy": 0.1}},
+        protocol={"epoch": 3, "seed": 4, "epochs": "many", "selection": "best"},
+        methods=[
+            {"method": "lora", "rnak": 2}, {"method": "dora", "rank": 0},
+            {"method": "dora", "lr": 0.1, "tune": {"lr": [1.0]}},
+            {"method": "vera", "tune": {"lr": {"low": 0.1, "high": 1}}},
+        ],
+        tune={"serach": "grid"},
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        define(given, "animals", Path())
+    told = str(caught.value)
+    for part in (
+        "no 'sedes', did you mean 'seeds'?", "seeds: [0, 0]", "no 'loar', did you mean 'lora'?",
+        "did you mean 'accuracy'",
+        "did you mean 'epochs'", "no 'seed': seeds = [...]", "epochs='many': expected a whole number",
+        "selection='best': expected 'held-out' or", "did you mean 'rank'", "rank=0", "dora named twice",
+        "lr is both set and tuned", "lr is a range", "did you mean 'search'",
+    ):  # fmt: skip
+        assert part in told
+
+
+@pytest.mark.parametrize(("text", "told"), [("a = [", "is no TOML"), ("", "methods: expected one or more")])
+def test_a_file_that_is_no_study_exits_with_2(here, capsys, text, told):
+    (here / "x.toml").write_text(text)
+    assert main(["study", "x.toml"]) == 2
+    assert told in capsys.readouterr().err
+    assert main(["study", "y.toml"]) == 2
+
+
+def test_a_point_of_the_axes_becomes_a_method_each_and_flags_win(tiny, own):
+    d = study(
+        tiny, own, methods=[{"name": "r{rank} {targets}", "each": {"rank": [2, 5], "targets": ["attention", "mlp"]}}]
+    )
+    assert [m.label for m in d.methods] == ["r2 attention", "r2 mlp", "r5 attention", "r5 mlp"]
+    assert d.settings(d.tasks[0], str(tiny), d.methods[1], 7, {}).targets == "mlp"
+    flagged = define(table(tiny, own), "animals", Path(), seeds=(5, 6), tasks=("animals", "rte"), models=("mpnet",))
+    assert (flagged.seeds, flagged.models) == ((5, 6), ("mpnet",))
+    assert [t.settings.get("text") for t in flagged.tasks] == [("sentence",), None]
+
+
+def test_a_tasks_settings_win_over_the_protocol_and_a_methods_over_both(tiny, own):
+    given = table(tiny, own)
+    given["tasks"][0] |= {"epochs": 7, "warmup": 0.2}
+    given["methods"][1] |= {"warmup": 0.3}
+    d = define(given, "animals", Path())
+    lora, head = (d.settings(d.tasks[0], str(tiny), m, 0, {}) for m in d.methods)
+    assert (lora.epochs, lora.warmup, lora.batch_size) == (7, 0.2, 20)
+    assert (head.epochs, head.warmup) == (7, 0.3)
+
+
+def test_unequal_budgets_and_optimistic_selection_are_told(tiny, own):
+    def told(**given):
+        return " ".join(conduct_module.notes(study(tiny, own, **given)))
+
+    unlike = [{"method": "lora"}, {"method": "full", "tune": {"weight_decay": [0.0, 0.1, 0.3]}}]
+    assert "budgets differ" in told(methods=unlike, tune={"rank": [1, 2]}, protocol={"epochs": 1})
+    assert "budgets differ" not in told(methods=unlike, tune={"weight_decay": [0, 0.1, 0.2]})
+    assert "optimistic" in told(protocol={"selection": "validation"})
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_named_study_can_be_planned(file, tiny, here, capsys):
+    assert main(["study", str(file), "--model", str(tiny), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["name"] == file.stem
+    assert told["runs"] > 0
+    assert told["done"] == 0
+    assert not any(here.iterdir())  # a dry run writes nothing
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+OTHERWISE = {  # a value that no other row has, for every setting that can decide a result
+    "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
+    "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "plan": "drop", "keep": 0.5,
+    "store": "int8", "dtype": "bfloat16", "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
+    "selection": "last", "patience": 3,
+}  # fmt: skip
+
+
+def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_path):
+    ranks = tmp_path / "ranks.json"
+    ranks.write_text(json.dumps({"adapted": {"encoder.layer.0.attention.self.query": {"rank": 3}}}))
+    base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny))
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
+    assert set(free) == NOT_RESULT
+    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks"} >= fields
+    found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
+    found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
+    assert len(set(found)) == len(found)
+    assert address(dataclasses.replace(base, **free)) == address(base)
+
+
+def test_equal_runs_have_one_address_however_they_are_written(tiny, own, tmp_path):
+    def at(**given):
+        usual = {"task": str(own["class"]), "text": ("sentence",), "label": "label", "model": str(tiny)}
+        return address(Settings(**{**usual, **given}))
+
+    assert at(method="lora+") == at(method="lora", lr=5e-4, lr_ratio=16)
+    assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification")
+    assert at(method="full") == at(method="full", targets="mlp")
+    moved, copied = shutil.copy(own["class"], tmp_path / "other.csv"), shutil.copytree(tiny, tmp_path / "model")
+    assert at() == at(task=str(moved), model=str(copied))
+    with (tmp_path / "other2.csv").open("w") as more:
+        more.write(own["class"].read_text() + "the cat sees,cat\n")
+    assert at() != at(task=str(tmp_path / "other2.csv"))
+    (copied / "config.json").write_text((copied / "config.json").read_text() + " ")
+    conduct_module.data.__globals__["base"].cache_clear()
+    assert at() != at(model=str(copied))
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_runs_everything_once_and_a_change_runs_what_changed(tiny, own, here, begun):
+    done = carried_out(study(tiny, own))
+    assert len(begun) == 4
+    assert all(cell.pending == 0 and len(cell.runs) == 2 for cell in done.cells().values())
+    first = {run.planned.address: run.result for cell in done.cells().values() for run in cell.runs}
+    again = carried_out(study(tiny, own))
+    assert len(begun) == 4
+    assert first == {run.planned.address: run.result for cell in again.cells().values() for run in cell.runs}
+    carried_out(study(tiny, own, seeds=[1, 2]))
+    assert len(begun) == 6  # the seed 2 of both methods
+    ranks = [{"method": "lora", "rank": 3}, {"name": "more", "rank": 4}]
+    other = carried_out(study(tiny, own, name="other", methods=ranks), "other")
+    assert len(begun) == 8  # rank 3 is shared with the first study
+    assert sorted(first) == sorted({p.address for p in done.planned})
+    assert {p.address for p in other.planned} & set(first)
+    assert load("out").planned == plan_as_read("out")
+
+
+def plan_as_read(folder):
+    return tuple(load(folder).planned)
+
+
+def test_an_interrupted_study_goes_on_in_the_middle_of_a_run(tiny, own, here, begun, monkeypatch):
+    whole = carried_out(study(tiny, own, store="elsewhere"), "whole")
+    begun.clear()
+    step, steps = loop_module.Trainer._step, []
+
+    def cut(self, chosen):
+        steps.append(1)
+        if len(steps) == 30:  # in the second epoch of the second run: an epoch has 9 steps
+            raise KeyboardInterrupt
+        return step(self, chosen)
+
+    monkeypatch.setattr(loop_module.Trainer, "_step", cut)
+    (here / "x.toml").write_text(toml(tiny, own))
+    assert main(["study", "x.toml"]) == 130
+    cells = load("runs/studies/x").cells()
+    assert [len(cell.runs) for cell in cells.values()] == [1, 0]
+    assert [cell.pending for cell in cells.values()] == [1, 2]
+    monkeypatch.setattr(loop_module.Trainer, "_step", step)
+    assert main(["study", "x.toml", "--json"]) == 0
+    assert begun[1][0] == begun[2][0]  # the run that was cut off, and then
+    assert [epochs for _, epochs in begun] == [0, 0, 1, 0, 0]
+    for key, cell in load("runs/studies/x").cells().items():
+        assert [run.selected for run in cell.runs] == [run.selected for run in whole.cells()[key].runs]
+
+
+def toml(tiny, own) -> str:
+    task = f'name = "animals"\ntask = "{own["class"]}"\ntext = "sentence"\nlabel = "label"\n'
+    protocol = "epochs = 2\nmax_length = 32\nbatch_size = 20\nlr = 2e-2\n"
+    methods = '[[methods]]\nmethod = "lora"\nrank = 3\n[[methods]]\nmethod = "head"\n'
+    return f'models = ["{tiny}"]\nseeds = [0, 1]\n[[tasks]]\n{task}[protocol]\n{protocol}{methods}'
+
+
+def test_an_unfinished_run_whose_data_moved_starts_anew(tiny, own, here, begun):
+    d = study(tiny, own, seeds=[0], methods=[{"method": "lora"}])
+    (planned,) = plan(d)
+    folder = d.store / planned.address
+    shutil.copytree(carried_out(d).store / planned.address, here / "kept")
+    (folder / "result.json").unlink()
+    shutil.copy(own["class"], here / "moved.csv")
+    tasks = [{"name": "animals", "task": str(here / "moved.csv"), "text": "sentence", "label": "label"}]
+    carried_out(study(tiny, own, seeds=[0], methods=[{"method": "lora"}], tasks=tasks))
+    assert [name for name, _ in begun] == [planned.address] * 2
+    assert json.loads((folder / "run.json").read_text())["settings"]["task"].endswith("moved.csv")
+
+
+def test_a_run_that_fails_is_told_kept_apart_and_run_again_when_asked(tiny, own, here, begun, monkeypatch, capsys):
+    losses = loop_module.row_losses
+    monkeypatch.setattr(
+        loop_module, "row_losses", lambda x, y: losses(x, y) * (float("nan") if y.sum() % 7 == 3 else 1)
+    )
+    (here / "x.toml").write_text(toml(tiny, own))
+    assert main(["study", "x.toml"]) == 2
+    _, err = capsys.readouterr()
+    assert "loss is nan" in err
+    assert "failed" in err
+    count = len(begun)
+    assert main(["study", "x.toml"]) == 2
+    assert len(begun) == count  # it would fail again
+    monkeypatch.setattr(loop_module, "row_losses", losses)
+    assert main(["study", "x.toml", "--retry"]) == 0
+    assert all(len(cell.runs) == 2 and not cell.failed for cell in load("runs/studies/x").cells().values())
+
+
+def test_tuning_chooses_by_held_out_rows_and_the_runs_use_its_choice(tiny, own, here, begun):
+    methods = [{"method": "lora", "rank": 3}, {"method": "full"}]
+    protocol = {"epochs": 3, "max_length": 32, "batch_size": 20, "selection": "last"}
+    done = carried_out(study(tiny, own, methods=methods, protocol=protocol, tune={"lr": [1e-6, 3e-2], "seed": 9}))
+    for cell in done.cells().values():
+        assert (len(cell.tuning), len(cell.runs), cell.trials) == (2, 2, 2)
+        assert {run.seed for run in cell.tuning} == {9}
+        assert {run.result["protocol"]["selection"] for run in cell.tuning} == {"held-out"}
+        assert {run.result["protocol"]["selection"] for run in cell.runs} == {"last"}
+        scores = {}
+        for run in cell.tuning:
+            held_out = [row["held_out"]["accuracy"] for row in run.history]
+            scores[run.planned.tried["lr"]] = held_out[run.result["selected_epoch"] - 1]
+        best = max(scores, key=scores.get)
+        assert {run.planned.settings["lr"] for run in cell.runs} == {best}
+    assert len(begun) == 8
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny, own, here):
+    (here / "mine").mkdir()
+    (here / "mine/letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other files"):
+        carried_out(study(tiny, own), "mine")
+    with pytest.raises(UserError, match="no study.json"):
+        load("mine")
+
+
+def test_weights_are_kept_unless_the_study_says_otherwise(tiny, own, here):
+    small = {"seeds": [0], "methods": [{"method": "lora"}]}
+    for keep in (True, False):
+        done = carried_out(study(tiny, own, adapters=keep, store=f"store{keep}", **small), f"out{keep}")
+        (run,) = next(iter(done.cells().values())).runs
+        assert (run.folder / "adapter").is_dir() == keep
+
+
+def test_the_outline_counts_and_guesses_from_what_is_done(tiny, own, here):
+    d = study(tiny, own)
+    before = outline(d, plan(d))
+    assert (before["runs"], before["done"], before["estimate"]["guessed"]) == (4, 0, 0)
+    carried_out(dataclasses.replace(d, seeds=(0,)))
+    after = outline(d, plan(d))
+    guess = after["estimate"]
+    assert (after["done"], guess["guessed"], guess["unknown"]) == (2, 2, 0)
+    runs = [run for cell in load("out").cells().values() for run in cell.runs]
+    assert guess["seconds"] == pytest.approx(sum(run.result["time"]["train_s"] for run in runs))
+    assert guess["peak_bytes"] == max(run.result["memory"]["peak_bytes"] for run in runs)
+
+
+# ---- search and Ray --------------------------------------------------------------------------------------------------
+
+
+def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, here, begun, monkeypatch):
+    pytest.importorskip("optuna", reason="needs loralab[search]")
+    grid = {"search": "optuna", "trials": 7, "lr": {"low": 1e-5, "high": 0.1, "log": True}}
+    protocol = {"epochs": 3, "max_length": 32, "batch_size": 20}
+    given = {"tune": grid, "protocol": protocol, "methods": [{"method": "lora"}], "seeds": [0]}
+    whole = carried_out(study(tiny, own, **given, store="elsewhere"), "whole")
+    begun.clear()
+    step, steps = loop_module.Trainer._step, []
+
+    def cut(self, chosen):
+        steps.append(1)
+        if len(steps) == 70:  # in the third trial
+            raise KeyboardInterrupt
+        return step(self, chosen)
+
+    monkeypatch.setattr(loop_module.Trainer, "_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(study(tiny, own, **given))
+    assert [p.address is None for p in load("out").planned].count(True) > 0
+    monkeypatch.setattr(loop_module.Trainer, "_step", step)
+    gone_on = carried_out(study(tiny, own, **given))
+    assert [p.address for p in gone_on.planned] == [p.address for p in whole.planned]
+    (cell,), (other,) = gone_on.cells().values(), whole.cells().values()
+    assert cell.trials == 7
+    assert [run.planned.tried for run in cell.tuning] == [run.planned.tried for run in other.tuning]
+    best = max(run.history[run.result["selected_epoch"] - 1]["held_out"]["accuracy"] for run in cell.tuning)
+    chosen = [r for r in cell.tuning if r.planned.tried["lr"] == cell.runs[0].planned.settings["lr"]]
+    assert chosen[0].history[chosen[0].result["selected_epoch"] - 1]["held_out"]["accuracy"] == best
+    count = len(begun)
+    carried_out(study(tiny, own, **given))
+    assert len(begun) == count  # what was pruned stays pruned, what is finished is read
+
+
+@pytest.mark.slow
+def test_a_worker_of_ray_that_is_killed_loses_nothing(tiny, own, here, monkeypatch):
+    pytest.importorskip("ray", reason="needs loralab[ray]")
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(p for p in (str(Path(loop_module.__file__).parents[2]), os.environ.get("PYTHONPATH")) if p),
+    )
+    given = {"seeds": [0], "methods": [{"method": "lora", "epochs": 40}]}
+    killed = []
+
+    def kill_one():
+        """The first worker that has a checkpoint, which is so in the middle of its run."""
+        for _ in range(6000):
+            if list(Path("runs/store").glob("*/checkpoint/progress.json")):
+                workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_work")]
+                if workers:
+                    workers[0].send_signal(signal.SIGKILL)
+                    killed.append(time.time())
+                    return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    done = carried_out(study(tiny, own, **given), on="ray")
+    killer.join()
+    (cell,) = done.cells().values()
+    (run,) = cell.runs
+    assert killed
+    assert (run.folder / "run.json").stat().st_mtime < killed[0]  # it went on: a run that starts anew writes it again
+    (expected,) = next(iter(carried_out(study(tiny, own, **given, store="elsewhere"), "other").cells().values())).runs
+    assert [row["validation"] for row in run.history] == [row["validation"] for row in expected.history]
+    assert run.result["metric"] == expected.result["metric"]
+
+
+@pytest.mark.parametrize(("on", "told"), [("spark", "expected in-turn or ray"), ("in-turn:x", "has no address")])
+def test_an_unknown_runner_is_refused(on, told):
+    with pytest.raises(UserError, match=told):
+        runner(on)
