@@ -13,7 +13,7 @@ def report(folder: Path, /, *, out: Path | None = None, published: Path | None =
     folder: Path
         A study, or any folder in which runs of `loralab train` lie.
     out: Path
-        Folder to write; FOLDER/report by default. An earlier report there is replaced.
+        Folder to write; FOLDER/report by default. Files of an earlier report there are replaced.
     published: Path
         CSV of published numbers, shown apart with their protocols (docs/report.md has its columns).
     """

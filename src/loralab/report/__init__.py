@@ -11,7 +11,7 @@ from loralab.errors import UserError
 
 
 def write(folder: Path | str, out: Path | str | None = None, published: Path | str | None = None) -> Path:
-    """Writes the report of a study, or of any folder with runs, and returns the page. Earlier files are replaced.
+    """Writes the report of a study, or of any folder with runs, and returns the page. Files of that name are replaced.
 
     `published` is a CSV of published numbers, shown apart from these.
     """
