@@ -316,6 +316,7 @@ document.getElementById("theme").click(); out.switched = document.documentElemen
 out.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 out.outside = [...document.querySelectorAll("td, h1, h2, h3, figure, dd, button")].filter(e =>
   e.getClientRects().length && !e.closest(".scroll, nav") && e.getBoundingClientRect().right > innerWidth + 1).length;
+out.sideways = Math.max(...[...document.querySelectorAll(".scroll")].map(e => e.scrollWidth - e.clientWidth));
 out.width = innerWidth; out.errors = window.failed || [];
 const send = document.createElement("pre"); send.id = "outcome"; send.textContent = JSON.stringify(out);
 document.body.append(send); parent.postMessage(JSON.stringify(out), "*");
@@ -361,3 +362,4 @@ def test_the_page_sorts_filters_and_fits_in_a_browser(written, tmp_path, width):
     assert out["count"] == "1 of 18 rows"
     assert out["wide"] != "none"
     assert (out["overflow"], out["outside"]) == (0, 0)
+    assert width > 700 or out["sideways"] == 0  # on a telephone a row is a card
