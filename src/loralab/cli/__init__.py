@@ -26,12 +26,16 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Many runs that answer one question, compared with corrected tests.",
         "loralab study studies/utaustin.toml --model minilm --data DIR",
     ),
+    "report": (
+        "The page, pictures and tables of a study or a folder of runs.",
+        "loralab report runs",
+    ),
     "methods": (
         "The table of methods: equation, what learns, how many values.",
         "loralab methods --json",
     ),
     "inspect": (
-        "What an adapter folder holds.",
+        "What an adapter folder holds, and what it learned.",
         "loralab inspect runs/reviews/adapter",
     ),
     "verify": (

@@ -13,6 +13,12 @@ from loralab.errors import UserError
 
 def load(model: str, folder: Path) -> tuple[Adapters, Any]:
     """(adapters, tokenizer)."""
+    base, tokenizer = plain(model, folder)
+    return files.load(base, folder), tokenizer
+
+
+def plain(model: str, folder: Path) -> tuple[Any, Any]:
+    """(base, tokenizer), with the head that the adapter of `folder` needs."""
     file = files.read(folder)
     outputs = _outputs(file)
     base, tokenizer = models.classifier(model, outputs, outputs == 1, torch.float32, seed=0)
@@ -21,7 +27,7 @@ def load(model: str, folder: Path) -> tuple[Adapters, Any]:
         base.config.label2id = {label: i for i, label in enumerate(file.labels)}
     if not file.heads:
         print(f"note: {folder} has no head, so that of the model is random", file=sys.stderr)
-    return files.load(base, folder), tokenizer
+    return base, tokenizer
 
 
 def absent(out: Path) -> Path:

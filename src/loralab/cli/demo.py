@@ -1,6 +1,7 @@
 """`loralab demo`: the main job on embedded defaults."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from loralab.train.progress import Bar
 
 METHODS = ("full", "head", "lora")  # each at its default learning rate
 GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 4}
+DRAWN_WITH = ("matplotlib", "jinja2")
+NO_REPORT = "none, as it needs pip install 'loralab[report]'"
 COLUMNS = ("method", "Matthews", "learns", "peak memory", "training", "adapter on disk")
 
 
 def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0, json: Json = False) -> None:
-    """Fine-tune a real small encoder on an embedded task by full, head-only and LoRA fine-tuning.
+    """Fine-tune a real small encoder on an embedded task by full, head-only and LoRA fine-tuning; write their report.
 
     On 2 cores that is about three minutes.
 
@@ -24,13 +27,14 @@ def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0,
     model: str
         A local folder, a hub name, or an alias; minilm installs as a package and needs no network.
     out: Path
-        Folder for the three runs; an earlier demo there is replaced.
+        Folder for the three runs and their report; an earlier demo there is replaced.
     seed: int
         Seed of all three runs.
     """
     runs = [Settings(**GIVEN, model=model, method=method, seed=seed, out=out / method) for method in METHODS]
     _clear([run.folder for run in runs])
     results = [{**train(run, Bar()), "adapter_bytes": folder_size(run.folder / "adapter")} for run in runs]
+    page = _report(out)
     if json:
         as_json({result["method"]: result for result in results})
         return
@@ -40,6 +44,16 @@ def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0,
     table(title, COLUMNS, [row(result) for result in results])
     print("Matthews: on the validation split, at the epoch that the held-out rows chose")
     print(f"run folders: {', '.join(str(run.folder) for run in runs)}")
+    print(f"report: {page or NO_REPORT}")
+
+
+def _report(out: Path) -> Path | None:
+    """The page of the runs; None where what draws it is not installed, which is no reason to lose the runs."""
+    if not all(find_spec(name) for name in DRAWN_WITH):
+        return None
+    from loralab.report import write
+
+    return write(out)
 
 
 def row(result: dict[str, Any]) -> tuple[str, ...]:

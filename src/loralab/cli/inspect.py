@@ -1,25 +1,78 @@
-"""`loralab inspect`: what an adapter folder holds."""
+"""`loralab inspect`: what an adapter folder holds, and what it learned."""
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loralab.cli.show import Json, as_json, folder_size, pairs, size
-from loralab.files import read
+from loralab import analysis
+from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
+from loralab.cli import base
+from loralab.cli.show import Json, as_json, folder_size, number, pairs, size, table
+from loralab.errors import UserError
+from loralab.files import AdapterFile, read
 from loralab.ranks import RankMap
 from loralab.recipe import to_json
 from loralab.targets import summary
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+PICTURES = (".png", ".svg", ".pdf")
 
-def inspect(folder: Path, /, *, json: Json = False) -> None:
-    """What an adapter folder holds: recipe, layers, labels, the base it belongs to, sizes.
+
+def inspect(
+    folder: Path,
+    /,
+    *,
+    against: Path | None = None,
+    model: str | None = None,
+    top: int = TOP,
+    plot: Path | None = None,
+    json: Json = False,
+) -> None:
+    """What an adapter folder holds: recipe, layers, labels, the base it belongs to, sizes; and what it learned.
+
+    For every layer the norm of its update, the share of all layers' squared norm, effective rank (exp of the entropy
+    of the singular values, normalised) and spectrum; with a base also how much it amplifies what it adds to W.
 
     Parameters
     ----------
     folder: Path
         An adapter folder of loralab or PEFT.
+    against: Path
+        Another adapter of the same base: how alike the directions are that the two learned, as in section 7.2 of LoRA.
+    model: str
+        The base: a local folder, a hub name, or an alias. Some methods need it; for others it adds amplification.
+    top: int
+        Directions to compare, from the largest singular value on.
+    plot: Path
+        Picture to write: .png, .svg or .pdf.
     """
+    _check(top, plot)
     file = read(folder)
-    data: dict[str, Any] = {
+    data = facts(file, folder)
+    other = None if against is None else _updates(against, model)
+    found = _updates(folder, model) if other or plot else _updates_or_note(folder, model)
+    spectra = analysis.spectra(found, top)
+    overlaps = analysis.overlaps(found, other, top) if other else []
+    if plot is not None:
+        _draw(spectra, overlaps, plot)
+    if json:
+        data["update"] = {"top": top, "layers": {s.path: _without_path(asdict(s)) for s in spectra}}
+        if other:
+            data["overlap"] = {"against": str(against), "top": top, "layers": {o.path: _json(o) for o in overlaps}}
+        as_json(data)
+        return
+    _show_facts(folder, file, data)
+    if overlaps:
+        show_overlaps(overlaps, f"{folder} against {against}")
+    elif spectra:
+        show_spectra(spectra, top)
+    if plot is not None:
+        print(f"picture: {plot}")
+
+
+def facts(file: AdapterFile, folder: Path) -> dict[str, Any]:
+    return {
         "name": file.name,
         "recipe": to_json(file.recipe),
         "layers": file.paths,
@@ -29,9 +82,99 @@ def inspect(folder: Path, /, *, json: Json = False) -> None:
         "values": sum(t.numel() for t in file.tensors.values()),
         "bytes": folder_size(folder),
     }
-    if json:
-        as_json(data)
-        return
+
+
+def _check(top: int, plot: Path | None) -> None:
+    if top < 1:
+        raise UserError(f"--top {top}: expected 1 or more")
+    if plot is not None and plot.suffix not in PICTURES:
+        raise UserError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}")
+
+
+def _updates(folder: Path, model: str | None) -> dict[str, Layer]:
+    return analysis.updates(folder, None if model is None else base.plain(model, folder)[0])
+
+
+def _updates_or_note(folder: Path, model: str | None) -> dict[str, Layer]:
+    """Without the update the rest is still worth showing."""
+    try:
+        return _updates(folder, model)
+    except UserError as error:
+        if model is not None:
+            raise
+        print(f"note: {error}", file=sys.stderr)
+        return {}
+
+
+def _draw(spectra: list[Spectrum], overlaps: list[Overlap], plot: Path) -> None:
+    if not spectra:
+        raise UserError(f"--plot {plot}: the adapter changes no weight of a linear layer, so there is nothing to draw")
+    from loralab.report import learned
+
+    learned.save(learned.overlaps(overlaps) if overlaps else learned.spectra(spectra), plot)
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def show_spectra(spectra: list[Spectrum], top: int) -> None:
+    columns = {
+        "layer": [short(s.path) for s in spectra],
+        "norm": [number(s.norm) for s in spectra],
+        "share": [f"{s.share:.1%}" for s in spectra],
+        "eff.": [f"{s.effective_rank:.2f}" for s in spectra],
+        "spectrum": [spark(s.values[:top]) for s in spectra],
+        "amplified": [_times(s.amplification) for s in spectra],
+        "along": [_times(s.along) for s in spectra],
+        "gain": [number(s.gain) for s in spectra],
+    }
+    known = {name: cells for name, cells in columns.items() if any(cell != "-" for cell in cells)}
+    table("\nthe update of every layer", tuple(known), list(zip(*known.values(), strict=True)))
+    print("share: of the squared norm of all; spectrum: the largest singular values")
+    print("eff.: effective rank, exp of the entropy of the singular values over their sum")
+    if "amplified" in known:
+        print(f"amplified: norm of the update's first {top} directions over that of W along them")
+        print("along: that norm of W over the one along random directions")
+    if "gain" in known:
+        print("gain: how far the gain of any row is off 1; the other columns are without it")
+
+
+def show_overlaps(overlaps: list[Overlap], title: str) -> None:
+    rows = []
+    for o in overlaps:
+        k = min(o.reads.shape)
+        ends = [m[i, i] for m in (o.reads, o.writes) for i in (0, k - 1)]
+        rows.append((short(o.path), str(k), *(f"{float(value):.3f}" for value in ends), f"{k * max(o.chance):.3f}"))
+    columns = ("layer", "k", "reads 1", "reads k", "writes 1", "writes k", "chance k")
+    table(f"\n{title}: phi(i, i) of what the updates read and write", columns, rows)
+    for side in ("reads", "writes"):
+        phi = analysis.mean([getattr(o, side) for o in overlaps])
+        cells = [(str(i), *(f"{float(value):.2f}" for value in row)) for i, row in enumerate(phi, 1)]
+        head = ("i / j", *map(str, range(1, phi.shape[1] + 1)))
+        table(f"\n{side}: phi(i, j), mean of {len(overlaps)} layers", head, cells)
+    print("phi(i, j): how much of the first i directions lies within the first j of the other, 0 to 1")
+    print("chance: the same of random directions. Adapters of one seed start with one A, so they read alike")
+
+
+def spark(values: list[float]) -> str:
+    """A bar a value, the largest full."""
+    most = max(values, default=0.0) or 1.0
+    return "".join(BLOCKS[round((len(BLOCKS) - 1) * value / most)] for value in values)
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{number(value)}x"
+
+
+def _without_path(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "path"}
+
+
+def _json(o: Overlap) -> dict[str, Any]:
+    return {"reads": o.reads.tolist(), "writes": o.writes.tolist(), "chance": list(o.chance)}
+
+
+def _show_facts(folder: Path, file: AdapterFile, data: dict[str, Any]) -> None:
     shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in data.items()}
     shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _told(data["recipe"]).items())
     shown["layers"] = summary(file.paths)

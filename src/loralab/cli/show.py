@@ -61,3 +61,8 @@ def size(count: float) -> str:
 
 def folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def number(value: float | None) -> str:
+    """Three digits; - for what is not known."""
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,201 @@
+"""What an adapter learned: the spectrum of each layer's update, its directions, and how they lie to W and to others.
+
+D = B A, or the dense update itself: what is added to W before a gain. D = U diag(s) V^T with U (out, k), V (in, k) and
+s (k,) falling; of a low-rank update it comes from two thin QRs and the SVD of an (r, r) matrix, so D is never formed.
+
+effective rank   exp(-sum p log p) with p = s / sum(s): how many equal singular values would be as spread out
+                 (Roy and Vetterli, 2007); 0 for an update of zero
+share            |D|^2 of the layer over that of all layers, |.| the Frobenius norm
+similarity       phi(i, j) = |U_i^T X_j|^2 / min(i, j) from 0 to 1 for the first i columns of one and the first j of
+                 the other (Hu et al., 2021, section 7.2); of random directions in n dimensions it is max(i, j) / n
+amplification    |D| / |U^T W V| over the first `top` directions (section 7.3), and how |U^T W V| compares with the
+                 root mean square of random directions, top |W| / sqrt(out in)
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loralab import files
+from loralab.bases import LINEAR, keep
+from loralab.errors import UserError
+from loralab.lower import low_rank
+from loralab.ranks import SHARED
+from loralab.targets import summary
+from loralab.update import Dense, Update
+
+TOP = 8  # directions to compare by default: the usual rank
+
+
+class Layer(NamedTuple):
+    update: Update | Dense  # its gain is known only over a base
+    weight: Tensor | None  # W (out, in) of that base
+
+
+class Directions(NamedTuple):
+    U: Tensor  # (out, k)   what the update writes
+    s: Tensor  # (k,)       falling
+    V: Tensor  # (in, k)    what it reads
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What one layer's update looks like; the last three need a base."""
+
+    path: str
+    shape: tuple[int, int]
+    values: list[float]  # singular values, falling
+    norm: float
+    share: float
+    effective_rank: float
+    gain: float | None = None  # largest |g - 1| of a gain
+    amplification: float | None = None
+    along: float | None = None  # |U^T W V| over that of random directions
+
+
+@torch.no_grad()
+def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Layer]:
+    """Path -> the update of every linear layer that the adapter of `folder` changes.
+
+    With `model` (a fresh base, which is changed) every method lowers, full fine-tuning too; without one only what
+    holds its A and B, and a gain stays unknown. An adapter that changes no weight (head, bitfit) has none.
+    Raises UserError where a base is needed.
+    """
+    file = files.read(folder)
+    if model is None:
+        return {path: Layer(update, None) for path, update in _from_file(file, folder)}
+    before = {p: keep(m).dense().clone() for p, m in model.named_modules() if type(m) in LINEAR}
+    handle = files.load(model, folder)
+    name = handle.only(None)
+    entry = handle.entry(name)
+    lowered = {p: Layer(handle.layers[p].lower(name), handle.layers[p].base.dense()) for p in entry.paths}
+    learned = [key.removesuffix(".weight") for key in entry.base_names if key.endswith(".weight")]
+    in_place = {p: Layer(Dense(_weight(model, p) - before[p]), before[p]) for p in learned if p in before}
+    return lowered | in_place
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    weight: Tensor = keep(model.get_submodule(path)).dense()
+    return weight
+
+
+def _from_file(file: files.AdapterFile, folder: Path | str) -> Iterator[tuple[str, Update]]:
+    if file.recipe.learn_base == "all":
+        raise UserError(f"{folder}: it trained the base in place, so its update is known only over it: give --model")
+    of_share: dict[str, dict[str, Tensor]] = {}  # layers of one share keep A and B under the first of them
+    for path in file.paths:
+        start = f"{path}."
+        p = {key.removeprefix(start): t for key, t in file.tensors.items() if key.rpartition(".")[0] == path}
+        share = None if file.recipe.ranks is None else file.recipe.ranks.layers[path].share
+        if share is not None:
+            p |= of_share.setdefault(share, {role: p[role] for role in SHARED if role in p})
+        if not file.recipe.low_rank or not {"A", "B"} <= p.keys():
+            raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
+        yield path, low_rank(file.recipe.at(path), p, None)
+
+
+@torch.no_grad()
+def directions(u: Update | Dense) -> Directions:
+    """The singular value decomposition of an update, in float64."""
+    if isinstance(u, Dense):
+        U, s, Vh = torch.linalg.svd(u.D.double(), full_matrices=False)
+        return Directions(U, s, Vh.mT)
+    write, R_b = torch.linalg.qr(u.B.double())  # (out, k), (k, r)
+    read, R_a = torch.linalg.qr(u.A.double().mT)  # (in, k), (k, r)
+    U, s, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
+    return Directions(write @ U, s, read @ Vh.mT)
+
+
+def effective_rank(s: Tensor) -> float:
+    p = s[s > 0] / s.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+def leading(d: Directions, top: int) -> Directions:
+    """The first `top` directions, or fewer where the rest of the spectrum is rounding."""
+    eps = torch.finfo(torch.float32).eps  # an adapter is stored in float32
+    k = min(top, int((d.s > len(d.s) * eps * d.s.max()).sum()))
+    return Directions(d.U[:, :k], d.s[:k], d.V[:, :k])
+
+
+def similarity(X: Tensor, Y: Tensor) -> Tensor:
+    """phi (p, q) of the first i columns of X (n, p) and the first j of Y (n, q), both orthonormal."""
+    both = (X.mT @ Y).square().cumsum(0).cumsum(1)  # |X_i^T Y_j|^2
+    i, j = torch.arange(1, X.shape[1] + 1), torch.arange(1, Y.shape[1] + 1)
+    return both / torch.minimum(i[:, None], j)
+
+
+def amplification(d: Directions, W: Tensor) -> tuple[float, float]:
+    """(|D| / |U^T W V|, |U^T W V| over that of random directions) for the directions given."""
+    W = W.double()
+    along = float((d.U.mT @ W @ d.V).norm())
+    random = len(d.s) * float(W.norm()) / math.sqrt(W.numel())
+    return float(d.s.norm()) / along, along / random
+
+
+def spectra(layers: Mapping[str, Layer], top: int = TOP) -> list[Spectrum]:
+    """One `Spectrum` a layer, in the order of the layers."""
+    found = {path: directions(layer.update) for path, layer in layers.items()}
+    whole = sum(float(d.s.square().sum()) for d in found.values()) or 1.0
+    return [_spectrum(path, layers[path], d, whole, top) for path, d in found.items()]
+
+
+def _spectrum(path: str, layer: Layer, d: Directions, whole: float, top: int) -> Spectrum:
+    norm, gain, first = float(d.s.norm()), layer.update.gain, leading(d, top)
+    amplified = (None, None) if layer.weight is None or not len(first.s) else amplification(first, layer.weight)
+    off = None if gain is None else float((gain - 1).abs().max())
+    shape = (d.U.shape[0], d.V.shape[0])
+    return Spectrum(path, shape, d.s.tolist(), norm, norm**2 / whole, effective_rank(d.s), off, *amplified)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How the directions of two updates of one layer lie to each other."""
+
+    path: str
+    reads: Tensor  # phi of V and V, (i, j); what the updates read of x
+    writes: Tensor  # phi of U and U; what they write
+    chance: tuple[float, float]  # phi(i, i) of random directions over i: 1 / in, 1 / out
+
+
+def overlaps(one: Mapping[str, Layer], other: Mapping[str, Layer], top: int = TOP) -> list[Overlap]:
+    """One `Overlap` for every layer that both change and neither leaves at zero."""
+    if not (both := [path for path in one if path in other]):
+        layers = " and ".join(summary(list(paths)) or "none" for paths in (one, other))
+        raise UserError(f"the two adapters change no layer in common: {layers}")
+    out = []
+    for path in both:
+        a, b = (leading(directions(layers[path].update), top) for layers in (one, other))
+        if a.U.shape[0] != b.U.shape[0] or a.V.shape[0] != b.V.shape[0]:
+            sizes = " and ".join(f"{d.U.shape[0]} x {d.V.shape[0]}" for d in (a, b))
+            raise UserError(f"{path} is {sizes}: the two adapters belong to different bases")
+        if len(a.s) and len(b.s):
+            chance = 1 / a.V.shape[0], 1 / a.U.shape[0]
+            out.append(Overlap(path, similarity(a.V, b.V), similarity(a.U, b.U), chance))
+    return out
+
+
+def mean(matrices: list[Tensor]) -> Tensor:
+    """The mean of matrices of unlike sizes, each entry over those that have it."""
+    rows, columns = (max(m.shape[side] for m in matrices) for side in (0, 1))
+    padded = torch.full((len(matrices), rows, columns), torch.nan, dtype=matrices[0].dtype)
+    for page, m in zip(padded, matrices, strict=True):
+        page[: m.shape[0], : m.shape[1]] = m
+    return padded.nanmean(0)
+
+
+def kind(path: str) -> str:
+    """What a layer is in its block: encoder.layer.3.attention.self.query -> attention.self.query."""
+    return re.split(r"\.\d+\.", path)[-1]
+
+
+def short(path: str) -> str:
+    """encoder.layer.3.attention.self.query -> 3 attention.self.query."""
+    block = re.search(r"\.(\d+)\.", path)
+    return f"{block[1]} {kind(path)}" if block else path

@@ -1,0 +1,69 @@
+"""How numbers read: three digits of a score, sizes with units, and - for what one seed cannot say."""
+
+import math
+
+NONE = "–"
+NAMES = {
+    "matthews_correlation": "Matthews",
+    "f1": "F1",
+    "f1_macro": "F1, macro",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
+
+
+def metric(name: str) -> str:
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def score(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:+.3f}".replace("-", "−")
+
+
+def spread(mean: float, sd: float) -> str:
+    return score(mean) if math.isnan(sd) else f"{score(mean)} ± {score(sd)}"
+
+
+def interval(low: float, high: float) -> str:
+    return NONE if math.isnan(low) else f"{low:.3f} to {high:.3f}".replace("-", "−")
+
+
+def chance(p: float) -> str:
+    return NONE if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def count(value: float) -> str:
+    """22713986 -> 22.7 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def size(count: float) -> str:
+    """Bytes: 1234567 -> 1.23 MB."""
+    for unit, part in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= part:
+            return f"{count / part:.3g} {unit}"
+    return f"{count:.0f} B" if count else "0"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def seeds(values: tuple[int, ...]) -> str:
+    """0, 1, 2, 5 -> 0–2, 5."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

@@ -1,0 +1,80 @@
+"""Pictures of rank: the score by rank, and by rank and target, where a study varied them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from loralab.report.charts import Chart, _cut, _legend, _metric, _n
+from loralab.report.look import MARKERS, SERIES, figure, styled
+from loralab.report.rows import Findings, Point, Result, points
+
+DARK, LIGHT = "#0e1116", "#fdfdfd"  # on the map, whatever the theme
+
+
+def charts(f: Findings) -> Iterator[Chart]:
+    for (task, model), results in f.places().items():
+        found = points(results)
+        for name, made in (("rank curve", curve(found)), *maps(found)):
+            if made is not None:
+                caption, fig = made
+                yield Chart("ranks", f"ranks {name} {task}, {model}", f"{task}, {model}: {name}", caption, fig)
+
+
+def curve(found: dict[Point, Result]) -> tuple[str, Any] | None:
+    """A line for every method and target that has several ranks."""
+    lines: dict[tuple[str, str], dict[int, Result]] = {}
+    for (rank, targets, method), r in found.items():
+        lines.setdefault((method, targets), {})[rank] = r
+    lines = {key: line for key, line in lines.items() if len(line) > 1}
+    if not lines:
+        return None
+    several = len({targets for _, targets in lines}) > 1
+    with styled():
+        fig = figure(height=3.0)
+        ax = fig.subplots()
+        for i, ((method, targets), line) in enumerate(lines.items()):
+            ranks = sorted(line)
+            at = [line[rank].summary for rank in ranks]
+            color, label = SERIES[i % len(SERIES)], f"{method} {targets}" if several else method
+            ax.plot(ranks, [s.mean for s in at], marker=MARKERS[i % len(MARKERS)], color=color, label=_cut(label, 28))
+            low, high = [s.low for s in at], [s.high for s in at]
+            ax.fill_between(ranks, low, high, color=color, alpha=0.14, lw=0)
+        every = sorted({rank for line in lines.values() for rank in line})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(every, map(str, every))
+        ax.minorticks_off()
+        shown = [r for line in lines.values() for r in line.values()]
+        ax.set(xlabel="rank", ylabel=_metric(shown))
+        _legend(fig, ax)
+    return f"Line: mean over seeds; band: 95 % interval. {_n(shown)}", fig
+
+
+def maps(found: dict[Point, Result]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """For every method that has several ranks on several targets."""
+    for method in dict.fromkeys(method for _, _, method in found):
+        own = {(rank, targets): r for (rank, targets, of), r in found.items() if of == method}
+        ranks, targets = sorted({rank for rank, _ in own}), list(dict.fromkeys(t for _, t in own))
+        if len(ranks) > 1 and len(targets) > 1:
+            yield f"rank and targets of {method}", _map(own, ranks, targets)
+
+
+def _map(own: dict[tuple[int, str], Result], ranks: Sequence[int], targets: Sequence[str]) -> tuple[str, Any]:
+    means = np.array([[own[r, t].summary.mean if (r, t) in own else np.nan for r in ranks] for t in targets])
+    low, high = np.nanmin(means), np.nanmax(means)
+    with styled():
+        fig = figure(height=1.4 + 0.36 * len(targets))
+        ax = fig.subplots()
+        drawn = ax.imshow(means, cmap="viridis", aspect="auto")
+        ax.grid(visible=False)
+        ax.set_xticks(range(len(ranks)), map(str, ranks))
+        ax.set_yticks(range(len(targets)), [_cut(t, 22) for t in targets])
+        ax.set_xlabel("rank")
+        for (i, j), mean in np.ndenumerate(means):
+            if not np.isnan(mean):
+                dark = high == low or (mean - low) / (high - low) > 0.6
+                ax.text(
+                    j, i, f"{mean:.3f}", ha="center", va="center", fontsize=7, color="#0e1116" if dark else "#fdfdfd"
+                )
+        fig.colorbar(drawn, ax=ax, label=_metric(list(own.values())))
+    return f"Mean over seeds; blank: not run. {_n(list(own.values()))}", fig
