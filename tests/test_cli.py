@@ -162,7 +162,7 @@ def test_a_mistake_is_one_line(refused, argv, told):
         ({"epochs": 0}, "epochs=0"),
         ({"lr": "fast"}, 'convert "fast" into float'),
         ({"lr": "nan"}, "lr=nan"),
-        ({"dtype": "float8"}, 'Choose from: "float32", "bfloat16"'),
+        ({"dtype": "float8"}, 'Choose from: "auto", "float32", "bfloat16"'),
         ({"selection": "best"}, '"best"'),
         ({"targets": "nothing"}, "'nothing' match no linear layer; presets: "),
         ({"method": "loar"}, "did you mean 'lora'?"),

@@ -209,8 +209,9 @@ def _moves(factors: Factors, r: Recipe) -> bool:
     p = factors.init(n, n, Generator().manual_seed(0))
     learned = [p[role].requires_grad_() for role in r.learn]
     p |= factors.local(factors.constants([(n, n)]), n, n)
-    A, B = factors.lower(p)
-    total = ((B @ A) * torch.randn(n, n, generator=Generator().manual_seed(1))).sum()
+    with torch.enable_grad():  # an adapter may be loaded where no gradients are wanted
+        A, B = factors.lower(p)
+        total = ((B @ A) * torch.randn(n, n, generator=Generator().manual_seed(1))).sum()
     return total.requires_grad and any(bool(grad.any()) for grad in torch.autograd.grad(total, learned))
 
 

@@ -65,11 +65,13 @@ def hold(model: nn.Module, store: str) -> None:
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if store not in dtypes:
         raise UserError(f"store={store!r} for a whole model: expected bfloat16 or float32")
-    handle = getattr(model, HANDLE, None)
+    handle: Adapters | None = getattr(model, HANDLE, None)
+    own: set[int] = set()  # tensors of adapters stay as they are, frozen ones too
     if handle is not None:
         _ = handle.base_sha256  # taken while the base still has its own bits
+        own = _own(handle)
     for p in model.parameters():
-        if not p.requires_grad and p.is_floating_point():
+        if id(p) not in own and p.is_floating_point() and not p.requires_grad:
             p.data = p.data.to(dtypes[store])
     for layer in model.modules():
         if isinstance(layer, Adapted):
@@ -83,9 +85,13 @@ def frozen(model: nn.Module) -> str | None:
     if handle is not None:
         if in_place := [key for name in handle.names for key in handle.entry(name).base_names]:
             return f"{in_place[0]} learns in place"
-        own = {id(t) for name in handle.names for t in handle.state(name).values()}
+        own = _own(handle)
     loose = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     return f"{loose[0]} learns, and it is no adapter's" if loose else None
+
+
+def _own(handle: Adapters) -> set[int]:
+    return {id(t) for name in handle.names for t in handle.state(name).values()}
 
 
 def _no_cpu(model: nn.Module) -> str | None:

@@ -48,7 +48,7 @@ def content(settings: Settings) -> dict[str, Any]:
     recipe = settings.recipe()
     left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
     own = {f.name: f.default for f in dataclasses.fields(Settings) if f.name not in left_out}
-    given = settings.to_json()
+    own["dtype"], given = "float32", {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
     return {
         "version": VERSION,
         "settings": {key: given[key] for key, default in own.items() if given[key] != default},
