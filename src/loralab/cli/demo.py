@@ -11,7 +11,7 @@ from loralab.train import Settings, train
 from loralab.train.progress import Bar
 
 METHODS = ("full", "head", "lora")  # each at its default learning rate
-GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 4}
+GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 5}
 DRAWN_WITH = ("matplotlib", "jinja2")
 NO_REPORT = "none, as it needs pip install 'loralab[report]'"
 COLUMNS = ("method", "Matthews", "learns", "peak memory", "training", "adapter on disk")
@@ -20,7 +20,7 @@ COLUMNS = ("method", "Matthews", "learns", "peak memory", "training", "adapter o
 def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0, json: Json = False) -> None:
     """Fine-tune a real small encoder on an embedded task by full, head-only and LoRA fine-tuning; write their report.
 
-    On 2 cores that is about three minutes.
+    On 2 cores that is about two minutes.
 
     Parameters
     ----------
