@@ -50,7 +50,10 @@ class RunFolder:
             raise UserError(f"--out {self.path}: no permission to write in {there}; choose another folder")
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be made ({error.strerror}): choose another folder") from error
         write_json(self.path / "run.json", run)
         self.write_metrics([])
 
