@@ -13,16 +13,19 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compil
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types format models clean
+.PHONY: help demo test test-slow lint types format models clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
 
 demo: $(VENV)/demo.stamp  ## fine-tune a small encoder three ways, print the table, write the report
 	$(BIN)/loralab demo
 
 test: lint types  ## lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/dev.stamp  ## tests that kill workers of Ray and the like, alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .
