@@ -35,10 +35,9 @@ class Case:
     def __post_init__(self) -> None:
         known("--methods", self.method, METHODS)
         known("--dtypes", self.dtype, DTYPES)
-        least = {"--lengths": self.length, "--batch-size": self.batch_size, "--ranks": self.rank}
-        if wrong := [
-            f"{flag} {n}" for flag, n in (least | {"--layers": self.layers}).items() if n is not None and n < 1
-        ]:
+        sizes = {"--lengths": self.length, "--batch-size": self.batch_size}
+        sizes |= {flag: n for flag, n in (("--ranks", self.rank), ("--layers", self.layers)) if n is not None}
+        if wrong := [f"{flag} {n}" for flag, n in sizes.items() if n < 1]:
             raise UserError(f"{', '.join(wrong)}: expected 1 or more")
 
 

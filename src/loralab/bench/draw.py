@@ -39,15 +39,12 @@ def _bars(rows: Sequence[Mapping[str, Any]], key: str, scale: float, unit: str) 
         for y, s in zip(at, told, strict=True):
             left.plot([s["low"] * scale, s["high"] * scale], [y, y], color=INK, lw=1)
         right.barh(at, [r["memory"][side]["peak"] / 1e6 for r in rows], 0.34, color=color)
+    beside: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
     for row, r in enumerate(rows):
         ends = [r[key][side]["high"] * scale for side in LOOK]
-        left.annotate(
-            f"{r['faster']['median']:.2f}x", (max(ends), row), (5, 0), textcoords="offset points", va="center"
-        )
+        left.annotate(f"{r['faster']['median']:.2f}x", (max(ends), row), **beside)
         most = max(r["memory"][side]["peak"] for side in LOOK) / 1e6
-        right.annotate(
-            f"{r['memory_ratio']['peak']:.2f}x", (most, row), (5, 0), textcoords="offset points", va="center"
-        )
+        right.annotate(f"{r['memory_ratio']['peak']:.2f}x", (most, row), **beside)
     left.set_yticks(range(len(rows)), [label(r, rows) for r in rows])
     left.invert_yaxis()
     for ax, what in ((left, unit), (right, "MB at the peak, above imports")):
@@ -68,9 +65,8 @@ def _growth(growth: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         for side, (name, color, marker) in LOOK.items():
             told = [r["seconds"][side] for r in rows]
             ax.plot(at, [s["median"] * 1e3 for s in told], marker=marker, color=color, label=name)
-            ax.fill_between(
-                at, [s["low"] * 1e3 for s in told], [s["high"] * 1e3 for s in told], color=color, alpha=0.2, lw=0
-            )
+            low, high = ([s[end] * 1e3 for s in told] for end in ("low", "high"))
+            ax.fill_between(at, low, high, color=color, alpha=0.2, lw=0)
         if axis != "layers":
             ax.set_xscale("log", base=2)
         ax.set_xticks(at, [str(n) for n in at])

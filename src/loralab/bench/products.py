@@ -41,7 +41,7 @@ def needed(adapters: Adapters, inputs: dict[str, Tensor]) -> int:
     """Operations of the products of one step; run on a plain model, where every layer is called."""
     model = adapters.model
     seen: dict[str, Seen] = {}
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | Adapted)}
+    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | Adapted)}
     hooks = [m.register_forward_hook(_look(seen, path)) for path, m in layers.items()]
     try:
         model(**inputs)
@@ -63,7 +63,7 @@ def _look(seen: dict[str, Seen], path: str) -> Any:
     return look
 
 
-def _weight(call: Seen, layer: Any) -> int:
+def _weight(call: Seen, layer: nn.Linear | Adapted) -> int:
     learns = isinstance(layer, nn.Linear) and layer.weight.requires_grad  # an adapted one is frozen
     return 2 * call.rows * layer.in_features * layer.out_features * (1 + call.wants + learns)
 

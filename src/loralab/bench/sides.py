@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab import models, speed
+from loralab.attach import Adapters, attach
 from loralab.attach import _head_of as head_of
-from loralab.attach import attach
 from loralab.bases.nf4 import library
 from loralab.errors import UserError
 from loralab.recipe import recipe
@@ -63,7 +63,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")  # CUDA: not measured
 
 
-def load(case: "Case") -> nn.Module:
+def load(case: "Case") -> Any:
     """The base of a case under a new head, the same on both sides."""
     model, _ = models.classifier(case.model, 2, False, torch.float32, 0)
     if case.layers is not None:
@@ -128,9 +128,14 @@ def four_bit(model: nn.Module, paths: list[str], dtype: str) -> None:
         model.set_submodule(path, kept.to(device()))
 
 
+def adapted(case: "Case") -> Adapters:
+    """loralab's adapters on a loaded model, on the plain path."""
+    rank: dict[str, Any] = _rank(case)
+    return attach(load(case), case.method, targets=case.targets, head=True, **rank)
+
+
 def loralab_side(case: "Case") -> Built:
-    model = load(case)
-    attach(model, case.method, targets=case.targets, head=True, **_rank(case))
+    model = adapted(case).model
     narrow = case.dtype == "bfloat16"
     held = narrow and speed.frozen(model) is None  # as `loralab train` chooses
     choices = speed.prepare(model, "auto", "bfloat16" if held else None)

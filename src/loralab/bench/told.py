@@ -14,9 +14,9 @@ EPOCH = (
 )  # fmt: skip
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], int]  # title, columns, rows, columns of text
 NOTES = {
-    "steps": "time: median over turns of a training step; faster: PEFT's time over loralab's, turn by turn, with quartiles; "
-    "memory: peak resident, loading included, above what the imports take; rate: products the step needs, of what the "
-    "machine does in a large product",
+    "steps": "time: median over turns of a training step; faster: PEFT's time over loralab's, turn by turn, with "
+    "quartiles; memory: peak resident, loading included, above what the imports take; rate: products the step needs, "
+    "of what the machine does in a large product",
     "growth": "one of rank, layers and tokens changes, the others stay",
     "epochs": "training rows a second over a whole epoch, without evaluation; PEFT in Hugging Face's Trainer",
 }
@@ -37,9 +37,8 @@ def machine(result: Mapping[str, Any]) -> str:
     """What it was measured on, in a line."""
     m, versions = result["machine"], result["versions"]
     has = [name for name, there in (("AMX", m["amx"]), ("AVX512-BF16", m["avx512_bf16"])) if there]
-    place = (
-        m["gpu"] or f"{m['name']}, {m['threads']} threads, {' and '.join(has) or 'no bfloat16 products in hardware'}"
-    )
+    cpu = f"{m['name']}, {m['threads']} threads, {' and '.join(has) or 'no bfloat16 products in hardware'}"
+    place = m["gpu"] or cpu
     rates = [f"{value['median'] / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, value in result.get("rates", {}).items()]
     return "; ".join([place, *rates, ", ".join(f"{key} {v}" for key, v in versions.items())])
 

@@ -18,10 +18,9 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer  # noqa: F401  (not counted later)
 
 import loralab
-from loralab.attach import attach
 from loralab.bench import epoch, products
 from loralab.bench.cases import Case, EpochCase
-from loralab.bench.sides import SIDES, batch, load, stepper
+from loralab.bench.sides import SIDES, adapted, batch, stepper
 from loralab.errors import UserError
 from loralab.train.memory import Peak
 from loralab.train.prepare import hardware
@@ -54,7 +53,7 @@ class Side:
     def build(self, case: dict[str, Any]) -> dict[str, Any]:
         c = Case(**case)
         built = SIDES[self.side](c)
-        self.step = stepper(built, *batch(c, built.model.config))  # type: ignore[attr-defined]
+        self.step = stepper(built, *batch(c, built.model.config))
         gc.collect()
         self.before_training, self.training = self.peak.bytes, Peak()
         return {
@@ -82,10 +81,8 @@ class Side:
     def products(self, case: dict[str, Any]) -> int:
         """Operations of a step; of a model of its own, without the fast path, so it is asked for last."""
         c = Case(**case)
-        model = load(c)
-        rank = {} if c.rank is None else {"rank": c.rank}
-        adapters = attach(model, c.method, targets=c.targets, head=True, **rank)
-        return products.needed(adapters, batch(c, model.config)[0])  # type: ignore[arg-type]
+        adapters = adapted(c)
+        return products.needed(adapters, batch(c, adapters.model.config)[0])
 
     def rate(self, dtype: str) -> float:
         return products.rate(dtype)
