@@ -100,7 +100,7 @@ def bench(
     else:
         measured = _steps(run, cases)
     rates = {dtype: asdict(spread(values)) for dtype, values in run.rates.items()}
-    result = {"command": _command(data), "repeats": run.repeats, **run.facts, "rates": rates, **measured}
+    result = {"command": _command(), "repeats": run.repeats, **run.facts, "rates": rates, **measured}
     _write(result, out)
     if json:
         as_json(result)
@@ -159,10 +159,10 @@ def _folder(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _command(data: Path | None) -> str:
-    """What was typed, for the page, without the place of the data on this machine."""
+def _command() -> str:
+    """What was typed, for a page, without places on this machine."""
     words = sys.argv[1:] if sys.argv[1:2] == ["bench"] else ["bench"]
-    return shlex.join(["loralab", *("DIR" if data is not None and Path(word) == data else word for word in words)])
+    return shlex.join(["loralab", *("DIR" if Path(word).is_absolute() else word for word in words)])
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
@@ -175,9 +175,10 @@ def _write(result: dict[str, Any], out: Path) -> None:
 
 
 def _show(result: dict[str, Any], out: Path) -> None:
-    for kind, columns, rows, texts in told.tables(result):
-        table(f"{kind}, PEFT and loralab", columns, rows, texts)
-        print(told.NOTES[kind])
+    for title, columns, rows, texts in told.tables(result):
+        table(title, columns, rows, texts)
+        print()
+    print(told.note(result))
     print(told.machine(result))
     drawn = "" if find_spec("matplotlib") else " (pictures need pip install 'loralab[report]')"
     print(f"written: {out}{drawn}")
