@@ -75,10 +75,9 @@ def executed(model, inputs):
 
 def extra_of_dora_in_peft(adapters):
     """PEFT makes B A of a layer from a square matrix of ones on the diagonal, where the norm needs its rows alone."""
-    layers = [m for m in adapters.layers.values()]
     return sum(
         2 * RANK * i * (i + o) - 2 * (RANK * i * o + RANK * RANK * (i + o))
-        for i, o in ((m.in_features, m.out_features) for m in layers)
+        for i, o in ((m.in_features, m.out_features) for m in adapters.layers.values())
     )
 
 

@@ -50,8 +50,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], key: str, scale: float, unit: str) 
     for ax, what in ((left, unit), (right, "MB at the peak, above imports")):
         ax.set_xlabel(what)
         ax.grid(False, axis="y")
-        ax.margins(x=0.16)
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.24 * ax.dataLim.x1)  # room for the ratio
         ax.tick_params(axis="y", length=0)
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return fig

@@ -3,12 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WHERE = {"model": "model", "targets": "layers adapted", "length": "tokens", "dtype": "dtype"}  # key of a case -> column
-    "model": "model",
-    "targets": "layers adapted",
-    "length": "tokens",
-    "dtype": "dtype",
-}  # of a case, and its column
+WHERE = {"model": "model", "targets": "layers adapted", "length": "tokens", "dtype": "dtype"}  # of a case -> column
 MEASURED = {
     "steps": ("PEFT", "loralab", "faster", "memory", "rate"),
     "growth": ("PEFT", "loralab", "faster", "memory", "rate"),
@@ -20,7 +15,8 @@ NOTES = {
     "loralab's peak of PEFT's, loading included, above what the imports take; rate: products that the step needs, of "
     "what the machine does in one large product, PEFT and loralab",
     "epochs": "rows/s: medians over epochs, each in a fresh process, without evaluation; PEFT in Hugging Face's "
-    "Trainer; faster: median and quartiles; memory: loralab's peak of PEFT's, loading included, above what the imports take",
+    "Trainer; faster: median and quartiles; memory: loralab's peak of PEFT's, loading included, above what the "
+    "imports take",
 }
 NOTES["growth"] = NOTES["steps"]
 SIDES = ("peft", "loralab")
