@@ -94,12 +94,14 @@ def growth(base: Case, ranks: Sequence[int], layers: Sequence[int], lengths: Seq
     }
 
 
-def epochs(cases: Sequence[Case], tasks: Sequence[str], data: Path | None, rows: int | None) -> list[EpochCase]:
+def epochs(
+    cases: Sequence[Case], tasks: Sequence[str], data: Path | None, rows: int | None, max_length: int
+) -> list[EpochCase]:
     """An epoch of each task for each case; their lengths are those of the data."""
     where = None if data is None else str(data.absolute())
     return list(
         dict.fromkeys(
-            EpochCase(task, where, c.model, c.method, c.targets, c.dtype, c.batch_size, rows)
+            EpochCase(task, where, c.model, c.method, c.targets, c.dtype, c.batch_size, rows, max_length)
             for c in cases
             for task in tasks
         )

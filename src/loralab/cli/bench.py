@@ -37,6 +37,7 @@ def bench(
     tasks: tuple[str, ...] = ("cola", "mrpc"),
     data: Path | None = None,
     rows: int | None = None,
+    max_length: int = 128,
     cost: bool = False,
     ranks: tuple[int, ...] = RANKS,
     layers: tuple[int, ...] = LAYERS,
@@ -74,6 +75,8 @@ def bench(
         Folder with the GLUE tasks; without it the hub's.
     rows: int
         With --epoch: only so many training rows.
+    max_length: int
+        With --epoch: tokens at which a row is cut.
     cost: bool
         How a step's cost grows with rank, layers and length, for the first of models, methods, targets and dtypes.
     ranks: tuple
@@ -94,7 +97,7 @@ def bench(
     run = Bench(min(repeats, EPOCHS) if epoch else repeats, threads)
     _folder(out)
     if epoch:
-        measured = _epochs(run, epochs(cases, tasks, data, rows))
+        measured = _epochs(run, epochs(cases, tasks, data, rows, max_length))
     elif cost:
         measured = _growth(run, growth(cases[0], ranks, layers, lengths or LENGTHS))
     else:
