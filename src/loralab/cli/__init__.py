@@ -30,6 +30,10 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "The page, pictures and tables of a study or a folder of runs.",
         "loralab report runs",
     ),
+    "bench": (
+        "Time and memory of training, PEFT and loralab turn and turn about.",
+        "loralab bench --methods lora dora --lengths 16 64 --repeats 5",
+    ),
     "methods": (
         "The table of methods: equation, what learns, how many values.",
         "loralab methods --json",

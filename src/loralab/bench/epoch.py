@@ -1,0 +1,119 @@
+"""A whole epoch of a task on each side, in batches of rows of like length, padded to the longest of a batch.
+
+PEFT runs in Hugging Face's Trainer as its users run it (bf16=True for bfloat16, rows grouped by length), loralab in the
+loop of `loralab train`. The clock runs from before the first batch is drawn to after the last step, without evaluation.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+
+from loralab import models, tasks
+from loralab.bench.cases import EpochCase
+from loralab.bench.sides import CLIP, under_peft
+from loralab.recipe import recipe
+from loralab.train import Settings
+from loralab.train.batches import Rows, encode
+from loralab.train.folder import RunFolder
+from loralab.train.loop import Trainer as Loop
+from loralab.train.memory import Peak
+from loralab.train.prepare import prepare
+from loralab.train.progress import Silent
+
+Timed = tuple[int, float]  # rows, seconds
+
+
+def peft_epoch(case: EpochCase) -> Timed:
+    import datasets
+
+    none: dict[str, Any] = {"text": (), "label": None, "validation": None}
+    task = tasks.load(case.task, Path(case.data) if case.data else None, **none, regression=None)
+    regression = task.labels is None
+    model, tokenizer = models.classifier(case.model, task.num_outputs, regression, torch.float32, 0)
+    rows = limited(encode(task.train, tokenizer, case.max_length, regression), case.rows)
+    data = datasets.Dataset.from_dict({**rows.columns, "labels": rows.labels.tolist()})
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=under_peft(model, case).model,
+            args=arguments(case, folder),
+            train_dataset=data,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return len(rows), clock.seconds
+
+
+def arguments(case: EpochCase, folder: str) -> TrainingArguments:
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=case.batch_size,
+        learning_rate=recipe(case.method).lr,
+        max_grad_norm=CLIP,
+        bf16=case.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Seconds of the epoch."""
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+
+class Unscored(Loop):
+    """The loop of a run without the evaluation after an epoch."""
+
+    def _end_epoch(self) -> None: ...
+
+
+def loralab_epoch(case: EpochCase) -> Timed:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            task=case.task,
+            data=Path(case.data) if case.data else None,
+            model=case.model,
+            method=case.method,
+            targets=case.targets,
+            dtype=case.dtype,  # type: ignore[arg-type]
+            batch_size=case.batch_size,
+            max_length=case.max_length,
+            clip=CLIP,
+            epochs=1,
+            selection="last",
+            out=Path(folder),
+        )
+        run = prepare(settings)
+        run = replace(run, train=limited(run.train, case.rows))
+        loop = Unscored(run, RunFolder(Path(folder)), Silent(), Peak())
+        started = time.perf_counter()
+        loop._epoch()
+        return len(run.train), time.perf_counter() - started
+
+
+def limited(rows: Rows, count: int | None) -> Rows:
+    """The first rows; all where no count is given."""
+    columns = {key: column[:count] for key, column in rows.columns.items()}
+    return replace(rows, columns=columns, labels=rows.labels[:count])
+
+
+SIDES: dict[str, Callable[[EpochCase], Timed]] = {"peft": peft_epoch, "loralab": loralab_epoch}
