@@ -123,7 +123,7 @@ def largest_difference(args: argparse.Namespace, batch: Batch) -> float:
     return worst
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measured(args: argparse.Namespace, batch: Batch) -> dict[str, float]:
     """Median seconds of a batch by variant."""
     found = dict(variants(args, batch))
@@ -157,7 +157,7 @@ def main() -> None:
         ratios["PEFT's adapter_names over its one adapter"] = (
             seconds["PEFT, one adapter"] / seconds["PEFT, adapter_names"]
         )
-    with torch.inference_mode():
+    with torch.no_grad():
         worst = largest_difference(args, batch)
     told = {"settings": vars(args), "milliseconds": {k: 1e3 * s for k, s in seconds.items()}, "ratios": ratios}
     print(json.dumps({**told, "largest difference of a row from the row alone": worst}, indent=1))

@@ -37,7 +37,8 @@ class Memo:
             self.known.pop(key, None)
             while self.most is not None and len(self.known) >= self.most:
                 del self.known[next(iter(self.known))]
-            self.known[key] = found = Known(make(), marks, [t.detach() for t in of])
+            with torch.inference_mode(False), torch.no_grad():  # what is kept has a version, and serves everywhere
+                self.known[key] = found = Known(make(), marks, [t.detach() for t in of])
         return found.value
 
     def forget(self, name: Hashable) -> None:

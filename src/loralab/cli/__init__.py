@@ -42,6 +42,10 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Check an adapter folder, and that it fits a base.",
         "loralab verify runs/reviews/adapter --model minilm",
     ),
+    "predict": (
+        "Answer the rows of a file with one adapter, or each row with its own.",
+        "loralab predict --adapters runs/*/adapter --input rows.csv --adapter-column task --out answers.csv",
+    ),
     "merge": (
         "Write a plain model with an adapter merged in.",
         "loralab merge runs/reviews/adapter --model minilm --out merged",
