@@ -49,7 +49,7 @@ class Predictor:
             said.append("no text")
         elif known.sha256 not in (None, self.pool.base_sha256):
             here = self.pool.base_sha256[:12]
-            said.append(f"adapter {row.adapter!r} is of another base ({known.base}, {known.sha256[:12]}; here {here})")  # type: ignore[index]
+            said.append(f"adapter {row.adapter!r} is of another base ({known.base}, {known.sha256[:12]}; here {here})")
         if not all(isinstance(text, str) and text.strip() for text in row.texts):
             said.append("no text")
         return "; ".join(said) or None
