@@ -105,7 +105,7 @@ def _quiet() -> None:
 
 def _shown(default: Any) -> Any:
     """What help tells of a default; that a flag is off or a list empty goes without saying."""
-    return None if default is False or default == () else default
+    return None if default is False or default in ((), "") else default
 
 
 def _whole_numbers(app: App, commands: tuple[str, ...], arguments: Any) -> None:
