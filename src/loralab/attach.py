@@ -2,8 +2,8 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import torch
 from torch import Generator, Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab import ranks, starts
+from loralab import live, ranks, starts
 from loralab.bases import keep
 from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
-from loralab.layer import Adapted, AdaptedHead, Live, put_back
+from loralab.layer import Adapted, AdaptedHead, put_back
 from loralab.merge import merge_dtype
 from loralab.optimizers import grouped
 from loralab.recipe import Recipe, recipe
@@ -84,7 +84,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.live = Live()
+        self.live = live.Live()
         self.entries: dict[str, Entry] = {}
         self.layers: dict[str, Adapted] = {}
         self.heads: dict[str, AdaptedHead] = {}
@@ -230,6 +230,7 @@ class Adapters:
             if path not in self.layers:
                 original = self.model.get_submodule(path)
                 W = keep(original).dense()
+                put_back(self.model)  # a fast piece made before this would not know of the layer
                 adapted = Adapted(original, entry.recipe.store, self.live)
                 self.layers[path] = adapted.train(original.training)
                 self.model.set_submodule(path, adapted)
@@ -283,45 +284,14 @@ class Adapters:
 
     # ---- what is live --------------------------------------------------------------------------------------------
 
-    @contextmanager
     def use(
-        self,
-        names: str | Sequence[str] | None,
-        ids: Tensor | Sequence[int] | None = None,
-        rank: int | None = None,
-    ) -> Iterator["Adapters"]:
+        self, names: str | Sequence[str] | None, ids: Tensor | Sequence[int] | None = None, rank: int | None = None
+    ) -> AbstractContextManager["Adapters"]:
         """Makes an adapter live for a while: one name, None for the base, or names with `ids` (rows,) into them.
 
         `rank` evaluates an adapter that was trained for many ranks (DyLoRA) at one of them.
         """
-        chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
-        if unknown := [name for name in chosen if name not in self.entries]:
-            raise UserError(
-                f"no adapter {', '.join(map(repr, unknown))} here: there are {', '.join(self.names) or 'none'}"
-            )
-        if changed := [name for name, entry in self.entries.items() if entry.base_names and chosen != (name,)]:
-            raise UserError(f"adapter {changed[0]!r} trains the base in place, so there is no base beneath it to use")
-        if (ids is None) != (len(chosen) < 2 and not isinstance(names, list | tuple)):
-            raise UserError(f"use({names!r}, ids={ids!r}): a list of names goes with ids, a single name without")
-        rows = None if ids is None else torch.as_tensor(ids)
-        if rows is not None and (
-            rows.ndim != 1 or len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < len(chosen)
-        ):
-            raise UserError(f"ids: expected one whole number from 0 to {len(chosen) - 1} per row, got {rows.tolist()}")
-        before = dict(vars(self.live))
-        self.live.names, self.live.ids = chosen, rows
-        if rank is not None:
-            self.live.chosen = {name: self._at(name, rank) for name in chosen}
-        try:
-            yield self
-        finally:
-            vars(self.live).update(before)
-
-    def _at(self, name: str, rank: int) -> Any:
-        factors = self.entries[name].recipe.factors
-        if factors is None:
-            raise UserError(f"adapter {name!r} adapts no layer, so it has no rank")
-        return factors.at(rank)
+        return live.use(self, names, ids, rank)
 
     # ---- what an adapter holds -----------------------------------------------------------------------------------
 

@@ -98,7 +98,11 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None, check_ba
     Raises UserError, with the model as it was, for a file with missing, extra or misshapen tensors, for layers the
     model does not have, and for a base other than the one it was trained on (unless `check_base=False`).
     """
-    file = read(folder)
+    return put(model, read(folder), folder, name, check_base)
+
+
+def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | None, check_base: bool = True) -> Adapters:
+    """`load` of what is read already; `folder` is for its errors."""
     name = name or file.name
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)

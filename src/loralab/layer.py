@@ -3,8 +3,8 @@
 They hold tensors only. Which adapter is live is asked of the one `Live` that all of them share.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,21 +15,13 @@ from torch.nn import functional as F
 from loralab.bases import keep, restore
 from loralab.errors import UserError
 from loralab.gain import row_norms
+from loralab.live import Live
 from loralab.lower import lower
+from loralab.memo import Memo
 from loralab.recipe import Recipe
-from loralab.update import Dense, Update, apply, each, merged, nothing, stack, take
+from loralab.update import Dense, Update, apply, by_row, each, merged, nothing
 
 FAST = "_loralab_fast"  # the mark of a module whose forward is not that of its class
-
-
-@dataclass
-class Live:
-    """What is live: no name means the base, one name every row, several names one per row through `ids` (rows,)."""
-
-    names: tuple[str, ...] = ()
-    ids: Tensor | None = None
-    drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this training forward
-    chosen: dict[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
 
 
 def put(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -60,6 +52,7 @@ class Adapted(nn.Module):
         self.recipes: dict[str, Recipe] = {}
         self.constants: dict[str, Mapping[str, Tensor]] = {}  # frozen, shared with other layers, not in the state
         self.adapters = nn.ModuleDict()  # adapter name -> ParameterDict of role -> tensor
+        self.lowered, self.stacked = Memo(), Memo(1)  # update of an adapter, and of the rows in use
 
     @property
     def weight(self) -> Tensor:
@@ -95,6 +88,7 @@ class Adapted(nn.Module):
         }
         self.adapters[name] = nn.ParameterDict(roles)
         self.recipes[name] = recipe
+        self.stacked.known.clear()
 
     def plain(self, name: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The layer as it was before, with the update of one adapter merged in (in float32 or wider) if it has one.
@@ -111,6 +105,8 @@ class Adapted(nn.Module):
 
     def remove(self, name: str) -> None:
         del self.adapters[name], self.recipes[name], self.constants[name]
+        self.lowered.forget(name)
+        self.stacked.known.clear()
 
     def roles(self, name: str) -> dict[str, Tensor]:
         """Role -> tensor of one adapter in this layer."""
@@ -135,13 +131,34 @@ class Adapted(nn.Module):
     def live_update(self, rows: int) -> Update | Dense | None:
         """The update for an input of that many rows: None where nothing is live here, one per row with `ids`."""
         names, ids = self.live.names, self.live.ids
+        if torch.is_grad_enabled():
+            self.stacked.known.clear()
         if not any(name in self.recipes for name in names):
             return None
         if ids is None:
-            return self.lower(names[0], self.live.drawn.get(names[0]))
+            return self._known(names[0])
         if rows != len(ids):
             raise UserError(f"input of {rows} rows, but ids name an adapter for {len(ids)} rows")
-        return take(stack([self.lower(name, self.live.drawn.get(name)) for name in names]), ids)
+        if self.live.drawn:
+            return by_row([self._known(name) for name in names], ids)
+        key = (names, tuple(ids.tolist()), tuple(map(self.live.chosen.get, names)))
+        of = [t for name in names for t in self._made_from(name)]
+        return self.stacked.get(key, of, lambda: by_row([self._known(name) for name in names], ids))  # type: ignore[no-any-return]
+
+    def _known(self, name: str) -> Update | Dense:
+        """`lower` of what is live, done once where nothing learns."""
+        if self.live.drawn:
+            return self.lower(name, self.live.drawn.get(name))
+        key = (name, self.live.chosen.get(name))
+        return self.lowered.get(key, self._made_from(name), lambda: self.lower(name))  # type: ignore[no-any-return]
+
+    def _made_from(self, name: str) -> list[Tensor]:
+        """Every tensor that the update of an adapter is computed from."""
+        if name not in self.recipes:
+            return []
+        own = [*self.adapters[name]._parameters.values(), *self.constants[name].values()]
+        base = [*self.base._parameters.values(), *self.base._buffers.values()] if self.recipes[name].gain else []
+        return [t for t in (*own, *base) if t is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         u, ids = self.live_update(len(x)), self.live.ids
@@ -149,7 +166,7 @@ class Adapted(nn.Module):
             return self.base(x)  # type: ignore[no-any-return]
         if ids is None:
             return apply(x, self.base, u, self.drop(self.live.names[0]))
-        rows = x.reshape(len(x), -1, self.in_features)  # (rows, t, in): a pooler passes (rows, in)
+        rows = x.reshape(len(u[0]), -1, self.in_features)
         return apply(rows, self.base, u, self._drop_rows(self.live.names, ids)).reshape(
             *x.shape[:-1], self.out_features
         )
@@ -159,12 +176,13 @@ class Adapted(nn.Module):
         if not any(drops):
             return None
 
-        def by_row(x: Tensor) -> Tensor:
+        def each_row(x: Tensor) -> Tensor:
+            rows = x.reshape(len(ids), -1, x.shape[-1])
             return torch.stack(
-                [row if (d := drops[i]) is None else d(row) for i, row in zip(ids.tolist(), x, strict=True)]
-            )
+                [row if (d := drops[i]) is None else d(row) for i, row in zip(ids.tolist(), rows, strict=True)]
+            ).view_as(x)
 
-        return by_row
+        return each_row
 
 
 class AdaptedHead(nn.Module):
@@ -175,6 +193,7 @@ class AdaptedHead(nn.Module):
         self.base = base
         self.live = live
         self.copies = nn.ModuleDict()  # adapter name -> its own module
+        self.stacked = Memo(1)
 
     def copy_of(self, name: str) -> nn.Module:
         return self.copies[name] if name in self.copies else self.base  # noqa: SIM401  (a ModuleDict has no get)
@@ -184,15 +203,39 @@ class AdaptedHead(nn.Module):
         names, ids = self.live.names, self.live.ids
         if names and not torch.is_autocast_enabled(x.device.type):  # the backbone may compute in bfloat16
             x = x.to(next(self.copy_of(names[0]).parameters()).dtype)
+        if torch.is_grad_enabled():
+            self.stacked.known.clear()
         if not names:
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if ids is None:
             return self.copy_of(names[0])(x, *args, **kwargs)  # type: ignore[no-any-return]
         if len(x) != len(ids):
             raise UserError(f"input of {len(x)} rows, but ids name an adapter for {len(ids)} rows")
+        copies = [self.copy_of(name) for name in names]
+        if all(type(copy) is nn.Linear for copy in copies) and not (args or kwargs):
+            return self._linear(x, copies, ids)  # type: ignore[arg-type]
         present = ids.unique().tolist()
         outs = [self.copy_of(names[i])(x[ids == i], *args, **kwargs) for i in present]
         widest = max(out.shape[-1] for out in outs)
         outs = [F.pad(out, (0, widest - out.shape[-1]), value=-torch.inf) for out in outs]
         order = torch.cat([(ids == i).nonzero().squeeze(1) for i in present])  # (rows,)
         return torch.cat(outs)[order.argsort()]
+
+    def _linear(self, x: Tensor, copies: Sequence[nn.Linear], ids: Tensor) -> Tensor:
+        """The copies as one product: x (rows, ..., in) -> (rows, ..., widest)."""
+        of = [t for copy in copies for t in (copy.weight, copy.bias) if t is not None]
+        W, b = self.stacked.get((*map(id, copies), tuple(ids.tolist())), of, lambda: _heads(copies, ids))
+        flat = x.reshape(len(x), -1, x.shape[-1])  # (rows, t, in)
+        return torch.baddbmm(b.to(x.dtype), flat, W.mT.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+def _heads(copies: Sequence[nn.Linear], ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight (rows, widest, in), bias (rows, 1, widest)); what a head has no label for has a bias of -inf."""
+    widest = max(copy.out_features for copy in copies)
+    weights, biases = [], []
+    for copy in copies:
+        more = (0, widest - copy.out_features)
+        weights.append(F.pad(copy.weight, (0, 0, *more)))
+        bias = copy.weight.new_zeros(copy.out_features) if copy.bias is None else copy.bias
+        biases.append(F.pad(bias, more, value=-torch.inf))
+    return torch.stack(weights)[ids], torch.stack(biases)[ids].unsqueeze(1)

@@ -102,6 +102,14 @@ def take(u: Update | Dense, ids: Tensor) -> Update | Dense:
     return each(lambda t: t[ids], u)
 
 
+def by_row(updates: Sequence[Update | Dense], ids: Tensor) -> Update | Dense:
+    """One update for a batch whose rows are in K equal parts, an adapter each: K is the number of `updates` where the
+    rows come in their order and as many of each, so that nothing is copied again, else the number of rows."""
+    whole, count = stack(updates), len(updates)
+    in_order = len(ids) % count == 0 and torch.equal(ids, torch.arange(count).repeat_interleave(len(ids) // count))
+    return whole if in_order else take(whole, ids)
+
+
 def nothing(out_features: int, in_features: int, like: Tensor) -> Update:
     """The update that changes nothing, for a row whose adapter has no part in a layer."""
     return Update(like.new_zeros(1, in_features), like.new_zeros(out_features, 1))

@@ -46,6 +46,10 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Check an adapter folder, and that it fits a base.",
         "loralab verify runs/reviews/adapter --model minilm",
     ),
+    "predict": (
+        "Answer the rows of a file with one adapter, or each row with its own.",
+        "loralab predict --adapters runs/*/adapter --input rows.csv --adapter-column task --out answers.csv",
+    ),
     "merge": (
         "Write a plain model with an adapter merged in.",
         "loralab merge runs/reviews/adapter --model minilm --out merged",
@@ -105,7 +109,7 @@ def _quiet() -> None:
 
 def _shown(default: Any) -> Any:
     """What help tells of a default; that a flag is off or a list empty goes without saying."""
-    return None if default is False or default == () else default
+    return None if default is False or default in ((), "") else default
 
 
 def _whole_numbers(app: App, commands: tuple[str, ...], arguments: Any) -> None:

@@ -12,7 +12,7 @@ HEADINGS = {
     "Protocol": "selection patience seed",
     "Run": "out resume checkpoint-every dtype speed threads track json",
 }
-MANY = 12  # flags
+MANY = 15  # flags
 
 
 class Headed(DefaultFormatter):

@@ -51,6 +51,7 @@ class Block:
         self.qkv, self.o = Product([_base(p.q), _base(p.k), _base(p.v)]), Product([_base(p.o)])
         self.up, self.down = Product([_base(p.up)]), Product([_base(p.down)])
         self.qkv.adjoin()
+        self.still = False  # whether this forward wants no gradient; inside an autograd function that cannot be asked
 
     def __call__(
         self,
@@ -66,6 +67,7 @@ class Block:
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kept, **more)
         flat = [t for u in live for t in ((None, None, None) if u is None else u)]
         drops = self.parts.drops if self.layer.training else (0.0, 0.0, 0.0)
+        self.still = not torch.is_grad_enabled()
         out = Layer.apply(self, drops, hidden_states, attention_mask, position_bias, *flat)  # type: ignore[no-untyped-call]
         return out if self.wrap is None else self.wrap(out)
 
@@ -82,19 +84,19 @@ class Layer(torch.autograd.Function):
         b, t, d = x3.shape
         p, lows = block.parts, _lows(flat)
         x = x3.reshape(b * t, d)  # (n, d), n = b t
-        qkv, of_qkv = block.qkv.forward(x, lows[:3])  # (n, 3 d)
+        qkv, of_qkv = block.qkv.forward(x, lows[:3], block.still)  # (n, 3 d)
         qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * p.heads, t, -1)
         s = torch.bmm(qkv[0], qkv[1].mT).view(b, p.heads, t, t)
         s = softmax(_add_bias(s, qkv.shape[-1] ** -0.5, mask, bias)).view(-1, t, t)
         m1 = dropout_mask(s, drops[0]) if drops[0] else None
         c = torch.bmm(s if m1 is None else s * m1, qkv[2])  # (b heads, t, dh)
         c = c.view(b, p.heads, t, -1).transpose(1, 2).reshape(b * t, d)
-        o, of_o = block.o.forward(c, lows[3:4])
+        o, of_o = block.o.forward(c, lows[3:4], block.still)
         o, m2 = _drop_add(o, drops[1], x)
         y, *of_norm1 = _norm(o, p.norm1)
-        u, of_up = block.up.forward(y, lows[4:5])  # (n, inner)
+        u, of_up = block.up.forward(y, lows[4:5], block.still)  # (n, inner)
         g = aten.gelu(u, approximate=p.approximate)
-        w, of_down = block.down.forward(g, lows[5:6])
+        w, of_down = block.down.forward(g, lows[5:6], block.still)
         w, m3 = _drop_add(w, drops[2], y)
         out, *of_norm2 = _norm(w, p.norm2)
         learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralab.bases.float import Float
+from loralab.memo import Memo
 from loralab.update import Update
 
 Low = Update | None
@@ -35,6 +36,7 @@ class Product:
         self.bases = list(bases)
         self.outs = [base.out_features for base in bases]
         self.starts = [0, *accumulate(self.outs)]
+        self.joined = Memo(1)
 
     def adjoin(self) -> None:
         """Puts float weights side by side in one storage, so that `weight` is a view; the parameters stay the same."""
@@ -84,9 +86,21 @@ class Product:
                 B[..., rows, -1] = bias
         return Joined(A, B, None if more is None else more.unsqueeze(-2).to(like.dtype))
 
-    def forward(self, x: Tensor, lows: Sequence[Low]) -> tuple[Tensor, list[Tensor | None]]:
-        """x (n, in) -> y (n, out), and what backward needs beside x: h, z, and the joined update."""
-        W, joined = self.weight(x.dtype), self.join(lows, x)
+    def known(self, lows: Sequence[Low], like: Tensor, still: bool) -> Joined | None:
+        """`join`, done once for updates that stay the very same where `still`."""
+        if not still:
+            self.joined.known.clear()
+            return self.join(lows, like)
+        of = [t for low in lows if low is not None for t in low if t is not None]
+        key = (like.dtype, tuple(low is None for low in lows), len(of))
+        return self.joined.get(key, of, lambda: _laid(self.join(lows, like)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, lows: Sequence[Low], still: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """x (n, in) -> y (n, out), and what backward needs beside x: h, z, and the joined update.
+
+        `still`: nothing learns, so a join may be kept.
+        """
+        W, joined = self.weight(x.dtype), self.known(lows, x, still)
         if joined is None:
             return F.linear(x, W, self._bias(x.dtype)), [None] * 5
         z = x @ W.mT  # (n, out)
@@ -150,6 +164,11 @@ class Product:
         return torch.cat([z if base.bias is None else base.bias for z, base in zip(zero, self.bases, strict=True)]).to(
             dtype
         )
+
+
+def _laid(joined: Joined | None) -> Joined | None:
+    """With B in the order in which a batched product reads it fastest."""
+    return None if joined is None else joined._replace(B=joined.B.mT.contiguous().mT)
 
 
 def _split(x: Tensor, A: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""What was computed from tensors, kept until one of them changes; only where no gradient is wanted.
+
+A change is seen by the tensor's version, which every operation in place counts, or by its address, which is new where
+`t.data` was set. Writing into `t.data` leaves neither trace; every forward with gradients on forgets all, so a training
+loop that does it is safe.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Known(NamedTuple):
+    value: Any
+    marks: list[tuple[int, int]]  # address and version of each tensor
+    held: list[Tensor]  # the tensors, so that no other gets an address of theirs
+
+
+class Memo:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most  # values kept at once
+        self.known: dict[Hashable, Known] = {}
+
+    def get(self, key: Hashable, of: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave before for this key if the tensors `of` are what they were."""
+        if torch.is_grad_enabled():
+            self.known.clear()
+            return make()
+        try:
+            marks = [(t.data_ptr(), t._version) for t in of]
+        except RuntimeError:  # tensors made in inference mode have no version
+            return make()
+        found = self.known.get(key)
+        if found is None or found.marks != marks:
+            self.known.pop(key, None)
+            while self.most is not None and len(self.known) >= self.most:
+                del self.known[next(iter(self.known))]
+            with torch.inference_mode(False), torch.no_grad():  # what is kept has a version, and serves everywhere
+                self.known[key] = found = Known(make(), marks, [t.detach() for t in of])
+        return found.value
+
+    def forget(self, name: Hashable) -> None:
+        """Drops what has `name` in its key."""
+        for key in [key for key in self.known if name in key]:  # type: ignore[operator]
+            del self.known[key]
+
+    def __deepcopy__(self, memo: Any) -> "Memo":
+        return Memo(self.most)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"most": self.most, "known": {}}
