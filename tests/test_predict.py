@@ -482,3 +482,21 @@ def test_keep_going_answers_the_rest_and_names_the_error(cli, tiny, folders, ask
 
 def test_rows_are_told_as_spans():
     assert spans([3, 5, 6, 7, 9]) == "3, 5-7, 9"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_step_of_fused_adamw_between_two_evaluations_is_seen(fast):
+    """It writes in place and leaves the version of a tensor as it was."""
+    model = build("bert")
+    adapters = loralab.attach(model, "lora", rank=3, head=True)
+    shake(adapters, "default")
+    if fast:
+        speed.prepare(model)
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=0.1), fused=True)
+    model(**rows()).logits.square().sum().backward()
+    with torch.no_grad():
+        before = model(**rows()).logits
+        optimizer.step()
+        after, merged = model(**rows()).logits, adapters.merge()(**rows()).logits
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, merged, rtol=0, atol=1e-4)

@@ -131,8 +131,9 @@ class Adapted(nn.Module):
     def live_update(self, rows: int) -> Update | Dense | None:
         """The update for an input of that many rows: None where nothing is live here, one per row with `ids`."""
         names, ids = self.live.names, self.live.ids
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # a step may follow, and torch's fused AdamW leaves versions as they were
             self.stacked.known.clear()
+            self.lowered.known.clear()
         if not any(name in self.recipes for name in names):
             return None
         if ids is None:
@@ -203,7 +204,7 @@ class AdaptedHead(nn.Module):
         names, ids = self.live.names, self.live.ids
         if names and not torch.is_autocast_enabled(x.device.type):  # the backbone may compute in bfloat16
             x = x.to(next(self.copy_of(names[0]).parameters()).dtype)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # a step may follow, and torch's fused AdamW leaves versions as they were
             self.stacked.known.clear()
         if not names:
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]

@@ -1,25 +1,40 @@
 """What was computed from tensors, kept until one of them changes; only where no gradient is wanted.
 
-A change is seen by the tensor's version, which every operation in place counts, or by its address, which is new where
-`t.data` was set. Writing into `t.data` leaves neither trace; every forward with gradients on forgets all, so a training
-loop that does it is safe.
+A change is seen by the tensor's version, which operations in place count, by its address, which is new where `t.data`
+was set, and by the count of optimizer steps, as torch's fused AdamW leaves versions as they were. Writing into `t.data`
+by hand leaves no trace; every forward with gradients on forgets all, so a training loop that does it is safe.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Known(NamedTuple):
     value: Any
-    marks: list[tuple[int, int]]  # address and version of each tensor
+    marks: list[tuple[int, int]]  # address and version of each tensor, and the optimizer steps so far
     held: list[Tensor]  # the tensors, so that no other gets an address of theirs
+
+
+@cache
+def steps() -> list[int]:
+    """The number of optimizer steps since this was first called, in a list that a hook counts up."""
+    count = [0]
+
+    def up(*_: Any) -> None:
+        count[0] += 1
+
+    register_optimizer_step_post_hook(up)
+    return count
 
 
 class Memo:
     def __init__(self, most: int | None = None) -> None:
+        steps()
         self.most = most  # values kept at once
         self.known: dict[Hashable, Known] = {}
 
@@ -29,7 +44,7 @@ class Memo:
             self.known.clear()
             return make()
         try:
-            marks = [(t.data_ptr(), t._version) for t in of]
+            marks = [(steps()[0], 0), *((t.data_ptr(), t._version) for t in of)]
         except RuntimeError:  # tensors made in inference mode have no version
             return make()
         found = self.known.get(key)
