@@ -8,7 +8,7 @@ run() {  # run NAME, then the flags of `loralab train`
     local folder=$out/$1; shift
     [ -f "$folder/result.json" ] && return
     local resume=(); [ -f "$folder/run.json" ] && resume=(--resume)
-    $loralab train --data "$data" --out "$folder" --dtype bfloat16 "$@" "${resume[@]}"
+    $loralab train --data "$data" --out "$folder" --dtype bfloat16 --speed off "$@" "${resume[@]}"
 }
 
 for seed in 0 1 2; do
