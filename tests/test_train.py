@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loralab import UserError
 from loralab.files import read_header
@@ -67,6 +68,9 @@ def test_a_run_learns_and_writes_what_the_contract_says(tiny, own, tmp_path, met
     assert not result["protocol"]["optimistic"]
     assert not (folder / "checkpoint").exists()
     assert read_header(folder / "adapter/adapter.json")["labels"] == ["cat", "dog"]
+    said = load_file(folder / "predictions.safetensors")  # of the selected epoch
+    right = said["validation/logits"].argmax(-1) == said["validation/labels"]
+    assert right.double().mean().item() == pytest.approx(result["metric"]["selected"], abs=1e-12)
 
 
 def test_regression_learns(tiny, own, tmp_path):
@@ -104,6 +108,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, mo
     resumed = train(settings(tiny, own, tmp_path / "cut", resume=True, **given))
     assert timeless(resumed) == timeless(whole)
     a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (load_file(tmp_path / name / "predictions.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert train(settings(tiny, own, tmp_path / "cut", resume=True, **given)) == resumed  # finished: nothing runs
 

@@ -1,4 +1,7 @@
-"""A run folder: run.json first, metrics.jsonl and checkpoint/ as it goes, result.json last and whole."""
+"""A run folder: run.json first, metrics.jsonl and checkpoint/ as it goes, predictions.safetensors, and result.json last.
+
+Whoever finds result.json finds everything else whole.
+"""
 
 import json
 import os
@@ -77,9 +80,11 @@ class RunFolder:
             return None
         return read_header(self.checkpoint / "progress.json"), read_tensors(self.checkpoint / "state.safetensors")
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+    def finish(self, result: Mapping[str, Any], predictions: Mapping[str, Tensor]) -> None:
+        """`predictions`: SPLIT/logits (rows, outputs) float32 and SPLIT/labels (rows,) at the selected epoch."""
+        save_file(dict(predictions), self.path / "predictions.safetensors")
         write_json(self.result, result)
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

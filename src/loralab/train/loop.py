@@ -73,7 +73,8 @@ class Trainer:
         self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
         self.learned = [p for p in run.model.parameters() if p.requires_grad]
         self.progress = Progress()
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # state of the selected epoch
+        self.said: dict[str, Tensor] = {}  # by validation split, what the selected epoch says of each row
 
     def run(self) -> dict[str, Any]:
         s, main = self.settings, self.accelerator.is_main_process
@@ -164,8 +165,10 @@ class Trainer:
             "validation": {},
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
         }
+        said = {}
         for i, (key, rows) in enumerate(parts.validation.items()):
             logits = self._logits(rows)
+            said |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}
             scores = score(parts.task.metrics, logits, rows.labels.numpy())
             record["validation"] |= {name if i == 0 else f"{key}/{name}": value for name, value in scores.items()}
             record["one_class"] = not parts.regression and is_constant(logits)
@@ -174,6 +177,7 @@ class Trainer:
         if p.best < 0 or self._selecting(-1) > self._selecting(p.best) or s.selection == "last":
             p.best = len(p.history) - 1
             self.best = {key: t.detach().clone() for key, t in parts.adapters.state().items()}
+            self.said = said
         if s.track:
             self.accelerator.log({"train_loss": record["train_loss"], **record["validation"]}, step=p.step)
         if self.accelerator.is_main_process:
@@ -210,6 +214,7 @@ class Trainer:
         p = self.progress
         tensors = {f"live/{key}": t for key, t in self.parts.adapters.state().items()}
         tensors |= {f"best/{key}": t for key, t in self.best.items()}
+        tensors |= {f"said/{key}": t for key, t in self.said.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{key}": t for key, t in state.items()}
         tensors |= {f"steps/{key}": t for key, t in self.parts.adapters.steps.state_dict().items()}
@@ -229,6 +234,7 @@ class Trainer:
             for key, t in self.parts.adapters.state().items():
                 t.copy_(tensors[f"live/{key}"])
         self.best = {key.removeprefix("best/"): t for key, t in tensors.items() if key.startswith("best/")}
+        self.said = {key.removeprefix("said/"): t for key, t in tensors.items() if key.startswith("said/")}
         stepped = {key.removeprefix("steps/"): t for key, t in tensors.items() if key.startswith("steps/")}
         self.parts.adapters.steps.load_state_dict(stepped)
         state: dict[int, dict[str, Tensor]] = {}
@@ -253,7 +259,7 @@ class Trainer:
             self.reporter.say(f"warning: {warning}")
         if self.accelerator.is_main_process:
             self.parts.adapters.save(self.folder.path / "adapter")
-            self.folder.finish(result)
+            self.folder.finish(result, self.said)
         self.accelerator.wait_for_everyone()
         return result
 
