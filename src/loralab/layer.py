@@ -131,25 +131,23 @@ class Adapted(nn.Module):
     def live_update(self, rows: int) -> Update | Dense | None:
         """The update for an input of that many rows: None where nothing is live here, one per row with `ids`."""
         names, ids = self.live.names, self.live.ids
-        if torch.is_grad_enabled():  # a step may follow, and torch's fused AdamW leaves versions as they were
-            self.stacked.known.clear()
-            self.lowered.known.clear()
         if not any(name in self.recipes for name in names):
             return None
+        if ids is not None and rows != len(ids):
+            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(ids)} rows")
+        if torch.is_grad_enabled() or self.live.drawn:  # a step may follow
+            self.stacked.known.clear()
+            self.lowered.known.clear()
+            made = [self.lower(name, self.live.drawn.get(name)) for name in names]
+            return made[0] if ids is None else by_row(made, ids)
         if ids is None:
             return self._known(names[0])
-        if rows != len(ids):
-            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(ids)} rows")
-        if self.live.drawn:
-            return by_row([self._known(name) for name in names], ids)
         key = (names, tuple(ids.tolist()), tuple(map(self.live.chosen.get, names)))
         of = [t for name in names for t in self._made_from(name)]
         return self.stacked.get(key, of, lambda: by_row([self._known(name) for name in names], ids))  # type: ignore[no-any-return]
 
     def _known(self, name: str) -> Update | Dense:
-        """`lower` of what is live, done once where nothing learns."""
-        if self.live.drawn:
-            return self.lower(name, self.live.drawn.get(name))
+        """`lower` of what is live, done once as nothing learns."""
         key = (name, self.live.chosen.get(name))
         return self.lowered.get(key, self._made_from(name), lambda: self.lower(name))  # type: ignore[no-any-return]
 
@@ -216,7 +214,10 @@ class AdaptedHead(nn.Module):
         if all(type(copy) is nn.Linear for copy in copies) and not (args or kwargs):
             return self._linear(x, copies, ids)  # type: ignore[arg-type]
         present = ids.unique().tolist()
-        outs = [self.copy_of(names[i])(x[ids == i], *args, **kwargs) for i in present]
+        outs = []
+        for i in present:
+            with self.live.only(i):
+                outs.append(self.copy_of(names[i])(x[ids == i], *args, **kwargs))
         widest = max(out.shape[-1] for out in outs)
         outs = [F.pad(out, (0, widest - out.shape[-1]), value=-torch.inf) for out in outs]
         order = torch.cat([(ids == i).nonzero().squeeze(1) for i in present])  # (rows,)

@@ -14,14 +14,34 @@ if TYPE_CHECKING:
     from loralab.attach import Adapters
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The random numbers of one run, and how much of its equal part of a batch is its own and not padding."""
+
+    generator: torch.Generator
+    rows: int
+    tokens: int
+
+
 @dataclass
 class Live:
     """What is live: no name means the base, one name every row, several names one per row through `ids` (rows,)."""
 
     names: tuple[str, ...] = ()
     ids: Tensor | None = None
+    streams: tuple[Stream, ...] = ()  # of each name, where runs share a batch in equal parts; else torch's generator
     drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this training forward
     chosen: dict[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
+
+    @contextmanager
+    def only(self, place: int) -> Iterator[None]:
+        """Makes the adapter at one place of the names the only one, for what sees its rows alone."""
+        before = dict(vars(self))
+        self.names, self.ids, self.streams = (self.names[place],), None, self.streams[place : place + 1]
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
 
 @contextmanager
@@ -39,7 +59,7 @@ def use(
     if (ids is None) != (len(chosen) < 2 and not isinstance(names, list | tuple)):
         raise UserError(f"use({names!r}, ids={ids!r}): a list of names goes with ids, a single name without")
     before = dict(vars(live))
-    live.names, live.ids = chosen, None if ids is None else _rows(ids, len(chosen))
+    live.names, live.ids, live.streams = chosen, None if ids is None else _rows(ids, len(chosen)), ()
     if rank is not None:
         live.chosen = {name: _at(handle, name, rank) for name in chosen}
     try:

@@ -85,9 +85,13 @@ def stack(updates: Sequence[Update | Dense]) -> Update | Dense:
     if len(low) < len(updates):
         return Dense(torch.stack([u.matrix() for u in updates]), _gains(updates))  # D (K, out, in)
     rank = max(u.A.shape[-2] for u in low)
-    A = torch.stack([F.pad(u.A, (0, 0, 0, rank - u.A.shape[-2])) for u in low])  # (K, r, in)
-    B = torch.stack([F.pad(u.B, (0, rank - u.B.shape[-1])) for u in low])  # (K, out, r)
+    A = torch.stack([_pad(u.A, (0, 0, 0, rank - u.A.shape[-2])) for u in low])  # (K, r, in)
+    B = torch.stack([_pad(u.B, (0, rank - u.B.shape[-1])) for u in low])  # (K, out, r)
     return Update(A, B, _gains(low))
+
+
+def _pad(t: Tensor, more: tuple[int, ...]) -> Tensor:
+    return F.pad(t, more) if any(more) else t
 
 
 def _gains(updates: Sequence[Update | Dense]) -> Tensor | None:

@@ -136,10 +136,8 @@ def adapted(case: "Case") -> Adapters:
 
 def loralab_side(case: "Case") -> Built:
     model = adapted(case).model
-    narrow = case.dtype == "bfloat16"
-    held = narrow and speed.frozen(model) is None  # as `loralab train` chooses
-    choices = speed.prepare(model, "auto", "bfloat16" if held else None)
-    built = _ready(model, autocast=narrow and not held)
+    choices, autocast = speed.quicken(model.to(device()), "auto", getattr(torch, case.dtype))
+    built = _ready(model, autocast)
     return Built(built.model, built.learned, built.autocast, choices)
 
 

@@ -1,6 +1,7 @@
 """What makes training fast, each piece optional: chosen once, before training starts, and named with its reason.
 
     choices = loralab.speed.prepare(model, speed="auto", store="bfloat16")
+    choices, autocast = loralab.speed.quicken(model, "auto", torch.bfloat16)  # as `loralab train` does
 
 A piece is a row of PIECES: what must hold for it, and how it is put into the model. `speed="off"` leaves the plain
 path, which every piece equals (tests/test_speed.py) and is measured against (docs/benchmarks.md).
@@ -18,11 +19,13 @@ from torch import nn
 from loralab.attach import HANDLE, Adapters
 from loralab.errors import UserError
 from loralab.layer import Adapted, put, put_back
+from loralab.live import Live
 from loralab.speed import masks
 from loralab.speed.encoders import LAYERS, layers_of
 
 Speed = Literal["auto", "off"]
-CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product; its own 1024 are too few
+CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
+MANY = "16384"  # prepared products; its own 1024 are too few
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,25 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
     return chosen
 
 
+def quicken(model: nn.Module, speed: Speed, precision: torch.dtype) -> tuple[list[Choice], bool]:
+    """What is fast for training in that precision: what was chosen, and whether autocast is still wanted.
+
+    A model whose layers are frozen is held in bfloat16, so its products need no casts. It must be on its device.
+    """
+    narrow = precision == torch.bfloat16
+    held = narrow and speed != "off" and frozen(model) is None
+    return prepare(model, speed, "bfloat16" if held else None), narrow and not held
+
+
 def hold(model: nn.Module, store: str) -> None:
     """Rounds every frozen floating tensor of the model to `store`, so that products need no casts."""
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if store not in dtypes:
         raise UserError(f"store={store!r} for a whole model: expected bfloat16 or float32")
-    handle: Adapters | None = getattr(model, HANDLE, None)
-    own: set[int] = set()  # tensors of adapters stay as they are, frozen ones too
+    handle = _handle(model)
     if handle is not None:
         _ = handle.base_sha256  # taken while the base still has its own bits
-        own = _own(handle)
+    own = _own(handle)  # tensors of adapters stay as they are, frozen ones too
     for p in model.parameters():
         if id(p) not in own and p.is_floating_point() and not p.requires_grad:
             p.data = p.data.to(dtypes[store])
@@ -80,33 +92,44 @@ def hold(model: nn.Module, store: str) -> None:
 
 def frozen(model: nn.Module) -> str | None:
     """Why a model's layers cannot be taken as frozen, or None."""
-    handle: Adapters | None = getattr(model, HANDLE, None)
-    own: set[int] = set()  # of tensors that an adapter or its head has
+    handle = _handle(model)
     if handle is not None:
         if in_place := [key for name in handle.names for key in handle.entry(name).base_names]:
             return f"{in_place[0]} learns in place"
-        own = _own(handle)
+    own = _own(handle)
     loose = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     return f"{loose[0]} learns, and it is no adapter's" if loose else None
 
 
-def _own(handle: Adapters) -> set[int]:
-    return {id(t) for name in handle.names for t in handle.state(name).values()}
+def _handle(model: nn.Module) -> Adapters | None:
+    return getattr(model, HANDLE, None)
 
 
-def _no_cpu(model: nn.Module) -> str | None:
-    device = next(model.parameters()).device.type
-    return None if device == "cpu" else f"the model is on {device}, which draws random numbers fast"
+def _live(model: nn.Module) -> Live:
+    handle = _handle(model)
+    return Live() if handle is None else handle.live
 
 
-def _drop(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return masks.dropout(x, module.p, module.training)  # type: ignore[arg-type]
+def _own(handle: Adapters | None) -> set[int]:
+    """Of the tensors that an adapter or its head has."""
+    return set() if handle is None else {id(t) for name in handle.names for t in handle.state(name).values()}
+
+
+def _no_masks(model: nn.Module) -> str | None:
+    device, handle = next(model.parameters()).device.type, _handle(model)
+    if device == "cpu" or (handle is not None and len(handle.names) > 1):  # runs that share a batch: each its own
+        return None
+    return f"the model is on {device}, which draws random numbers fast"
+
+
+def _drop(module: nn.Module, live: Live, x: torch.Tensor) -> torch.Tensor:
+    return masks.dropout(x, module.p, module.training, live.streams)  # type: ignore[arg-type]
 
 
 def _put_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout:
-            put(module, partial(_drop, module))
+            put(module, partial(_drop, module, _live(model)))
 
 
 def _no_block(model: nn.Module) -> str | None:
@@ -117,24 +140,24 @@ def _no_block(model: nn.Module) -> str | None:
 
 def _put_block(model: nn.Module) -> None:
     for layer in layers_of(model):
-        put(layer, LAYERS[type(layer).__name__](layer, model.config))
+        put(layer, LAYERS[type(layer).__name__](layer, model.config, _live(model)))
 
 
 def _no_cache(model: nn.Module) -> str | None:
-    return None if CACHE not in os.environ else f"{CACHE} is set to {os.environ[CACHE]}"
+    return None if os.environ.get(CACHE, MANY) == MANY else f"{CACHE} is set to {os.environ[CACHE]}"
 
 
 def _put_cache(model: nn.Module) -> None:
-    os.environ[CACHE] = "16384"
+    os.environ[CACHE] = MANY
 
 
 PIECES: dict[str, Piece] = {
     "cache": Piece("products of batches of many lengths are prepared once, not again and again", _no_cache, _put_cache),
-    "dropout": Piece("random bits are drawn 64 at a time", _no_cpu, _put_dropout),
+    "dropout": Piece("random bits are drawn 64 at a time", _no_masks, _put_dropout),
     "block": Piece(
         "a layer is one step of autograd: q, k, v in one product, nothing kept twice", _no_block, _put_block
     ),
 }
 
 
-__all__ = ["PIECES", "Choice", "Piece", "Speed", "frozen", "hold", "prepare", "put_back"]
+__all__ = ["PIECES", "Choice", "Piece", "Speed", "frozen", "hold", "prepare", "put_back", "quicken"]

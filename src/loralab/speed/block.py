@@ -9,12 +9,13 @@ the products need and no more, and nothing at all where no gradient is wanted. I
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loralab.layer import Adapted
+from loralab.live import Live, Stream
 from loralab.speed.masks import mask as dropout_mask
 from loralab.speed.product import Low, Product
 from loralab.update import Update
@@ -44,14 +45,13 @@ class Parts:
 class Block:
     """Takes the place of a layer's `forward`; `wrap` makes what the architecture returns."""
 
-    def __init__(self, layer: nn.Module, parts: Parts, wrap: Any = None) -> None:
-        self.layer, self.parts, self.wrap = layer, parts, wrap
+    def __init__(self, layer: nn.Module, live: Live, parts: Parts, wrap: Any = None) -> None:
+        self.layer, self.live, self.parts, self.wrap = layer, live, parts, wrap
         p = parts
         self.linear = (p.q, p.k, p.v, p.o, p.up, p.down)
         self.qkv, self.o = Product([_base(p.q), _base(p.k), _base(p.v)]), Product([_base(p.o)])
         self.up, self.down = Product([_base(p.up)]), Product([_base(p.down)])
         self.qkv.adjoin()
-        self.still = False  # whether this forward wants no gradient; inside an autograd function that cannot be asked
 
     def __call__(
         self,
@@ -67,8 +67,8 @@ class Block:
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kept, **more)
         flat = [t for u in live for t in ((None, None, None) if u is None else u)]
         drops = self.parts.drops if self.layer.training else (0.0, 0.0, 0.0)
-        self.still = not torch.is_grad_enabled()
-        out = Layer.apply(self, drops, hidden_states, attention_mask, position_bias, *flat)  # type: ignore[no-untyped-call]
+        now = Now(drops, self.live.streams, still=not torch.is_grad_enabled())
+        out = EncoderLayer.apply(self, now, hidden_states, attention_mask, position_bias, *flat)  # type: ignore[no-untyped-call]
         return out if self.wrap is None else self.wrap(out)
 
     def _drops_input(self) -> bool:
@@ -76,28 +76,38 @@ class Block:
         return any(isinstance(m, Adapted) and m.training and m.drops_input for m in self.linear)
 
 
-class Layer(torch.autograd.Function):
+class Now(NamedTuple):
+    """What one forward is like."""
+
+    drops: tuple[float, float, float]
+    streams: Sequence[Stream]
+    still: bool  # no gradient is wanted; inside an autograd function that cannot be asked
+
+
+class EncoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, block: Block, drops: Sequence[float], x3: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
+        ctx, block: Block, now: Now, x3: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
     ) -> Tensor:
         b, t, d = x3.shape
         p, lows = block.parts, _lows(flat)
         x = x3.reshape(b * t, d)  # (n, d), n = b t
-        qkv, of_qkv = block.qkv.forward(x, lows[:3], block.still)  # (n, 3 d)
+        qkv, of_qkv = block.qkv.forward(x, lows[:3], now.still)  # (n, 3 d)
         qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * p.heads, t, -1)
         s = torch.bmm(qkv[0], qkv[1].mT).view(b, p.heads, t, t)
         s = softmax(_add_bias(s, qkv.shape[-1] ** -0.5, mask, bias)).view(-1, t, t)
-        m1 = dropout_mask(s, drops[0]) if drops[0] else None
+        m1 = _mask(s, now.drops[0], (b, p.heads, t, t), now)
         c = torch.bmm(s if m1 is None else s * m1, qkv[2])  # (b heads, t, dh)
         c = c.view(b, p.heads, t, -1).transpose(1, 2).reshape(b * t, d)
-        o, of_o = block.o.forward(c, lows[3:4], block.still)
-        o, m2 = _drop_add(o, drops[1], x)
+        o, of_o = block.o.forward(c, lows[3:4], now.still)
+        m2 = _mask(o, now.drops[1], (b, t, d), now)
+        o = _add(x, o, m2)
         y, *of_norm1 = _norm(o, p.norm1)
-        u, of_up = block.up.forward(y, lows[4:5], block.still)  # (n, inner)
+        u, of_up = block.up.forward(y, lows[4:5], now.still)  # (n, inner)
         g = aten.gelu(u, approximate=p.approximate)
-        w, of_down = block.down.forward(g, lows[5:6], block.still)
-        w, m3 = _drop_add(w, drops[2], y)
+        w, of_down = block.down.forward(g, lows[5:6], now.still)
+        m3 = _mask(w, now.drops[2], (b, t, d), now)
+        w = _add(y, w, m3)
         out, *of_norm2 = _norm(w, p.norm2)
         learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
         inputs = [t if learn else None for t, learn in zip((x, c, y, g), (any(learns[:3]), *learns[3:]), strict=True)]
@@ -165,10 +175,14 @@ def _attention_back(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int
     return out
 
 
-def _drop_add(y: Tensor, p: float, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(x + drop(y), the mask)."""
-    m = dropout_mask(y, p) if p else None
-    return (torch.add(x, y) if m is None else torch.addcmul(x, y, m)), m
+def _mask(like: Tensor, p: float, shape: Sequence[int], now: Now) -> Tensor | None:
+    """The mask of `like`, which holds a tensor (rows, ...) of that shape."""
+    return dropout_mask(like.view(shape), p, now.streams).view_as(like) if p else None
+
+
+def _add(x: Tensor, y: Tensor, m: Tensor | None) -> Tensor:
+    """x + y m."""
+    return torch.add(x, y) if m is None else torch.addcmul(x, y, m)
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:

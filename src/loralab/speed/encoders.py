@@ -5,31 +5,32 @@ from typing import Any
 
 from torch import nn
 
+from loralab.live import Live
 from loralab.speed.block import Block, Parts
 
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}  # name -> torch's variant
 
 
-def _bert(layer: Any, config: Any) -> Block:
+def _bert(layer: Any, config: Any, live: Live) -> Block:
     inner, attention = layer.attention.self, layer.attention.output
     drops = (inner.dropout.p, attention.dropout.p, layer.output.dropout.p)
     parts = (inner.query, inner.key, inner.value, attention.dense, attention.LayerNorm)
-    return Block(layer, Parts(*parts, *_rest(layer, config), drops))
+    return Block(layer, live, Parts(*parts, *_rest(layer, config), drops))
 
 
-def _mpnet(layer: Any, config: Any) -> Block:
+def _mpnet(layer: Any, config: Any, live: Live) -> Block:
     inner = layer.attention.attn
     drops = (inner.dropout.p, layer.attention.dropout.p, layer.output.dropout.p)
     parts = (inner.q, inner.k, inner.v, inner.o, layer.attention.LayerNorm)
-    return Block(layer, Parts(*parts, *_rest(layer, config), drops), lambda out: (out,))
+    return Block(layer, live, Parts(*parts, *_rest(layer, config), drops), lambda out: (out,))
 
 
-def _distilbert(layer: Any, config: Any) -> Block:
+def _distilbert(layer: Any, config: Any, live: Live) -> Block:
     inner, ffn = layer.attention, layer.ffn
     drops = (inner.dropout.p, 0.0, ffn.dropout.p)
     parts = (inner.q_lin, inner.k_lin, inner.v_lin, inner.out_lin, layer.sa_layer_norm)
     rest = (ffn.lin1, ffn.lin2, layer.output_layer_norm, config.n_heads, GELU[config.activation])
-    return Block(layer, Parts(*parts, *rest, drops))
+    return Block(layer, live, Parts(*parts, *rest, drops))
 
 
 def _rest(layer: Any, config: Any) -> tuple[Any, Any, Any, int, str]:
@@ -38,7 +39,7 @@ def _rest(layer: Any, config: Any) -> tuple[Any, Any, Any, int, str]:
     return (*linear, config.num_attention_heads, GELU[config.hidden_act])
 
 
-LAYERS: dict[str, Callable[[Any, Any], Block]] = {  # class of a layer -> how to find its parts
+LAYERS: dict[str, Callable[[Any, Any, Live], Block]] = {  # class of a layer -> how to find its parts
     "BertLayer": _bert,
     "RobertaLayer": _bert,
     "XLMRobertaLayer": _bert,
