@@ -59,14 +59,15 @@ def carried_out(definition, out="out", on="in-turn", **given):
 @pytest.fixture
 def begun(monkeypatch) -> list[tuple[str, int]]:
     """(address, epochs done before) of every run that really trains."""
-    run, found = loop_module.Trainer.run, []
+    run, found = loop_module.Loop.run, []
 
     def counted(self):
-        progress = self.folder.read_checkpoint()
-        found.append((self.settings.folder.name, progress[0]["epoch"] if progress else 0))
+        for member in self.members:
+            progress = member.folder.read_checkpoint()
+            found.append((member.settings.folder.name, progress[0]["epoch"] if progress else 0))
         return run(self)
 
-    monkeypatch.setattr(loop_module.Trainer, "run", counted)
+    monkeypatch.setattr(loop_module.Loop, "run", counted)
     return found
 
 
@@ -217,21 +218,21 @@ def plan_as_read(folder):
 def test_an_interrupted_study_goes_on_in_the_middle_of_a_run(tiny, own, here, begun, monkeypatch):
     whole = carried_out(study(tiny, own, store="elsewhere"), "whole")
     begun.clear()
-    step, steps = loop_module.Trainer._step, []
+    step, steps = loop_module.Loop.step, []
 
-    def cut(self, chosen):
+    def cut(self):
         steps.append(1)
         if len(steps) == 30:  # in the second epoch of the second run: an epoch has 9 steps
             raise KeyboardInterrupt
-        return step(self, chosen)
+        return step(self)
 
-    monkeypatch.setattr(loop_module.Trainer, "_step", cut)
+    monkeypatch.setattr(loop_module.Loop, "step", cut)
     (here / "x.toml").write_text(toml(tiny, own))
     assert main(["study", "x.toml"]) == 130
     cells = load("runs/studies/x").cells()
     assert [len(cell.runs) for cell in cells.values()] == [1, 0]
     assert [cell.pending for cell in cells.values()] == [1, 2]
-    monkeypatch.setattr(loop_module.Trainer, "_step", step)
+    monkeypatch.setattr(loop_module.Loop, "step", step)
     assert main(["study", "x.toml", "--json"]) == 0
     assert begun[1][0] == begun[2][0]  # the run that was cut off, and then
     assert [epochs for _, epochs in begun] == [0, 0, 1, 0, 0]
@@ -335,19 +336,19 @@ def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, h
     given = {"tune": grid, "protocol": protocol, "methods": [{"method": "lora"}], "seeds": [0]}
     whole = carried_out(study(tiny, own, **given, store="elsewhere"), "whole")
     begun.clear()
-    step, steps = loop_module.Trainer._step, []
+    step, steps = loop_module.Loop.step, []
 
-    def cut(self, chosen):
+    def cut(self):
         steps.append(1)
         if len(steps) == 70:  # in the third trial
             raise KeyboardInterrupt
-        return step(self, chosen)
+        return step(self)
 
-    monkeypatch.setattr(loop_module.Trainer, "_step", cut)
+    monkeypatch.setattr(loop_module.Loop, "step", cut)
     with pytest.raises(KeyboardInterrupt):
         carried_out(study(tiny, own, **given))
     assert [p.address is None for p in load("out").planned].count(True) > 0
-    monkeypatch.setattr(loop_module.Trainer, "_step", step)
+    monkeypatch.setattr(loop_module.Loop, "step", step)
     gone_on = carried_out(study(tiny, own, **given))
     assert [p.address for p in gone_on.planned] == [p.address for p in whole.planned]
     (cell,), (other,) = gone_on.cells().values(), whole.cells().values()

@@ -100,10 +100,10 @@ class Adapters:
     def base_sha256(self) -> str:
         """sha256 of the base's tensors as they were before any training, rounded to bfloat16 (see fingerprint.py)."""
         if self._sha256 is None:
-            self._sha256 = fingerprint((key, self._original(key)) for key in self._base_keys)
+            self._sha256 = fingerprint((key, self.base_tensor(key)) for key in self._base_keys)
         return self._sha256
 
-    def _original(self, key: str) -> Tensor:
+    def base_tensor(self, key: str) -> Tensor:
         """A tensor of the model by the name it had before `attach`."""
         *path, last = key.split(".")
         module = self.model
@@ -130,11 +130,13 @@ class Adapters:
         seed: int = 0,
         batches: Iterable[Mapping[str, Any]] | None = None,
         filled: bool = False,
+        heads_of: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         """Adds a fresh adapter beside the others; `use` makes it live. Arguments as in `attach`.
 
-        `filled=True` leaves out a start that is computed, because a file gives the tensors.
+        `filled=True` leaves out a start that is computed, because a file gives the tensors. The head is a copy of that
+        of `heads_of`, a plain model of this kind, by default of the one that this model had.
         """
         r = recipe(method, **settings)
         if r.plan and r.ranks is None:
@@ -163,9 +165,9 @@ class Adapters:
             self.model.requires_grad_(False)
         generator = Generator().manual_seed(seed)
         self._add_layers(entry, name, generator, seen)
-        self._add_heads(entry, name, generator)
+        self._add_heads(entry, name, generator, heads_of)
         for key in entry.base_names:
-            tensor = self._original(key).requires_grad_(True)
+            tensor = self.base_tensor(key).requires_grad_(True)
             if r.learn_base != "all":
                 self._before[key] = tensor.detach().clone()
         self.entries[name] = entry
@@ -184,7 +186,7 @@ class Adapters:
             if key not in self._before:
                 raise UserError("this adapter trained the whole base in place: load the model anew instead")
             with torch.no_grad():
-                self._original(key).requires_grad_(False).copy_(self._before.pop(key))
+                self.base_tensor(key).requires_grad_(False).copy_(self._before.pop(key))
 
     def _check_name(self, name: str, r: Recipe) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
@@ -242,12 +244,15 @@ class Adapters:
             on = mapped.of(path, {role: t.to(layer.device) for role, t in tensors.items()})
             layer.add(name, at, on, {role: t.to(layer.device) for role, t in constants.items()})
 
-    def _add_heads(self, entry: Entry, name: str, generator: Generator) -> None:
+    def _add_heads(self, entry: Entry, name: str, generator: Generator, heads_of: nn.Module | None) -> None:
         for path in entry.heads:
             if path not in self.heads:
                 original = self.model.get_submodule(path)
                 self.heads[path] = AdaptedHead(original, self.live).train(original.training)
                 self.model.set_submodule(path, self.heads[path])
+            if heads_of is not None:
+                self.heads[path].copies[name] = copy.deepcopy(heads_of.get_submodule(path)).requires_grad_(True)
+                continue
             own = copy.deepcopy(self.heads[path].base)
             if entry.labels and len(entry.labels) != len(_labels(self.model)):
                 _resize(own, len(_labels(self.model)), len(entry.labels), generator)
@@ -299,7 +304,7 @@ class Adapters:
         """path.role -> (role, live tensor) of everything that belongs to an adapter, its head and base tensors too."""
         name, entry = self.only(name), self.entry(name)
         out = {f"{p}.{role}": (role, t) for p in entry.paths for role, t in self.layers[p].roles(name).items()}
-        out |= {key: (key.rpartition(".")[2], self._original(key)) for key in entry.base_names}
+        out |= {key: (key.rpartition(".")[2], self.base_tensor(key)) for key in entry.base_names}
         for path in entry.heads:
             out |= {f"{path}.{key}": ("head", t) for key, t in self.heads[path].copies[name].named_parameters()}
         return out
@@ -334,11 +339,11 @@ class Adapters:
 
     # ---- leaving -------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path | str, name: str | None = None) -> Path:
-        """Writes adapter.safetensors and adapter.json; see `loralab.load`."""
+    def save(self, folder: Path | str, name: str | None = None, called: str | None = None) -> Path:
+        """Writes adapter.safetensors and adapter.json, under another name if `called` gives it; see `loralab.load`."""
         from loralab.files import save
 
-        return save(self, folder, name)
+        return save(self, folder, name, called)
 
     def export(self, folder: Path | str, name: str | None = None, layout: str = "peft") -> Path:
         """Writes the adapter for other tools; the one layout is "peft", which vLLM and others read too."""

@@ -40,14 +40,17 @@ class AdapterFile:
     begins: bool = False  # the file lacks what its start adds (A0, B0): it is made again, from the base
 
 
-def save(handle: Adapters, folder: Path | str, name: str | None = None) -> Path:
-    """Writes an adapter with its head, recipe, scaling, labels, coverage and the base's hash; returns the folder."""
+def save(handle: Adapters, folder: Path | str, name: str | None = None, called: str | None = None) -> Path:
+    """Writes an adapter with its head, recipe, scaling, labels, coverage and the base's hash; returns the folder.
+
+    `called` is the name that the file gives it, by default the one it has here.
+    """
     name = handle.only(name)
     entry, held = handle.entries[name], once(handle.tensors(name))
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "name": name,
+        "name": called or name,
         "recipe": to_json(entry.recipe),
         "scaling": _scaling(entry.recipe),
         "coverage": {} if entry.coverage is None else entry.coverage.matched,

@@ -185,28 +185,33 @@ class Steps:
             self.memories[name] = {path: self.factors(name).memory(p) for path, p in roles.items()}
         return {path: {**p, **self.memories[name][path]} for path, p in roles.items()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the next step depends on beside the adapters' own tensors; a step under way begins anew."""
-        out = {}
-        for name, generator in self.generators.items():
-            self.parts(name)
-            out[f"{name}/random"] = self.begun[name] if name in self.drawn else generator.get_state()
-            for path, memory in self.memories[name].items():
-                out |= {f"{name}/{path}/{key}": t for key, t in memory.items()}
+    def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
+        """All that the next step depends on beside the adapters' own tensors; a step under way begins anew.
+
+        Of one adapter its own, by keys without its name.
+        """
+        if name is None:
+            return {f"{n}/{key}": t for n in self.generators for key, t in self.state_dict(n).items()}
+        if name not in self.generators:
+            return {}
+        self.parts(name)
+        out = {"random": self.begun[name] if name in self.drawn else self.generators[name].get_state()}
+        for path, memory in self.memories[name].items():
+            out |= {f"{path}/{key}": t for key, t in memory.items()}
         return out
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], name: str | None = None) -> None:
         """The inverse of `state_dict`; raises UserError, with nothing changed, for the state of other adapters."""
-        mine = self.state_dict()
+        mine = self.state_dict(name)
         if wrong := [key for key in mine.keys() | state.keys() if key not in mine or key not in state]:
             told = ", ".join(sorted(wrong)[:4])
             raise UserError(f"the state of the steps is that of other adapters: {len(wrong)} keys differ ({told})")
         if wrong := [key for key, t in mine.items() if t.shape != state[key].shape]:
             raise UserError(f"the state of the steps is that of adapters of another size: {', '.join(wrong[:4])}")
         for key, t in mine.items():
-            name, _, rest = key.partition("/")
+            owner, rest = (name, key) if name is not None else key.split("/", 1)
             if rest == "random":
-                self.generators[name].set_state(state[key].cpu())
-                self._anew(name)
+                self.generators[owner].set_state(state[key].cpu())
+                self._anew(owner)
             else:
                 t.copy_(state[key])

@@ -22,7 +22,8 @@ from loralab.recipe import recipe
 from loralab.train import Settings
 from loralab.train.batches import Rows, encode
 from loralab.train.folder import RunFolder
-from loralab.train.loop import Trainer as Loop
+from loralab.train.loop import Loop
+from loralab.train.member import Member
 from loralab.train.memory import Peak
 from loralab.train.prepare import prepare
 from loralab.train.progress import Silent
@@ -83,7 +84,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 class Unscored(Loop):
     """The loop of a run without the evaluation after an epoch."""
 
-    def _end_epoch(self) -> None: ...
+    def _end_epoch(self, member: Member) -> None:
+        member.progress.epoch += 1
 
 
 def loralab_epoch(case: EpochCase) -> Timed:
@@ -104,9 +106,11 @@ def loralab_epoch(case: EpochCase) -> Timed:
         )
         run = prepare(settings)
         run = replace(run, train=limited(run.train, case.rows))
-        loop = Unscored(run, RunFolder(Path(folder)), Silent(), Peak())
+        loop = Unscored([run], [RunFolder(Path(folder))], Silent(), Peak())
+        (member,) = loop.members
         started = time.perf_counter()
-        loop._epoch()
+        while member.goes_on:
+            loop.step()
         return len(run.train), time.perf_counter() - started
 
 

@@ -25,10 +25,10 @@ TOKENS = {3: (1,), 4: (2, 3)}  # axes of tokens by the number of axes: (rows, t,
 def mask(like: Tensor, p: float, streams: Sequence[Stream] = ()) -> Tensor:
     """A tensor of the shape and dtype of `like`: 1 / (1 - p) with probability 1 - p, else 0.
 
-    With `streams`, `like` is (rows, d), (rows, t, d) or (rows, heads, t, t), its rows in as many equal parts.
+    With several `streams`, `like` is (rows, d), (rows, t, d) or (rows, heads, t, t), its rows in as many equal parts.
     """
-    if not streams:
-        return _drawn(like, like.shape, p, _seeds(None))
+    if len(streams) < 2:
+        return _drawn(like, like.shape, p, _seeds(streams[0].generator if streams else None))
     parts = like.view(len(streams), -1, *like.shape[1:])  # (K, b, ...)
     whole = torch.ones_like(parts, memory_format=torch.contiguous_format)
     seen: dict[Any, Tensor] = {}  # runs of one seed and one order of rows have the same masks

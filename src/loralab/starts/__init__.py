@@ -125,6 +125,11 @@ def added(start: str) -> tuple[str, ...]:
     return FROZEN if start in STARTS and STARTS[start].away else ()
 
 
+def looks_at_layer(start: str) -> bool:
+    """Whether a start is made from the layer's weight or inputs."""
+    return start in STARTS and STARTS[start].layer
+
+
 def problems(start: str, factors: Factors | None, store: str | None, shared: bool = False) -> list[str]:
     """Why a recipe cannot start this way, one phrase each."""
     if start not in STARTS:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.array([len(ids) for ids in self.columns["input_ids"]])
 
@@ -50,10 +51,30 @@ def encode(split: Split, tokenizer: Any, max_length: int, regression: bool) -> R
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
     """The chosen rows padded to the longest of them, or a little more (see `padded`): tensors (rows, t)."""
-    picked = {key: [column[i] for i in chosen] for key, column in rows.columns.items()}
-    width = min(padded(max(len(ids) for ids in picked["input_ids"])), rows.max_length)
-    batch = tokenizer.pad(picked, padding="max_length", max_length=width, return_tensors="pt", verbose=False)
-    return {key: tensor.to(device) for key, tensor in batch.items()}
+    return collate_together([(rows, chosen)], tokenizer, device)[0]
+
+
+def collate_together(
+    parts: Sequence[tuple[Rows, Sequence[int]]], tokenizer: Any, device: torch.device
+) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    """The chosen rows of K runs: tensors (K b, t) in K equal parts, and the (b, t) that each would have alone.
+
+    Short rows are padded, and a part with fewer rows than the largest has its first row again.
+    """
+    sizes = [(len(chosen), width(rows, chosen)) for rows, chosen in parts]
+    b, t = (max(column) for column in zip(*sizes, strict=True))
+    picked: dict[str, list[list[int]]] = {key: [] for key in parts[0][0].columns}
+    for rows, chosen in parts:
+        filled = [*chosen, *chosen[:1] * (b - len(chosen))]
+        for key, column in picked.items():
+            column += [rows.columns[key][i] for i in filled]
+    batch = tokenizer.pad(picked, padding="max_length", max_length=t, return_tensors="pt", verbose=False)
+    return {key: tensor.to(device) for key, tensor in batch.items()}, sizes
+
+
+def width(rows: Rows, chosen: Sequence[int]) -> int:
+    """Tokens to which a batch of the chosen rows is padded."""
+    return min(padded(int(rows.lengths[list(chosen)].max())), rows.max_length)
 
 
 def padded(length: int) -> int:

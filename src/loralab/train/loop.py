@@ -1,199 +1,247 @@
-"""One run: the training loop, evaluation each epoch, selection, checkpoints, and the result.
+"""The training loop: runs over one model, all of whose batches go through it in one pass. One run is a group of one.
 
-Each optimizer step takes one batch of rows that seed and epoch decide. Its loss is the mean over those rows however
-they are divided among processes and parts, so one process, many processes and accumulation take the same step.
+Each optimizer step of a run takes one batch of rows that its seed and epoch decide. Its loss is the mean over those
+rows however they are divided among processes and parts, so one process, many processes and accumulation take the same
+step. Runs that share a pass share nothing else: head, optimizer, schedule, clipping, order of rows, dropout and
+stopping are each run's own, so a run comes to what it would come to alone, to rounding.
 """
 
+import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import get_scheduler
 
 from loralab import speed
 from loralab.errors import UserError
-from loralab.tasks import is_constant, score
-from loralab.train.batches import Rows, collate, epoch_batches, sorted_batches
+from loralab.live import Stream
+from loralab.train.batches import Rows, collate, collate_together, sorted_batches, width
 from loralab.train.folder import RunFolder
+from loralab.train.member import Member
 from loralab.train.memory import Peak, ledger, saved_activations
-from loralab.train.prepare import Run, facts, prepare
+from loralab.train.prepare import Run, facts, prepare_together
 from loralab.train.progress import Reporter, Silent
 from loralab.train.result import result_of
 from loralab.train.settings import Settings
 
+ROOM = 400e6  # bytes of activations of a pass that runs share; more gains no time (docs/benchmarks.md)
 
-@dataclass
-class Progress:
-    """How far a run has come; with the tensors beside it, all that a checkpoint holds."""
-
-    epoch: int = 0  # epochs finished
-    batch: int = 0  # batches done in the epoch under way
-    step: int = 0  # optimizer steps
-    loss: float = 0.0  # sum of row losses in the epoch under way
-    seconds: float = 0.0  # of training, evaluation left out
-    tokens: int = 0  # padding left out
-    activations: int = 0  # bytes kept for the backward pass of the first step
-    best: int = -1  # index of the selected epoch in history
-    history: list[dict[str, Any]] = field(default_factory=list)
+Outcome = dict[str, Any] | UserError  # the result of a run, or why there is none
 
 
 def train(settings: Settings, reporter: Reporter | None = None) -> dict[str, Any]:
     """Runs, resumes, or returns the finished run of `settings.folder`; the result is that of result.json."""
-    folder = RunFolder(settings.folder)
-    if done := folder.check(settings.to_json(), settings.resume):
-        return done
-    peak = Peak()
-    run = prepare(settings)
-    return Trainer(run, folder, reporter or Silent(), peak).run()
+    (outcome,) = train_together([settings], reporter)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
-class Trainer:
-    """Holds what changes while a run goes on: optimizer, schedule, progress and the best state so far."""
+def train_together(many: Sequence[Settings], reporter: Reporter | None = None) -> list[Outcome]:
+    """The runs of all settings in one pass over one model, each as `train` would do it (see together.py for which may).
 
-    def __init__(self, run: Run, folder: RunFolder, reporter: Reporter, peak: Peak) -> None:
-        s = run.settings
-        self.settings, self.parts, self.folder, self.peak = s, run, folder, peak
-        narrow = s.precision == torch.bfloat16
-        held = narrow and s.speed != "off" and speed.frozen(run.model) is None  # then products need no autocast
-        self.choices = speed.prepare(run.model, s.speed, "bfloat16" if held else None)
-        self.accelerator = _accelerator(s, run, autocast=narrow and not held)
+    A run whose loss is no number ends with its UserError, and the others go on.
+    """
+    folders = [RunFolder(s.folder) for s in many]
+    outcomes: list[Outcome | None] = [f.check(s.to_json(), s.resume) for f, s in zip(folders, many, strict=True)]
+    left = [i for i, done in enumerate(outcomes) if done is None]
+    if left:
+        peak = Peak()
+        runs = prepare_together([many[i] for i in left])
+        loop = Loop(runs, [folders[i] for i in left], reporter or Silent(), peak)
+        for i, outcome in zip(left, loop.run(), strict=True):
+            outcomes[i] = outcome
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+class Loop:
+    """Takes runs over one model to their ends."""
+
+    def __init__(self, runs: Sequence[Run], folders: Sequence[RunFolder], reporter: Reporter, peak: Peak) -> None:
+        s = runs[0].settings
+        self.alone, self.peak = len(runs) == 1, peak
+        self.adapters, model = runs[0].adapters, runs[0].model
+        # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
+        AcceleratorState._reset_state()
+        device = PartialState(cpu=not torch.cuda.is_available()).device
+        self.choices, autocast = speed.quicken(model.to(device), s.speed, s.precision)
+        if not self.alone:
+            _check_streams(self.choices)
+        self.accelerator = _accelerator(runs[0], autocast)
         self.reporter = reporter if self.accelerator.is_main_process else Silent()
-        set_seed(s.seed)
-        groups = run.adapters.parameter_groups(lr=s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr)
-        self.model, self.optimizer = self.accelerator.prepare(run.model, torch.optim.AdamW(groups, fused=True))
-        self.steps = s.steps(len(run.train))
-        self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
-        self.learned = [p for p in run.model.parameters() if p.requires_grad]
-        self.progress = Progress()
-        self.best: dict[str, Tensor] = {}  # state of the selected epoch
-        self.said: dict[str, Tensor] = {}  # by validation split, what the selected epoch says of each row
+        if self.alone:
+            set_seed(s.seed)
+        self.model = self.accelerator.prepare(model)
+        self.members = [Member(r, f, self.accelerator, self._stream(r)) for r, f in zip(runs, folders, strict=True)]
 
-    def run(self) -> dict[str, Any]:
-        s, main = self.settings, self.accelerator.is_main_process
-        if s.resume:
-            self._load_checkpoint()
-        elif main:
-            self.folder.begin(facts(self.parts) | {"speed": [vars(choice) for choice in self.choices]})
-        if s.track:
-            self.accelerator.init_trackers("loralab", {k: str(v) for k, v in s.to_json().items()})
-        if coverage := self.parts.adapters.entry(None).coverage:
-            self.reporter.say(f"adapts {coverage}")
-        for note in self.parts.notes:
-            self.reporter.say(f"note: {note}")
-        rows = len(self.parts.train)
-        done = self.progress.epoch * rows + self.progress.batch * s.batch_size
-        self.reporter.start(f"{self.parts.task.name} {s.method} seed {s.seed}", s.epochs * rows, done)
+    def _stream(self, run: Run) -> torch.Generator:
+        """Where a run's dropout comes from: alone it is torch's own generator, which the plain path draws from too."""
+        return torch.default_generator if self.alone else torch.Generator().manual_seed(run.settings.seed)
+
+    def run(self) -> list[Outcome]:
+        first = self.members[0]
+        for member in self.members:
+            self._begin(member)
+        if first.settings.track:
+            self.accelerator.init_trackers("loralab", {k: str(v) for k, v in first.settings.to_json().items()})
+        self._introduce()
         try:
-            while self.progress.epoch < s.epochs and not self._out_of_patience():
-                self._epoch()
+            while self.step():
+                pass
         finally:
             self.reporter.stop()
         self.accelerator.end_training()
-        return self._finish()
+        return [member.problem or self._finish(member) for member in self.members]
 
-    def _epoch(self) -> None:
-        s, p, rows = self.settings, self.progress, self.parts.train
+    def step(self) -> bool:
+        """One optimizer step of every run that goes on, and the end of its epoch if that was the last; False if none."""
+        going = [member for member in self.members if member.goes_on]
+        if going:
+            self._step(going)
+        for member in going:
+            if member.problem is None and member.ends_epoch:
+                self._end_epoch(member)
+        return bool(going)
+
+    def _begin(self, member: Member) -> None:
+        if member.settings.resume:
+            found, p = member.load_checkpoint(), member.progress
+            there = f"going on at epoch {p.epoch + 1}, step {p.step + 1}"
+            self.reporter.say(there if found else "no checkpoint yet: the run starts anew")
+        elif self.accelerator.is_main_process:
+            chosen = {"speed": [vars(choice) for choice in self.choices], "together": len(self.members)}
+            member.folder.begin(facts(member.run) | chosen)
+
+    def _introduce(self) -> None:
+        for member in self.members:
+            if coverage := self.adapters.entry(member.run.name).coverage:
+                self.reporter.say(f"adapts {coverage}")
+            for note in member.run.notes:
+                self.reporter.say(f"note: {note}")
+        rows = [len(m.run.train) for m in self.members]
+        done = [
+            m.progress.epoch * n + m.progress.batch * m.settings.batch_size
+            for m, n in zip(self.members, rows, strict=True)
+        ]
+        s = self.members[0].settings
+        label = f"{self.members[0].run.task.name} {s.method} seed {s.seed}"
+        more = "" if self.alone else f" and {len(self.members) - 1} more"
+        whole = sum(m.settings.epochs * n for m, n in zip(self.members, rows, strict=True))
+        self.reporter.start(label + more, whole, sum(done))
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def _step(self, going: Sequence[Member]) -> None:
+        """One optimizer step of each member, on its own next rows."""
+        started, n = time.perf_counter(), self.accelerator.num_processes
         self.model.train()
-        batches = epoch_batches(rows.lengths, s.batch_size, s.seed, p.epoch)
-        for chosen in batches[p.batch :]:
-            started = time.perf_counter()
-            loss = self._step(chosen)
-            p.seconds += time.perf_counter() - started
-            p.loss += loss * len(chosen)
-            p.tokens += int(rows.lengths[chosen].sum())
-            p.batch += 1
-            self.reporter.advance(len(chosen), loss)
-            if s.checkpoint_every and p.step % s.checkpoint_every == 0 and p.batch < len(batches):
-                self._save_checkpoint()
-        self._end_epoch()
+        chosen = [member.next() for member in going]
+        mine = [rows[self.accelerator.process_index :: n] for rows in chosen]
+        parts = going[0].settings.accumulate
+        total = torch.zeros(len(going), device=self.accelerator.device)
+        for places in self._passes(going, chosen):
+            at = [going[i] for i in places]
+            for part in range(parts):
+                own = [mine[i][part::parts] for i in places]
+                with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.model):
+                    losses = self._losses(at, own, [chosen[i] for i in places])  # (members of the pass,)
+                    self.accelerator.backward(losses.sum() * n)  # processes average: n times the part is the sum
+                total[places] += losses.detach()
+        values = self.accelerator.reduce(total, "sum").tolist()
+        for member, loss, rows in zip(going, values, chosen, strict=True):
+            member.step(loss, rows)
+        seconds = (time.perf_counter() - started) / len(going)
+        for member in going:
+            member.progress.seconds += seconds
+        self.reporter.advance(sum(map(len, chosen)), float(np.mean(values)))
+        for member in going:
+            every = member.settings.checkpoint_every
+            if every and member.progress.step % every == 0 and not member.ends_epoch and member.problem is None:
+                self._checkpoint(member)
 
-    def _step(self, chosen: list[int]) -> float:
-        """One optimizer step on the chosen rows; returns their mean loss."""
-        s, p, n = self.settings, self.progress, self.accelerator.num_processes
-        mine = chosen[self.accelerator.process_index :: n]
-        total = torch.zeros((), device=self.accelerator.device)
-        for part in range(s.accumulate):
-            rows = mine[part :: s.accumulate]
-            last = part == s.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._row_losses(rows or chosen[:1]).sum() / len(chosen) * bool(rows)
-                self.accelerator.backward(loss * n)  # processes average their gradients: n times the part is the sum
-            total += loss.detach()
-        value = float(self.accelerator.reduce(total, "sum"))
-        if not np.isfinite(value):
-            raise UserError(self._not_finite(value))
-        if s.clip:
-            self.accelerator.clip_grad_norm_(self.learned, s.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        p.step += 1
-        return value
+    def _passes(self, going: Sequence[Member], chosen: Sequence[list[int]]) -> list[list[int]]:
+        """The places of members in passes: of like width, as many as ROOM takes, and each alone in its first step,
+        where what it keeps is counted."""
+        sizes = [(len(rows), width(m.run.train, rows)) for m, rows in zip(going, chosen, strict=True)]
+        passes: list[list[int]] = []
+        wide = 0.0  # bytes of the widest part of the last pass
+        for i in sorted(range(len(going)), key=lambda i: sizes[i][::-1]):
+            room = math.prod(sizes[i]) * going[i].progress.room
+            first = going[i].progress.step == 0
+            if first or not wide or (len(passes[-1]) + 1) * max(wide, room) > ROOM:
+                passes.append([])
+                wide = 0.0
+            passes[-1].append(i)
+            wide = 0.0 if first else max(wide, room)
+        return passes
 
-    def _row_losses(self, chosen: list[int]) -> Tensor:
-        rows = self.parts.train
-        batch = collate(rows, chosen, self.parts.tokenizer, self.accelerator.device)
-        with saved_activations(self.parts.model, on=self.progress.step == 0) as kept:
-            logits = self.model(**batch).logits.float()  # (rows, outputs)
-            losses = row_losses(logits, rows.labels[chosen].to(logits.device))
-        self.progress.activations = max(self.progress.activations, sum(kept.values()))
-        return losses
+    def _losses(self, going: Sequence[Member], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
+        """(members,): of each the part of its mean loss that its own rows have in its chosen ones."""
+        taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]  # one without rows takes one,
+        first = going[0].progress
+        with saved_activations(self.adapters.model, on=first.step == 0) as kept:
+            logits = self._pass(going, taken)
+            losses = [
+                row_losses(out[:, : m.run.task.num_outputs], m.run.train.labels[rows].to(out.device)).sum()
+                for out, m, rows in zip(logits, going, taken, strict=True)
+            ]
+        if first.step == 0:
+            first.activations = max(first.activations, sum(kept.values()))
+            first.room = first.activations / (len(taken[0]) * width(going[0].run.train, taken[0]))
+        # which then does not count
+        return torch.stack(
+            [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
+        )
 
-    def _not_finite(self, loss: float) -> str:
-        p, there = self.progress, self.folder.checkpoint
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        last = f"the last good checkpoint is {there}" if there.exists() else "there is no checkpoint yet"
-        return f"loss is {loss} at step {p.step + 1} (epoch {p.epoch + 1}), lr {lr:.2g}; {last}: try a lower --lr"
+    def _pass(self, going: Sequence[Member], taken: Sequence[list[int]]) -> list[Tensor]:
+        """The logits (rows, outputs) of each member's rows, from one forward over all of them."""
+        device, parts = self.accelerator.device, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)]
+        batch, sizes = collate_together(parts, going[0].run.tokenizer, device)  # (K b, t), and the own (b, t) of each
+        names, height = [member.run.name for member in going], len(batch["input_ids"]) // len(going)
+        ids = torch.arange(len(going)).repeat_interleave(height)
+        with self.adapters.use(names, ids) if len(going) > 1 else self.adapters.use(names[0]):
+            streams = [Stream(member.generator, *size) for member, size in zip(going, sizes, strict=True)]
+            self.adapters.live.streams = tuple(streams)
+            logits = self.model(**batch).logits.float()  # (K b, widest)
+        return [out[:rows] for out, (rows, _) in zip(logits.split(height), sizes, strict=True)]
 
-    def _end_epoch(self) -> None:
-        s, p, parts = self.settings, self.progress, self.parts
-        held = parts.held_out
-        held_out = None if held is None else score(parts.task.metrics, self._logits(held), held.labels.numpy())
-        record = {
-            "epoch": p.epoch + 1,
-            "step": p.step,
-            "train_loss": p.loss / len(parts.train),
-            "held_out": held_out,
-            "validation": {},
-            "seconds": p.seconds - sum(row["seconds"] for row in p.history),
-        }
-        said = {}
-        for i, (key, rows) in enumerate(parts.validation.items()):
-            logits = self._logits(rows)
-            said |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}
-            scores = score(parts.task.metrics, logits, rows.labels.numpy())
-            record["validation"] |= {name if i == 0 else f"{key}/{name}": value for name, value in scores.items()}
-            record["one_class"] = not parts.regression and is_constant(logits)
-        p.history.append(record)
-        p.epoch, p.batch, p.loss = p.epoch + 1, 0, 0.0
-        if p.best < 0 or self._selecting(-1) > self._selecting(p.best) or s.selection == "last":
-            p.best = len(p.history) - 1
-            self.best = {key: t.detach().clone() for key, t in parts.adapters.state().items()}
-            self.said = said
+    # ---- after an epoch ------------------------------------------------------------------------------------------
+
+    def _end_epoch(self, member: Member) -> None:
+        run, s = member.run, member.settings
+        with self.adapters.use(run.name):
+            held_out = None if run.held_out is None else self._logits(run.held_out, member)
+            validation = {key: self._logits(rows, member) for key, rows in run.validation.items()}
+        record = member.end_epoch(held_out, validation)
         if s.track:
-            self.accelerator.log({"train_loss": record["train_loss"], **record["validation"]}, step=p.step)
+            values = {"train_loss": record["train_loss"], **record["validation"]}
+            self.accelerator.log(values, step=member.progress.step)
         if self.accelerator.is_main_process:
-            self.folder.write_metrics(p.history)
-        if p.epoch < s.epochs:
-            self._save_checkpoint()
-        self.reporter.epoch(record, s.epochs, parts.task.metrics[0])  # last, as it may end the run, which can go on
+            member.folder.write_metrics(member.progress.history)
+        if member.progress.epoch < s.epochs:
+            self._checkpoint(member)
+        self.reporter.epoch(record, s.epochs, run.task.metrics[0])  # last, as it may end the run, which can go on
 
-    def _logits(self, rows: Rows) -> Any:
+    def _checkpoint(self, member: Member) -> None:
+        if self.accelerator.is_main_process:
+            member.save_checkpoint()
+
+    def _logits(self, rows: Rows, member: Member) -> Any:
         """(rows, outputs) as a numpy array, in the order of `rows`; processes share the work."""
         self.model.eval()
         mine, process = [], self.accelerator.process_index
         with torch.no_grad():
-            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * self.settings.batch_size)):
+            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * member.settings.batch_size)):
                 if i % self.accelerator.num_processes == process:
-                    batch = collate(rows, chosen, self.parts.tokenizer, self.accelerator.device)
+                    batch = collate(rows, chosen, member.run.tokenizer, self.accelerator.device)
                     mine.append((chosen, self.model(**batch).logits.float().cpu().numpy()))
         parts = gather_object(mine) if self.accelerator.num_processes > 1 else mine
         logits = np.concatenate([part for _, part in parts])
@@ -201,67 +249,26 @@ class Trainer:
         out[np.concatenate([chosen for chosen, _ in parts])] = logits
         return out
 
-    def _selecting(self, index: int) -> float:
-        record, metric = self.progress.history[index], self.parts.task.metrics[0]
-        return float((record["held_out"] or record["validation"])[metric])
-
-    def _out_of_patience(self) -> bool:
-        return 0 < self.settings.patience < len(self.progress.history) - self.progress.best
-
-    def _save_checkpoint(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        p = self.progress
-        tensors = {f"live/{key}": t for key, t in self.parts.adapters.state().items()}
-        tensors |= {f"best/{key}": t for key, t in self.best.items()}
-        tensors |= {f"said/{key}": t for key, t in self.said.items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{key}": t for key, t in state.items()}
-        tensors |= {f"steps/{key}": t for key, t in self.parts.adapters.steps.state_dict().items()}
-        tensors["random"] = torch.get_rng_state()
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.folder.write_checkpoint(vars(p) | {"learning_rates": rates}, tensors)
-
-    def _load_checkpoint(self) -> None:
-        found = self.folder.read_checkpoint()
-        if found is None:
-            self.reporter.say("no checkpoint yet: the run starts anew")
-            return
-        saved, tensors = found
-        rates = saved.pop("learning_rates")
-        self.progress = Progress(**saved)
-        with torch.no_grad():
-            for key, t in self.parts.adapters.state().items():
-                t.copy_(tensors[f"live/{key}"])
-        self.best = {key.removeprefix("best/"): t for key, t in tensors.items() if key.startswith("best/")}
-        self.said = {key.removeprefix("said/"): t for key, t in tensors.items() if key.startswith("said/")}
-        stepped = {key.removeprefix("steps/"): t for key, t in tensors.items() if key.startswith("steps/")}
-        self.parts.adapters.steps.load_state_dict(stepped)
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, t in tensors.items():
-            if key.startswith("optimizer/"):
-                _, i, role = key.split("/")
-                state.setdefault(int(i), {})[role] = t
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.schedule.last_epoch = self.progress.step
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        torch.set_rng_state(tensors["random"])
-        self.reporter.say(f"going on at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}")
-
-    def _finish(self) -> dict[str, Any]:
-        with torch.no_grad():
-            for key, t in self.parts.adapters.state().items():
-                t.copy_(self.best[key])
-        parts = ledger(self.parts.model, self.optimizer, self.progress.activations)
-        result = result_of(self.parts, vars(self.progress), {"peak_bytes": self.peak.bytes, "ledger": parts})
+    def _finish(self, member: Member) -> dict[str, Any]:
+        member.take_best()
+        run, p = member.run, member.progress
+        parts = ledger(member.weights(), member.learned, member.optimizer, p.activations)
+        memory = {"peak_bytes": self.peak.bytes, "ledger": parts}
+        result = result_of(run, vars(p), memory, together=len(self.members))
         for warning in result["warnings"]:
             self.reporter.say(f"warning: {warning}")
         if self.accelerator.is_main_process:
-            self.parts.adapters.save(self.folder.path / "adapter")
-            self.folder.finish(result, self.said)
+            self.adapters.save(member.folder.path / "adapter", run.name, called=run.adapter_name)
+            member.folder.finish(result, member.said)
         self.accelerator.wait_for_everyone()
         return result
+
+
+def _check_streams(choices: Sequence[speed.Choice]) -> None:
+    """Attention outside a block draws its dropout from torch's own generator, for all rows at once."""
+    reasons = [choice.reason for choice in choices if choice.piece in ("block", "dropout") and not choice.used]
+    if reasons:
+        raise UserError(f"these runs cannot share passes: {reasons[0]}")
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -271,12 +278,11 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _accelerator(settings: Settings, run: Run, autocast: bool) -> Accelerator:
-    # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
-    AcceleratorState._reset_state()
+def _accelerator(run: Run, autocast: bool) -> Accelerator:
+    settings = run.settings
     # full fine-tuning reaches tensors that a forward pass need not use (a pooler, say)
     unused = DistributedDataParallelKwargs(
-        find_unused_parameters=run.adapters.entry(None).recipe.learn_base is not None
+        find_unused_parameters=run.adapters.entry(run.name).recipe.learn_base is not None
     )
     return Accelerator(
         mixed_precision="bf16" if autocast else "no",

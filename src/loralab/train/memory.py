@@ -4,7 +4,7 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,12 @@ def saved_activations(model: nn.Module, on: bool = True) -> Iterator[dict[int, i
         yield kept
 
 
-def ledger(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int) -> dict[str, int]:
+def ledger(
+    weights: Iterable[Tensor], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer, activations: int
+) -> dict[str, int]:
     """Bytes by purpose; `activations` are those of one step."""
-    learned = [p for p in model.parameters() if p.requires_grad]
     return {
-        "weights": tensor_bytes([*model.parameters(), *model.buffers()]),
+        "weights": tensor_bytes(weights),
         "gradients": sum(p.numel() * p.element_size() for p in learned),
         "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values()),
         "activations": activations,

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ SEEN = 1024  # training rows are plenty for the directions of a few thousand inp
 class Run:
     """The parts of a run; nothing here changes while it trains but the tensors inside `model`."""
 
+    name: str  # of its adapter in `model`, which other runs may share
     settings: Settings
     task: Task
     model: nn.Module
@@ -43,48 +44,91 @@ class Run:
     def regression(self) -> bool:
         return self.task.labels is None
 
+    @property
+    def adapter_name(self) -> str:
+        """What the saved adapter is called."""
+        return "".join(char if char.isalnum() or char in "-_" else "-" for char in self.task.name)
+
 
 def prepare(settings: Settings) -> Run:
     """Loads everything and attaches the adapter; raises UserError before anything is written."""
+    return prepare_together([settings])[0]
+
+
+def prepare_together(many: Sequence[Settings]) -> list[Run]:
+    """Runs over one model: an adapter each, and the head that it would have alone (see together.py for which may)."""
+    runs: list[Run] = []
+    known: dict[Any, Any] = {}  # runs share what they read
+    for place, settings in enumerate(many):
+        runs.append(_prepare(settings, f"run-{place}", runs[0].adapters if runs else None, known))
+    return runs
+
+
+def _prepare(settings: Settings, name: str, shared: Adapters | None, known: dict[Any, Any]) -> Run:
+    """A run on a model of its own, or on the one that has the adapters `shared`."""
     recipe = settings.recipe()
-    given = None if settings.problem_type == "auto" else settings.problem_type == "regression"
-    own: dict[str, Any] = {"text": settings.text, "label": settings.label, "validation": settings.validation}
-    task = tasks.load(settings.task, settings.data, **own, regression=given)
-    regression = task.labels is None
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    task = _task(settings, known)
     model, tokenizer = _model(settings, task)
+    _check_same_base(model, settings, known)
+    rows, notes = _rows(settings, task, model, tokenizer, known)
+    labels, train = task.labels or ("score",), rows["train"]
+
+    def seen() -> Iterator[dict[str, Tensor]]:
+        return _seen(train, settings, tokenizer)
+
+    data = (train, task.sha256, labels)
+    recipe, plan = planned(Work(settings, recipe, *data, tokenizer, lambda: _model(settings, task)[0], seen))
+    recipe = recipe.planned(settings.steps(len(train)))
+    given: dict[str, Any] = {"targets": settings.targets, "labels": labels, "seed": settings.seed, "batches": seen()}
+    if shared is None:
+        shared = attach(model, recipe, name=name, head=True, **given)
+    else:
+        shared.add(name, recipe, head=True, heads_of=model, **given)
+    notes += [] if plan is None else [f"plan {recipe.plan} gave {recipe.ranks}"]
+    validation = {key: rows[key] for key in task.validation}
+    parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
+    return Run(name, *parts, tuple(notes), plan)
+
+
+def _check_same_base(model: Any, settings: Settings, known: dict[Any, Any]) -> None:
+    """A checkpoint may lack a pooler, which is then drawn with the head, from the seed."""
+    prefix = f"{model.base_model_prefix}.pooler."
+    pooler = {key: t.detach().clone() for key, t in model.named_parameters() if key.startswith(prefix)}
+    first = known.setdefault("pooler", pooler)
+    if new := [key for key, t in pooler.items() if not torch.equal(first[key], t)]:
+        raise UserError(f"{settings.model} has no {new[0]} of its own, so runs of other seeds have other bases")
+
+
+def _task(settings: Settings, known: dict[Any, Any]) -> Task:
+    s = settings
+    given = None if s.problem_type == "auto" else s.problem_type == "regression"
+    own: dict[str, Any] = {"text": s.text, "label": s.label, "validation": s.validation}
+    key = (s.task, s.data, s.problem_type, *own.values())
+    if key not in known:
+        known[key] = tasks.load(s.task, s.data, **own, regression=given)
+    return known[key]  # type: ignore[no-any-return]
+
+
+def _rows(
+    settings: Settings, task: Task, model: Any, tokenizer: Any, known: dict[Any, Any]
+) -> tuple[dict[str, Rows], list[str]]:
+    """(rows of each split as tokens, notes)."""
     most = longest(model)
     if most is not None and settings.max_length > most:
         raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
-    train, held_out, sizes = _splits(task, settings)
-    splits = {"train": train, **({"held-out": held_out} if held_out else {}), **task.validation}
-    rows = {key: encode(split, tokenizer, settings.max_length, regression) for key, split in splits.items()}
-    labels = task.labels or ("score",)
-
-    def seen() -> Iterator[dict[str, Tensor]]:
-        return _seen(rows["train"], settings, tokenizer)
-
-    data = (rows["train"], task.sha256, labels)
-    recipe, plan = planned(Work(settings, recipe, *data, tokenizer, lambda: _model(settings, task)[0], seen))
-    adapters = attach(
-        model,
-        recipe.planned(settings.steps(len(train))),
-        name=_adapter_name(task.name),
-        targets=settings.targets,
-        head=True,
-        labels=labels,
-        seed=settings.seed,
-        batches=seen(),
-    )
-    cut = {key: r for key, r in rows.items() if r.truncated}
-    over = f"rows are longer than {settings.max_length} tokens and were cut"
-    planning = [] if plan is None else [f"plan {recipe.plan} gave {recipe.ranks}"]
-    notes = [*task.notes, *sizes, *planning, *(f"{r.truncated} of {len(r)} {key} {over}" for key, r in cut.items())]
-    validation = {key: rows[key] for key in task.validation}
-    return Run(
-        settings, task, model, tokenizer, adapters, rows["train"], rows.get("held-out"), validation, tuple(notes), plan
-    )
+    key = (id(task), settings.selection, settings.max_length)
+    if key not in known:
+        train, held_out, sizes = _splits(task, settings)
+        splits = {"train": train, **({"held-out": held_out} if held_out else {}), **task.validation}
+        regression = task.labels is None
+        rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in splits.items()}
+        over = f"rows are longer than {settings.max_length} tokens and were cut"
+        cut = [f"{r.truncated} of {len(r)} {name} {over}" for name, r in rows.items() if r.truncated]
+        known[key] = rows, [*task.notes, *sizes, *cut]
+    rows, notes = known[key]
+    return rows, list(notes)
 
 
 def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
@@ -122,16 +166,12 @@ def _center(model: Any, mean: float) -> None:
         nn.init.constant_(outputs[-1].bias, mean)
 
 
-def _adapter_name(task: str) -> str:
-    return "".join(char if char.isalnum() or char in "-_" else "-" for char in task)
-
-
 def facts(run: Run) -> dict[str, Any]:
     """What run.json holds: everything needed to repeat the run and to tell on what it ran."""
-    coverage = run.adapters.entry(None).coverage
+    entry = run.adapters.entry(run.name)
     return {
         "settings": run.settings.to_json(),
-        "recipe": to_json(run.adapters.entry(None).recipe),
+        "recipe": to_json(entry.recipe),
         "plan": run.plan,
         "seed": run.settings.seed,
         "versions": {
@@ -146,8 +186,8 @@ def facts(run: Run) -> dict[str, Any]:
         "data": {"sha256": run.task.sha256, "train": len(run.train), "held_out": len(run.held_out or ()),
                  **{key: len(rows) for key, rows in run.validation.items()}},
         "base_sha256": run.adapters.base_sha256,
-        "counts": run.adapters.counts(),
-        "coverage": {} if coverage is None else {key: len(paths) for key, paths in coverage.matched.items()},
+        "counts": run.adapters.counts(run.name),
+        "coverage": {key: len(paths) for key, paths in entry.coverage.matched.items()} if entry.coverage else {},
         "notes": list(run.notes),
     }  # fmt: skip
 

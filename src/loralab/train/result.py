@@ -7,8 +7,8 @@ from typing import Any
 from loralab.train.prepare import Run
 
 
-def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The result of a finished run; `progress` is that of the loop."""
+def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any], together: int) -> dict[str, Any]:
+    """The result of a finished run; `progress` is that of its member, `together` the runs that shared its passes."""
     s, history = run.settings, progress["history"]
     name = run.task.metrics[0]
     selected, scores = history[progress["best"]], [record["validation"][name] for record in history]
@@ -26,11 +26,12 @@ def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any]) 
         },
         "metrics": selected["validation"],
         "selected_epoch": selected["epoch"],
-        "counts": run.adapters.counts(),
+        "counts": run.adapters.counts(run.name),
         "time": {
             "train_s": progress["seconds"] + (run.plan or {}).get("seconds", 0.0),
             "examples_per_s": len(run.train) * progress["epoch"] / seconds,
             "tokens_per_s": progress["tokens"] / seconds,
+            "together": together,  # more than 1: seconds are an equal part of the passes, and memory is that of all
             **({} if run.plan is None else {"plan": run.plan}),  # its seconds are in train_s, its rows in no rate
         },
         "memory": dict(memory),

@@ -1,0 +1,207 @@
+"""Runs that share passes: each comes to what it comes to alone, whatever runs beside it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from loralab import UserError
+from loralab.live import Stream
+from loralab.speed import masks
+from loralab.train import Settings, train, train_together
+from loralab.train import loop as loop_module
+from loralab.train.together import alone, grouped
+
+
+def settings(tiny, own, out, task="class", **given):
+    usual = {"rank": 3, "epochs": 2, "lr": 2e-2, "batch_size": 20, "max_length": 32, "dtype": "float32"}
+    column = {"text": ("sentence",), "label": "label"}
+    return Settings(**{**usual, "task": str(own[task]), "model": str(tiny), "out": out, **column, **given})
+
+
+def history(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def flat(value):
+    """The numbers in nested tables."""
+    if isinstance(value, dict):
+        return [x for key in sorted(value) for x in flat(value[key])]
+    if isinstance(value, list):
+        return [x for entry in value for x in flat(entry)]
+    return [math.nan if value is None else float(value)]
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter/adapter.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch):
+    """Everything in float64, where rounding does not grow into another run."""
+    prepare = loop_module.prepare_together
+
+    def prepared(many):
+        runs = prepare(many)
+        runs[0].model.double()
+        return runs
+
+    monkeypatch.setattr(loop_module, "prepare_together", prepared)
+
+
+def check_as_alone(many, tmp_path, tolerance=1e-7):
+    """Trains `many` (settings without a folder) together and alone; what they come to."""
+    made = [Settings(**{**given, "out": tmp_path / f"together-{i}"}) for i, given in enumerate(many)]
+    outcomes = train_together(made)
+    for i, (given, outcome) in enumerate(zip(many, outcomes, strict=True)):
+        single = train(Settings(**{**given, "out": tmp_path / f"alone-{i}"}))
+        assert outcome["time"].pop("together") == len(many)
+        assert single["time"].pop("together") == 1
+        told = {key: value for key, value in single.items() if key not in ("time", "memory", "metric", "metrics")}
+        assert {key: outcome[key] for key in told} == told
+        mine, theirs = outcome["memory"]["ledger"], single["memory"]["ledger"]
+        assert mine.pop("weights") == pytest.approx(theirs.pop("weights"), rel=0.01)  # the head beneath has another size
+        assert mine == theirs, given["method"]
+        mine, theirs = history(tmp_path / f"together-{i}"), history(tmp_path / f"alone-{i}")
+        np.testing.assert_allclose(flat(mine), flat(theirs), rtol=0, atol=tolerance, err_msg=str(given))
+        a, b = tensors(tmp_path / f"together-{i}"), tensors(tmp_path / f"alone-{i}")
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=tolerance)
+    return outcomes
+
+
+def plain(tiny, own, task="class", **given):
+    made = settings(tiny, own, None, task, **given)
+    return {key: getattr(made, key) for key in made.__dataclass_fields__}
+
+
+def test_runs_of_other_seeds_rates_tasks_and_sizes_come_to_what_they_come_to_alone(tiny, own, tmp_path):
+    """Other seeds have other batches, so widths, heights and masks differ in a pass."""
+    check_as_alone(
+        [
+            plain(tiny, own),
+            plain(tiny, own, lr=5e-3),  # the same batches and masks as the first
+            plain(tiny, own, seed=1, epochs=3, batch_size=13),
+            plain(tiny, own, "value", seed=2, rank=5, schedule="cosine", clip=0.1),
+            plain(tiny, own, seed=3, selection="last", patience=1, head_lr=1e-3),
+        ],
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("store", [None, "int8", "nf4"])
+def test_methods_share_a_pass(tiny, own, tmp_path, store):
+    methods = ["lora", "dora", "dylora", "frozen-dylora", "delta-lora", "lora+", "pissa", "lora-fa", "eva", "lora-drop"]
+    rank = {"adalora": {}, "vera": {}}
+    many = [plain(tiny, own, method=method, seed=i % 3, store=store) for i, method in enumerate(methods)]
+    many += [plain(tiny, own, method=method, rank=None, store=store, **rank[method]) for method in rank]
+    check_as_alone([m for m in many if not alone(Settings(**m))], tmp_path)
+
+
+def test_heads_share_passes(tiny, own, tmp_path):
+    check_as_alone([plain(tiny, own, method="head", rank=None, seed=i) for i in range(3)], tmp_path)
+
+
+def test_a_small_room_makes_many_passes_of_the_same_steps(tiny, own, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "ROOM", 1e6)  # about two of these batches
+    check_as_alone([plain(tiny, own, seed=i, method=m) for i, m in enumerate(("lora", "dora", "lora", "pissa"))], tmp_path)
+
+
+def test_passes_take_members_of_like_width_up_to_the_room(tiny, own, tmp_path, monkeypatch):
+    taken = []
+    forward = loop_module.Loop._pass
+
+    def counted(self, going, rows):
+        taken.append([m.run.name for m in going])
+        return forward(self, going, rows)
+
+    monkeypatch.setattr(loop_module.Loop, "_pass", counted)
+    train_together([settings(tiny, own, tmp_path / str(i), seed=i, epochs=1) for i in range(3)])
+    assert sorted(taken[:3]) == [["run-0"], ["run-1"], ["run-2"]]  # each is measured alone
+    assert all(len(names) == 3 for names in taken[3:])
+
+
+def test_a_group_that_was_cut_off_goes_on_together_or_alone_to_the_same(tiny, own, tmp_path, monkeypatch):
+    many = [{"seed": 0, "method": "dylora"}, {"seed": 1, "method": "adalora", "rank": None}, {"seed": 2, "epochs": 3}]
+
+    def group(kind, resume=False):
+        return [settings(tiny, own, tmp_path / f"{kind}-{i}", resume=resume, **m) for i, m in enumerate(many)]
+
+    whole = train_together(group("whole"))
+    step = loop_module.Loop.step
+
+    def cut(self):
+        if self.members[0].progress.step == 13:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(loop_module.Loop, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_together(group("cut"))
+    monkeypatch.setattr(loop_module.Loop, "step", step)
+    first, *rest = group("cut", resume=True)
+    gone_on = [train(first), *train_together(rest)]
+    for i, (a, b) in enumerate(zip(whole, gone_on, strict=True)):
+        assert a["metrics"] == pytest.approx(b["metrics"], abs=1e-7)
+        mine, theirs = tensors(tmp_path / f"whole-{i}"), tensors(tmp_path / f"cut-{i}")
+        for key in mine:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=0, atol=1e-7)
+
+
+def test_a_run_that_diverges_ends_and_the_others_go_on(tiny, own, tmp_path):
+    first, second = train_together(
+        [settings(tiny, own, tmp_path / "a", lr=1e30, clip=0.0), settings(tiny, own, tmp_path / "b")]
+    )
+    assert isinstance(first, UserError)
+    assert "loss is nan" in str(first)
+    assert not (tmp_path / "a/result.json").exists()
+    assert second["metric"] == train(settings(tiny, own, tmp_path / "alone"))["metric"]
+
+
+def test_finished_runs_of_a_group_are_read_and_not_run_again(tiny, own, tmp_path):
+    done = train(settings(tiny, own, tmp_path / "a"))
+    again, fresh = train_together(
+        [settings(tiny, own, tmp_path / "a", resume=True), settings(tiny, own, tmp_path / "b", seed=1)]
+    )
+    assert again == done
+    assert fresh["time"]["together"] == 1
+
+
+def test_runs_that_cannot_share_say_why(tiny, own, tmp_path):
+    given = {"bitfit": {}, "full": {}, "loftq": {}, "lora": {"dropout": 0.1}, "lokr": {}, "dora": {"speed": "off"}}
+    groups = grouped([settings(tiny, own, None, method=m, rank=None, **g) for m, g in given.items()])
+    assert {g.runs[0].method: g.why for g in groups} == {
+        "bitfit": "bitfit trains the base itself",
+        "full": "full trains the base itself",
+        "loftq": "start loftq looks at the weight that nf4 rounds away",
+        "lokr": "lokr adds no low-rank products, so its layers take the plain path",
+        "lora": "dropout=0.1 on the adapter's input has no stream of its own",
+        "dora": "speed is off",
+    }
+
+
+def test_groups_are_of_one_base_and_like_ranks_with_like_batches_side_by_side(tiny, own):
+    made = [settings(tiny, own, None, seed=i % 2, lr=10.0**-i, method=m) for i in range(4) for m in ("lora", "dora")]
+    made += [settings(tiny, own, None, rank=9), settings(tiny, own, None, method="qlora")]
+    sizes = [[(s.method, s.seed, s.rank) for s in g.runs] for g in grouped(made, most=5)]
+    assert sorted(map(len, sizes)) == [1, 1, 4, 4]
+    assert [seed for seeds in sizes[:2] for _, seed, _ in seeds] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (12, 5, 7), (12, 3, 5, 5)])
+def test_each_stream_gets_the_mask_it_gets_alone(shape):
+    def streams():
+        sizes = [(3, 5), (4, 4), (4, 5)]
+        return [Stream(torch.Generator().manual_seed(7 + i), *size) for i, size in enumerate(sizes)]
+
+    whole = masks.mask(torch.empty(shape), 0.4, streams()).view(3, 4, *shape[1:])
+    for stream, part in zip(streams(), whole, strict=True):
+        tokens = {2: [7], 3: [stream.tokens, 7], 4: [3, stream.tokens, stream.tokens]}[len(shape)]
+        alone = masks.mask(torch.empty(stream.rows, *tokens), 0.4, [stream])
+        assert torch.equal(part[tuple(map(slice, alone.shape))], alone)
