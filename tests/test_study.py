@@ -397,7 +397,9 @@ def test_a_worker_of_ray_that_is_killed_loses_nothing(tiny, own, here, monkeypat
     assert run.result["metric"] == expected.result["metric"]
 
 
-@pytest.mark.parametrize(("on", "told"), [("spark", "expected in-turn or ray"), ("in-turn:x", "has no address")])
+@pytest.mark.parametrize(("on", "told"), [
+        ("spark", "expected together, in-turn, ray"), ("in-turn:x", "has no address"), ("together:0", "expected how many"),
+])  # fmt: skip
 def test_an_unknown_runner_is_refused(on, told):
     with pytest.raises(UserError, match=told):
         runner(on)

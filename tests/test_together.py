@@ -65,7 +65,9 @@ def check_as_alone(many, tmp_path, tolerance=1e-7):
         told = {key: value for key, value in single.items() if key not in ("time", "memory", "metric", "metrics")}
         assert {key: outcome[key] for key in told} == told
         mine, theirs = outcome["memory"]["ledger"], single["memory"]["ledger"]
-        assert mine.pop("weights") == pytest.approx(theirs.pop("weights"), rel=0.01)  # the head beneath has another size
+        assert mine.pop("weights") == pytest.approx(
+            theirs.pop("weights"), rel=0.01
+        )  # the head beneath has another size
         assert mine == theirs, given["method"]
         mine, theirs = history(tmp_path / f"together-{i}"), history(tmp_path / f"alone-{i}")
         np.testing.assert_allclose(flat(mine), flat(theirs), rtol=0, atol=tolerance, err_msg=str(given))
@@ -110,7 +112,9 @@ def test_heads_share_passes(tiny, own, tmp_path):
 
 def test_a_small_room_makes_many_passes_of_the_same_steps(tiny, own, tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "ROOM", 1e6)  # about two of these batches
-    check_as_alone([plain(tiny, own, seed=i, method=m) for i, m in enumerate(("lora", "dora", "lora", "pissa"))], tmp_path)
+    check_as_alone(
+        [plain(tiny, own, seed=i, method=m) for i, m in enumerate(("lora", "dora", "lora", "pissa"))], tmp_path
+    )
 
 
 def test_passes_take_members_of_like_width_up_to_the_room(tiny, own, tmp_path, monkeypatch):

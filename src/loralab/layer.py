@@ -110,7 +110,7 @@ class Adapted(nn.Module):
 
     def roles(self, name: str) -> dict[str, Tensor]:
         """Role -> tensor of one adapter in this layer."""
-        return dict(self.adapters[name].named_parameters())
+        return dict(self.adapters[name].items())  # type: ignore[operator]
 
     def lower(self, name: str, drawn: Any = None) -> Update | Dense:
         """The update of one adapter; one that has no part in this layer changes nothing. `drawn` is for training."""
@@ -139,12 +139,16 @@ class Adapted(nn.Module):
             self.stacked.known.clear()
             self.lowered.known.clear()
             made = [self.lower(name, self.live.drawn.get(name)) for name in names]
-            return made[0] if ids is None else by_row(made, ids)
+            return made[0] if ids is None else by_row(made, ids, self.live.in_parts)
         if ids is None:
             return self._known(names[0])
         key = (names, tuple(ids.tolist()), tuple(map(self.live.chosen.get, names)))
         of = [t for name in names for t in self._made_from(name)]
-        return self.stacked.get(key, of, lambda: by_row([self._known(name) for name in names], ids))  # type: ignore[no-any-return]
+
+        def rows_of() -> Update | Dense:
+            return by_row([self._known(name) for name in names], ids, self.live.in_parts)
+
+        return self.stacked.get(key, of, rows_of)  # type: ignore[no-any-return]
 
     def _known(self, name: str) -> Update | Dense:
         """`lower` of what is live, done once as nothing learns."""

@@ -29,6 +29,7 @@ class Live:
 
     names: tuple[str, ...] = ()
     ids: Tensor | None = None
+    in_parts: bool = False  # the rows are in as many equal parts as there are names, in their order
     streams: tuple[Stream, ...] = ()  # of each name, where runs share a batch in equal parts; else torch's generator
     drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this training forward
     chosen: dict[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
@@ -60,6 +61,7 @@ def use(
         raise UserError(f"use({names!r}, ids={ids!r}): a list of names goes with ids, a single name without")
     before = dict(vars(live))
     live.names, live.ids, live.streams = chosen, None if ids is None else _rows(ids, len(chosen)), ()
+    live.in_parts = live.ids is not None and _in_parts(live.ids, len(chosen))
     if rank is not None:
         live.chosen = {name: _at(handle, name, rank) for name in chosen}
     try:
@@ -74,6 +76,10 @@ def _rows(ids: Tensor | Sequence[int], count: int) -> Tensor:
     if rows.ndim != 1 or len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < count:
         raise UserError(f"ids: expected one whole number from 0 to {count - 1} per row, got {rows.tolist()}")
     return rows
+
+
+def _in_parts(ids: Tensor, count: int) -> bool:
+    return len(ids) % count == 0 and torch.equal(ids, torch.arange(count).repeat_interleave(len(ids) // count))
 
 
 def _at(handle: "Adapters", name: str, rank: int) -> Any:

@@ -106,12 +106,10 @@ def take(u: Update | Dense, ids: Tensor) -> Update | Dense:
     return each(lambda t: t[ids], u)
 
 
-def by_row(updates: Sequence[Update | Dense], ids: Tensor) -> Update | Dense:
-    """One update for a batch whose rows are in K equal parts, an adapter each: K is the number of `updates` where the
-    rows come in their order and as many of each, so that nothing is copied again, else the number of rows."""
-    whole, count = stack(updates), len(updates)
-    in_order = len(ids) % count == 0 and torch.equal(ids, torch.arange(count).repeat_interleave(len(ids) // count))
-    return whole if in_order else take(whole, ids)
+def by_row(updates: Sequence[Update | Dense], ids: Tensor, in_parts: bool) -> Update | Dense:
+    """One update for a batch of as many equal parts as its leading axis is long: of `updates` themselves where the rows
+    come in their order and as many of each (`in_parts`), so that nothing is copied again, else of the rows."""
+    return stack(updates) if in_parts else take(stack(updates), ids)
 
 
 def nothing(out_features: int, in_features: int, like: Tensor) -> Update:

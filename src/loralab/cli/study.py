@@ -28,7 +28,7 @@ def study(
     data: Path | None = None,
     out: Path | None = None,
     store: Path | None = None,
-    on: str = "in-turn",
+    on: str = "together",
     dry_run: Annotated[
         bool, Parameter(help="Print the planned runs, how many are done, and a guess of what is left.")
     ] = False,
@@ -56,7 +56,8 @@ def study(
     store: Path | None
         Folder of the runs, which studies share; the file's, or runs/store.
     on: str
-        in-turn, ray (on this machine) or ray:ADDRESS (a cluster that sees the same files).
+        together (runs of like models share passes; together:8 for at most 8), in-turn, ray (on this machine) or
+        ray:ADDRESS (a cluster that sees the same files).
     """
     given = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
     definition = read(file, **given)

@@ -93,9 +93,9 @@ def hold(model: nn.Module, store: str) -> None:
 def frozen(model: nn.Module) -> str | None:
     """Why a model's layers cannot be taken as frozen, or None."""
     handle = _handle(model)
-    if handle is not None:
-        if in_place := [key for name in handle.names for key in handle.entry(name).base_names]:
-            return f"{in_place[0]} learns in place"
+    in_place = [] if handle is None else [key for name in handle.names for key in handle.entry(name).base_names]
+    if in_place:
+        return f"{in_place[0]} learns in place"
     own = _own(handle)
     loose = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     return f"{loose[0]} learns, and it is no adapter's" if loose else None

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loralab.live import Stream
 
-
 TOKENS = {3: (1,), 4: (2, 3)}  # axes of tokens by the number of axes: (rows, t, d) and (rows, heads, t, t)
 
 
@@ -30,12 +29,14 @@ def mask(like: Tensor, p: float, streams: Sequence[Stream] = ()) -> Tensor:
     if len(streams) < 2:
         return _drawn(like, like.shape, p, _seeds(streams[0].generator if streams else None))
     parts = like.view(len(streams), -1, *like.shape[1:])  # (K, b, ...)
-    whole = torch.ones_like(parts, memory_format=torch.contiguous_format)
+    whole = torch.empty_like(parts, memory_format=torch.contiguous_format)
     seen: dict[Any, Tensor] = {}  # runs of one seed and one order of rows have the same masks
     for stream, part in zip(streams, whole, strict=True):
         own, seeds = _own(part.shape, stream, streams), _seeds(stream.generator)
         if (own, seeds) not in seen:
             seen[own, seeds] = _drawn(like, own, p, seeds)
+        if own != part.shape:
+            part.fill_(1)
         part[tuple(map(slice, own))] = seen[own, seeds]
     return whole.view_as(like)
 

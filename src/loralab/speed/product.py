@@ -25,7 +25,7 @@ class Joined(NamedTuple):
     """The updates of all layers as one. K stands for the leading axis, absent for a single adapter."""
 
     A: Tensor  # (K, r + 1, in)   the last row is zero
-    B: Tensor  # (K, out, r + 1)  the last column is the bias
+    B: Tensor  # (K, out, r + 1)  the last column is the bias; column by column in memory, as products read it fastest
     more: Tensor | None  # (K, 1, out)   g - 1
 
 
@@ -66,7 +66,7 @@ class Product:
             return None
         lead = max((low.A.shape[:-2] for low in live), key=len)  # () or (K,)
         rank, n_in, n_out = sum(low.A.shape[-2] for low in live), live[0].A.shape[-1], self.starts[-1]
-        A, B = like.new_zeros(*lead, rank + 1, n_in), like.new_zeros(*lead, n_out, rank + 1)
+        A, B = like.new_zeros(*lead, rank + 1, n_in), like.new_zeros(*lead, rank + 1, n_out).mT
         gained = any(low.gain is not None for low in live)
         more = live[0].B.new_zeros(*lead, n_out) if gained else None
         row = 0
@@ -93,7 +93,7 @@ class Product:
             return self.join(lows, like)
         of = [t for low in lows if low is not None for t in low if t is not None]
         key = (like.dtype, tuple(low is None for low in lows), len(of))
-        return self.joined.get(key, of, lambda: _laid(self.join(lows, like)))  # type: ignore[no-any-return]
+        return self.joined.get(key, of, lambda: self.join(lows, like))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, lows: Sequence[Low], still: bool) -> tuple[Tensor, list[Tensor | None]]:
         """x (n, in) -> y (n, out), and what backward needs beside x: h, z, and the joined update.
@@ -132,7 +132,7 @@ class Product:
             dx = dz @ self.weight(dz.dtype)
             _add_product(_split(dx, A), dh, A)
         dA = None if x is None else dh.mT @ _split(x, A)  # (K, r + 1, in)
-        dB = dz3.mT @ h  # (K, out, r + 1)
+        dB = (h.mT @ dz3).mT  # (K, out, r + 1)
         return dx, self._parts(lows, dA, dB, of_gain, B)
 
     def _parts(
@@ -164,11 +164,6 @@ class Product:
         return torch.cat([z if base.bias is None else base.bias for z, base in zip(zero, self.bases, strict=True)]).to(
             dtype
         )
-
-
-def _laid(joined: Joined | None) -> Joined | None:
-    """With B in the order in which a batched product reads it fastest."""
-    return None if joined is None else joined._replace(B=joined.B.mT.contiguous().mT)
 
 
 def _split(x: Tensor, A: Tensor) -> Tensor:

@@ -36,9 +36,11 @@ class StudyBar:
     def close(self) -> None:
         self.bar.stop()
 
-    def begin(self, settings: Settings, trial: Any = None) -> None:
-        """A run starts in this process; a trial of a search may give it up."""
-        self.label, self.trial = self.labels.get(settings.folder.name, ""), trial
+    def begin(self, settings: Settings, trial: Any = None, others: int = 0, why: str | None = None) -> None:
+        """A run starts in this process, with `others` in the same passes or for a reason alone; a trial of a search may
+        give it up."""
+        more = f" and {others} more in the same passes" if others else f" (alone: {why})" if why else ""
+        self.label, self.trial = self.labels.get(settings.folder.name, "") + more, trial
 
     def finished(self, settings: Settings, outcome: dict[str, Any] | Exception, rows: float) -> None:
         """A line for a run; `rows` it had to do."""

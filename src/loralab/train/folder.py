@@ -1,4 +1,4 @@
-"""A run folder: run.json first, metrics.jsonl and checkpoint/ as it goes, predictions.safetensors, and result.json last.
+"""A run folder: run.json first, metrics.jsonl and checkpoint/ as it goes, predictions and, last, result.json.
 
 Whoever finds result.json finds everything else whole.
 """

@@ -102,7 +102,7 @@ class Loop:
         return [member.problem or self._finish(member) for member in self.members]
 
     def step(self) -> bool:
-        """One optimizer step of every run that goes on, and the end of its epoch if that was the last; False if none."""
+        """One optimizer step of every run that goes on, and the end of an epoch after its last one; False if none does."""
         going = [member for member in self.members if member.goes_on]
         if going:
             self._step(going)
@@ -142,7 +142,8 @@ class Loop:
     def _step(self, going: Sequence[Member]) -> None:
         """One optimizer step of each member, on its own next rows."""
         started, n = time.perf_counter(), self.accelerator.num_processes
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         chosen = [member.next() for member in going]
         mine = [rows[self.accelerator.process_index :: n] for rows in chosen]
         parts = going[0].settings.accumulate

@@ -107,7 +107,7 @@ class Member:
             "validation": {},
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
         }
-        said = {}
+        said: dict[str, Tensor] = {}
         for i, (key, rows) in enumerate(run.validation.items()):
             logits = validation[key]
             said |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}

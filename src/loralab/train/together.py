@@ -7,6 +7,7 @@ learning rate, epochs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from loralab import starts
@@ -37,7 +38,7 @@ def grouped(many: Sequence[Settings], most: int = MOST) -> list[Group]:
         runs.sort(key=lambda s: (s.task, str(s.data), s.seed, s.batch_size))
         count = -(-len(runs) // most)
         places = [round(i * len(runs) / count) for i in range(count + 1)]  # groups of like size
-        groups += [Group(tuple(runs[a:b])) for a, b in zip(places, places[1:], strict=False)]
+        groups += [Group(tuple(runs[a:b])) for a, b in pairwise(places)]
     return groups
 
 

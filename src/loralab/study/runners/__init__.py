@@ -1,7 +1,6 @@
 """Who does the runs of a study: a table of runners. One gets settings and yields each with its outcome, as they finish.
 
-A runner that trains many runs in one pass over one base is a row here: it groups the settings that it is given by task
-and model, and yields every member of a group. `wide` asks for all runs of a stage at once, not a task at a time.
+`wide` asks for all runs of a stage at once, not a task at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,8 @@ from loralab.study.bar import StudyBar
 from loralab.study.runners.in_turn import InTurn
 from loralab.study.runners.on_ray import OnRay
 from loralab.study.runners.on_ray import library as ray_library
-from loralab.study.runners.one import Outcome
-from loralab.train import Settings
+from loralab.study.runners.together import Together
+from loralab.train import Outcome, Settings
 
 __all__ = ["RUNNERS", "Outcome", "Runner", "runner"]
 
@@ -36,12 +35,20 @@ def _on_ray(address: str | None) -> Runner:
     return OnRay(address)
 
 
-RUNNERS: dict[str, Callable[[str | None], Runner]] = {"in-turn": _in_turn, "ray": _on_ray}
+def _together(most: str | None) -> Runner:
+    if most is None:
+        return Together()
+    if not most.isdecimal() or int(most) < 1:
+        raise UserError(f"--on together:{most}: expected how many runs may share a pass, 1 or more, as in together:8")
+    return Together(int(most))
+
+
+RUNNERS: dict[str, Callable[[str | None], Runner]] = {"together": _together, "in-turn": _in_turn, "ray": _on_ray}
 
 
 def runner(on: str) -> Runner:
     """The runner of a flag: its name, or name:address."""
     name, _, address = on.partition(":")
     if name not in RUNNERS:
-        raise UserError(f"--on {on}: expected {' or '.join(RUNNERS)}, as in --on ray or --on ray:ADDRESS")
+        raise UserError(f"--on {on}: expected {', '.join(RUNNERS)}, as in --on together:8 or --on ray:ADDRESS")
     return RUNNERS[name](address or None)

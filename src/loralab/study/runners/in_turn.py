@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loralab.study.bar import StudyBar
-from loralab.study.runners.one import Outcome, run
-from loralab.train import Settings
+from loralab.study.runners.one import run
+from loralab.train import Outcome, Settings
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from loralab.errors import UserError
 from loralab.study.bar import StudyBar
-from loralab.study.runners.one import Outcome, run
-from loralab.train import Settings
+from loralab.study.runners.one import run
+from loralab.train import Outcome, Settings
 
 RETRIES = 5  # deaths of a worker that one run outlives; more is a broken machine or too little memory
 INSTALL = "--on ray needs Ray: pip install 'loralab[ray]'"

@@ -1,40 +1,59 @@
-"""One run of a store, by whoever comes first: a finished one is read, an unfinished one goes on, none runs twice."""
+"""Runs of a store, by whoever comes first: a finished one is read, an unfinished one goes on, none runs twice."""
 
 import fcntl
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from loralab.errors import UserError
 from loralab.files import read_header
 from loralab.study.address import same
 from loralab.study.record import FAILED
-from loralab.train import Settings, train
+from loralab.train import Outcome, Settings, train_together
 from loralab.train.folder import write_json
 from loralab.train.progress import Reporter
-
-Outcome = dict[str, Any] | UserError  # the result of a run, or why there is none
 
 
 def run(settings: Settings, reporter: Reporter | None = None, adapters: bool = True) -> Outcome:
     """The run of `settings.folder`, from where it is."""
-    folder = settings.folder
-    with _alone(folder):
-        if (folder / "result.json").is_file():
-            return read_header(folder / "result.json")
-        try:
-            result = train(replace(settings, resume=_can_go_on(folder, settings)), reporter)
-        except UserError as error:
-            if (folder / "run.json").is_file():  # it began, so it will end like this each time
-                write_json(folder / FAILED, {"error": str(error)})
-            return error
-        (folder / FAILED).unlink(missing_ok=True)
+    return run_together([settings], reporter, adapters)[0]
+
+
+def run_together(many: Sequence[Settings], reporter: Reporter | None = None, adapters: bool = True) -> list[Outcome]:
+    """The runs of folders of one store, in one pass over one model, each from where it is."""
+    with ExitStack() as locks:
+        for folder in sorted(s.folder for s in many):  # in one order, so that two processes never wait for each other
+            locks.enter_context(_alone(folder))
+        found: dict[Path, Outcome] = {s.folder: done for s in many if (done := _finished(s.folder))}
+        left = [s for s in many if s.folder not in found]
+        if left:
+            found |= zip((s.folder for s in left), _trained(left, reporter), strict=True)
         if not adapters:
-            shutil.rmtree(folder / "adapter", ignore_errors=True)
-        return result
+            for s in left:
+                shutil.rmtree(s.folder / "adapter", ignore_errors=True)
+        return [found[s.folder] for s in many]
+
+
+def _finished(folder: Path) -> Outcome | None:
+    return read_header(folder / "result.json") if (folder / "result.json").is_file() else None
+
+
+def _trained(many: Sequence[Settings], reporter: Reporter | None) -> list[Outcome]:
+    try:
+        ready = [replace(s, resume=_can_go_on(s.folder, s)) for s in many]
+        outcomes = train_together(ready, reporter)
+    except UserError as error:
+        if len(many) > 1:  # one of them, or that they are together: who it is shows alone
+            return [outcome for s in many for outcome in _trained([s], reporter)]
+        outcomes = [error]
+    for s, outcome in zip(many, outcomes, strict=True):
+        if not isinstance(outcome, UserError):
+            (s.folder / FAILED).unlink(missing_ok=True)
+        elif (s.folder / "run.json").is_file():  # it began, so it will end like this each time
+            write_json(s.folder / FAILED, {"error": str(outcome)})
+    return outcomes
 
 
 def _can_go_on(folder: Path, settings: Settings) -> bool:
