@@ -215,27 +215,34 @@ def plan_as_read(folder):
     return tuple(load(folder).planned)
 
 
-def test_an_interrupted_study_goes_on_in_the_middle_of_a_run(tiny, own, here, begun, monkeypatch):
+@pytest.mark.parametrize(
+    ("on", "at", "finished", "epochs"),
+    # an epoch has 9 steps; in turn the second run is cut off in its second epoch, together both of the first group are
+    [("in-turn", 30, [1, 0], [0, 0, 1, 0, 0]), ("together", 12, [0, 0], [0, 0, 1, 1, 0, 0])],
+)
+def test_an_interrupted_study_goes_on_in_the_middle_of_a_run(
+    tiny, own, here, begun, monkeypatch, on, at, finished, epochs
+):
     whole = carried_out(study(tiny, own, store="elsewhere"), "whole")
     begun.clear()
     step, steps = loop_module.Loop.step, []
 
     def cut(self):
         steps.append(1)
-        if len(steps) == 30:  # in the second epoch of the second run: an epoch has 9 steps
+        if len(steps) == at:
             raise KeyboardInterrupt
         return step(self)
 
     monkeypatch.setattr(loop_module.Loop, "step", cut)
     (here / "x.toml").write_text(toml(tiny, own))
-    assert main(["study", "x.toml"]) == 130
+    assert main(["study", "x.toml", "--on", on]) == 130
     cells = load("runs/studies/x").cells()
-    assert [len(cell.runs) for cell in cells.values()] == [1, 0]
-    assert [cell.pending for cell in cells.values()] == [1, 2]
+    assert [len(cell.runs) for cell in cells.values()] == finished
+    assert [cell.pending for cell in cells.values()] == [2 - n for n in finished]
     monkeypatch.setattr(loop_module.Loop, "step", step)
-    assert main(["study", "x.toml", "--json"]) == 0
-    assert begun[1][0] == begun[2][0]  # the run that was cut off, and then
-    assert [epochs for _, epochs in begun] == [0, 0, 1, 0, 0]
+    assert main(["study", "x.toml", "--json", "--on", on]) == 0
+    assert begun[1][0] == begun[len(epochs) - 3][0]  # the run that was cut off
+    assert [done for _, done in begun] == epochs
     for key, cell in load("runs/studies/x").cells().items():
         assert [run.selected for run in cell.runs] == [run.selected for run in whole.cells()[key].runs]
 
@@ -397,9 +404,14 @@ def test_a_worker_of_ray_that_is_killed_loses_nothing(tiny, own, here, monkeypat
     assert run.result["metric"] == expected.result["metric"]
 
 
-@pytest.mark.parametrize(("on", "told"), [
-        ("spark", "expected together, in-turn, ray"), ("in-turn:x", "has no address"), ("together:0", "expected how many"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("on", "told"),
+    [
+        ("spark", "expected together, in-turn, ray"),
+        ("in-turn:x", "has no address"),
+        ("together:0", "expected how many"),
+    ],
+)
 def test_an_unknown_runner_is_refused(on, told):
     with pytest.raises(UserError, match=told):
         runner(on)
