@@ -199,7 +199,7 @@ def test_an_epoch_of_a_tiny_model(tiny, own, tmp_path, capsys):
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert "| minimal-pairs | lora |" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "out/bench.json").read_text())["epochs"]
-    assert row["rows"] == 20
+    assert row["rows"] == {"peft": 20, "loralab": 20}
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

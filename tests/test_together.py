@@ -10,7 +10,7 @@ import torch
 from loralab import UserError
 from loralab.live import Stream
 from loralab.speed import masks
-from loralab.train import Settings, train, train_together
+from loralab.train import Settings, passes, train, train_together
 from loralab.train import loop as loop_module
 from loralab.train.together import alone, grouped
 
@@ -111,7 +111,7 @@ def test_heads_share_passes(tiny, own, tmp_path):
 
 
 def test_a_small_room_makes_many_passes_of_the_same_steps(tiny, own, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "ROOM", 1e6)  # about two of these batches
+    monkeypatch.setattr(passes, "ROOM", 1e6)  # about two of these batches
     check_as_alone(
         [plain(tiny, own, seed=i, method=m) for i, m in enumerate(("lora", "dora", "lora", "pissa"))], tmp_path
     )

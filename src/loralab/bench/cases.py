@@ -55,6 +55,8 @@ class EpochCase:
     rows: int | None = None
     """Only so many training rows; all by default."""
     max_length: int = 128
+    together: int = 1
+    """Runs of loralab that share passes; PEFT has one."""
 
     def __post_init__(self) -> None:
         known("--methods", self.method, METHODS)
@@ -95,14 +97,22 @@ def growth(base: Case, ranks: Sequence[int], layers: Sequence[int], lengths: Seq
 
 
 def epochs(
-    cases: Sequence[Case], tasks: Sequence[str], data: Path | None, rows: int | None, max_length: int
+    cases: Sequence[Case],
+    tasks: Sequence[str],
+    data: Path | None,
+    rows: int | None,
+    max_length: int,
+    together: Sequence[int] = (1,),
 ) -> list[EpochCase]:
     """An epoch of each task for each case; their lengths are those of the data."""
+    if wrong := [count for count in together if count < 1]:
+        raise UserError(f"--together {wrong[0]}: expected how many runs share passes, 1 or more")
     where = None if data is None else str(data.absolute())
     return list(
         dict.fromkeys(
-            EpochCase(task, where, c.model, c.method, c.targets, c.dtype, c.batch_size, rows, max_length)
+            EpochCase(task, where, c.model, c.method, c.targets, c.dtype, c.batch_size, rows, max_length, count)
             for c in cases
             for task in tasks
+            for count in together
         )
     )

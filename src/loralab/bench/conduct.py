@@ -145,7 +145,7 @@ class Bench:
         peaks = {side: median(one["peak"] for one in told[side]) for side in SIDES}
         return {
             "case": asdict(case),
-            "rows": told["peft"][0]["rows"],
+            "rows": {side: told[side][0]["rows"] for side in SIDES},
             "rows_per_s": {side: asdict(spread(speeds[side])) | {"turns": speeds[side]} for side in SIDES},
             "faster": asdict(ratio(speeds["loralab"], speeds["peft"])),
             "memory": {side: {"peak": peaks[side]} for side in SIDES},

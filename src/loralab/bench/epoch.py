@@ -7,7 +7,7 @@ loop of `loralab train`. The clock runs from before the first batch is drawn to 
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from loralab.train.folder import RunFolder
 from loralab.train.loop import Loop
 from loralab.train.member import Member
 from loralab.train.memory import Peak
-from loralab.train.prepare import prepare
+from loralab.train.prepare import prepare_together
 from loralab.train.progress import Silent
 
 Timed = tuple[int, float]  # rows, seconds
+TIMES = (1.0, 0.5, 0.25, 2.0)  # of the method's rate, where runs share passes
 
 
 def peft_epoch(case: EpochCase) -> Timed:
@@ -84,13 +85,15 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 class Unscored(Loop):
     """The loop of a run without the evaluation after an epoch."""
 
-    def _end_epoch(self, member: Member) -> None:
-        member.progress.epoch += 1
+    def _end_epochs(self, ended: Sequence[Member]) -> None:
+        for member in ended:
+            member.progress.epoch += 1
 
 
 def loralab_epoch(case: EpochCase) -> Timed:
+    """Of as many runs as share passes, of four rates and the seeds that this takes; their rows together."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
+        first = Settings(
             task=case.task,
             data=Path(case.data) if case.data else None,
             model=case.model,
@@ -104,14 +107,14 @@ def loralab_epoch(case: EpochCase) -> Timed:
             selection="last",
             out=Path(folder),
         )
-        run = prepare(settings)
-        run = replace(run, train=limited(run.train, case.rows))
-        loop = Unscored([run], [RunFolder(Path(folder))], Silent(), Peak())
-        (member,) = loop.members
+        lr = recipe(case.method).lr
+        many = [replace(first, seed=i // len(TIMES), lr=lr * TIMES[i % len(TIMES)]) for i in range(case.together)]
+        runs = [replace(run, train=limited(run.train, case.rows)) for run in prepare_together(many)]
+        loop = Unscored(runs, [RunFolder(Path(folder))] * len(runs), Silent(), Peak())
         started = time.perf_counter()
-        while member.goes_on:
-            loop.step()
-        return len(run.train), time.perf_counter() - started
+        while loop.step():
+            pass
+        return sum(len(run.train) for run in runs), time.perf_counter() - started
 
 
 def limited(rows: Rows, count: int | None) -> Rows:

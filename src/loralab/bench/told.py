@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WHERE = {"model": "model", "targets": "layers adapted", "length": "tokens", "dtype": "dtype"}  # of a case -> column
+WHERE = {
+    "model": "model",
+    "targets": "layers adapted",
+    "length": "tokens",
+    "dtype": "dtype",
+    "together": "runs together",
+}  # of a case -> column
 MEASURED = {
     "steps": ("PEFT", "loralab", "faster", "memory", "rate"),
     "growth": ("PEFT", "loralab", "faster", "memory", "rate"),

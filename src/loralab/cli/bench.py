@@ -38,6 +38,7 @@ def bench(
     data: Path | None = None,
     rows: int | None = None,
     max_length: int = 128,
+    together: tuple[int, ...] = (1,),
     cost: bool = False,
     ranks: tuple[int, ...] = RANKS,
     layers: tuple[int, ...] = LAYERS,
@@ -77,6 +78,8 @@ def bench(
         With --epoch: only so many training rows.
     max_length: int
         With --epoch: tokens at which a row is cut.
+    together: tuple
+        With --epoch: runs of loralab that share passes, as in a study; PEFT has one.
     cost: bool
         How a step's cost grows with rank, layers and length, for the first of models, methods, targets and dtypes.
     ranks: tuple
@@ -97,7 +100,7 @@ def bench(
     run = Bench(min(repeats, EPOCHS) if epoch else repeats, threads)
     _folder(out)
     if epoch:
-        measured = _epochs(run, epochs(cases, tasks, data, rows, max_length))
+        measured = _epochs(run, epochs(cases, tasks, data, rows, max_length, together))
     elif cost:
         measured = _growth(run, growth(cases[0], ranks, layers, lengths or LENGTHS))
     else:

@@ -6,7 +6,6 @@ step. Runs that share a pass share nothing else: head, optimizer, schedule, clip
 stopping are each run's own, so a run comes to what it would come to alone, to rounding.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,17 +21,15 @@ from torch.nn import functional as F
 
 from loralab import speed
 from loralab.errors import UserError
-from loralab.live import Stream
-from loralab.train.batches import Rows, collate, collate_together, sorted_batches, width
+from loralab.train.batches import Rows, sorted_batches, width
 from loralab.train.folder import RunFolder
 from loralab.train.member import Member
 from loralab.train.memory import Peak, ledger, saved_activations
+from loralab.train.passes import forward, of_like_rows, passes
 from loralab.train.prepare import Run, facts, prepare_together
 from loralab.train.progress import Reporter, Silent
 from loralab.train.result import result_of
 from loralab.train.settings import Settings
-
-ROOM = 400e6  # bytes of activations of a pass that runs share; more gains no time (docs/benchmarks.md)
 
 Outcome = dict[str, Any] | UserError  # the result of a run, or why there is none
 
@@ -102,13 +99,12 @@ class Loop:
         return [member.problem or self._finish(member) for member in self.members]
 
     def step(self) -> bool:
-        """One optimizer step of every run that goes on, and the end of an epoch after its last one; False if none does."""
+        """One optimizer step of every run that goes on, and the end of an epoch after its last; False if none does."""
         going = [member for member in self.members if member.goes_on]
         if going:
             self._step(going)
-        for member in going:
-            if member.problem is None and member.ends_epoch:
-                self._end_epoch(member)
+        if ended := [member for member in going if member.problem is None and member.ends_epoch]:
+            self._end_epochs(ended)
         return bool(going)
 
     def _begin(self, member: Member) -> None:
@@ -148,7 +144,7 @@ class Loop:
         mine = [rows[self.accelerator.process_index :: n] for rows in chosen]
         parts = going[0].settings.accumulate
         total = torch.zeros(len(going), device=self.accelerator.device)
-        for places in self._passes(going, chosen):
+        for places in passes(going, chosen):
             at = [going[i] for i in places]
             for part in range(parts):
                 own = [mine[i][part::parts] for i in places]
@@ -168,28 +164,12 @@ class Loop:
             if every and member.progress.step % every == 0 and not member.ends_epoch and member.problem is None:
                 self._checkpoint(member)
 
-    def _passes(self, going: Sequence[Member], chosen: Sequence[list[int]]) -> list[list[int]]:
-        """The places of members in passes: of like width, as many as ROOM takes, and each alone in its first step,
-        where what it keeps is counted."""
-        sizes = [(len(rows), width(m.run.train, rows)) for m, rows in zip(going, chosen, strict=True)]
-        passes: list[list[int]] = []
-        wide = 0.0  # bytes of the widest part of the last pass
-        for i in sorted(range(len(going)), key=lambda i: sizes[i][::-1]):
-            room = math.prod(sizes[i]) * going[i].progress.room
-            first = going[i].progress.step == 0
-            if first or not wide or (len(passes[-1]) + 1) * max(wide, room) > ROOM:
-                passes.append([])
-                wide = 0.0
-            passes[-1].append(i)
-            wide = 0.0 if first else max(wide, room)
-        return passes
-
     def _losses(self, going: Sequence[Member], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
         """(members,): of each the part of its mean loss that its own rows have in its chosen ones."""
         taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]  # one without rows takes one,
         first = going[0].progress
         with saved_activations(self.adapters.model, on=first.step == 0) as kept:
-            logits = self._pass(going, taken)
+            logits = self._pass(going, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)])
             losses = [
                 row_losses(out[:, : m.run.task.num_outputs], m.run.train.labels[rows].to(out.device)).sum()
                 for out, m, rows in zip(logits, going, taken, strict=True)
@@ -202,26 +182,21 @@ class Loop:
             [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
         )
 
-    def _pass(self, going: Sequence[Member], taken: Sequence[list[int]]) -> list[Tensor]:
-        """The logits (rows, outputs) of each member's rows, from one forward over all of them."""
-        device, parts = self.accelerator.device, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)]
-        batch, sizes = collate_together(parts, going[0].run.tokenizer, device)  # (K b, t), and the own (b, t) of each
-        names, height = [member.run.name for member in going], len(batch["input_ids"]) // len(going)
-        ids = torch.arange(len(going)).repeat_interleave(height)
-        with self.adapters.use(names, ids) if len(going) > 1 else self.adapters.use(names[0]):
-            streams = [Stream(member.generator, *size) for member, size in zip(going, sizes, strict=True)]
-            self.adapters.live.streams = tuple(streams)
-            logits = self.model(**batch).logits.float()  # (K b, widest)
-        return [out[:rows] for out, (rows, _) in zip(logits.split(height), sizes, strict=True)]
+    def _pass(self, members: Sequence[Member], parts: Sequence[tuple[Rows, list[int]]]) -> list[Tensor]:
+        return forward(self.model, self.adapters, members, parts, self.accelerator.device)
 
     # ---- after an epoch ------------------------------------------------------------------------------------------
 
-    def _end_epoch(self, member: Member) -> None:
-        run, s = member.run, member.settings
-        with self.adapters.use(run.name):
-            held_out = None if run.held_out is None else self._logits(run.held_out, member)
-            validation = {key: self._logits(rows, member) for key, rows in run.validation.items()}
-        record = member.end_epoch(held_out, validation)
+    def _end_epochs(self, ended: Sequence[Member]) -> None:
+        """Those with the same rows to predict do it together."""
+        for few in of_like_rows(ended):
+            held_out = self._logits(few, few[0].run.held_out)
+            validation = {key: self._logits(few, rows) for key, rows in few[0].run.validation.items()}
+            for i, member in enumerate(few):
+                self._end_epoch(member, held_out[i], {key: said[i] for key, said in validation.items()})
+
+    def _end_epoch(self, member: Member, held_out: Any, validation: dict[str, Any]) -> None:
+        run, s, record = member.run, member.settings, member.end_epoch(held_out, validation)
         if s.track:
             values = {"train_loss": record["train_loss"], **record["validation"]}
             self.accelerator.log(values, step=member.progress.step)
@@ -235,20 +210,22 @@ class Loop:
         if self.accelerator.is_main_process:
             member.save_checkpoint()
 
-    def _logits(self, rows: Rows, member: Member) -> Any:
-        """(rows, outputs) as a numpy array, in the order of `rows`; processes share the work."""
+    def _logits(self, members: Sequence[Member], rows: Rows | None) -> list[Any]:
+        """Of each member (rows, outputs) as a numpy array, in the order of `rows`; processes share the work."""
+        if rows is None:
+            return [None] * len(members)
         self.model.eval()
         mine, process = [], self.accelerator.process_index
         with torch.no_grad():
-            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * member.settings.batch_size)):
+            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * members[0].settings.batch_size)):
                 if i % self.accelerator.num_processes == process:
-                    batch = collate(rows, chosen, member.run.tokenizer, self.accelerator.device)
-                    mine.append((chosen, self.model(**batch).logits.float().cpu().numpy()))
+                    said = self._pass(members, [(rows, chosen)] * len(members))
+                    mine.append((chosen, torch.stack(said, 1).cpu().numpy()))  # (rows, members, outputs)
         parts = gather_object(mine) if self.accelerator.num_processes > 1 else mine
         logits = np.concatenate([part for _, part in parts])
         out = np.empty_like(logits)
         out[np.concatenate([chosen for chosen, _ in parts])] = logits
-        return out
+        return [out[:, i, : m.run.task.num_outputs].copy() for i, m in enumerate(members)]
 
     def _finish(self, member: Member) -> dict[str, Any]:
         member.take_best()
