@@ -125,15 +125,17 @@ def largest_difference(args: argparse.Namespace, batch: Batch) -> float:
 
 @torch.no_grad()
 def measured(args: argparse.Namespace, batch: Batch) -> dict[str, float]:
-    """Median seconds of a batch by variant."""
+    """Median seconds of a batch by variant, every adapter having been used before: its first use lowers it."""
     found = dict(variants(args, batch))
+    for name, run in found.items():
+        for _ in range(max(3, -(-int(name.split()[0]) // args.rows) if "loaded" in name else 0)):
+            run()
     times: dict[str, list[float]] = {name: [] for name in found}
-    for turn in range(args.rounds + 3):  # the first three warm up
+    for _ in range(args.rounds):
         for name, run in found.items():
             before = time.perf_counter()
             run()
-            if turn >= 3:
-                times[name].append(time.perf_counter() - before)
+            times[name].append(time.perf_counter() - before)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

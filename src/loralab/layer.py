@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.bases import keep, restore
-from loralab.errors import UserError
 from loralab.gain import row_norms
 from loralab.live import Live
 from loralab.lower import lower
@@ -53,6 +52,7 @@ class Adapted(nn.Module):
         self.constants: dict[str, Mapping[str, Tensor]] = {}  # frozen, shared with other layers, not in the state
         self.adapters = nn.ModuleDict()  # adapter name -> ParameterDict of role -> tensor
         self.lowered, self.stacked = Memo(), Memo(1)  # update of an adapter, and of the rows in use
+        self.joined = Memo()  # update of an adapter as the fast path takes it
 
     @property
     def weight(self) -> Tensor:
@@ -106,6 +106,7 @@ class Adapted(nn.Module):
     def remove(self, name: str) -> None:
         del self.adapters[name], self.recipes[name], self.constants[name]
         self.lowered.forget(name)
+        self.joined.forget(name)
         self.stacked.known.clear()
 
     def roles(self, name: str) -> dict[str, Tensor]:
@@ -123,27 +124,21 @@ class Adapted(nn.Module):
         p = self.recipes[name].dropout if name in self.recipes else 0.0
         return (lambda x: F.dropout(x, p)) if p and self.training else None
 
-    @property
-    def drops_input(self) -> bool:
-        """Whether a live adapter drops parts of its input in training."""
-        return any(self.recipes[name].dropout for name in self.live.names if name in self.recipes)
-
-    def live_update(self, rows: int) -> Update | Dense | None:
-        """The update for an input of that many rows: None where nothing is live here, one per row with `ids`."""
+    def live_update(self) -> Update | Dense | None:
+        """The update of what is live: None where nothing is, with `ids` one for each row or part (see `by_row`)."""
         names, ids = self.live.names, self.live.ids
         if not any(name in self.recipes for name in names):
             return None
-        if ids is not None and rows != len(ids):
-            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(ids)} rows")
         if torch.is_grad_enabled() or self.live.drawn:  # a step may follow
             self.stacked.known.clear()
             self.lowered.known.clear()
+            self.joined.known.clear()
             made = [self.lower(name, self.live.drawn.get(name)) for name in names]
             return made[0] if ids is None else by_row(made, ids, self.live.in_parts)
         if ids is None:
             return self._known(names[0])
         key = (names, tuple(ids.tolist()), tuple(map(self.live.chosen.get, names)))
-        of = [t for name in names for t in self._made_from(name)]
+        of = [t for name in names for t in self.made_from(name)]
 
         def rows_of() -> Update | Dense:
             return by_row([self._known(name) for name in names], ids, self.live.in_parts)
@@ -153,9 +148,9 @@ class Adapted(nn.Module):
     def _known(self, name: str) -> Update | Dense:
         """`lower` of what is live, done once as nothing learns."""
         key = (name, self.live.chosen.get(name))
-        return self.lowered.get(key, self._made_from(name), lambda: self.lower(name))  # type: ignore[no-any-return]
+        return self.lowered.get(key, self.made_from(name), lambda: self.lower(name))  # type: ignore[no-any-return]
 
-    def _made_from(self, name: str) -> list[Tensor]:
+    def made_from(self, name: str) -> list[Tensor]:
         """Every tensor that the update of an adapter is computed from."""
         if name not in self.recipes:
             return []
@@ -164,7 +159,8 @@ class Adapted(nn.Module):
         return [t for t in (*own, *base) if t is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        u, ids = self.live_update(len(x)), self.live.ids
+        self.live.check(len(x))
+        u, ids = self.live_update(), self.live.ids
         if u is None:
             return self.base(x)  # type: ignore[no-any-return]
         if ids is None:
@@ -212,8 +208,7 @@ class AdaptedHead(nn.Module):
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if ids is None:
             return self.copy_of(names[0])(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if len(x) != len(ids):
-            raise UserError(f"input of {len(x)} rows, but ids name an adapter for {len(ids)} rows")
+        self.live.check(len(x))
         copies = [self.copy_of(name) for name in names]
         if all(type(copy) is nn.Linear for copy in copies) and not (args or kwargs):
             return self._linear(x, copies, ids)  # type: ignore[arg-type]

@@ -34,6 +34,11 @@ class Live:
     drawn: dict[str, Any] = field(default_factory=dict)  # adapter -> what its method drew for this training forward
     chosen: dict[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
 
+    def check(self, rows: int) -> None:
+        """Raises UserError for an input of another number of rows than `ids` name an adapter for."""
+        if self.ids is not None and rows != len(self.ids):
+            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(self.ids)} rows")
+
     @contextmanager
     def only(self, place: int) -> Iterator[None]:
         """Makes the adapter at one place of the names the only one, for what sees its rows alone."""

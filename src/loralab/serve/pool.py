@@ -117,9 +117,7 @@ def _kind(file: AdapterFile, folder: Path) -> Kind:
 
 @torch.no_grad()
 def size_of(handle: Adapters, name: str) -> int:
-    """Bytes of an adapter: its tensors, and what they are lowered to, which is kept from then on."""
+    """Bytes of an adapter: its tensors, and what they are lowered to, which is kept once it is used."""
     held = [tensor for _, tensor in handle.tensors(name).values()]
-    with handle.use(name):
-        updates = [handle.layers[path].live_update(1) for path in handle.entries[name].paths]
-    held += [t for update in updates if update is not None for t in update if t is not None]
+    held += [t for p in handle.entries[name].paths for t in handle.layers[p].lower(name) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loralab.layer import Adapted
 from loralab.live import Live, Stream
 from loralab.speed.masks import mask as dropout_mask
-from loralab.speed.product import Low, Product
+from loralab.speed.product import Joined, Low, Product
 from loralab.update import Update
 
 SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
@@ -49,9 +49,8 @@ class Block:
         self.layer, self.live, self.parts, self.wrap = layer, live, parts, wrap
         p = parts
         self.linear = (p.q, p.k, p.v, p.o, p.up, p.down)
-        self.qkv, self.o = Product([_base(p.q), _base(p.k), _base(p.v)]), Product([_base(p.o)])
-        self.up, self.down = Product([_base(p.up)]), Product([_base(p.down)])
-        self.qkv.adjoin()
+        self.products = (Product((p.q, p.k, p.v)), Product((p.o,)), Product((p.up,)), Product((p.down,)))
+        self.products[0].adjoin()
 
     def __call__(
         self,
@@ -60,20 +59,26 @@ class Block:
         position_bias: Tensor | None = None,
         **more: Any,
     ) -> Any:
-        live = [m.live_update(len(hidden_states)) if isinstance(m, Adapted) else None for m in self.linear]
-        asked = more.get("output_attentions") or more.get("past_key_values") is not None
-        if asked or any(u is not None and not isinstance(u, Update) for u in live) or self._drops_input():
+        self.live.check(len(hidden_states))
+        if self._plain(more):
             kept = {"position_bias": position_bias} if position_bias is not None else {}
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kept, **more)
-        flat = [t for u in live for t in ((None, None, None) if u is None else u)]
-        drops = self.parts.drops if self.layer.training else (0.0, 0.0, 0.0)
-        now = Now(drops, self.live.streams, still=not torch.is_grad_enabled())
-        out = EncoderLayer.apply(self, now, hidden_states, attention_mask, position_bias, *flat)  # type: ignore[no-untyped-call]
+        now = Now(self.parts.drops if self.layer.training else (0.0, 0.0, 0.0), self.live.streams)
+        given = (self, now, hidden_states, attention_mask, position_bias)
+        if torch.is_grad_enabled():
+            updates = [m.live_update() if isinstance(m, Adapted) else None for m in self.linear]
+            flat = [t for u in updates for t in ((None, None, None) if u is None else u)]
+            out = EncoderLayer.apply(*given, *flat)  # type: ignore[no-untyped-call]
+        else:
+            out = computed(*given, [product.kept(self.live, hidden_states.dtype) for product in self.products])[0]
         return out if self.wrap is None else self.wrap(out)
 
-    def _drops_input(self) -> bool:
-        """Whether a live adapter drops parts of its input, which this function does not do."""
-        return any(isinstance(m, Adapted) and m.training and m.drops_input for m in self.linear)
+    def _plain(self, more: dict[str, Any]) -> bool:
+        """Whether this is asked for what it does not do: attentions, a cache, dense updates, dropout on their input."""
+        adapted = [m for m in self.linear if isinstance(m, Adapted)]
+        live = [(m, m.recipes[name]) for m in adapted for name in self.live.names if name in m.recipes]
+        odd = any(not recipe.low_rank or (m.training and recipe.dropout) for m, recipe in live)
+        return odd or bool(more.get("output_attentions")) or more.get("past_key_values") is not None
 
 
 class Now(NamedTuple):
@@ -81,7 +86,34 @@ class Now(NamedTuple):
 
     drops: tuple[float, float, float]
     streams: Sequence[Stream]
-    still: bool  # no gradient is wanted; inside an autograd function that cannot be asked
+
+
+def computed(
+    block: Block, now: Now, x3: Tensor, mask: Tensor | None, bias: Tensor | None, joined: Sequence[Joined | None]
+) -> tuple[Tensor, tuple[Tensor | None, ...], list[tuple[Tensor | None, ...]]]:
+    """The output of a layer for x3 (b, t, d), what backward needs, and that of each product."""
+    b, t, d = x3.shape
+    p, (in_qkv, in_o, in_up, in_down) = block.parts, block.products
+    x = x3.reshape(b * t, d)  # (n, d), n = b t
+    qkv, of_qkv = in_qkv.forward(x, joined[0])  # (n, 3 d)
+    qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * p.heads, t, -1)
+    s = torch.bmm(qkv[0], qkv[1].mT).view(b, p.heads, t, t)
+    s = softmax(_add_bias(s, qkv.shape[-1] ** -0.5, mask, bias)).view(-1, t, t)
+    m1 = _mask(s, now.drops[0], (b, p.heads, t, t), now)
+    c = torch.bmm(s if m1 is None else s * m1, qkv[2])  # (b heads, t, dh)
+    c = c.view(b, p.heads, t, -1).transpose(1, 2).reshape(b * t, d)
+    o, of_o = in_o.forward(c, joined[1])
+    m2 = _mask(o, now.drops[1], (b, t, d), now)
+    o = _add(x, o, m2)
+    y, *of_norm1 = _norm(o, p.norm1)
+    u, of_up = in_up.forward(y, joined[2])  # (n, inner)
+    g = aten.gelu(u, approximate=p.approximate)
+    w, of_down = in_down.forward(g, joined[3])
+    m3 = _mask(w, now.drops[2], (b, t, d), now)
+    w = _add(y, w, m3)
+    out, *of_norm2 = _norm(w, p.norm2)
+    kept = (x, c, y, g, qkv, s, m1, o, m2, *of_norm1, u, w, m3, *of_norm2)
+    return out.view(b, t, d), kept, [of_qkv, of_o, of_up, of_down]
 
 
 class EncoderLayer(torch.autograd.Function):
@@ -89,33 +121,15 @@ class EncoderLayer(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, block: Block, now: Now, x3: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
     ) -> Tensor:
-        b, t, d = x3.shape
-        p, lows = block.parts, _lows(flat)
-        x = x3.reshape(b * t, d)  # (n, d), n = b t
-        qkv, of_qkv = block.qkv.forward(x, lows[:3], now.still)  # (n, 3 d)
-        qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * p.heads, t, -1)
-        s = torch.bmm(qkv[0], qkv[1].mT).view(b, p.heads, t, t)
-        s = softmax(_add_bias(s, qkv.shape[-1] ** -0.5, mask, bias)).view(-1, t, t)
-        m1 = _mask(s, now.drops[0], (b, p.heads, t, t), now)
-        c = torch.bmm(s if m1 is None else s * m1, qkv[2])  # (b heads, t, dh)
-        c = c.view(b, p.heads, t, -1).transpose(1, 2).reshape(b * t, d)
-        o, of_o = block.o.forward(c, lows[3:4], now.still)
-        m2 = _mask(o, now.drops[1], (b, t, d), now)
-        o = _add(x, o, m2)
-        y, *of_norm1 = _norm(o, p.norm1)
-        u, of_up = block.up.forward(y, lows[4:5], now.still)  # (n, inner)
-        g = aten.gelu(u, approximate=p.approximate)
-        w, of_down = block.down.forward(g, lows[5:6], now.still)
-        m3 = _mask(w, now.drops[2], (b, t, d), now)
-        w = _add(y, w, m3)
-        out, *of_norm2 = _norm(w, p.norm2)
+        lows = _lows(flat)
+        joined = [product.join(own, x3.dtype) for product, own in zip(block.products, lows, strict=True)]
+        out, (x, c, y, g, *kept), of = computed(block, now, x3, mask, bias, joined)
         learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
         inputs = [t if learn else None for t, learn in zip((x, c, y, g), (any(learns[:3]), *learns[3:]), strict=True)]
-        ctx.block, ctx.shape, ctx.approximate = block, (b, t, d), p.approximate
-        ctx.save_for_backward(
-            *flat, *inputs, qkv, s, m1, o, m2, *of_norm1, u, w, m3, *of_norm2, *of_qkv, *of_o, *of_up, *of_down
-        )
-        return out.view(b, t, d)
+        ctx.block, ctx.shape, ctx.approximate = block, x3.shape, block.parts.approximate
+        own = [t for kept_of, j in zip(of, joined, strict=True) for t in (*kept_of, *(j or (None, None, None)))]
+        ctx.save_for_backward(*flat, *inputs, *kept, *own)
+        return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
@@ -123,16 +137,16 @@ class EncoderLayer(torch.autograd.Function):
         x, c, y, g, qkv, s, m1, o, m2, mean1, rstd1, u, w, m3, mean2, rstd2 = saved[:16]
         of_qkv, of_o, of_up, of_down = (saved[16 + 5 * i : 21 + 5 * i] for i in range(4))
         block, (b, t, d), lows = ctx.block, ctx.shape, _lows(flat)
-        p, to_x = block.parts, ctx.needs_input_grad[2]
+        p, (in_qkv, in_o, in_up, in_down), to_x = block.parts, block.products, ctx.needs_input_grad[2]
         dw = _norm_back(grads[0].reshape(b * t, d), w, mean2, rstd2, p.norm2)  # also the gradient of y, by the residual
-        dg, of6 = block.down.backward(_times(dw, m3), g, lows[5:6], of_down, True)
+        dg, of6 = in_down.backward(_times(dw, m3), g, lows[3], of_down, True)
         du = aten.gelu_backward(dg, u, approximate=ctx.approximate)
-        dy, of5 = block.up.backward(du, y, lows[4:5], of_up, True)
+        dy, of5 = in_up.backward(du, y, lows[2], of_up, True)
         do = _norm_back(dy.add_(dw), o, mean1, rstd1, p.norm1)  # also the gradient of x
-        dc, of4 = block.o.backward(_times(do, m2), c, lows[3:4], of_o, True)
+        dc, of4 = in_o.backward(_times(do, m2), c, lows[1], of_o, True)
         dqkv = _attention_back(dc, qkv, s, m1, b)
         dqkv = dqkv.view(3, b, p.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, 3 * d)
-        dx, of123 = block.qkv.backward(dqkv, x, lows[:3], of_qkv, to_x)
+        dx, of123 = in_qkv.backward(dqkv, x, lows[0], of_qkv, to_x)
         given = None if dx is None else dx.add_(do).view(b, t, d)
         return None, None, given, None, None, *of123, *of4, *of5, *of6
 
@@ -202,11 +216,7 @@ def _times(x: Tensor, m: Tensor | None) -> Tensor:
     return x if m is None else x * m
 
 
-def _lows(flat: Sequence[Tensor | None]) -> list[Low]:
-    return [None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2]) for i in range(0, 18, 3)]  # type: ignore[arg-type]
-
-
-def _base(module: nn.Module) -> Any:
-    from loralab.bases import keep
-
-    return module.base if isinstance(module, Adapted) else keep(module)
+def _lows(flat: Sequence[Tensor | None]) -> list[list[Low]]:
+    """The updates of each product's layers: q, k, v; o; up; down."""
+    low = [None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2]) for i in range(0, 18, 3)]  # type: ignore[arg-type]
+    return [low[:3], low[3:4], low[4:5], low[5:]]

@@ -1,21 +1,24 @@
 """Linear layers that read the same x, as one product: y = g * (W x + B A x) + b for all of them, forward and backward.
 
 W (out, in) of q, k and v is one matrix. Their low-rank parts are one pair too, A stacked and B on a block diagonal,
-with the bias as the last column of B, for which h = A x is 1. That makes three products where there were a dozen.
+with the bias as the first column of B, for which h = A x is 1. That makes three products where there were a dozen.
 With a gain z = W x + B A x + b / g, so that y = z + (g - 1) z needs one pass, and g - 1 keeps its digits in bfloat16.
 A leading axis K of the updates means K adapters, each with its own equal part of the rows of x.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.bases import keep
 from loralab.bases.float import Float
-from loralab.memo import Memo
+from loralab.layer import Adapted
+from loralab.live import Live
 from loralab.update import Update
 
 Low = Update | None
@@ -24,19 +27,20 @@ Low = Update | None
 class Joined(NamedTuple):
     """The updates of all layers as one. K stands for the leading axis, absent for a single adapter."""
 
-    A: Tensor  # (K, r + 1, in)   the last row is zero
-    B: Tensor  # (K, out, r + 1)  the last column is the bias; column by column in memory, as products read it fastest
+    A: Tensor  # (K, 1 + r, in)   the first row is zero
+    B: Tensor  # (K, out, 1 + r)  the first column is the bias; column by column in memory, as products read it fastest
     more: Tensor | None  # (K, 1, out)   g - 1
 
 
 class Product:
-    """`bases` are frozen layers of one input size."""
+    """`modules` are linear layers of one input size, adapted or not."""
 
-    def __init__(self, bases: Sequence[Any]) -> None:
-        self.bases = list(bases)
-        self.outs = [base.out_features for base in bases]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.bases = [module.base if isinstance(module, Adapted) else keep(module) for module in modules]
+        self.adapted = {i: module for i, module in enumerate(modules) if isinstance(module, Adapted)}
+        self.outs = [base.out_features for base in self.bases]
         self.starts = [0, *accumulate(self.outs)]
-        self.joined = Memo(1)
+        self.last: tuple[list[Joined], Joined] | None = None  # the updates stacked last, and their stack
 
     def adjoin(self) -> None:
         """Puts float weights side by side in one storage, so that `weight` is a view; the parameters stay the same."""
@@ -59,17 +63,19 @@ class Product:
             return first.as_strided((self.starts[-1], first.shape[1]), (first.shape[1], 1))
         return torch.cat(parts).to(dtype)
 
-    def join(self, lows: Sequence[Low], like: Tensor) -> Joined | None:
-        """The updates as one, in the dtype of `like`; None where nothing is live and there is a bias alone or none."""
+    def join(self, lows: Sequence[Low], dtype: torch.dtype, always: bool = False) -> Joined | None:
+        """The updates as one; None where nothing is live, unless `always`, and there is a bias alone or none."""
         live = [low for low in lows if low is not None]
-        if not live:
+        if not live and not always:
             return None
-        lead = max((low.A.shape[:-2] for low in live), key=len)  # () or (K,)
-        rank, n_in, n_out = sum(low.A.shape[-2] for low in live), live[0].A.shape[-1], self.starts[-1]
-        A, B = like.new_zeros(*lead, rank + 1, n_in), like.new_zeros(*lead, rank + 1, n_out).mT
+        like = live[0].A if live else torch.empty(0, device=self._device())
+        lead = max((low.A.shape[:-2] for low in live), key=len, default=torch.Size())  # () or (K,)
+        size, n_in, n_out = 1 + sum(low.A.shape[-2] for low in live), self.bases[0].in_features, self.starts[-1]
+        A = like.new_zeros(*lead, size, n_in, dtype=dtype)
+        B = like.new_zeros(*lead, size, n_out, dtype=dtype).mT
         gained = any(low.gain is not None for low in live)
-        more = live[0].B.new_zeros(*lead, n_out) if gained else None
-        row = 0
+        more = like.new_zeros(*lead, n_out) if gained else None
+        row = 1
         for low, base, start, out in zip(lows, self.bases, self.starts, self.outs, strict=False):
             bias = None if base.bias is None else base.bias.detach()
             rows = slice(start, start + out)
@@ -83,34 +89,49 @@ class Product:
                     more[..., rows] = low.gain - 1
                     bias = None if bias is None else bias / low.gain
             if bias is not None:
-                B[..., rows, -1] = bias
-        return Joined(A, B, None if more is None else more.unsqueeze(-2).to(like.dtype))
+                B[..., rows, 0] = bias
+        return Joined(A, B, None if more is None else more.unsqueeze(-2).to(dtype))
 
-    def known(self, lows: Sequence[Low], like: Tensor, still: bool) -> Joined | None:
-        """`join`, done once for updates that stay the very same where `still`."""
-        if not still:
-            self.joined.known.clear()
-            return self.join(lows, like)
-        of = [t for low in lows if low is not None for t in low if t is not None]
-        key = (like.dtype, tuple(low is None for low in lows), len(of))
-        return self.joined.get(key, of, lambda: self.join(lows, like))  # type: ignore[no-any-return]
+    def _device(self) -> torch.device:
+        return next(iter(self.adapted.values())).device
 
-    def forward(self, x: Tensor, lows: Sequence[Low], still: bool) -> tuple[Tensor, list[Tensor | None]]:
-        """x (n, in) -> y (n, out), and what backward needs beside x: h, z, and the joined update.
+    def kept(self, live: Live, dtype: torch.dtype) -> Joined | None:
+        """`join` of what is live where nothing learns: done once for each adapter, and stacked for a mixed batch."""
+        if not any(name in layer.recipes for layer in self.adapted.values() for name in live.names):
+            return None
+        each = [self._one(name, live.chosen.get(name), dtype) for name in live.names]
+        if live.ids is None:
+            return each[0]
+        each = each if live.in_parts else [each[i] for i in live.ids.tolist()]
+        if self.last is None or len(self.last[0]) != len(each) or any(map(is_not, self.last[0], each)):
+            self.last = each, _stacked(each)
+        return self.last[1]
 
-        `still`: nothing learns, so a join may be kept.
-        """
-        W, joined = self.weight(x.dtype), self.known(lows, x, still)
+    def _one(self, name: str, chosen: Any, dtype: torch.dtype) -> Joined:
+        def lower(i: int) -> Low:
+            there = i in self.adapted and name in self.adapted[i].recipes
+            return self.adapted[i].lower(name) if there else None  # type: ignore[return-value]
+
+        def made() -> Joined | None:
+            return self.join([lower(i) for i in range(len(self.bases))], dtype, always=True)
+
+        layers = list(self.adapted.values())
+        of = [t for layer in layers for t in layer.made_from(name)]
+        return layers[0].joined.get((name, chosen, dtype), of, made)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, joined: Joined | None) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+        """x (n, in) -> y (n, out), and what backward needs beside x and `joined`: h, z."""
+        W = self.weight(x.dtype)
         if joined is None:
-            return F.linear(x, W, self._bias(x.dtype)), [None] * 5
+            return F.linear(x, W, self._bias(x.dtype)), (None, None)
         z = x @ W.mT  # (n, out)
-        h = _split(x, joined.A) @ joined.A.mT  # (K, m, r + 1)
-        h[..., -1] = 1
+        h = _split(x, joined.A) @ joined.A.mT  # (K, m, 1 + r)
+        h[..., 0] = 1
         _add_product(_split(z, joined.A), h, joined.B.mT)
         if joined.more is None:
-            return z, [h, None, *joined]
+            return z, (h, None)
         parts = _split(z, joined.A)
-        return torch.addcmul(parts, parts, joined.more).view_as(z), [h, z, *joined]
+        return torch.addcmul(parts, parts, joined.more).view_as(z), (h, z)
 
     def backward(
         self, dy: Tensor, x: Tensor | None, lows: Sequence[Low], kept: Sequence[Tensor | None], to_x: bool
@@ -126,13 +147,13 @@ class Product:
             dz = torch.addcmul(parts, parts, more).view_as(dy)
             of_gain = (parts * _split(z, A)).sum(-2, dtype=torch.promote_types(dy.dtype, torch.float32))  # (K, out)
         dz3 = _split(dz, A)  # (K, m, out)
-        dh = dz3 @ B  # (K, m, r + 1)
+        dh = dz3 @ B  # (K, m, 1 + r)
         dx = None
         if to_x:
             dx = dz @ self.weight(dz.dtype)
             _add_product(_split(dx, A), dh, A)
-        dA = None if x is None else dh.mT @ _split(x, A)  # (K, r + 1, in)
-        dB = (h.mT @ dz3).mT  # (K, out, r + 1)
+        dA = None if x is None else dh.mT @ _split(x, A)  # (K, 1 + r, in)
+        dB = (h.mT @ dz3).mT  # (K, out, 1 + r)
         return dx, self._parts(lows, dA, dB, of_gain, B)
 
     def _parts(
@@ -140,7 +161,7 @@ class Product:
     ) -> list[Tensor | None]:
         """The gradients of the single layers from those of the joined update."""
         out: list[Tensor | None] = []
-        row = 0
+        row = 1
         for low, start, n_out in zip(lows, self.starts, self.outs, strict=False):
             if low is None:
                 out += [None, None, None]
@@ -150,8 +171,8 @@ class Product:
             out.append(dB[..., rows, row : row + r].to(low.B.dtype))
             if low.gain is None or of_gain is None:
                 out.append(None)
-            else:  # z holds b / g, which does not depend on g; the last column of dB is the sum of g * dy
-                spare = B[..., rows, -1] * dB[..., rows, -1] / low.gain
+            else:  # z holds b / g, which does not depend on g; the first column of dB is the sum of g * dy
+                spare = B[..., rows, 0] * dB[..., rows, 0] / low.gain
                 out.append((of_gain[..., rows] - spare).to(low.gain.dtype))
             row += r
         return out
@@ -164,6 +185,21 @@ class Product:
         return torch.cat([z if base.bias is None else base.bias for z, base in zip(zero, self.bases, strict=True)]).to(
             dtype
         )
+
+
+def _stacked(each: Sequence[Joined]) -> Joined:
+    """With a leading axis: ranks padded with zeros, absent gains as g - 1 = 0."""
+    size = max(j.A.shape[-2] for j in each)
+    A = torch.stack([_pad(j.A, size) for j in each])
+    B = torch.stack([_pad(j.B.mT, size) for j in each]).mT
+    if all(j.more is None for j in each):
+        return Joined(A, B, None)
+    none = A.new_zeros(1, B.shape[-2])
+    return Joined(A, B, torch.stack([none if j.more is None else j.more for j in each]))
+
+
+def _pad(t: Tensor, rows: int) -> Tensor:
+    return t if len(t) == rows else F.pad(t, (0, 0, 0, rows - len(t)))
 
 
 def _split(x: Tensor, A: Tensor) -> Tensor:
