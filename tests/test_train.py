@@ -175,6 +175,22 @@ def test_patience_stops_early_and_selection_last_takes_the_last(tiny, own, tmp_p
     assert train(settings(tiny, own, tmp_path / "c", selection="validation"))["protocol"]["optimistic"]
 
 
+def test_a_run_can_take_a_part_of_the_rows_the_same_for_every_seed(tiny, own, tmp_path):
+    results = [
+        train(settings(tiny, own, tmp_path / str(i), seed=i, epochs=1, train_rows=61, validation_rows=17))
+        for i in range(2)
+    ]
+    assert [r["protocol"]["train"] for r in results] == [61, 61]
+    assert "train: 61 of 173 rows, drawn by the data's hash" in results[0]["notes"]
+    said = [load_file(tmp_path / str(i) / "predictions.safetensors")["validation/labels"] for i in range(2)]
+    assert len(said[0]) == 17
+    assert torch.equal(*said)
+    shares = [said[0].double().mean(), 0.5]
+    assert abs(shares[0] - shares[1]) < 0.2  # stratified
+    whole = train(settings(tiny, own, tmp_path / "whole", epochs=1, train_rows=10**6))
+    assert whole["protocol"]["train"] == 173
+
+
 def test_a_run_that_ends_at_one_class_says_so(tiny, own, tmp_path):
     result = train(settings(tiny, own, tmp_path / "r", lr=1e-9, epochs=1))
     assert len(result["warnings"]) == 1

@@ -6,7 +6,7 @@ from cyclopts.help import DefaultFormatter, HelpPanel
 from rich.console import Console, ConsoleOptions
 
 HEADINGS = {
-    "Task, data and model": "task data text label problem-type validation max-length model",
+    "Task, data and model": "task data text label problem-type validation train-rows validation-rows max-length model",
     "Method": "method rank alpha targets ranks plan keep dropout lr-ratio store",
     "Optimization": "epochs batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "selection patience seed",

@@ -91,7 +91,7 @@ def _rows(definition: Definition) -> dict[Any, float]:
     found = {}
     for point in points(definition):
         settings = definition.settings(point.task, point.model, point.method, definition.seeds[0], {})
-        found[point.key] = float(settings.epochs * (data(settings).train or 1))
+        found[point.key] = float(settings.epochs * (settings.train_rows or data(settings).train or 1))
     return found
 
 

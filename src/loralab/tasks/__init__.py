@@ -7,10 +7,10 @@ from pathlib import Path
 from loralab.errors import UserError
 from loralab.tasks import files, glue, tables
 from loralab.tasks.metrics import METRICS, is_constant, score
-from loralab.tasks.selection import held_out
+from loralab.tasks.selection import held_out, sample
 from loralab.tasks.task import Split, Task, build
 
-__all__ = ["METRICS", "Split", "Task", "build", "held_out", "is_constant", "load", "names", "score"]
+__all__ = ["METRICS", "Split", "Task", "build", "held_out", "is_constant", "load", "names", "sample", "score"]
 
 EMBEDDED = ("minimal-pairs", "demo", "embedded")  # its name and its aliases
 

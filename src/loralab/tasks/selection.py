@@ -33,6 +33,11 @@ def held_out(
     return sorted(set(range(rows)) - set(out)), out
 
 
+def sample(split: Split, sha256: str, classification: bool, rows: int) -> list[int]:
+    """Indices of so many rows, sorted and stratified like those held out."""
+    return held_out(split, sha256, classification, 1.0, rows)[1]
+
+
 def _quantiles(labels: list[int] | list[float], bins: int) -> list[float]:
     """The quantile bin of every row, by rank; ties are split in file order."""
     order = np.argsort(labels, kind="stable")

@@ -118,10 +118,9 @@ def _rows(
     most = longest(model)
     if most is not None and settings.max_length > most:
         raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
-    key = (id(task), settings.selection, settings.max_length)
+    key = (id(task), settings.selection, settings.max_length, settings.train_rows, settings.validation_rows)
     if key not in known:
-        train, held_out, sizes = _splits(task, settings)
-        splits = {"train": train, **({"held-out": held_out} if held_out else {}), **task.validation}
+        splits, sizes = _splits(task, settings)
         regression = task.labels is None
         rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in splits.items()}
         over = f"rows are longer than {settings.max_length} tokens and were cut"
@@ -140,13 +139,25 @@ def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _splits(task: Task, settings: Settings) -> tuple[tasks.Split, tasks.Split | None, list[str]]:
-    """(train, held out or None, notes)."""
-    if settings.selection != "held-out":
-        note = "validation: chosen on the reported split, so results are optimistic"
-        return task.train, None, [note] if settings.selection == "validation" else []
-    kept, held = tasks.held_out(task.train, task.sha256, task.labels is not None)
-    return task.train.take(kept), task.train.take(held), []
+def _splits(task: Task, settings: Settings) -> tuple[dict[str, tasks.Split], list[str]]:
+    """(train, held-out where that selects, and each validation split; notes)."""
+    notes: list[str] = []
+
+    def some(name: str, split: tasks.Split, rows: int | None) -> tasks.Split:
+        if rows is None or rows >= len(split):
+            return split
+        notes.append(f"{name}: {rows} of {len(split)} rows, drawn by the data's hash")
+        return split.take(tasks.sample(split, task.sha256, task.labels is not None, rows))
+
+    held: dict[str, tasks.Split] = {}
+    train = task.train
+    if settings.selection == "held-out":
+        kept, out = tasks.held_out(train, task.sha256, task.labels is not None)
+        train, held = train.take(kept), {"held-out": train.take(out)}
+    elif settings.selection == "validation":
+        notes.append("validation: chosen on the reported split, so results are optimistic")
+    reported = {name: some(name, split, settings.validation_rows) for name, split in task.validation.items()}
+    return {"train": some("train", train, settings.train_rows), **held, **reported}, notes
 
 
 def _seen(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[dict[str, Tensor]]:

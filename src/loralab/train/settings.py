@@ -38,6 +38,10 @@ class Settings:
     """What the labels of an own file are; auto: classes, unless they are numbers with a fraction."""
     validation: Path | None = None
     """Validation file of an own task; without it a fifth of the file is held back."""
+    train_rows: int | None = None
+    """Train on so many rows, drawn once by the data's hash and stratified by label; all by default."""
+    validation_rows: int | None = None
+    """Report on so many rows of each validation split, drawn likewise; all by default."""
     seed: int = 0
     """Decides the head's and the adapter's start, data order and dropout."""
     out: Path | None = None
@@ -102,7 +106,9 @@ class Settings:
         wrong = [
             f"{key}={self.of(key)}: expected {least} or more" for key, least in LEAST.items() if self.of(key) < least
         ]
-        given = [key for key in ("lr", "head_lr", "threads") if self.of(key) is not None]
+        given = [
+            key for key in ("lr", "head_lr", "threads", "train_rows", "validation_rows") if self.of(key) is not None
+        ]
         wrong += [f"{key}={self.of(key)}: expected above 0" for key in given if not self.of(key) > 0]
         if self.accumulate > self.batch_size:
             wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")

@@ -28,18 +28,16 @@ class Group:
 def grouped(many: Sequence[Settings], most: int = MOST) -> list[Group]:
     """The runs in groups of at most `most`, those of like data and seed together: their batches are the same."""
     shares: dict[Any, list[Settings]] = {}
-    groups = []
     for s in many:
-        if why := alone(s):
-            groups.append(Group((s,), why))
-        else:
+        if not alone(s):
             shares.setdefault(_base(s), []).append(s)
+    groups = []
     for runs in shares.values():
         runs.sort(key=lambda s: (s.task, str(s.data), s.seed, s.batch_size))
         count = -(-len(runs) // most)
         places = [round(i * len(runs) / count) for i in range(count + 1)]  # groups of like size
         groups += [Group(tuple(runs[a:b])) for a, b in pairwise(places)]
-    return groups
+    return [*groups, *(Group((s,), why) for s in many if (why := alone(s)))]
 
 
 def alone(settings: Settings) -> str | None:

@@ -1,9 +1,11 @@
-"""Runs as tasks of Ray, on this machine or a cluster that shares the store's file system.
+"""Groups of runs as tasks of Ray, on this machine or a cluster that shares the store's file system.
 
-A worker that dies in the middle of a run loses at most an epoch: Ray starts the task again, and the run goes on from
-its checkpoint. A task takes `threads` cores (one by default), and a GPU where the cluster has any.
+A worker that dies in the middle of its runs loses at most an epoch of them: Ray starts the task again, and each run
+goes on from its checkpoint. A task takes `threads` cores (one by default), and a GPU where the cluster has any; runs
+that can share passes do (see `together`), in no larger groups than keep every core busy.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +14,9 @@ from typing import Any
 
 from loralab.errors import UserError
 from loralab.study.bar import StudyBar
-from loralab.study.runners.one import run
+from loralab.study.runners.one import run_together
 from loralab.train import Outcome, Settings
+from loralab.train.together import MOST, grouped
 
 RETRIES = 5  # deaths of a worker that one run outlives; more is a broken machine or too little memory
 INSTALL = "--on ray needs Ray: pip install 'loralab[ray]'"
@@ -58,21 +61,25 @@ def _connect(ray: ModuleType, address: str | None) -> None:
 
 
 def _results(ray: ModuleType, runs: Sequence[Settings], adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    there = ray.cluster_resources()
+    gpus = 1 if there.get("GPU") else 0
     task = ray.remote(max_retries=RETRIES)(_work)
-    left: dict[Any, Settings] = {}
-    for settings in runs:
-        threads = settings.threads or 1
-        at = replace(settings, out=settings.folder.absolute(), threads=threads)
-        left[task.options(num_cpus=threads, num_gpus=gpus).remote(at, adapters)] = settings
+    ready = [replace(s, out=s.folder.absolute(), threads=s.threads or 1) for s in runs]
+    asked = {at.folder: settings for at, settings in zip(ready, runs, strict=True)}
+    left: dict[Any, tuple[Settings, ...]] = {}
+    for group in grouped(ready, min(MOST, math.ceil(len(runs) / max(1, there.get("GPU") or there.get("CPU", 1))))):
+        threads = group.runs[0].threads
+        left[task.options(num_cpus=threads, num_gpus=gpus).remote(group.runs, adapters)] = group.runs
     while left:
         (done,), _ = ray.wait(list(left), num_returns=1)
-        settings = left.pop(done)
+        group_runs = left.pop(done)
         try:
-            yield settings, ray.get(done)
+            outcomes = ray.get(done)
         except ray.exceptions.RayError as error:
-            yield settings, UserError(f"the worker died {RETRIES + 1} times: {str(error).splitlines()[0]}")
+            told = UserError(f"the worker died {RETRIES + 1} times: {str(error).splitlines()[0]}")
+            outcomes = [told] * len(group_runs)
+        yield from zip((asked[s.folder] for s in group_runs), outcomes, strict=True)
 
 
-def _work(settings: Settings, adapters: bool) -> Outcome:
-    return run(settings, None, adapters)
+def _work(many: Sequence[Settings], adapters: bool) -> list[Outcome]:
+    return run_together(many, None, adapters)
