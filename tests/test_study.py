@@ -149,7 +149,8 @@ def test_a_named_study_can_be_planned(file, tiny, here, capsys):
 
 # ---- addresses -------------------------------------------------------------------------------------------------------
 
-OTHERWISE = {"train_rows": 50, "validation_rows": 20,   # a value that no other row has, for every setting that can decide a result
+OTHERWISE = {  # a value that no other row has, for every setting that can decide a result
+    "train_rows": 50, "validation_rows": 20,
     "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
     "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "plan": "drop", "keep": 0.5,
     "store": "int8", "speed": "off", "dtype": "float32" if fast_bfloat16() else "bfloat16",
