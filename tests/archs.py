@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from loralab.attach import _head_of as head_of
+from loralab.heads import head_of
 from loralab.ranks import RankMap
 from loralab.ranks.drop import drop_map
 from loralab.targets import cover

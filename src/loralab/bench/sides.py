@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from loralab import models, speed
 from loralab.attach import Adapters, attach
-from loralab.attach import _head_of as head_of
 from loralab.bases.nf4 import library
 from loralab.errors import UserError
+from loralab.heads import head_of
 from loralab.recipe import recipe
 from loralab.targets import cover
 
