@@ -14,7 +14,6 @@ from test_cli import adapter, cli, refused  # noqa: F401  (fixtures)
 
 import loralab
 from loralab import models, speed
-from loralab.cli.predict import spans
 from loralab.recipe import NAMED
 from loralab.serve import Answer, Pool, Predictor, Row, known
 
@@ -478,10 +477,6 @@ def test_keep_going_answers_the_rest_and_names_the_error(cli, tiny, folders, ask
     assert "row 2: no adapter 'nobody'; row 5: no text" in err
     for i, row in enumerate(read_back(out)):
         assert (row["label"] is None) == (row["error"] is not None) == (i in (1, 4))
-
-
-def test_rows_are_told_as_spans():
-    assert spans([3, 5, 6, 7, 9]) == "3, 5-7, 9"
 
 
 @pytest.mark.parametrize("fast", [False, True])
