@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from archs import build, rank_map, rows, shake
+from archs import alone, assert_rows, build, rank_map, rows, shake
 from test_cli import adapter, cli, refused  # noqa: F401  (fixtures)
 
 import loralab
@@ -27,21 +27,6 @@ def settings(method, model):
     allowed = vars(row.factors)
     given = {key: value for key, value in {"rank": 3, "alpha": 5.0}.items() if key in allowed}
     return given | ({"ranks": rank_map(model)} if row.plan == "drop" else {})
-
-
-def alone(model, adapters, names, ids, batch, **more):
-    """Each row by itself, one adapter live, nothing kept from before."""
-    with torch.enable_grad():
-        for row, i in enumerate(ids):
-            with adapters.use(names[i], **more):
-                yield model(**{key: t[row : row + 1] for key, t in batch.items()}).logits[0].detach()
-
-
-def assert_rows(mixed, expected, tolerance=2e-5):
-    for row, one in zip(mixed, expected, strict=True):
-        assert one.isfinite().all()
-        torch.testing.assert_close(row[: len(one)], one, rtol=0, atol=tolerance)
-        assert (row[len(one) :] == -torch.inf).all()
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------
