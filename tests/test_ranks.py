@@ -485,15 +485,15 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     # a run that was interrupted does not plan again, and ends as the other
     from loralab.train import loop
 
-    real, calls = loop.Trainer._end_epoch, []
+    real, calls = loop.Loop._end_epochs, []
 
-    def once(self):
-        real(self)
+    def once(self, ended):
+        real(self, ended)
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Trainer, "_end_epoch", once)
+    monkeypatch.setattr(loop.Loop, "_end_epochs", once)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny, own, tmp_path / "t", lr=1e-2, **more))
     monkeypatch.setattr(plan_module, "PLANS", {})
