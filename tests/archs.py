@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from loralab.attach import _head_of as head_of
+from loralab.heads import head_of
 from loralab.ranks import RankMap
 from loralab.ranks.drop import drop_map
 from loralab.targets import cover
@@ -72,6 +72,30 @@ def shake(adapters, name: str, seed: int = 2, std: float = 0.3) -> None:
         for role, tensor in adapters.tensors(name).values():
             if role != "head" and tensor.is_floating_point():
                 tensor.add_(torch.empty(tensor.shape).normal_(0, std, generator=generator))
+
+
+def alone(model, adapters, names, ids, batch, **more):
+    """The logits of each row by itself, one adapter live, nothing kept from before."""
+    with torch.enable_grad():
+        for row, i in enumerate(ids):
+            with adapters.use(names[i], **more):
+                yield model(**{key: t[row : row + 1] for key, t in batch.items()}).logits[0].detach()
+
+
+def assert_rows(mixed, expected, tolerance=2e-5):
+    """Logits of a batch are those of the rows alone; what an adapter has no label for is -inf."""
+    for row, one in zip(mixed, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(row[: len(one)], one, rtol=0, atol=tolerance)
+        assert (row[len(one) :] == -torch.inf).all()
+
+
+def check_mixed(model, adapters, names, ids, tolerance=1e-5):
+    """The law that rows of several adapters in one batch are each row alone."""
+    batch = rows()
+    with torch.no_grad(), adapters.use(list(names), ids=ids):
+        mixed = model(**batch).logits
+    assert_rows(mixed, list(alone(model, adapters, names, ids, batch)), tolerance)
 
 
 def rank_map(model: nn.Module, rank: int = 3, seed: int = 6) -> RankMap:

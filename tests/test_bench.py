@@ -174,12 +174,12 @@ def test_a_bench_of_a_tiny_model(tiny, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "out/bench.json").read_text())
     (row,) = result["steps"]
-    for side in conduct.SIDES:
+    for side in told.SIDES:
         assert len(row["seconds"][side]["turns"]) == 2
         assert row["memory"][side]["peak"] >= row["memory"][side]["training"] > 0
         taken = row["seconds"][side]["median"] * row["rate"]
         assert row["fraction"][side] == pytest.approx(row["operations"] / taken)
-    turns = [np.array(row["seconds"][side]["turns"]) for side in conduct.SIDES]
+    turns = [np.array(row["seconds"][side]["turns"]) for side in told.SIDES]
     assert row["faster"]["median"] == pytest.approx(float(np.median(turns[0] / turns[1])))
     assert len(set(row["trainable"].values())) == 1
     assert {"loralab", "peft", "torch", "transformers", "python"} <= set(result["versions"])

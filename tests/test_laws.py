@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from archs import build, rank_map, rows, shake
+from archs import build, check_mixed, rank_map, rows, shake
 from torch import nn
 from torch.func import functional_call
 
@@ -86,13 +86,7 @@ def test_3_a_row_of_a_mixed_batch_is_the_row_alone(name, store):
     model, adapters = adapted(name, store)
     adapters.add("b", "rslora", rank=5, head=True, **({} if store is None else {"store": store}))
     shake(adapters, "a"), shake(adapters, "b", seed=4)
-    batch, ids = rows(), [1, 0, 0, 1, 0]
-    with adapters.use(["a", "b"], ids=ids):
-        mixed = logits(model, batch)
-    for row, i in enumerate(ids):
-        with adapters.use("ab"[i]):
-            alone = logits(model, {key: t[row : row + 1] for key, t in batch.items()})
-        torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=TOLERANCE[store])
+    check_mixed(model, adapters, "ab", [1, 0, 0, 1, 0], TOLERANCE[store])
 
 
 @pytest.mark.parametrize(("name", "store"), CASES)

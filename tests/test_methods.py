@@ -5,7 +5,7 @@ import json
 import measure
 import pytest
 import torch
-from archs import build, rows, shake
+from archs import build, check_mixed, rows, shake
 from literal import tensor
 from shapes import made
 from torch import nn
@@ -83,16 +83,11 @@ def test_veras_generator_is_defined_by_numbers_not_by_a_library_version():
 
 
 def test_two_adapters_with_different_vera_seeds_share_a_model():
-    model, batch = build("bert"), rows()
+    model = build("bert")
     adapters = loralab.attach(model, "vera", name="a", rank=5, head=True)
     adapters.add("b", "vera", rank=7, projection_seed=3, head=True)
     shake(adapters, "a"), shake(adapters, "b", seed=6)
-    with adapters.use(["a", "b"], ids=[0, 1, 1, 0, 1]):
-        mixed = model(**batch).logits
-    for row, name in enumerate("abbab"):
-        with adapters.use(name):
-            alone = model(**{key: t[row : row + 1] for key, t in batch.items()}).logits
-        torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=1e-5)
+    check_mixed(model, adapters, "ab", [0, 1, 1, 0, 1])
 
 
 @pytest.mark.parametrize("method", ["vera", "superlora"])

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from archs import build, rank_map, rows, shake
+from archs import alone, assert_rows, build, rank_map, rows, shake
 from test_cli import adapter, cli, refused  # noqa: F401  (fixtures)
 
 import loralab
 from loralab import models, speed
-from loralab.cli.predict import spans
 from loralab.recipe import NAMED
 from loralab.serve import Answer, Pool, Predictor, Row, known
 
@@ -28,21 +27,6 @@ def settings(method, model):
     allowed = vars(row.factors)
     given = {key: value for key, value in {"rank": 3, "alpha": 5.0}.items() if key in allowed}
     return given | ({"ranks": rank_map(model)} if row.plan == "drop" else {})
-
-
-def alone(model, adapters, names, ids, batch, **more):
-    """Each row by itself, one adapter live, nothing kept from before."""
-    with torch.enable_grad():
-        for row, i in enumerate(ids):
-            with adapters.use(names[i], **more):
-                yield model(**{key: t[row : row + 1] for key, t in batch.items()}).logits[0].detach()
-
-
-def assert_rows(mixed, expected, tolerance=2e-5):
-    for row, one in zip(mixed, expected, strict=True):
-        assert one.isfinite().all()
-        torch.testing.assert_close(row[: len(one)], one, rtol=0, atol=tolerance)
-        assert (row[len(one) :] == -torch.inf).all()
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------
@@ -478,10 +462,6 @@ def test_keep_going_answers_the_rest_and_names_the_error(cli, tiny, folders, ask
     assert "row 2: no adapter 'nobody'; row 5: no text" in err
     for i, row in enumerate(read_back(out)):
         assert (row["label"] is None) == (row["error"] is not None) == (i in (1, 4))
-
-
-def test_rows_are_told_as_spans():
-    assert spans([3, 5, 6, 7, 9]) == "3, 5-7, 9"
 
 
 @pytest.mark.parametrize("fast", [False, True])

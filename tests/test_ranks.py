@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from archs import build, rank_map, rows, shake
+from archs import build, check_mixed, rank_map, rows, shake
 from safetensors.torch import load_file
 from torch import nn
 
@@ -169,13 +169,7 @@ def test_merge_mixed_batches_and_detach_work_with_a_map(method):
     assert adapters.layers[Q0].roles("a")["A"] is adapters.layers[Q1].roles("a")["A"]
     adapters.add("b", "dora", rank=2, head=True)  # on all layers, at another rank
     shake(adapters, "b", seed=4)
-    batch, ids = rows(), [1, 0, 0, 1, 0]
-    with adapters.use(["a", "b"], ids=ids):
-        mixed = logits(model, batch)
-    for row, i in enumerate(ids):
-        with adapters.use("ab"[i]):
-            alone = logits(model, {key: t[row : row + 1] for key, t in batch.items()})
-        torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=1e-5)
+    check_mixed(model, adapters, "ab", [1, 0, 0, 1, 0])
     adapters.detach()
     assert torch.equal(logits(model), logits(build("bert")))
 
@@ -491,15 +485,15 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     # a run that was interrupted does not plan again, and ends as the other
     from loralab.train import loop
 
-    real, calls = loop.Trainer._end_epoch, []
+    real, calls = loop.Loop._end_epochs, []
 
-    def once(self):
-        real(self)
+    def once(self, ended):
+        real(self, ended)
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Trainer, "_end_epoch", once)
+    monkeypatch.setattr(loop.Loop, "_end_epochs", once)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny, own, tmp_path / "t", lr=1e-2, **more))
     monkeypatch.setattr(plan_module, "PLANS", {})

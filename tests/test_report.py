@@ -121,7 +121,8 @@ def test_numbers_read_as_people_write_them():
     assert [n.signed(math.nan), n.chance(math.nan), n.interval(math.nan, math.nan)] == ["–"] * 3
     assert [n.chance(1e-9), n.chance(0.0312)] == ["< 0.001", "0.031"]
     assert [n.count(887042), n.size(1.5e9), n.duration(90), n.duration(5400)] == ["887 k", "1.5 GB", "90 s", "90 min"]
-    assert n.seeds((5, 0, 2, 1)) == "0–2, 5"
+    assert n.spans((5, 0, 2, 1)) == "0–2, 5"
+    assert n.spans([3, 5, 6, 7, 9], "-") == "3, 5-7, 9"
 
 
 # ---- a folder of runs ------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_all_that_is_wrong_is_said_at_once(tiny, own):
         define(given, "animals", Path())
     told = str(caught.value)
     for part in (
-        "no 'sedes', did you mean 'seeds'?", "seeds: [0, 0]", "no 'loar', did you mean 'lora'?",
+        "no 'sedes' (did you mean 'seeds'?)", "seeds: [0, 0]", "no 'loar' (did you mean 'lora'?)",
         "did you mean 'accuracy'",
         "did you mean 'epochs'", "no 'seed': seeds = [...]", "epochs='many': expected a whole number",
         "selection='best': expected 'held-out' or", "did you mean 'rank'", "rank=0", "dora named twice",

@@ -423,7 +423,7 @@ def folder(name: str, **files: str) -> Load:
 RTE = "index\tsentence1\tsentence2\tlabel\n"
 LINE = "0\tIt rains.\tIt is wet.\tentailment\n"
 BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
-    "unknown task": (lambda tmp: tasks.load("colla"), ("'colla'", "did you mean cola?", "wnli", ".parquet")),
+    "unknown task": (lambda tmp: tasks.load("colla"), ("'colla'", "did you mean 'cola'?", "wnli", ".parquet")),
     "no such file": (lambda tmp: load_own(tmp / "x.csv"), ("x.csv does not exist",)),
     "a folder": (lambda tmp: (tmp / "x.csv").mkdir() or load_own(tmp / "x.csv"), ("x.csv is a folder",)),
     "ending": (raw("own.txt", "a"), ("own.txt", "ending in .csv")),

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from archs import build, rows
 from torch.nn import functional as F
 
+import loralab
 from loralab.bases.float import Float
 from loralab.update import Update, apply, merged, nothing, stack, take
 
@@ -43,6 +45,22 @@ def test_gain_of_one_and_zero_update_change_no_bit(base):
     x = torch.randn(ROWS, TOKENS, N_IN, dtype=torch.float64)
     u = nothing(N_OUT, N_IN, x)._replace(gain=torch.ones(N_OUT, dtype=torch.float64))
     assert torch.equal(apply(x, base, u), base(x))
+
+
+def test_a_small_change_of_a_gain_is_seen_in_a_bfloat16_model():
+    """A gain was rounded to bfloat16, which knows no number between 1 and 1.0078, so such a change did nothing."""
+    model = build("bert").bfloat16()
+    adapters = loralab.attach(model, "dora", rank=3)
+    before, after = [], []
+    for seen in (before, after):
+        seen += model(**rows(), output_hidden_states=True).hidden_states
+        with torch.no_grad():
+            for role, m in adapters.tensors().values():
+                assert m.dtype == torch.float32
+                if role == "m":
+                    m.mul_(1.001)
+    same = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
+    assert same == [True] + [False] * (len(same) - 1)  # the first are the embeddings
 
 
 def test_a_row_of_a_stacked_update_is_the_row_alone(base):

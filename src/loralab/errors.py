@@ -1,5 +1,18 @@
 """The one exception for what a user can mend: its message says what came, what was expected and what to do."""
 
+import difflib
+from collections.abc import Collection
+
 
 class UserError(ValueError):
     """Bad input. The command line prints the message as one line on stderr and exits with code 2."""
+
+
+def near(word: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """The one of `known` that a mistyped word is nearest to, if any is near."""
+    return next(iter(difflib.get_close_matches(word, known, 1, cutoff)), None)
+
+
+def hint(word: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """`near` as a part of a message: " (did you mean 'lora'?)", or nothing."""
+    return "" if (meant := near(word, known, cutoff)) is None else f" (did you mean {meant!r}?)"

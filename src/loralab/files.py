@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loralab import starts
-from loralab.attach import HANDLE, Adapters, of, once
+from loralab.attach import HANDLE, Adapters, of
+from loralab.entry import once
 from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
 from loralab.recipe import Recipe, from_json, to_json

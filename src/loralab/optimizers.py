@@ -57,14 +57,17 @@ def grouped(
     return list(groups.values())
 
 
-def adamw(groups: Sequence[dict[str, Any]], paged: bool = False) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`; `paged=True` pages its moments where all parameters lie on CUDA."""
+def adamw(groups: Sequence[dict[str, Any]], paged: bool = False, fused: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`; `paged=True` pages its moments where all parameters lie on CUDA.
+
+    `fused=True` does a step in one pass over memory, `None` leaves that to torch.
+    """
     if not paged:
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=fused)
     devices = sorted({p.device.type for group in groups for p in group["params"]})
     if devices != ["cuda"]:
         warnings.warn(f"paged=True does nothing on {', '.join(devices)}: plain AdamW, same results", stacklevel=2)
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=fused)
     try:
         from bitsandbytes.optim import PagedAdamW32bit
     except ImportError as error:

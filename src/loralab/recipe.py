@@ -1,7 +1,6 @@
 """A recipe is a point on the axes; a published name is a row of NAMED, and any other point works too."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Generator
 
 from loralab import starts
 from loralab.bases import STORES
-from loralab.errors import UserError
+from loralab.errors import UserError, hint
 from loralab.factors import FACTORS, Factors
 from loralab.factors.adalora import AdaLoRA
 from loralab.factors.delta import DeltaLoRA
@@ -133,9 +132,7 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     elif method in NAMED:
         base = NAMED[method][0]
     else:
-        near = difflib.get_close_matches(str(method), NAMED, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"method {method!r} is unknown{hint}: choose one of {', '.join(NAMED)}")
+        raise UserError(f"method {method!r} is unknown{hint(str(method), NAMED)}: choose one of {', '.join(NAMED)}")
     own = {f.name for f in dataclasses.fields(Recipe)}
     of_factors = set() if base.factors is None else {f.name for f in dataclasses.fields(base.factors)}
     if unknown := sorted(set(settings) - own - of_factors):

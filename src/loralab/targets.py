@@ -4,7 +4,6 @@ A preset is a set of parts (q, k, v, o, mlp); a row of LAYERS says what an archi
 matched by whole components of a module's path. GPT-2 keeps q, k and v in one layer, so any of them means that layer.
 """
 
-import difflib
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from loralab.bases import LINEAR
-from loralab.errors import UserError
+from loralab.errors import UserError, hint
 from loralab.layer import Adapted
 
 Targets = str | Sequence[str]
@@ -127,10 +126,9 @@ def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Co
     ]
     matched = {pattern: [p for p in linear if test.fullmatch(p)] for pattern, test in _patterns(model, targets).items()}
     if nothing := [pattern for pattern, paths in matched.items() if not paths]:
-        near = difflib.get_close_matches(nothing[0], [*PRESETS, ALL, *linear], 1, cutoff=0.75)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        meant = hint(nothing[0], [*PRESETS, ALL, *linear], cutoff=0.75)
         raise UserError(
-            f"targets {', '.join(map(repr, nothing))} match no linear layer{hint}; presets: "
+            f"targets {', '.join(map(repr, nothing))} match no linear layer{meant}; presets: "
             f"{', '.join([*PRESETS, ALL])}; layers here: {summary(linear) or 'none'}"
         )
     coverage = Coverage(matched, [])

@@ -63,11 +63,9 @@ def apply(x: Tensor, base: Base, u: Update | Dense, drop: Callable[[Tensor], Ten
     y = base(x) + u.times(x if drop is None else drop(x))  # (..., t, out)
     if u.gain is None:
         return y
-    g = u.gain.unsqueeze(-2).to(y.dtype)  # (..., 1, out)
-    if base.bias is None:
-        return y * g
-    # y holds the bias already, so (1 - g) b is what is missing; at g = 1 this is y, bit for bit
-    return torch.addcmul((1 - g) * base.bias.to(y.dtype), y, g)
+    wide = torch.promote_types(u.gain.dtype, torch.float32)
+    more = (u.gain.to(wide) - 1).unsqueeze(-2).to(y.dtype)  # (..., 1, out); bfloat16 has no number between 1 and 1.0078
+    return torch.addcmul(y, y if base.bias is None else y - base.bias.to(y.dtype), more)  # at g = 1 y, bit for bit
 
 
 def merged(W: Tensor, u: Update | Dense) -> Tensor:

@@ -1,6 +1,5 @@
 """What is measured: a case is one point of method, model, length, dtype and so on; `grid` and `growth` make many."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from loralab import models
 from loralab.bench.sides import METHODS
-from loralab.errors import UserError
+from loralab.errors import UserError, hint
 
 DTYPES = ("bfloat16", "float32")
 RANKS = (1, 4, 16, 64, 256)  # what a step's cost is drawn against, one of the three at a time
@@ -67,9 +66,7 @@ def known(flag: str, name: str, names: Iterable[str]) -> None:
     """Raises UserError for a name that is not there."""
     names = list(names)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"{flag} {name!r}{hint}: bench knows {', '.join(names)}")
+        raise UserError(f"{flag} {name!r}{hint(name, names)}: bench knows {', '.join(names)}")
 
 
 def grid(

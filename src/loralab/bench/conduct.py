@@ -15,9 +15,9 @@ from typing import Any
 
 from loralab.bench.cases import Case, EpochCase
 from loralab.bench.spread import ratio, spread
+from loralab.bench.told import SIDES
 from loralab.errors import UserError
 
-SIDES = ("peft", "loralab")
 TURN = 0.6  # seconds that the slower side measures before the other's turn, and no more than MOST steps
 MOST = 10
 WARM = 2  # steps before the first turn

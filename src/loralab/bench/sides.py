@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from loralab import models, speed
 from loralab.attach import Adapters, attach
-from loralab.attach import _head_of as head_of
 from loralab.bases.nf4 import library
 from loralab.errors import UserError
+from loralab.heads import head_of
+from loralab.optimizers import adamw
 from loralab.recipe import recipe
 from loralab.targets import cover
 
@@ -169,7 +170,7 @@ def batch(case: "Case", config: Any) -> tuple[dict[str, Tensor], Tensor]:
 
 def stepper(built: Built, inputs: dict[str, Tensor], labels: Tensor) -> Callable[[], None]:
     """One optimizer step: forward, backward, clipping, AdamW."""
-    optimizer = torch.optim.AdamW(built.learned, lr=1e-4, fused=True)
+    optimizer = adamw([{"params": built.learned, "lr": 1e-4}], fused=True)
     kind = device().type
 
     def step() -> None:

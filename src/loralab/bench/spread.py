@@ -12,9 +12,6 @@ class Spread:
     high: float  # third quartile
     n: int
 
-    def scaled(self, by: float) -> "Spread":
-        return Spread(self.median * by, self.low * by, self.high * by, self.n)
-
 
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles, between two values in proportion."""

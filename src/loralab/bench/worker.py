@@ -22,8 +22,8 @@ from loralab.bench import epoch, products
 from loralab.bench.cases import Case, EpochCase
 from loralab.bench.sides import SIDES, adapted, batch, stepper
 from loralab.errors import UserError
+from loralab.speed.machine import hardware, units
 from loralab.train.memory import Peak
-from loralab.train.prepare import hardware
 
 
 class Side:
@@ -47,8 +47,7 @@ class Side:
             import peft
 
             versions["peft"] = peft.__version__
-        narrow = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-        return {"machine": {"name": cpu_name(), **hardware(), "avx512_bf16": narrow}, "versions": versions}
+        return {"machine": {"name": cpu_name(), **hardware(), **units()}, "versions": versions}
 
     def build(self, case: dict[str, Any]) -> dict[str, Any]:
         c = Case(**case)

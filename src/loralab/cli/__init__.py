@@ -1,6 +1,5 @@
 """The command line: `main` parses, calls one function, and turns a user's error into one line and exit code 2."""
 
-import difflib
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
 from loralab.cli.headings import Headed
-from loralab.errors import UserError
+from loralab.errors import UserError, hint, near
 
 COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is imported when it is called
     "demo": (
@@ -124,13 +123,13 @@ def _whole_numbers(app: App, commands: tuple[str, ...], arguments: Any) -> None:
 def _told(error: Exception, given: Sequence[str]) -> str:
     """What was wrong, and what to do; cyclopts' own words where they say it."""
     if isinstance(error, UnknownCommandError):
-        near = difflib.get_close_matches(given[0], COMMANDS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"no command {given[0]!r}{hint}: there are {', '.join(COMMANDS)}; loralab --help tells what they do"
+        meant = hint(given[0], COMMANDS)
+        return f"no command {given[0]!r}{meant}: there are {', '.join(COMMANDS)}; loralab --help tells what they do"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.argument.name
-        near = difflib.get_close_matches(name, [t for t in given if t.startswith("-")], 1)
-        needs = f"{name} needs a value" if name in given else ", not ".join([f"{given[0]} needs {name}", *near])
+        wrong = near(name, [t for t in given if t.startswith("-")])
+        needs = f"{given[0]} needs {name}" + (f", not {wrong}" if wrong else "")
+        needs = f"{name} needs a value" if name in given else needs
         return f"{needs}; see loralab {given[0]} --help"
     if isinstance(error, UnusedCliTokensError):
         return f"{given[0]} cannot use {' '.join(error.unused_tokens or ())!r}; see loralab {given[0]} --help"

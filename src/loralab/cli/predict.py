@@ -13,6 +13,7 @@ from torch import nn
 from loralab import models
 from loralab.cli.show import Json
 from loralab.errors import UserError
+from loralab.report.numbers import spans
 from loralab.serve import Answer, Known, Pool, Predictor, Row, known, table
 from loralab.tasks import tables
 
@@ -154,21 +155,10 @@ def _refuse(path: Path, answers: Sequence[Answer | UserError], keep_going: bool)
             faults.setdefault(str(answer), []).append(row)
     if not faults:
         return
-    told = "; ".join(f"row{'s' * (len(rows) > 1)} {spans(rows)}: {what}" for what, rows in faults.items())
+    told = "; ".join(f"row{'s' * (len(rows) > 1)} {spans(rows, '-')}: {what}" for what, rows in faults.items())
     if not keep_going:
         raise UserError(f"{path}: {told}; mend or remove these rows, or answer the others with --keep-going")
     print(f"note: no answer for {told}", file=sys.stderr)
-
-
-def spans(rows: Sequence[int]) -> str:
-    """[3, 5, 6, 7] -> 3, 5-7."""
-    out: list[list[int]] = []
-    for row in rows:
-        if out and row == out[-1][1] + 1:
-            out[-1][1] = row
-        else:
-            out.append([row, row])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in out)
 
 
 def _columns(answers: Sequence[Answer | UserError]) -> tuple[list[Any], list[Any], list[str | None]]:

@@ -37,7 +37,7 @@ def _scores() -> list[Column]:
                "mean of the selected epoch over seeds ± standard deviation over seeds"),
         Column("95 % interval", lambda r: n.interval(r.summary.low, r.summary.high), lambda r: r.summary.low,
                "over seeds and, where predictions were kept, validation rows"),
-        Column("seeds", lambda r: f"{len(r.seeds)} ({n.seeds(r.seeds)})", lambda r: len(r.seeds)),
+        Column("seeds", lambda r: f"{len(r.seeds)} ({n.spans(r.seeds)})", lambda r: len(r.seeds)),
         Column("rows", lambda r: f"{r.validation_rows:,}", lambda r: r.validation_rows, "validation rows"),
     ]  # fmt: skip
 

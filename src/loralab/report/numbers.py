@@ -1,6 +1,7 @@
 """How numbers read: three digits of a score, sizes with units, and - for what one seed cannot say."""
 
 import math
+from collections.abc import Iterable
 
 NONE = "–"
 NAMES = {
@@ -58,7 +59,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
-def seeds(values: tuple[int, ...]) -> str:
+def spans(values: Iterable[int], dash: str = "–") -> str:
     """0, 1, 2, 5 -> 0–2, 5."""
     runs: list[list[int]] = []
     for value in sorted(values):
@@ -66,4 +67,4 @@ def seeds(values: tuple[int, ...]) -> str:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}{dash}{r[-1]}" for r in runs)

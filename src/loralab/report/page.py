@@ -79,7 +79,7 @@ def tiles(f: Findings) -> list[tuple[str, str]]:
         ("tasks", ", ".join(dict.fromkeys(task for task, _ in places))),
         ("models", ", ".join(dict.fromkeys(model for _, model in places))),
         ("methods", str(len(f.methods))),
-        ("seeds", n.seeds(seeds)),
+        ("seeds", n.spans(seeds)),
         ("finished runs", str(len(runs))),
         ("hardware", "; ".join(dict.fromkeys(hardware(run.facts) for run in runs))),
     ]

@@ -18,6 +18,7 @@ from loralab import files, speed
 from loralab.attach import HANDLE, Adapters, of
 from loralab.errors import UserError
 from loralab.files import AdapterFile
+from loralab.train.memory import tensor_bytes
 
 Kind = Hashable
 
@@ -120,4 +121,4 @@ def size_of(handle: Adapters, name: str) -> int:
     """Bytes of an adapter: its tensors, and what they are lowered to, which is kept once it is used."""
     held = [tensor for _, tensor in handle.tensors(name).values()]
     held += [t for p in handle.entries[name].paths for t in handle.layers[p].lower(name) if t is not None]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    return tensor_bytes(held)

@@ -1,12 +1,12 @@
 """Values of a TOML file as values of `Settings`, by its own type hints: no second list of what a setting may be."""
 
-import difflib
 import types
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from loralab.errors import hint
 from loralab.train import Settings
 
 HINTS = typing.get_type_hints(Settings)
@@ -33,9 +33,8 @@ class Problems(list[str]):
         for key in table:
             if key in allowed:
                 continue
-            near = difflib.get_close_matches(key, allowed, 1)
-            hint = f", did you mean {near[0]!r}?" if near else f": there are {', '.join(allowed)}"
-            self.say(where, f"no {key!r}{f': {NOT_YOURS[key]}' if key in NOT_YOURS else hint}")
+            meant = f": {NOT_YOURS[key]}" if key in NOT_YOURS else hint(key, allowed)
+            self.say(where, f"no {key!r}{meant or ': there are ' + ', '.join(allowed)}")
 
     def settings(self, where: str, table: Mapping[str, Any], base: Path) -> dict[str, Any]:
         """The settings of a table that are of the right type; paths are relative to `base`."""

@@ -1,10 +1,9 @@
 """Tasks: GLUE, the embedded one, a user's own file; and their metrics and held-out rows."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from loralab.errors import UserError
+from loralab.errors import UserError, hint
 from loralab.tasks import files, glue, tables
 from loralab.tasks.metrics import METRICS, is_constant, score
 from loralab.tasks.selection import held_out, sample
@@ -50,6 +49,5 @@ def load(
 
 
 def _unknown(task: str) -> str:
-    near = difflib.get_close_matches(task.lower(), (*EMBEDDED, *glue.TABLE), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"no task {task!r}: there are {', '.join(names())}, or a file ending in {', '.join(tables.READERS)}{hint}"
+    meant = hint(task.lower(), (*EMBEDDED, *glue.TABLE), cutoff=0.5)
+    return f"no task {task!r}{meant}: there are {', '.join(names())}, or a file ending in {', '.join(tables.READERS)}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from loralab.errors import UserError
+from loralab.optimizers import adamw
 from loralab.tasks import is_constant, score
 from loralab.train.batches import epoch_batches
 from loralab.train.folder import RunFolder
@@ -42,7 +43,7 @@ class Member:
         self.accelerator = accelerator
         groups = run.adapters.parameter_groups(s.lr, s.weight_decay, s.head_lr, run.name)
         self.learned = [p for group in groups for p in group["params"]]
-        self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, fused=True))
+        self.optimizer = accelerator.prepare(adamw(groups, fused=True))
         self.steps = s.steps(len(run.train))
         self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
         self.progress = Progress()

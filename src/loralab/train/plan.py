@@ -16,6 +16,7 @@ from torch import nn
 from loralab.attach import Adapters, attach
 from loralab.errors import UserError
 from loralab.files import read_header
+from loralab.optimizers import adamw
 from loralab.ranks import RankMap
 from loralab.ranks.drop import drop_map, importance, shapes
 from loralab.ranks.spectrum import error_map
@@ -112,7 +113,7 @@ def _train(adapters: Adapters, work: Work, sample: list[int]) -> int:
 
     s, steps = work.settings, 0
     groups = adapters.parameter_groups(lr=s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = adamw(groups)
     learned = [p for group in groups for p in group["params"]]
     model = adapters.model.train()
     for epoch in range(EPOCHS):

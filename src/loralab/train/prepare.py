@@ -16,6 +16,7 @@ from loralab import models, tasks
 from loralab.attach import Adapters, attach
 from loralab.errors import UserError
 from loralab.recipe import to_json
+from loralab.speed.machine import hardware
 from loralab.tasks import Task
 from loralab.train.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.train.plan import Work, planned
@@ -201,10 +202,3 @@ def facts(run: Run) -> dict[str, Any]:
         "coverage": {key: len(paths) for key, paths in entry.coverage.matched.items()} if entry.coverage else {},
         "notes": list(run.notes),
     }  # fmt: skip
-
-
-def hardware() -> dict[str, Any]:
-    cpu = torch.backends.cpu.get_cpu_capability()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    return {"machine": platform.machine(), "cpu": cpu, "amx": amx, "threads": torch.get_num_threads(), "gpu": gpu}

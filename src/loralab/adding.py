@@ -1,0 +1,166 @@
+"""How an adapter comes onto a model: all that can be wrong is told first, then its layers and heads are put in."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab import ranks, starts
+from loralab.bases import keep
+from loralab.entry import Entry, base_tensor
+from loralab.errors import UserError
+from loralab.heads import head_of, labels_of, own_copy, under
+from loralab.layer import Adapted, AdaptedHead, put_back
+from loralab.recipe import Recipe, recipe
+from loralab.starts.inputs import Seen
+from loralab.targets import Coverage, Targets, cover
+
+if TYPE_CHECKING:
+    from loralab.attach import Adapters
+
+# ---- what is checked -------------------------------------------------------------------------------------------------
+
+
+def entry_of(
+    handle: "Adapters",
+    name: str,
+    method: str | Recipe,
+    settings: Mapping[str, Any],
+    targets: Targets,
+    head: bool | Sequence[str],
+    labels: Sequence[str],
+) -> Entry:
+    """What an adapter will be. Raises UserError for what cannot be added, before anything has changed."""
+    r = recipe(method, **settings)
+    if r.plan and r.ranks is None:
+        raise UserError(
+            f"plan={r.plan!r} makes a rank map from data or weights, and there is none: give ranks=, or use "
+            "`loralab train`, which makes it (docs/rank-maps.md)"
+        )
+    _check_name(handle, name, r)
+    own_head = head_of(handle.model)
+    if head is True and not own_head:
+        raise UserError(
+            f"head=True: {type(handle.model).__name__} names no head; pass the paths of its modules, head=[...]"
+        )
+    heads = tuple(own_head) if head is True else tuple(head or ())
+    coverage = None if r.factors is None else _cover(handle, r, targets, [*heads, *own_head])
+    if r.store:
+        keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is told before anything has changed
+    if not heads and coverage is None and r.learn_base is None:
+        raise UserError(f"method {method!r} learns nothing but the head: pass head=True")
+    in_place = _in_place(r, [key for key in handle.learned if not under(key, heads)])
+    return Entry(r, coverage, heads, tuple(labels) or labels_of(handle.model), in_place)
+
+
+def _in_place(r: Recipe, keys: Sequence[str]) -> tuple[str, ...]:
+    """Names of the base tensors that a recipe trains in place."""
+    if r.learn_base is None:
+        return ()
+    return tuple(keys if r.learn_base == "all" else [key for key in keys if key.rpartition(".")[2] == r.learn_base])
+
+
+def _check_name(handle: "Adapters", name: str, r: Recipe) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise UserError(f"adapter name {name!r}: expected letters, digits, - and _, and no word torch uses itself")
+    if name in handle.entries:
+        raise UserError(
+            f"adapter {name!r} is there already ({', '.join(handle.names)}): remove it or choose a new name"
+        )
+    if taken := [n for n, entry in handle.entries.items() if entry.base_names]:
+        raise UserError(f"adapter {taken[0]!r} trains the base itself, so no other adapter can share that base")
+    if r.learn_base and handle.entries:
+        raise UserError(f"train={r.train} changes the base that {', '.join(handle.names)} rely on: use a fresh model")
+
+
+def _cover(handle: "Adapters", r: Recipe, targets: Targets, outside: Sequence[str]) -> Coverage:
+    assert r.factors is not None
+    coverage = cover(handle.model, targets, outside)
+    shapes = {path: _shape(handle.model.get_submodule(path)) for path in coverage.paths}
+    if r.ranks is not None:
+        if wrong := ranks.misfits(r.ranks, shapes, coverage.left):
+            raise UserError("rank map: " + "; ".join(wrong))
+        coverage = coverage.keep(r.ranks.adapted)
+        shapes = {path: shapes[path] for path in coverage.paths}
+    own = {path: ranks.own(r.factors, r.ranks, path) for path in shapes}
+    misfits = {path: problem for path, shape in shapes.items() if (problem := own[path].misfit(*shape))}
+    if misfits:
+        path, problem = next(iter(misfits.items()))
+        raise UserError(f"{problem} ({path}; {len(misfits)} of {len(shapes)} layers cannot take it)")
+    stores = {path: layer.store for path, layer in handle.layers.items() if path in shapes}
+    if clash := [path for path, store in stores.items() if store != r.store]:
+        kept = stores[clash[0]] or "as loaded"
+        raise UserError(f"store={r.store!r}: {clash[0]} is kept {kept} for {', '.join(handle.names)} already")
+    return coverage
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of an nn.Linear, a Conv1D or an adapted layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
+# ---- what is put in --------------------------------------------------------------------------------------------------
+
+
+def add_layers(
+    handle: "Adapters", entry: Entry, name: str, generator: Generator, seen: Mapping[str, Seen] | None
+) -> None:
+    """Wraps what is not wrapped yet and gives each layer its tensors; `seen=None` leaves out a computed start."""
+    factors, start = entry.recipe.factors, entry.recipe.start
+    if factors is None:
+        return
+    constants = factors.constants([_shape(handle.model.get_submodule(path)) for path in entry.paths])
+    mapped = ranks.Starts(entry.recipe.ranks)
+    for path in entry.paths:
+        W = None  # its own weight, once it is stored in fewer bits gone
+        if path not in handle.layers:
+            original = handle.model.get_submodule(path)
+            W = keep(original).dense()
+            put_back(handle.model)  # a fast piece made before this would not know of the layer
+            adapted = Adapted(original, entry.recipe.store, handle.live)
+            handle.layers[path] = adapted.train(original.training)
+            handle.model.set_submodule(path, adapted)
+        layer = handle.layers[path]
+        at = entry.recipe.at(path)
+        tensors = starts.blank(start, at.factors, layer.out_features, layer.in_features, generator)
+        if seen is not None:
+            tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
+        on = mapped.of(path, {role: t.to(layer.device) for role, t in tensors.items()})
+        layer.add(name, at, on, {role: t.to(layer.device) for role, t in constants.items()})
+
+
+def add_heads(handle: "Adapters", entry: Entry, name: str, generator: Generator, heads_of: nn.Module | None) -> None:
+    """Gives the adapter its own copy of each head, of that in `heads_of` if it is given."""
+    old = len(labels_of(handle.model))
+    for path in entry.heads:
+        if path not in handle.heads:
+            original = handle.model.get_submodule(path)
+            handle.heads[path] = AdaptedHead(original, handle.live).train(original.training)
+            handle.model.set_submodule(path, handle.heads[path])
+        if heads_of is None:
+            own = own_copy(handle.heads[path].base, old, len(entry.labels) or old, generator)
+        else:
+            own = own_copy(heads_of.get_submodule(path), old, old, generator)
+        handle.heads[path].copies[name] = own
+
+
+def open_base(handle: "Adapters", entry: Entry) -> None:
+    """Lets the tensors of the base that learn in place learn; their bits are kept, unless all do."""
+    for key in entry.base_names:
+        tensor = base_tensor(handle.model, key).requires_grad_(True)
+        if entry.recipe.learn_base != "all":
+            handle.before[key] = tensor.detach().clone()
+
+
+def give_base_back(handle: "Adapters", entry: Entry) -> None:
+    """The inverse of `open_base`."""
+    for key in entry.base_names:
+        if key not in handle.before:
+            raise UserError("this adapter trained the whole base in place: load the model anew instead")
+        with torch.no_grad():
+            base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))

@@ -1,0 +1,85 @@
+"""docs/how-to-add-a-method.md is followed to the letter, on a copy of the library and its tests."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_docs import HOW_TO, REPO, blocks
+
+TEXT = HOW_TO.read_text()
+NEW = ("scaled-lora", "rsdora")
+
+
+def edit(root: Path, block: str) -> None:
+    """`# FILE` is a new file; `# FILE, in TABLE` has imports, which go above the table, and rows, which go into it."""
+    heading, _, text = block.partition("\n")
+    file, _, table = heading.removeprefix("# ").partition(", in ")
+    if not table:
+        assert not (root / file).exists()
+        (root / file).write_text(text)
+        return
+    imports, rows = "", text
+    if text.startswith("from "):
+        imports, _, rows = text.partition("\n\n")
+    before = (root / file).read_text()
+    after = re.sub(rf"^{table}\b.*= {{.*\n", lambda found: f"{imports}\n{found[0]}{rows}", before, flags=re.MULTILINE)
+    assert after != before, f"no table {table} in {file}"
+    (root / file).write_text(after)
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory) -> Path:
+    """The repository after the edits of the page."""
+    root = tmp_path_factory.mktemp("repository")
+    for folder in ("src", "tests", "docs"):
+        shutil.copytree(REPO / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(REPO / "pyproject.toml", root)
+    for block in blocks(TEXT, "python"):
+        edit(root, block)
+    return root
+
+
+def run(root: Path, *words: str) -> str:
+    env = os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, *words], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def told(program: str) -> list[list[str]]:
+    """The commands of the page that start with a word, without it."""
+    lines = [shlex.split(line) for block in blocks(TEXT, "sh") for line in block.splitlines()]
+    return [words[1:] for words in lines if words[0] == program]
+
+
+def test_the_new_methods_are_listed_trained_and_read_back(copied, tiny):
+    outputs = {}
+    for words in told("loralab"):
+        swapped = [str(tiny) if word == "minilm" else word for word in words]
+        outputs[words[0]] = run(copied, "-m", "loralab", *swapped)
+    assert list(outputs) == ["methods", "train", "inspect"]
+    listed = {line.split()[0]: line for line in outputs["methods"].splitlines() if line.strip()}
+    (promised,) = re.findall(r"are ([\d,]+) for `scaled-lora`", TEXT)
+    assert set(NEW) <= listed.keys()
+    assert promised in listed["scaled-lora"]
+    learned = {
+        key: t for key, t in load_file(copied / "runs/scaled/adapter/adapter.safetensors").items() if key[-2:] == ".c"
+    }
+    assert learned
+    assert all(not torch.equal(c, torch.ones_like(c)) for c in learned.values())
+
+
+def test_the_new_methods_keep_the_laws(copied):
+    (laws,) = (words for words in told("python") if words[:2] == ["-m", "pytest"])
+    said = run(copied, *laws, "-v", "-p", "no:cacheprovider", "-p", "no:xdist")
+    passed = re.findall(r"::test_(\d+)_\w+\[(?:\w+-)?(scaled-lora|rsdora)\b.*\] PASSED", said)
+    of = {name: {int(law) for law, tested in passed if tested == name} for name in NEW}
+    assert of == {"scaled-lora": set(range(1, 11)), "rsdora": set(range(1, 10))}  # the tenth has no named rows
+    assert "SKIPPED" not in said
