@@ -50,4 +50,4 @@ def load(
 
 def _unknown(task: str) -> str:
     meant = hint(task.lower(), (*EMBEDDED, *glue.TABLE), cutoff=0.5)
-    return f"no task {task!r}{meant}: there are {', '.join(names())}, or a file ending in {', '.join(tables.READERS)}"
+    return f"no task {task!r}: there are {', '.join(names())}, or a file ending in {', '.join(tables.READERS)}{meant}"
