@@ -16,7 +16,7 @@ from loralab.cli import main
 from loralab.speed.machine import fast_bfloat16
 from loralab.study import conduct as conduct_module
 from loralab.study import load
-from loralab.study.address import IN_HASHES, FREE, address
+from loralab.study.address import IN_HASHES, NOT_RESULT, address
 from loralab.study.bar import StudyBar
 from loralab.study.conduct import conduct
 from loralab.study.parse import define
@@ -165,7 +165,7 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny))
     fields = {f.name for f in dataclasses.fields(Settings)}
     free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
-    assert set(free) == FREE
+    assert set(free) == NOT_RESULT
     assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks"} >= fields
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]

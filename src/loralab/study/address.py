@@ -21,7 +21,7 @@ from loralab.factors import FACTORS
 from loralab.recipe import Recipe, name_of, to_json
 from loralab.tasks import glue
 from loralab.train import Settings
-from loralab.train.settings import FREE
+from loralab.train.settings import NOT_RESULT
 
 VERSION = 1  # raise it when a default changes what runs come to: old addresses then mean nothing
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
@@ -46,7 +46,7 @@ def address(settings: Settings) -> str:
 def content(settings: Settings) -> dict[str, Any]:
     """What the address is the hash of."""
     recipe = settings.recipe()
-    left_out = FREE | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
+    left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
     own = {f.name: f.default for f in dataclasses.fields(Settings) if f.name not in left_out}
     own["dtype"], given = "float32", {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
     return {
@@ -108,4 +108,4 @@ def base(model: str) -> str:
 def same(before: Mapping[str, Any], settings: Settings) -> bool:
     """Whether an unfinished run with these settings can go on as that of `settings`."""
     now = json.loads(json.dumps(settings.to_json()))
-    return all(before.get(key) == value for key, value in now.items() if key not in FREE)
+    return all(before.get(key) == value for key, value in now.items() if key not in NOT_RESULT)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.files import read_header, read_tensors
-from loralab.train.settings import FREE
+from loralab.train.settings import NOT_RESULT
 
 
 class RunFolder:
@@ -42,7 +42,7 @@ class RunFolder:
         if not resume:
             raise UserError(f"--out {self.path} holds another run: choose a new folder, or go on with --resume")
         before = read_header(self.path / "run.json").get("settings", {})
-        decides = [key for key in settings if key not in FREE]
+        decides = [key for key in settings if key not in NOT_RESULT]
         if changed := [key for key in decides if before.get(key) != json.loads(json.dumps(settings[key]))]:
             told = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
             raise UserError(f"--resume {self.path}: {told}; a run goes on only with its own settings")

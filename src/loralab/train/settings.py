@@ -14,7 +14,7 @@ from loralab.speed.machine import fast_bfloat16
 
 Selection = Literal["held-out", "last", "validation"]
 
-FREE = {"out", "resume", "track", "threads", "checkpoint_every"}  # settings that decide no result
+NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # settings that decide no result
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "max_length": 4, "seed": 0,
     "patience": 0, "checkpoint_every": 0, "weight_decay": 0, "clip": 0,
