@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from loralab.live import Stream
 from loralab.speed import masks
 from loralab.train import Settings, passes, train, train_together
 from loralab.train import loop as loop_module
+from loralab.train.batches import epoch_batches
 from loralab.train.together import alone, grouped
 
 
@@ -118,17 +120,26 @@ def test_a_small_room_makes_many_passes_of_the_same_steps(tiny, own, tmp_path, m
 
 
 def test_passes_take_members_of_like_width_up_to_the_room(tiny, own, tmp_path, monkeypatch):
-    taken = []
+    taken, order = [], defaultdict(list)
     forward = loop_module.Loop._pass
 
-    def counted(self, going, rows):
+    def counted(self, going, parts):
         taken.append([m.run.name for m in going])
-        return forward(self, going, rows)
+        for member, (rows, chosen) in zip(going, parts, strict=True):
+            if rows is member.run.train:
+                order[member.run.name].append(chosen)
+        return forward(self, going, parts)
 
     monkeypatch.setattr(loop_module.Loop, "_pass", counted)
     train_together([settings(tiny, own, tmp_path / str(i), seed=i, epochs=1) for i in range(3)])
     assert sorted(taken[:3]) == [["run-0"], ["run-1"], ["run-2"]]  # each is measured alone
     assert all(len(names) == 3 for names in taken[3:])
+    lengths = [0] * 173  # rows of train; batches of like length do not matter here
+    for i in range(3):
+        batches = epoch_batches(lengths, 20, i, 0)
+        assert sorted(map(len, order[f"run-{i}"])) == sorted(map(len, batches))
+        assert sorted(row for batch in order[f"run-{i}"] for row in batch) == list(range(173))
+    assert order["run-0"] != order["run-1"]
 
 
 def test_a_group_that_was_cut_off_goes_on_together_or_alone_to_the_same(tiny, own, tmp_path, monkeypatch):
@@ -205,6 +216,10 @@ def test_each_stream_gets_the_mask_it_gets_alone(shape):
         return [Stream(torch.Generator().manual_seed(7 + i), *size) for i, size in enumerate(sizes)]
 
     whole = masks.mask(torch.empty(shape), 0.4, streams()).view(3, 4, *shape[1:])
+    if len(shape) > 2:  # the last run's part is whole; in the first and second one what pads is kept, not dropped
+        outside = whole.clone()
+        outside[0, :3, ..., :5, : 7 if len(shape) == 3 else 5] = 1
+        assert torch.equal(outside[0], torch.ones_like(outside[0]))
     for stream, part in zip(streams(), whole, strict=True):
         tokens = {2: [7], 3: [stream.tokens, 7], 4: [3, stream.tokens, stream.tokens]}[len(shape)]
         alone = masks.mask(torch.empty(stream.rows, *tokens), 0.4, [stream])

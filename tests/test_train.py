@@ -17,6 +17,7 @@ from loralab.recipe import NAMED
 from loralab.train import Settings, train
 from loralab.train import loop as loop_module
 from loralab.train.batches import epoch_batches, sorted_batches
+from loralab.train.prepare import prepare
 
 
 def settings(tiny, own, out, kind="class", **given) -> Settings:
@@ -120,6 +121,20 @@ def test_parts_of_a_batch_take_the_step_of_the_whole(tiny, own, tmp_path):
     a, b = tensors(tmp_path / "1"), tensors(tmp_path / "3")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-4)
+
+
+def test_the_loss_told_is_the_mean_over_the_rows(tiny, own, tmp_path):
+    """At a rate of nothing the loss of an epoch is that of the model as it began."""
+    given = {"lr": 1e-30, "epochs": 1, "dtype": "float32", "weight_decay": 0.0}
+    run = prepare(settings(calm(tiny, tmp_path), own, tmp_path / "x", **given))
+    losses = []
+    for row in range(len(run.train)):
+        batch = {key: torch.tensor([column[row]]) for key, column in run.train.columns.items()}
+        with torch.no_grad():
+            logits = run.model(**batch).logits[0]
+        losses.append(float(logits.logsumexp(0) - logits[run.train.labels[row]]))
+    train(settings(tmp_path / "calm", own, tmp_path / "r", **given))
+    assert metrics(tmp_path / "r")[0]["train_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def calm(tiny: Path, tmp_path: Path) -> Path:
