@@ -118,6 +118,17 @@ def classifier(
     return model, tokenizer
 
 
+def blank(name: str, num_labels: int) -> "PreTrainedModel":
+    """The classifier of a name without reading its weights; under a FakeTensorMode it takes no memory either."""
+    found = resolve(name)
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    source: dict[str, Any] = _gguf(found) if isinstance(found, Path) else {}
+    with _quiet(), _one_line(name):
+        config = AutoConfig.from_pretrained(found, num_labels=num_labels, trust_remote_code=False, **source)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+
+
 def _of_alias(name: str) -> Path:
     alias, folder = ALIASES[name], find(name)
     if folder is None:

@@ -3,11 +3,13 @@
 Left to autograd, the product would keep the dense W for its backward pass, and lose the memory that few bits save.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 Kept = Mapping[str, Tensor]  # name -> codes (whole numbers) or statistics (float32)
@@ -51,7 +53,7 @@ class Quantized(nn.Module):
             # statistics as the bits of a whole number, so that model.half() does not round them
             self.register_buffer(name, tensor.view(torch.int32) if name in self.statistics else tensor)
         self._square_norms: Tensor | None = None
-        self.error = float((W - self.dense()).norm() / W.norm().clamp_min(1e-30))  # |W - kept| / |W|
+        self.error = _error(W, self.dense())
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """W (out, in), made anew."""
@@ -79,6 +81,11 @@ class Quantized(nn.Module):
     def dense(self) -> Tensor:
         """W (out, in) as kept, in float32."""
         return self.decoded(torch.float32)
+
+
+def _error(W: Tensor, kept: Tensor) -> float:
+    """|W - kept| / |W|; of a plan's tensors, which have no values, it is not known."""
+    return math.nan if isinstance(W, FakeTensor) else float((W - kept).norm() / W.norm().clamp_min(1e-30))
 
 
 def in_blocks(W: Tensor, size: int) -> Tensor:

@@ -21,6 +21,10 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "Fine-tune one model on one task with one method.",
         "loralab train --task reviews.csv --text title body --label stars --out runs/reviews",
     ),
+    "plan": (
+        "What a training step needs in memory, without loading weights, and what would make it need less.",
+        "loralab plan --model minilm --method lora --batch 32 --length 64 --memory 1GB",
+    ),
     "study": (
         "Many runs that answer one question, compared with corrected tests.",
         "loralab study studies/utaustin.toml --model minilm --data DIR",

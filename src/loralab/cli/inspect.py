@@ -8,9 +8,10 @@ from typing import Any
 from loralab import analysis
 from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
+from loralab.cli.layers import show_layers
 from loralab.cli.show import Json, as_json, folder_size, number, pairs, size, table
 from loralab.errors import UserError
-from loralab.files import AdapterFile, read
+from loralab.files import AdapterFile, read, read_header
 from loralab.ranks import RankMap
 from loralab.recipe import to_json
 from loralab.targets import summary
@@ -27,6 +28,7 @@ def inspect(
     model: str | None = None,
     top: int = TOP,
     plot: Path | None = None,
+    memory: bool = False,
     json: Json = False,
 ) -> None:
     """What an adapter folder holds: recipe, layers, labels, the base it belongs to, sizes; and what it learned.
@@ -46,7 +48,12 @@ def inspect(
         Directions to compare, from the largest singular value on.
     plot: Path
         Picture to write: .png, .svg or .pdf.
+    memory: bool
+        Instead, of the folder of a finished run: what its memory was made of, layer by layer, and its peak.
     """
+    if memory:
+        _show_memory(folder, json)
+        return
     _check(top, plot)
     file = read(folder)
     data = facts(file, folder)
@@ -112,6 +119,19 @@ def _draw(spectra: list[Spectrum], overlaps: list[Overlap], plot: Path) -> None:
     from loralab.report import learned
 
     learned.save(learned.overlaps(overlaps) if overlaps else learned.spectra(spectra), plot)
+
+
+def _show_memory(folder: Path, json: bool) -> None:
+    """Of a run; `loralab plan` tells it without one."""
+    place = next((at for at in (folder, folder.parent) if (at / "result.json").exists()), None)
+    found = {} if place is None else read_header(place / "result.json")["memory"]
+    if "layers" not in found:
+        raise UserError(f"--memory: {folder} is no folder of a finished run with memory by layer; try loralab plan")
+    if json:
+        as_json(found)
+        return
+    show_layers(f"{place}: activations are those of the largest batch", found["layers"])
+    print(f"\npeak of the whole run {size(found['peak_bytes'])} above what was there when it began")
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------

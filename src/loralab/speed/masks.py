@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.live import Stream
 
@@ -54,6 +55,8 @@ def _seeds(generator: torch.Generator | None) -> tuple[int, int]:
 
 
 def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int]) -> Tensor:
+    if isinstance(like, FakeTensor):  # of a plan, where sizes alone count
+        return like.new_empty(shape)
     seed, fraction = seeds
     if like.device.type != "cpu":  # torch draws fast there (not measured)
         own = torch.Generator(like.device).manual_seed(seed)

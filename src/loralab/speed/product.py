@@ -55,9 +55,11 @@ class Product:
         parts = [base.weight.detach() if isinstance(base, Float) else base.decoded(dtype) for base in bases]
         if len(parts) == 1:
             return parts[0].to(dtype)
-        first, step = parts[0], parts[0].element_size() * parts[0].shape[1]
+        first = parts[0]
+        whole, step = first.untyped_storage()._cdata, first.shape[1]
         beside = all(
-            w.data_ptr() == first.data_ptr() + step * at for w, at in zip(parts, self.starts[:-1], strict=True)
+            w.untyped_storage()._cdata == whole and w.storage_offset() == first.storage_offset() + step * at
+            for w, at in zip(parts, self.starts[:-1], strict=True)
         )
         if beside and first.dtype == dtype:
             return first.as_strided((self.starts[-1], first.shape[1]), (first.shape[1], 1))

@@ -24,7 +24,7 @@ from loralab.errors import UserError
 from loralab.train.batches import Rows, sorted_batches, width
 from loralab.train.folder import RunFolder
 from loralab.train.member import Member
-from loralab.train.memory import Peak, ledger, saved_activations
+from loralab.train.memory import Peak, ledger, saved_by_layer
 from loralab.train.passes import forward, of_like_rows, passes
 from loralab.train.prepare import Run, facts, prepare_together
 from loralab.train.progress import Reporter, Silent
@@ -167,16 +167,16 @@ class Loop:
     def _losses(self, going: Sequence[Member], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
         """(members,): of each the part of its mean loss that its own rows have in its chosen ones."""
         taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]  # one without rows takes one,
-        first = going[0].progress
-        with saved_activations(self.adapters.model, on=first.step == 0) as kept:
+        first, tokens = going[0].progress, len(taken[0]) * width(going[0].run.train, taken[0])
+        counting = len(going) == 1 and tokens > first.counted
+        with saved_by_layer(self.adapters.model, on=counting) as kept:
             logits = self._pass(going, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)])
             losses = [
                 row_losses(out[:, : m.run.task.num_outputs], m.run.train.labels[rows].to(out.device)).sum()
                 for out, m, rows in zip(logits, going, taken, strict=True)
             ]
-        if first.step == 0:
-            first.activations = max(first.activations, sum(kept.values()))
-            first.room = first.activations / (len(taken[0]) * width(going[0].run.train, taken[0]))
+        if counting:
+            first.activations, first.counted = kept, tokens
         # which then does not count
         return torch.stack(
             [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
@@ -230,8 +230,8 @@ class Loop:
     def _finish(self, member: Member) -> dict[str, Any]:
         member.take_best()
         run, p = member.run, member.progress
-        parts = ledger(member.weights(), member.learned, member.optimizer, p.activations)
-        memory = {"peak_bytes": self.peak.bytes, "ledger": parts}
+        layers = member.layers()
+        memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
         result = result_of(run, vars(p), memory, together=len(self.members))
         for warning in result["warnings"]:
             self.reporter.say(f"warning: {warning}")

@@ -1,10 +1,14 @@
-"""What a run's memory is made of, counted from its tensors, and the peak that the process really reached."""
+"""What a run's memory is made of, counted from its tensors, and the peak that the process really reached.
+
+Each storage counts once, for the first tensor that has it. Purposes are weights (all that is kept of the model),
+gradients, optimizer, and activations: what autograd keeps for the backward pass.
+"""
 
 import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,65 +16,150 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralab.layer import Adapted
+
 STATUS = Path("/proc/self/status")
+REST = "outside the layers"  # masks, the loss
+PURPOSES = ("weights", "gradients", "optimizer", "activations")
+Layers = dict[str, dict[str, int]]  # layer -> purpose -> bytes
 
 
 def tensor_bytes(tensors: Any) -> int:
     """Bytes of the storages behind tensors, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
-    return sum(storages.values())
+    return sum({_key(t): _size(t) for t in tensors if isinstance(t, Tensor)}.values())
+
+
+def _key(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)  # of tensors that have no data, too
+
+
+def _size(t: Tensor) -> int:
+    return t.untyped_storage().nbytes()
+
+
+def layer_of(path: str, model: nn.Module) -> str:
+    """bert.encoder.layer.3 of anything in it; else the part of the backbone, or of the model: bert.embeddings."""
+    names = path.split(".")
+    number = next((i for i, name in enumerate(names) if name.isdecimal()), None)
+    if number is not None:
+        return ".".join(names[: number + 1])
+    return ".".join(names[: 2 if names[0] == getattr(model, "base_model_prefix", None) else 1])
+
+
+def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of all that a model holds: parameters, buffers, and what is no part of its state."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for path, module in model.named_modules():
+        yield from ((path, t) for t in vars(module).values() if isinstance(t, Tensor))
+        if isinstance(module, Adapted):
+            yield from ((path, t) for shared in module.constants.values() for t in shared.values())
 
 
 @contextmanager
-def saved_activations(model: nn.Module, on: bool = True) -> Iterator[dict[int, int]]:
-    """Collects storage -> bytes of what autograd keeps for the backward pass, parameters and buffers left out."""
+def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]]:
+    """Collects layer -> bytes of what autograd keeps for the backward pass, what the model holds left out."""
+    kept: dict[str, int] = {}
     if not on:
-        yield {}
+        yield kept
         return
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
+    counted = {_key(t) for _, t in held(model)}
+    within: list[str] = [REST]
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if _key(t) not in counted:
+            counted.add(_key(t))
+            kept[within[-1]] = kept.get(within[-1], 0) + _size(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield kept
+    names = {layer_of(path, model) for path, _ in model.named_parameters()}
+    modules = [(name, module) for name, module in model.named_modules() if name in names]
+    hooks = [hook for name, module in modules for hook in _stacked(module, name, within)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def ledger(
-    weights: Iterable[Tensor], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer, activations: int
-) -> dict[str, int]:
-    """Bytes by purpose; `activations` are those of one step."""
-    return {
-        "weights": tensor_bytes(weights),
-        "gradients": sum(p.numel() * p.element_size() for p in learned),
-        "optimizer": tensor_bytes(t for state in optimizer.state.values() for t in state.values()),
-        "activations": activations,
-    }
+def _stacked(module: nn.Module, name: str, within: list[str]) -> tuple[Any, Any]:
+    """Hooks that tell that a module is being computed."""
+
+    def enter(*_: Any) -> None:
+        within.append(name)
+
+    def leave(*_: Any) -> None:
+        within.pop()
+
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+
+
+def by_layer(
+    model: nn.Module,
+    learned: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    activations: Mapping[str, int],
+    without: Iterable[Tensor] = (),
+) -> Layers:
+    """Layer -> purpose -> bytes, `without` tensors of others; gradients are as large as what is learned."""
+    out: Layers = {}
+    counted, learns = {_key(t) for t in without}, {id(t) for t in learned}
+
+    def of(path: str) -> dict[str, int]:
+        return out.setdefault(layer_of(path, model), dict.fromkeys(PURPOSES, 0))
+
+    def add(path: str, purpose: str, t: Tensor) -> None:
+        if _key(t) not in counted:
+            counted.add(_key(t))
+            of(path)[purpose] += _size(t)
+
+    for path, t in held(model):
+        add(path, "weights", t)
+        if id(t) in learns:
+            of(path)["gradients"] += t.numel() * t.element_size()
+            for state in optimizer.state.get(t, {}).values():
+                if isinstance(state, Tensor):
+                    add(path, "optimizer", state)
+    for name, size in activations.items():
+        out.setdefault(name, dict.fromkeys(PURPOSES, 0))["activations"] += size
+    return out
+
+
+def ledger(layers: Layers) -> dict[str, int]:
+    """Bytes by purpose, of all layers."""
+    return {purpose: sum(layer[purpose] for layer in layers.values()) for purpose in PURPOSES}
 
 
 class Peak:
     """Peak memory above what the process held when this was made: of the GPU where there is one, else resident."""
 
     def __init__(self) -> None:
-        gc.collect()
+        trim()
         if torch.cuda.is_available():  # not measured
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
         if sys.platform == "linux":
-            with suppress(OSError, AttributeError):  # another libc, or a /proc that may not be written
-                ctypes.CDLL(None).malloc_trim(0)  # memory of an earlier run goes back, so that it is not counted here
+            with suppress(OSError):  # a /proc that may not be written
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         self.before = _resident("VmRSS")
 
     @property
     def bytes(self) -> int:
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-        return max(0, peak - self.before)
+        return max(0, self.reached - self.before)
+
+    @property
+    def reached(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+
+
+def trim() -> None:
+    """Gives back what is free: malloc keeps it, and a run would be charged for what came before it."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

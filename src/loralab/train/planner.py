@@ -1,0 +1,204 @@
+"""What a training step needs in memory, found by taking one without memory: the very code of a run on fake tensors.
+
+PyTorch's FakeTensorMode gives every operation tensors of the right size and no data. `Meter` sees each storage come and
+go, so its highest sum is the peak of a step: what is kept, what is saved for backward, and temporaries.
+
+    from loralab.train.planner import Setup, plan
+    plan(Setup(model="minilm", batch=32, length=64)).peak
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loralab import models
+from loralab.attach import HANDLE, Adapters
+from loralab.errors import UserError
+from loralab.recipe import Recipe, recipe
+from loralab.speed.machine import fast_bfloat16
+from loralab.train.batches import longest
+from loralab.train.memory import Kept, Layers, by_layer, ledger, tensor_bytes
+
+HOLES = 1.35  # of malloc's heap: resident over tensors, fitted to the six settings of docs/memory.md (1.25 to 1.45)
+STEPS = 1000  # for methods whose start depends on the length of training; what they need does not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What decides the memory of a step."""
+
+    model: str = "minilm"
+    """A local folder, a hub name, or an alias: minilm, mpnet, smollm2. Its weights are not loaded."""
+    method: str = "lora"
+    """A row of `loralab methods`."""
+    batch: int = 32
+    """Rows of one forward pass: the batch size over --accumulate of a run."""
+    length: int = 128
+    """Tokens of each row, padding included."""
+    targets: str = "all-linear"
+    """A preset or a regular expression over layer paths, as in `loralab train`."""
+    rank: int | None = None
+    """Rank r; the method's own by default."""
+    store: str | None = None
+    """How frozen weights are kept: float32, bfloat16, int8, nf4, nf4-dq or int2; as loaded by default."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What products run in; auto: bfloat16 where this machine multiplies it fast."""
+    speed: Literal["auto", "off"] = "auto"
+    """auto: the fast path, as far as machine and model take it; off: the plain one."""
+    labels: int = 2
+    """Outputs of the head."""
+    checkpointing: bool = False
+    """Whether activations within a layer are made anew in backward (`gradient_checkpointing_enable` of the model)."""
+
+    def __post_init__(self) -> None:
+        least = {"batch": 1, "length": 1, "labels": 1}
+        wrong = [f"{k}={getattr(self, k)}: expected {n} or more" for k, n in least.items() if getattr(self, k) < n]
+        if wrong:
+            raise UserError("; ".join(wrong))
+
+    def recipe(self) -> Recipe:
+        given = {key: value for key in ("rank", "store") if (value := getattr(self, key)) is not None}
+        made = recipe(self.method, **given).planned(STEPS)
+        return made if made.ranks is not None else replace(made, plan=None)
+
+    @property
+    def precision(self) -> torch.dtype:
+        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16())
+        return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that a setup needs."""
+
+    setup: Setup
+    loading: int  # the most before the first step: weights as loaded, beside those as kept where that differs
+    tensors: int  # the most that tensors take at once during a step
+    layers: Layers
+
+    @property
+    def training(self) -> int:
+        """The most that is resident during a step."""
+        return self.tensors if torch.cuda.is_available() else round(self.tensors * HOLES)
+
+    @property
+    def peak(self) -> int:
+        return max(self.loading, self.training)
+
+    @property
+    def ledger(self) -> dict[str, int]:
+        return ledger(self.layers)
+
+
+def plan(setup: Setup) -> Plan:
+    """Raises UserError for what a run would refuse too."""
+    made = setup.recipe()  # its check looks at values
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(), Meter() as meter:
+        model = models.blank(setup.model, setup.labels)
+        _check(model, setup)
+        loaded = tensor_bytes([*model.parameters(), *model.buffers()])
+        step = Step(model, setup, made)
+        kept = meter.now
+        meter.most = meter.now
+        for _ in range(2):  # the first leaves the optimizer's state
+            step(setup)
+        layers = by_layer(model, step.optimizer, step.kept.layers)
+    return Plan(setup, loaded + (kept if kept < loaded else 0), meter.most, layers)
+
+
+def largest_batch(setup: Setup, memory: int) -> int:
+    """The largest batch whose peak is at most `memory` bytes, 0 if none is."""
+    fits: Callable[[int], bool] = lambda rows: plan(replace(setup, batch=rows)).peak <= memory  # noqa: E731
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class Step:
+    """One optimizer step of a run after another, on zeros."""
+
+    def __init__(self, model: nn.Module, setup: Setup, made: Recipe | None = None) -> None:
+        from loralab.train.prepare import quicken
+
+        handle = Adapters(model)
+        if made is not None:  # a plan's
+            handle._sha256 = "not known without weights"
+        handle.add("plan", made or setup.recipe(), targets=setup.targets, head=True, filled=made is not None)
+        setattr(model, HANDLE, handle)
+        handle.live.names = ("plan",)
+        _, self.autocast = quicken(model, setup.speed, setup.precision)
+        if setup.checkpointing:
+            _checkpoint(model, setup.model)
+        self.model, self.kept = model.train(), Kept(model)
+        self.optimizer = torch.optim.AdamW(handle.parameter_groups(lr=1e-3), fused=True)
+        self.learned = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, setup: Setup) -> None:
+        from loralab.train.loop import row_losses
+
+        ids = torch.ones(setup.batch, setup.length, dtype=torch.long)
+        labels = torch.zeros(setup.batch, dtype=torch.long if setup.labels > 1 else torch.float32)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # some padding, as in a run
+        with self.kept.watch(ids.numel()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                logits = self.model(input_ids=ids, attention_mask=mask).logits
+            loss = row_losses(logits.float(), labels).mean()
+        del logits
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.learned, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that operations under it made and that are alive, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._meet(t.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            finalize(storage, self._gone, key, size).atexit = False
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def _checkpoint(model: Any, name: str) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"checkpointing: {name} cannot make its activations anew")
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+
+
+def _check(model: Any, setup: Setup) -> None:
+    most = longest(model)
+    if most is not None and setup.length > most:
+        raise UserError(f"--length {setup.length}: {setup.model} takes {most} tokens at most")
