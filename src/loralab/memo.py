@@ -6,11 +6,12 @@ by hand leaves no trace; every forward with gradients on forgets all, so a train
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
+from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -30,6 +31,18 @@ def steps() -> list[int]:
 
     register_optimizer_step_post_hook(up)
     return count
+
+
+def constants(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make` of hashable arguments, kept; its tensors have values, even where `loralab plan` asks for them first."""
+
+    @lru_cache(maxsize=8)
+    @wraps(make)
+    def made(*args: Hashable) -> Any:
+        with unset_fake_temporarily():
+            return make(*args)
+
+    return made
 
 
 class Memo:

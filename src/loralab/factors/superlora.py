@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 
 from loralab.factors.base import Roles
 from loralab.factors.lora import LoRA
+from loralab.memo import constants
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def spread(v: Tensor, P: Tensor) -> Tensor:
     return torch.cat([v, -v] * turns, -1)[..., : len(P)].index_select(-1, P)
 
 
-@lru_cache(maxsize=8)
+@constants
 def shuffle(seed: int, count: int) -> Tensor:
     """An order of `count` things, decided by integers alone: the argsort of Philox's 64-bit words."""
     words = np.random.Philox(key=seed).random_raw(count)

@@ -9,7 +9,6 @@ a generator defined here, so that a file needs only the seed: the top 24 bits of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from loralab.factors.base import Factors, Roles
+from loralab.memo import constants
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class VeRA(Factors):
         return {"A": constants["A"][:, :in_features], "B": constants["B"][:out_features]}
 
 
-@lru_cache(maxsize=8)
+@constants
 def _philox(seed: int, rank: int, most_out: int, most_in: int) -> dict[str, Tensor]:
     stream = np.random.Philox(key=seed)
 
@@ -68,7 +68,7 @@ def _philox(seed: int, rank: int, most_out: int, most_in: int) -> dict[str, Tens
     return {"A": draw(rank, most_in), "B": draw(most_out, rank)}
 
 
-@lru_cache(maxsize=8)
+@constants
 def _peft(seed: int, rank: int, most_out: int, most_in: int) -> dict[str, Tensor]:
     generator = Generator().manual_seed(seed)
 

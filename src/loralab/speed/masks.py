@@ -28,12 +28,12 @@ def mask(like: Tensor, p: float, streams: Sequence[Stream] = ()) -> Tensor:
     With several `streams`, `like` is (rows, d), (rows, t, d) or (rows, heads, t, t), its rows in as many equal parts.
     """
     if len(streams) < 2:
-        return _drawn(like, like.shape, p, _seeds(streams[0].generator if streams else None))
+        return _drawn(like, like.shape, p, _seeds(streams[0].generator if streams else None, like))
     parts = like.view(len(streams), -1, *like.shape[1:])  # (K, b, ...)
     whole = torch.empty_like(parts, memory_format=torch.contiguous_format)
     seen: dict[Any, Tensor] = {}  # runs of one seed and one order of rows have the same masks
     for stream, part in zip(streams, whole, strict=True):
-        own, seeds = _own(part.shape, stream, streams), _seeds(stream.generator)
+        own, seeds = _own(part.shape, stream, streams), _seeds(stream.generator, like)
         if (own, seeds) not in seen:
             seen[own, seeds] = _drawn(like, own, p, seeds)
         if own != part.shape:
@@ -49,14 +49,14 @@ def _own(part: Sequence[int], stream: Stream, streams: Sequence[Stream]) -> tupl
     return (stream.rows, *(stream.tokens if axis in axes else n for axis, n in enumerate(part[1:], 1)))
 
 
-def _seeds(generator: torch.Generator | None) -> tuple[int, int]:
+def _seeds(generator: torch.Generator | None, like: Tensor) -> tuple[int, int]:
+    if isinstance(like, FakeTensor):  # of a plan: it has a size and no data
+        return 0, 0
     seed, fraction = torch.randint(2**32, (2,), generator=generator).tolist()
     return seed, fraction
 
 
 def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int]) -> Tensor:
-    if isinstance(like, FakeTensor):  # of a plan, where sizes alone count
-        return like.new_empty(shape)
     seed, fraction = seeds
     if like.device.type != "cpu":  # torch draws fast there (not measured)
         own = torch.Generator(like.device).manual_seed(seed)
@@ -64,9 +64,8 @@ def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int])
     below = int(256 * (1 - p) + fraction / 2**32)  # k
     count = math.prod(shape)
     half = -(-count // 8) * 4
-    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, half // 4, dtype=np.uint64)
     drawn = torch.empty(2, half, dtype=torch.int16)  # compared by the high byte of each: first the high, then the low
-    drawn[0] = torch.from_numpy(words.view(np.int16))
+    drawn[0] = _words(seed, half, like)
     torch.bitwise_left_shift(drawn[0], 8, out=drawn[1])
     drawn.lt_((below - 128) * 256)  # 1 where the value is kept
     drawn = drawn.view(-1)[:count].view(shape)
@@ -74,6 +73,14 @@ def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int])
     if like.element_size() == 2:  # the bits of the scale, times 0 or 1: no pass over the values for a cast
         return drawn.mul_(int(scale.view(torch.int16))).view(like.dtype)
     return drawn.to(like.dtype).mul_(scale)
+
+
+def _words(seed: int, count: int, like: Tensor) -> Tensor:
+    """(count,) random int16; count is a multiple of 4."""
+    if isinstance(like, FakeTensor):
+        return torch.empty(count, dtype=torch.int16)
+    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, count // 4, dtype=np.uint64)
+    return torch.from_numpy(words.view(np.int16))
 
 
 class Dropped(torch.autograd.Function):

@@ -7,7 +7,7 @@ go, so its highest sum is the peak of a step: what is kept, what is saved for ba
     plan(Setup(model="minilm", batch=32, length=64)).peak
 """
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import finalize
@@ -18,15 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loralab import models
+from loralab import models, speed
 from loralab.attach import HANDLE, Adapters
 from loralab.errors import UserError
 from loralab.recipe import Recipe, recipe
 from loralab.speed.machine import fast_bfloat16
+from loralab.train import heap
 from loralab.train.batches import longest
-from loralab.train.memory import Kept, Layers, by_layer, ledger, tensor_bytes
+from loralab.train.memory import Layers, by_layer, ledger, saved_by_layer, tensor_bytes
 
-HOLES = 1.35  # of malloc's heap: resident over tensors, fitted to the six settings of docs/memory.md (1.25 to 1.45)
+BESIDE = 20_000_000  # bytes of what is no tensor: products that oneDNN prepared, its scratch (see docs/memory.md)
 STEPS = 1000  # for methods whose start depends on the length of training; what they need does not
 
 
@@ -80,13 +81,9 @@ class Plan:
 
     setup: Setup
     loading: int  # the most before the first step: weights as loaded, beside those as kept where that differs
-    tensors: int  # the most that tensors take at once during a step
+    tensors: int  # the most that tensors take at once during a step, temporaries among them
+    training: int  # the most that is resident during a step
     layers: Layers
-
-    @property
-    def training(self) -> int:
-        """The most that is resident during a step."""
-        return self.tensors if torch.cuda.is_available() else round(self.tensors * HOLES)
 
     @property
     def peak(self) -> int:
@@ -105,44 +102,52 @@ def plan(setup: Setup) -> Plan:
         _check(model, setup)
         loaded = tensor_bytes([*model.parameters(), *model.buffers()])
         step = Step(model, setup, made)
-        kept = meter.now
-        meter.most = meter.now
-        for _ in range(2):  # the first leaves the optimizer's state
+        kept = meter.restart()
+        for _ in range(2):  # the first leaves the optimizer's state, the second finds its holes
             step(setup)
-        layers = by_layer(model, step.optimizer, step.kept.layers)
-    return Plan(setup, loaded + (kept if kept < loaded else 0), meter.most, layers)
+        layers = by_layer(model, step.learned, step.optimizer, step.kept)
+    loading = loaded + (kept if kept < loaded else 0) + BESIDE
+    return Plan(setup, loading, meter.most, _resident(meter), layers)
 
 
-def largest_batch(setup: Setup, memory: int) -> int:
-    """The largest batch whose peak is at most `memory` bytes, 0 if none is."""
-    fits: Callable[[int], bool] = lambda rows: plan(replace(setup, batch=rows)).peak <= memory  # noqa: E731
-    if not fits(1):
+def _resident(meter: "Meter") -> int:
+    """Of the tensors that a meter saw: on a GPU PyTorch keeps blocks that fit again (not measured)."""
+    held = None if torch.cuda.is_available() else heap.resident(meter.events)
+    return (meter.most if held is None else held) + BESIDE
+
+
+def largest_batch(found: Plan, memory: int) -> int:
+    """The largest batch, to 2 %, whose peak is at most `memory` bytes, 0 if none is: memory is nearly linear in it."""
+    least = plan(replace(found.setup, batch=1)).peak
+    if least > memory:
         return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    low, high = 1, sys.maxsize  # one that fits, one that does not
+    rows, peak = found.setup.batch, found.peak
+    while True:
+        low, high = (max(low, rows), high) if peak <= memory else (low, rows)
+        if high - low <= max(1, low // 50):
+            return low
+        each = max(1.0, (peak - least) / max(1, rows - 1))
+        rows = min(max(1 + int((memory - least) / each), low + max(1, low // 50)), high - max(1, high // 50))
+        rows = max(rows, low + 1)
+        peak = plan(replace(found.setup, batch=rows)).peak
 
 
 class Step:
     """One optimizer step of a run after another, on zeros."""
 
     def __init__(self, model: nn.Module, setup: Setup, made: Recipe | None = None) -> None:
-        from loralab.train.prepare import quicken
-
         handle = Adapters(model)
         if made is not None:  # a plan's
             handle._sha256 = "not known without weights"
         handle.add("plan", made or setup.recipe(), targets=setup.targets, head=True, filled=made is not None)
         setattr(model, HANDLE, handle)
         handle.live.names = ("plan",)
-        _, self.autocast = quicken(model, setup.speed, setup.precision)
+        _, self.autocast = speed.quicken(model, setup.speed, setup.precision)
         if setup.checkpointing:
             _checkpoint(model, setup.model)
-        self.model, self.kept = model.train(), Kept(model)
+        self.model = model.train()
+        self.kept: dict[str, int] = {}
         self.optimizer = torch.optim.AdamW(handle.parameter_groups(lr=1e-3), fused=True)
         self.learned = [p for p in model.parameters() if p.requires_grad]
 
@@ -153,7 +158,7 @@ class Step:
         labels = torch.zeros(setup.batch, dtype=torch.long if setup.labels > 1 else torch.float32)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # some padding, as in a run
-        with self.kept.watch(ids.numel()):
+        with saved_by_layer(self.model) as self.kept:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
             loss = row_losses(logits.float(), labels).mean()
@@ -170,7 +175,13 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
-        self.alive: set[int] = set()
+        self.alive: dict[int, int] = {}  # storage -> bytes
+        self.events: list[heap.Event] = []  # as they came and went
+
+    def restart(self) -> int:
+        """From here on, with what is alive now, whose bytes this returns."""
+        self.most, self.events = self.now, list(self.alive.items())
+        return self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -181,15 +192,16 @@ class Meter(TorchDispatchMode):
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive.add(key)
-            finalize(storage, self._gone, key, size).atexit = False
+        if size and key not in self.alive:
+            self.alive[key] = size
+            self.events.append((key, size))
+            finalize(storage, self._gone, key).atexit = False
             self.now += size
             self.most = max(self.most, self.now)
 
-    def _gone(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
+    def _gone(self, key: int) -> None:
+        self.events.append((key, 0))
+        self.now -= self.alive.pop(key)
 
 
 def _checkpoint(model: Any, name: str) -> None:

@@ -1,0 +1,74 @@
+"""What a process holds for tensors that come and go: more than they take, by the holes that malloc leaves between them.
+
+The holes follow from the order of sizes and from small blocks in between, which keep a hole from being as large as the
+next tensor wants it with its alignment. So the order is replayed through this machine's own malloc, in a process of its
+own, without touching the memory. The GNU C library says how far its heap grew; with another C library no holes are
+counted. Run as a program, this file reads the orders on stdin: it imports no more than it needs, to start fast.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+Event = tuple[int, int]  # (which storage, its bytes when it comes or 0 when it goes)
+
+ALIGNMENT = 64  # of PyTorch's tensors on CPU
+LARGE = 31 << 20  # a freed block up to 32 MiB, as loading leaves some, makes malloc take later ones from its heap
+SMALL = (104, 208, 56, 72, 320)  # bytes of what PyTorch makes beside a storage: its record, the tensor's, autograd's
+
+
+class _Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def resident(events: Sequence[Event]) -> int | None:
+    """The most bytes that malloc takes from the system, at the worst number of small blocks; None: not known here."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        return None
+    program = [sys.executable, "-I", "-S", __file__]
+    out = subprocess.run(program, input=json.dumps(events), capture_output=True, text=True, check=True)
+    return max(map(int, out.stdout.split()))
+
+
+def replayed(events: Sequence[Event], small: Sequence[int]) -> int:
+    """The same in this process, whose heap then is no longer fresh."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Info
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.posix_memalign.argtypes = [ctypes.c_void_p], [ctypes.c_void_p] + [ctypes.c_size_t] * 2
+
+    def taken() -> int:
+        info = libc.mallinfo2()
+        return int(info.arena + info.hblkhd)
+
+    libc.free(libc.malloc(LARGE))
+    before = most = taken()
+    blocks: dict[int, list[int]] = {}
+    place = ctypes.c_void_p()
+    for key, size in events:
+        if size:
+            libc.posix_memalign(ctypes.byref(place), ALIGNMENT, size)
+            blocks[key] = [place.value or 0, *(libc.malloc(n) for n in small)]
+            most = max(most, taken())
+        else:
+            for block in blocks.pop(key):
+                libc.free(block)
+    return most - before
+
+
+def main() -> None:
+    events = json.load(sys.stdin)
+    for count in range(len(SMALL) + 1):
+        child = os.fork()  # each number of small blocks on a fresh heap
+        if not child:
+            os.write(1, f"{replayed(events, SMALL[:count])}\n".encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()
