@@ -13,7 +13,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compil
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types format models clean
+.PHONY: help demo test test-slow lint types format peaks models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -37,6 +37,9 @@ types: $(VENV)/dev.stamp  ## mypy, strict
 format: $(VENV)/dev.stamp  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
 
 models: $(GET)  ## fetch the larger real models (540 MB) into ~/.cache/loralab/models
 	$(PYTHON) $(GET) mpnet

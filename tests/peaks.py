@@ -69,7 +69,8 @@ def _warm(setup: Setup) -> None:
 
 
 def table(title: str, settings: dict[str, Setup]) -> None:
-    print(f"{title}\n\n| model, method, batch x length | tensors | planned | measured | error | loading: planned | measured |")
+    print(f"{title}\n\n| model, method, batch x length | tensors | planned | measured | error |", end="")
+    print(" loading: planned | measured |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     errors = []
     for name, setup in settings.items():
@@ -96,6 +97,7 @@ if __name__ == "__main__":
         print(json.dumps(measure({**FITTED, **CHECKED}[sys.argv[1]])))
     else:
         libc, versions = " ".join(platform.libc_ver()), f"torch {torch.__version__}"
-        print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, one thread, {libc}, {versions}; error = planned / measured - 1\n")
+        print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, one thread, {libc}, {versions}")
+        print("error = planned / measured - 1\n")
         table("Fitted on:", FITTED)
         table("Checked on:", CHECKED)

@@ -1,26 +1,26 @@
 """`loralab plan`: what a training step needs in memory, without loading weights, and what would make it need less."""
 
-import re
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from loralab.cli.layers import show_layers
-from loralab.cli.show import Json, as_json, pairs, size, table
+from loralab.cli.show import Json, as_bytes, as_json, pairs, size, table
 from loralab.errors import UserError
 from loralab.train.planner import Plan, Setup, largest_batch
 from loralab.train.planner import plan as planned
 
-UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> how the setup does; the cheapest for quality first
     "--dtype bfloat16": {"dtype": "bfloat16"},
     "--store int8": {"store": "int8"},
     "--store nf4-dq": {"store": "nf4-dq"},
+    "--method lora": {"method": "lora"},
     "--method lora-fa": {"method": "lora-fa"},
     "--targets attention-qv": {"targets": "attention-qv"},
     "checkpointing, in a Trainer": {"checkpointing": True},
 }
+WORTH = 0.99  # a change is told where it needs less than this part
 
 
 def plan(
@@ -31,20 +31,19 @@ def plan(
 ) -> None:
     """What a training step needs in memory, layer by layer, without loading weights; and what would make it need less.
 
+    How right it is: docs/memory.md.
+
     Parameters
     ----------
     memory: str
-        What there is, as 24GB or 16GiB: tells whether the step fits, and the largest batch that does.
+        What there is, as 24GB or 512MiB: tells whether the step fits, and the largest batch that does.
     """
-    room = None if memory is None else _bytes(memory)
+    room = as_bytes(memory)
     found = planned(settings)
-    most = None if room is None else largest_batch(settings, room)
+    most = None if room is None else largest_batch(found, room)
     changes = _changes(found)
     if json:
-        fits = None if room is None else found.peak <= room
-        data = {"setup": asdict(settings), **_numbers(found), "ledger": found.ledger, "layers": found.layers}
-        changed = {name: _numbers(other) for name, other in changes.items()}
-        as_json({**data, "memory": room, "fits": fits, "largest_batch": most, "changes": changed})
+        as_json(_data(found, room, most, changes))
         return
     show_layers(f"{settings.model}, {settings.method}, {settings.batch} rows of {settings.length} tokens", found.layers)
     pairs("\nmost at once, beside what the imports take", _told(found))
@@ -57,9 +56,16 @@ def plan(
 def _told(p: Plan) -> dict[str, str]:
     return {
         "while loading": size(p.loading),
-        "tensors in a step": f"{size(p.tensors)}, temporaries among them",
-        "resident in a step": f"{size(p.training)}, with the holes that malloc leaves on its heap",
+        "in a step": f"{size(p.training)} resident, {size(p.tensors)} of it tensors, temporaries among them",
+        "peak": size(p.peak),
     }
+
+
+def _data(found: Plan, room: int | None, most: int | None, changes: dict[str, Plan]) -> dict[str, Any]:
+    fits = None if room is None else found.peak <= room
+    parts = {"ledger": found.ledger, "layers": found.layers, "memory": room, "fits": fits, "largest_batch": most}
+    changed = {name: _numbers(other) for name, other in changes.items()}
+    return {"setup": asdict(found.setup), **_numbers(found), **parts, "changes": changed}
 
 
 def _numbers(p: Plan) -> dict[str, int]:
@@ -68,28 +74,27 @@ def _numbers(p: Plan) -> dict[str, int]:
 
 def _changes(found: Plan) -> dict[str, Plan]:
     """Setups that need less, where they make sense; half the batch with --accumulate 2 has the same gradient."""
-    setup, out = found.setup, {}
-    half = {} if setup.batch == 1 else {"--accumulate 2": {"batch": setup.batch // 2}}
-    for name, change in {**half, **CHANGES}.items():
+    s, out = found.setup, {}
+    smaller = {} if s.batch == 1 else {"--accumulate 2": {"batch": -(-s.batch // 2)}}
+    shorter = {} if s.length < 2 else {f"--length {s.length // 2}": {"length": s.length // 2}}
+    for name, change in {**smaller, **CHANGES, **shorter}.items():
         try:
-            other = planned(replace(setup, **change))
+            other = planned(replace(s, **change))
         except UserError:  # of a method or model that cannot have it
             continue
-        if other.peak < 0.99 * found.peak:
+        if other.peak < WORTH * found.peak:
             out[name] = other
     return out
 
 
 def _verdict(found: Plan, room: int, most: int, changes: dict[str, Plan]) -> str:
     if found.peak <= room:
-        return f"fits in {size(room)}: yes; the largest batch that does is about {most}"
+        return f"It fits: {size(found.peak)} of {size(room)}. The largest batch that does is about {most}."
     able = [name for name, other in changes.items() if other.peak <= room]
-    batch = f"--batch {most}" if most else "no batch does, not even 1"
-    return f"fits in {size(room)}: no; what fits: {', '.join([batch, *able])}"
-
-
-def _bytes(text: str) -> int:
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", text.strip().lower())
-    if parts is None:
-        raise UserError(f"--memory {text}: expected a number and a unit, as 24GB or 16GiB")
-    return int(float(parts[1]) * UNITS[parts[2]])
+    able += [f"--batch {most}, which in a run is --accumulate {-(-found.setup.batch // most)}"] if most else []
+    short = f"It does not fit: {size(found.peak)}, and there is {size(room)}."
+    if able:
+        return f"{short} Each of these alone does: {', or '.join(able)}."
+    least = min((other.peak for other in changes.values()), default=found.peak)
+    best = f"No single change does, nor a batch of 1; the best needs {size(least)}"
+    return f"{short} {best}. Try several at once, or a smaller model."

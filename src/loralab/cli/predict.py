@@ -1,6 +1,5 @@
 """`loralab predict`: the rows of a file, each answered by the adapter it names."""
 
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,12 @@ import torch
 from torch import nn
 
 from loralab import models
-from loralab.cli.show import Json
+from loralab.cli.show import Json, as_bytes
 from loralab.errors import UserError
 from loralab.report.numbers import spans
 from loralab.serve import Answer, Known, Pool, Predictor, Row, known, table
 from loralab.tasks import tables
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 USUAL = (("text",), ("sentence",))  # columns of text to look for where neither flag nor adapter names them
 
 
@@ -70,7 +68,7 @@ def predict(
         What the new columns' names begin with.
     """
     _check(batch_size, max_length, rank, out)
-    budget, there = _bytes(memory), known(adapters)
+    budget, there = as_bytes(memory), known(adapters)
     columns = table.read(input)
     added = [prefix + name for name in ("label", "probabilities", *(["error"] if keep_going else []))]
     if doubled := [name for name in added if name in columns]:
@@ -93,16 +91,6 @@ def _check(batch_size: int, max_length: int | None, rank: int | None, out: Path 
         raise UserError(f"--out {out} exists: choose a new file")
     if out is not None and out.suffix.lower() not in tables.READERS:
         raise UserError(f"--out {out}: a name ending in {', '.join(tables.READERS)} was expected")
-
-
-def _bytes(memory: str | None) -> int | None:
-    """2GB -> 2000000000."""
-    if memory is None:
-        return None
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", memory.strip())
-    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1 or found[1] == ".":
-        raise UserError(f"--memory {memory}: expected a size such as 500MB, 2GB or 1.5GiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def _rows(

@@ -1,6 +1,7 @@
 """Tables on stdout, for people or, with --json, for machines."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from loralab.errors import UserError
+
 Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
@@ -57,6 +62,16 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def as_bytes(memory: str | None) -> int | None:
+    """The value of --memory: 2GB -> 2000000000."""
+    if memory is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)", memory.strip())
+    if found is None or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise UserError(f"--memory {memory}: expected a size such as 500MB, 2GB or 1.5GiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def folder_size(folder: Path) -> int:

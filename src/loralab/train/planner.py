@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from loralab import models, speed
 from loralab.attach import HANDLE, Adapters
+from loralab.bases import keep
 from loralab.errors import UserError
 from loralab.recipe import Recipe, recipe
 from loralab.speed.machine import fast_bfloat16
@@ -97,6 +98,8 @@ class Plan:
 def plan(setup: Setup) -> Plan:
     """Raises UserError for what a run would refuse too."""
     made = setup.recipe()  # its check looks at values
+    if made.store:
+        keep(nn.Linear(8, 8), made.store)  # its library keeps tables, which must have values, or nothing is as it was
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(), Meter() as meter:
         model = models.blank(setup.model, setup.labels)
         _check(model, setup)
