@@ -22,6 +22,7 @@ from loralab import models, speed
 from loralab.attach import HANDLE, Adapters
 from loralab.bases import keep
 from loralab.errors import UserError
+from loralab.optimizers import adamw
 from loralab.recipe import Recipe, recipe
 from loralab.speed.machine import fast_bfloat16
 from loralab.train import heap
@@ -100,7 +101,7 @@ def plan(setup: Setup) -> Plan:
     made = setup.recipe()  # its check looks at values
     if made.store:
         keep(nn.Linear(8, 8), made.store)  # its library keeps tables, which must have values, or nothing is as it was
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(), Meter() as meter:
+    with Sizes(allow_non_fake_inputs=True), torch.random.fork_rng(), Meter() as meter:
         model = models.blank(setup.model, setup.labels)
         _check(model, setup)
         loaded = tensor_bytes([*model.parameters(), *model.buffers()])
@@ -151,7 +152,7 @@ class Step:
             _checkpoint(model, setup.model)
         self.model = model.train()
         self.kept: dict[str, int] = {}
-        self.optimizer = torch.optim.AdamW(handle.parameter_groups(lr=1e-3), fused=True)
+        self.optimizer = adamw(handle.parameter_groups(lr=1e-3), fused=True)
         self.learned = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, setup: Setup) -> None:
@@ -170,6 +171,13 @@ class Step:
         nn.utils.clip_grad_norm_(self.learned, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class Sizes(FakeTensorMode):
+    """Tensors of a size and without data."""
+
+    def __deepcopy__(self, memo: Any) -> "Sizes":
+        return self  # each tensor has its mode, and a head is copied
 
 
 class Meter(TorchDispatchMode):
