@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Known(NamedTuple):
@@ -39,7 +39,7 @@ def constants(make: Callable[..., Any]) -> Callable[..., Any]:
     @lru_cache(maxsize=8)
     @wraps(make)
     def made(*args: Hashable) -> Any:
-        with unset_fake_temporarily():
+        with _disable_current_modes():
             return make(*args)
 
     return made

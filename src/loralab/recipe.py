@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Generator
+from torch.utils._python_dispatch import _disable_current_modes
 
 from loralab import starts
 from loralab.bases import STORES
@@ -203,13 +204,14 @@ def _moves(factors: Factors, r: Recipe) -> bool:
     if "m" in r.learn or r.start not in starts.STARTS or not starts.STARTS[r.start].zero or not factors.low_rank:
         return True
     n = max(getattr(factors, "rank", 1), 8)
-    p = factors.init(n, n, Generator().manual_seed(0))
-    learned = [p[role].requires_grad_() for role in r.learn]
-    p |= factors.local(factors.constants([(n, n)]), n, n)
-    with torch.enable_grad():  # an adapter may be loaded where no gradients are wanted
+    # an adapter may be loaded where no gradients are wanted, or planned where tensors have no values
+    with torch.enable_grad(), _disable_current_modes():
+        p = factors.init(n, n, Generator().manual_seed(0))
+        learned = [p[role].requires_grad_() for role in r.learn]
+        p |= factors.local(factors.constants([(n, n)]), n, n)
         A, B = factors.lower(p)
         total = ((B @ A) * torch.randn(n, n, generator=Generator().manual_seed(1))).sum()
-    return total.requires_grad and any(bool(grad.any()) for grad in torch.autograd.grad(total, learned))
+        return total.requires_grad and any(bool(grad.any()) for grad in torch.autograd.grad(total, learned))
 
 
 def _map_problems(factors: Factors, r: Recipe) -> list[str]:

@@ -27,7 +27,7 @@ from loralab.recipe import Recipe, recipe
 from loralab.speed.machine import fast_bfloat16
 from loralab.train import heap
 from loralab.train.batches import longest
-from loralab.train.memory import Layers, by_layer, ledger, saved_by_layer, tensor_bytes
+from loralab.train.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
 
 BESIDE = 20_000_000  # bytes of what is no tensor: products that oneDNN prepared, its scratch (see docs/memory.md)
 STEPS = 1000  # for methods whose start depends on the length of training; what they need does not
@@ -99,13 +99,20 @@ class Plan:
 def plan(setup: Setup) -> Plan:
     """Raises UserError for what a run would refuse too."""
     made = setup.recipe()  # its check looks at values
-    if made.store:
-        keep(nn.Linear(8, 8), made.store)  # its library keeps tables, which must have values, or nothing is as it was
-    with Sizes(allow_non_fake_inputs=True), torch.random.fork_rng(), Meter() as meter:
+    with torch.random.fork_rng():
+        if made.store:
+            keep(nn.Linear(8, 8), made.store)  # its library keeps tables, which later runs want with values
+        return _plan(setup, made)
+
+
+def _plan(setup: Setup, made: Recipe) -> Plan:
+    with Sizes(allow_non_fake_inputs=True), Meter() as meter:
         model = models.blank(setup.model, setup.labels)
         _check(model, setup)
         loaded = tensor_bytes([*model.parameters(), *model.buffers()])
         step = Step(model, setup, made)
+        for _, t in held(model):
+            meter.meet(t)  # shared constants, which are there before
         kept = meter.restart()
         for _ in range(2):  # the first leaves the optimizer's state, the second finds its holes
             step(setup)
@@ -198,10 +205,11 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                self._meet(t.untyped_storage())
+                self.meet(t)
         return out
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def meet(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if size and key not in self.alive:
             self.alive[key] = size
