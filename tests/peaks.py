@@ -99,5 +99,5 @@ if __name__ == "__main__":
         libc, versions = " ".join(platform.libc_ver()), f"torch {torch.__version__}"
         print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, one thread, {libc}, {versions}")
         print("error = planned / measured - 1\n")
-        table("Fitted on:", FITTED)
+        table("Chosen on:", FITTED)
         table("Checked on:", CHECKED)

@@ -50,7 +50,7 @@ class VeRA(Factors):
 
     def constants(self, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         outs, ins = zip(*shapes, strict=True)
-        return SOURCES[self.source](self.projection_seed, self.rank, max(outs), max(ins))
+        return SOURCES[self.source](self.projection_seed, self.rank, max(outs), max(ins))  # type: ignore[no-any-return]
 
     def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
         return {"A": constants["A"][:, :in_features], "B": constants["B"][:out_features]}

@@ -139,7 +139,7 @@ class Member:
     def largest(self, rows: int, tokens: int) -> bool:
         """Whether a padded batch is its largest so far; a part of it may be all that a pass takes."""
         parts = self.settings.accumulate * self.accelerator.num_processes
-        return self.progress.counted < max(1, rows // parts) * tokens
+        return bool(self.progress.counted < max(1, rows // parts) * tokens)
 
     def layers(self) -> Layers:
         """What its memory is made of; of the model every tensor that is no other run's."""
