@@ -1,4 +1,4 @@
-"""Memory: each storage once, of the largest batch; a plan is what the step really takes."""
+"""Memory: each storage once; a plan is what the step really takes."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from loralab.cli import main
 from loralab.cli.plan import _verdict
 from loralab.train import Settings, heap, train
 from loralab.train.batches import padded
-from loralab.train.memory import PURPOSES, by_layer, held, layer_of, ledger, saved_by_layer, tensor_bytes
+from loralab.train.memory import PURPOSES, by_layer, held, layer_of, ledger, of_adapter, saved_by_layer, tensor_bytes
 from loralab.train.planner import Meter, Setup, Step, largest_batch, plan
 
 SETUPS = {
@@ -53,7 +53,7 @@ def real(setup):
     model, _ = models.classifier(setup.model, setup.labels, False, torch.float32, seed=0)
     step = Step(model, setup)
     step(setup)
-    layers = by_layer(model, step.learned, step.optimizer, step.kept)
+    layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
     with Meter() as meter:
         for t in [*(t for _, t in held(model)), *(t for s in step.optimizer.state.values() for t in s.values())]:
             meter.meet(t)
@@ -113,7 +113,7 @@ def test_every_byte_of_a_model_is_in_one_layer():
     model(**rows()).logits.sum().backward()
     optimizer.step()
     learned = [p for p in model.parameters() if p.requires_grad]
-    layers = by_layer(model, learned, optimizer, {"classifier": 3})
+    layers = by_layer(model, held(model), learned, optimizer, {"classifier": 3})
     constants = [t for layer in adapters.layers.values() for t in layer.constants["default"].values()]
     assert ledger(layers)["weights"] == tensor_bytes([*model.parameters(), *model.buffers(), *constants])
     assert ledger(layers)["gradients"] == tensor_bytes(p.grad for p in learned)
@@ -122,8 +122,12 @@ def test_every_byte_of_a_model_is_in_one_layer():
     assert {"bert.encoder.layer.0", "bert.encoder.layer.1", "bert.embeddings", "classifier"} <= set(layers)
     assert layer_of("bert.encoder.layer.1.output.dense.weight", model) == "bert.encoder.layer.1"
     some = learned[0]
-    without = by_layer(model, [p for p in learned if p is not some], optimizer, {}, without=[some])
-    assert ledger(without)["weights"] == ledger(layers)["weights"] - tensor_bytes([some])
+    kept = of_adapter(model, "default", without=[some])
+    without = ledger(by_layer(model, kept, learned, optimizer, {}))
+    assert without["weights"] == ledger(layers)["weights"] - tensor_bytes([some])
+    assert without["gradients"] == ledger(layers)["gradients"] - tensor_bytes([some])
+    own = ledger(by_layer(model, of_adapter(model, "another", without=[]), learned, optimizer, {}))
+    assert own["weights"] == ledger(layers)["weights"] - tensor_bytes(constants)
 
 
 def test_a_run_tells_its_memory_by_layer(tiny, own, tmp_path, capsys):
@@ -133,11 +137,13 @@ def test_a_run_tells_its_memory_by_layer(tiny, own, tmp_path, capsys):
     )  # fmt: skip
     memory = train(settings)["memory"]
     assert memory["ledger"] == {purpose: sum(x[purpose] for x in memory["layers"].values()) for purpose in PURPOSES}
-    widest = plan(Setup(model=str(tiny), batch=16, length=padded(9), dtype="float32", targets=settings.targets))
-    assert {k: v["weights"] for k, v in memory["layers"].items() if v["weights"]} == {
-        k: v["weights"] for k, v in widest.layers.items() if v["weights"]
-    }
-    assert memory["ledger"]["activations"] == pytest.approx(widest.ledger["activations"], rel=0.02)
+    lengths = {padded(n) for n in range(4, 10)}  # of the first batch it is one
+    plans = [
+        plan(Setup(model=str(tiny), batch=16, length=n, dtype="float32", targets=settings.targets)) for n in lengths
+    ]
+    weights = [{k: v["weights"] for k, v in layers.items()} for layers in (memory["layers"], plans[0].layers)]
+    assert weights[0] == weights[1]
+    assert min(abs(memory["ledger"]["activations"] / p.ledger["activations"] - 1) for p in plans) < 0.02
     main(["inspect", str(tmp_path / "run"), "--memory", "--json"])
     assert json.loads(capsys.readouterr().out)["layers"] == memory["layers"]
     main(["inspect", str(tmp_path / "run" / "adapter"), "--memory"])

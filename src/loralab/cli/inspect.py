@@ -130,7 +130,7 @@ def _show_memory(folder: Path, json: bool) -> None:
     if json:
         as_json(found)
         return
-    show_layers(f"{place}: activations are those of the largest batch", found["layers"])
+    show_layers(f"{place}: activations are those of the first batch", found["layers"])
     print(f"\npeak of the whole run {size(found['peak_bytes'])} above what was there when it began")
 
 

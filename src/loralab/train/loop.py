@@ -168,7 +168,7 @@ class Loop:
         """(members,): of each the part of its mean loss that its own rows have in its chosen ones."""
         taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]  # one without rows takes one,
         first, tokens = going[0].progress, len(taken[0]) * width(going[0].run.train, taken[0])
-        counting = len(going) == 1 and tokens > first.counted
+        counting = first.step == 0 and tokens > first.counted
         with saved_by_layer(self.adapters.model, on=counting) as kept:
             logits = self._pass(going, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)])
             losses = [

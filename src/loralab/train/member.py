@@ -15,7 +15,7 @@ from loralab.optimizers import adamw
 from loralab.tasks import is_constant, score
 from loralab.train.batches import epoch_batches
 from loralab.train.folder import RunFolder
-from loralab.train.memory import Layers, by_layer
+from loralab.train.memory import Layers, by_layer, of_adapter
 from loralab.train.prepare import Run
 
 
@@ -29,7 +29,7 @@ class Progress:
     loss: float = 0.0  # sum of row losses in the epoch under way
     seconds: float = 0.0  # of training, evaluation left out; of a pass that runs share, an equal part
     tokens: int = 0  # padding left out
-    counted: int = 0  # tokens of the largest padded batch so far, in which
+    counted: int = 0  # tokens of the largest padded part of the first batch, in which
     activations: dict[str, int] = field(default_factory=dict)  # these bytes were kept for backward, by layer
     best: int = -1  # index of the selected epoch in history
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -136,16 +136,12 @@ class Member:
     def state(self) -> dict[str, Tensor]:
         return self.run.adapters.state(self.run.name)
 
-    def largest(self, rows: int, tokens: int) -> bool:
-        """Whether a padded batch is its largest so far; a part of it may be all that a pass takes."""
-        parts = self.settings.accumulate * self.accelerator.num_processes
-        return bool(self.progress.counted < max(1, rows // parts) * tokens)
-
     def layers(self) -> Layers:
         """What its memory is made of; of the model every tensor that is no other run's."""
         handle = self.run.adapters
         others = [t for name in handle.names if name != self.run.name for t in handle.state(name).values()]
-        return by_layer(self.run.model, self.learned, self.optimizer, self.progress.activations, without=others)
+        held = of_adapter(self.run.model, self.run.name, without=others)
+        return by_layer(self.run.model, held, self.learned, self.optimizer, self.progress.activations)
 
     def take_best(self) -> None:
         """The adapter becomes what it was at the selected epoch."""

@@ -8,7 +8,7 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,23 @@ def layer_of(path: str, model: nn.Module) -> str:
     return ".".join(names[: 2 if names[0] == getattr(model, "base_model_prefix", None) else 1])
 
 
-def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of all that a model holds: parameters, buffers, and what is no part of its state."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(path, tensor) of all that a model holds: parameters, buffers, and constants of methods."""
+    names = {name for module in model.modules() if isinstance(module, Adapted) for name in module.constants}
+    return [*model.named_parameters(), *model.named_buffers(), *_constants(model, names)]
+
+
+def of_adapter(model: nn.Module, name: str, without: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+    """What a model holds for one adapter; `without` the tensors that other adapters learn."""
+    others = {id(t) for t in without}
+    kept = [*model.named_parameters(), *model.named_buffers(), *_constants(model, {name})]
+    return [(path, t) for path, t in kept if id(t) not in others]
+
+
+def _constants(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
-        yield from ((path, t) for t in vars(module).values() if isinstance(t, Tensor))
         if isinstance(module, Adapted):
-            yield from ((path, t) for shared in module.constants.values() for t in shared.values())
+            yield from ((path, t) for name, kept in module.constants.items() if name in names for t in kept.values())
 
 
 @contextmanager
@@ -97,14 +106,15 @@ def _stacked(module: nn.Module, name: str, within: list[str]) -> tuple[Any, Any]
 
 def by_layer(
     model: nn.Module,
+    kept: Iterable[tuple[str, Tensor]],
     learned: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     activations: Mapping[str, int],
-    without: Iterable[Tensor] = (),
 ) -> Layers:
-    """Layer -> purpose -> bytes, `without` tensors of others; gradients are as large as what is learned."""
+    """Layer -> purpose -> bytes, of what is kept (path, tensor); gradients are as large as what is learned."""
     out: Layers = {}
-    counted, learns = {_key(t) for t in without}, {id(t) for t in learned}
+    counted: set[int] = set()
+    learns = {id(t) for t in learned}
 
     def of(path: str) -> dict[str, int]:
         return out.setdefault(layer_of(path, model), dict.fromkeys(PURPOSES, 0))
@@ -114,7 +124,7 @@ def by_layer(
             counted.add(_key(t))
             of(path)[purpose] += _size(t)
 
-    for path, t in held(model):
+    for path, t in kept:
         add(path, "weights", t)
         if id(t) in learns:
             of(path)["gradients"] += t.numel() * t.element_size()

@@ -17,18 +17,19 @@ EVALUATED = 8  # runs that predict in one pass
 
 
 def passes(going: Sequence[Member], chosen: Sequence[list[int]]) -> list[list[int]]:
-    """The places of members in passes: of like width, as many as ROOM takes, and each alone with its largest batch so
-    far, where what it keeps is counted."""
+    """The places of members in passes: of like width, as many as ROOM takes, and each alone in its first step, where
+    what it keeps is counted."""
     sizes = [(len(rows), width(m.run.train, rows)) for m, rows in zip(going, chosen, strict=True)]
     found: list[list[int]] = []
     wide = 0.0  # bytes of the widest part of the last pass; 0 if no other run may join it
     for i in sorted(range(len(going)), key=lambda i: sizes[i][::-1]):
-        room, alone = math.prod(sizes[i]) * going[i].progress.room, going[i].largest(*sizes[i])
-        if alone or not wide or (len(found[-1]) + 1) * max(wide, room) > ROOM:
+        progress = going[i].progress
+        room = math.prod(sizes[i]) * progress.room
+        if progress.step == 0 or not wide or (len(found[-1]) + 1) * max(wide, room) > ROOM:
             found.append([])
             wide = 0.0
         found[-1].append(i)
-        wide = 0.0 if alone else max(wide, room)
+        wide = 0.0 if progress.step == 0 else max(wide, room)
     return found
 
 

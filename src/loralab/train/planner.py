@@ -116,7 +116,7 @@ def _plan(setup: Setup, made: Recipe) -> Plan:
         kept = meter.restart()
         for _ in range(2):  # the first leaves the optimizer's state, the second finds its holes
             step(setup)
-        layers = by_layer(model, step.learned, step.optimizer, step.kept)
+        layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
     loading = loaded + (kept if kept < loaded else 0) + BESIDE
     return Plan(setup, loading, meter.most, _resident(meter), layers)
 
