@@ -60,14 +60,14 @@ def study(
         ray:ADDRESS (a cluster that sees the same files).
     """
     given = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
-    definition = read(file, **given)
+    chosen, definition = runner(on), read(file, **given)
     if dry_run:
         told = outline(definition, plan(definition))
         as_json(told) if json else show_outline(told)
         return
     folder = out or Path("runs/studies") / definition.name
     check_folder(folder)
-    done = conduct(definition, folder, runner(on), StudyBar(), retry)
+    done = conduct(definition, folder, chosen, StudyBar(), retry)
     results = as_data(done)
     write_json(folder / "results.json", results)
     as_json(results) if json else _shown(done, folder)

@@ -8,6 +8,7 @@ go, so its highest sum is the peak of a step: what is kept, what is saved for ba
 """
 
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import finalize
@@ -58,7 +59,7 @@ class Setup:
     labels: int = 2
     """Outputs of the head."""
     checkpointing: bool = False
-    """Whether activations within a layer are made anew in backward (`gradient_checkpointing_enable` of the model)."""
+    """Whether activations within a layer are made anew in backward (`activation_checkpointing_enable` of the model)."""
 
     def __post_init__(self) -> None:
         least = {"batch": 1, "length": 1, "labels": 1}
@@ -99,7 +100,8 @@ class Plan:
 def plan(setup: Setup) -> Plan:
     """Raises UserError for what a run would refuse too."""
     made = setup.recipe()  # its check looks at values
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own copy.deepcopy does
         if made.store:
             keep(nn.Linear(8, 8), made.store)  # its library keeps tables, which later runs want with values
         return _plan(setup, made)
@@ -226,7 +228,7 @@ class Meter(TorchDispatchMode):
 def _checkpoint(model: Any, name: str) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"checkpointing: {name} cannot make its activations anew")
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _check(model: Any, setup: Setup) -> None:
