@@ -59,7 +59,7 @@ class Setup:
     labels: int = 2
     """Outputs of the head."""
     checkpointing: bool = False
-    """Whether activations within a layer are made anew in backward (`activation_checkpointing_enable` of the model)."""
+    """Whether activations within a layer are made anew in backward (`activation_checkpointing_enable`); plain path."""
 
     def __post_init__(self) -> None:
         least = {"batch": 1, "length": 1, "labels": 1}
@@ -156,7 +156,8 @@ class Step:
         handle.add("plan", made or setup.recipe(), targets=setup.targets, head=True, filled=made is not None)
         setattr(model, HANDLE, handle)
         handle.live.names = ("plan",)
-        _, self.autocast = speed.quicken(model, setup.speed, setup.precision)
+        how = "off" if setup.checkpointing else setup.speed  # the fast path keeps what it keeps
+        _, self.autocast = speed.quicken(model, how, setup.precision)
         if setup.checkpointing:
             _checkpoint(model, setup.model)
         self.model = model.train()
