@@ -114,6 +114,14 @@ def trained(adapters, key):
     adapters.state("a")[key].data.mul_(-1.5)
 
 
+def another_trained(adapters, key):
+    """The loop trains an adapter that has no part in the layer of `key`."""
+    adapters.add("c", targets="attention-qv", rank=2, head=True)
+    with adapters.use("c"):
+        adapters.model(**rows()).logits.sum().backward()
+    adapters.state("a")[key].data.mul_(-1.5)
+
+
 def anew(adapters, key):
     tensors = {k: t.detach().clone() for k, t in adapters.state("a").items()}
     with adapters.use(None):
@@ -125,7 +133,7 @@ def anew(adapters, key):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("change", [in_place, new_data, new_parameter, trained, anew])
+@pytest.mark.parametrize("change", [in_place, new_data, new_parameter, trained, another_trained, anew])
 @pytest.mark.parametrize("key", ["bert.encoder.layer.1.output.dense.B", "classifier.bias"])
 def test_a_changed_tensor_is_never_served_stale(fast, change, key):
     model, batch, ids = build("bert"), rows(), [1, 0, 0, 1, 0]

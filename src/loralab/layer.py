@@ -127,12 +127,13 @@ class Adapted(nn.Module):
     def live_update(self) -> Update | Dense | None:
         """The update of what is live: None where nothing is, with `ids` one for each row or part (see `by_row`)."""
         names, ids = self.live.names, self.live.ids
+        steps_follow = torch.is_grad_enabled() or bool(self.live.drawn)
+        if steps_follow:
+            for memo in (self.lowered, self.stacked, self.joined):
+                memo.known.clear()
         if not any(name in self.recipes for name in names):
             return None
-        if torch.is_grad_enabled() or self.live.drawn:  # a step may follow
-            self.stacked.known.clear()
-            self.lowered.known.clear()
-            self.joined.known.clear()
+        if steps_follow:
             made = [self.lower(name, self.live.drawn.get(name)) for name in names]
             return made[0] if ids is None else by_row(made, ids, self.live.in_parts)
         if ids is None:
