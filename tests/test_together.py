@@ -142,24 +142,15 @@ def test_passes_take_members_of_like_width_up_to_the_room(tiny, own, tmp_path, m
     assert order["run-0"] != order["run-1"]
 
 
-def test_a_group_that_was_cut_off_goes_on_together_or_alone_to_the_same(tiny, own, tmp_path, monkeypatch):
+def test_a_group_that_was_cut_off_goes_on_together_or_alone_to_the_same(tiny, own, tmp_path, cut_off):
     many = [{"seed": 0, "method": "dylora"}, {"seed": 1, "method": "adalora", "rank": None}, {"seed": 2, "epochs": 3}]
 
     def group(kind, resume=False):
         return [settings(tiny, own, tmp_path / f"{kind}-{i}", resume=resume, **m) for i, m in enumerate(many)]
 
     whole = train_together(group("whole"))
-    step = loop_module.Loop.step
-
-    def cut(self):
-        if self.members[0].progress.step == 13:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(loop_module.Loop, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(14), pytest.raises(KeyboardInterrupt):
         train_together(group("cut"))
-    monkeypatch.setattr(loop_module.Loop, "step", step)
     first, *rest = group("cut", resume=True)
     gone_on = [train(first), *train_together(rest)]
     for i, (a, b) in enumerate(zip(whole, gone_on, strict=True)):

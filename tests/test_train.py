@@ -90,21 +90,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny, own, tm
 
 
 @pytest.mark.parametrize("every", [0, 4])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, monkeypatch, every):
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, cut_off, every):
     given = {"epochs": 3, "dropout": 0.3, "schedule": "cosine", "checkpoint_every": every}
     whole = train(settings(tiny, own, tmp_path / "whole", **given))
-    step = loop_module.Loop.step
-
-    def cut(self):
-        if self.members[0].progress.step == 16:  # the last but second step of the second epoch
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(loop_module.Loop, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(17), pytest.raises(KeyboardInterrupt):  # the last but second step of the second epoch
         train(settings(tiny, own, tmp_path / "cut", **given))
     assert not (tmp_path / "cut/result.json").exists()
-    monkeypatch.setattr(loop_module.Loop, "step", step)
     torch.manual_seed(12345)  # what the process did meanwhile must not matter
     resumed = train(settings(tiny, own, tmp_path / "cut", resume=True, **given))
     assert timeless(resumed) == timeless(whole)

@@ -1,7 +1,7 @@
 """What is live on a model, and `use`, which changes it for a while."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,18 @@ class Live:
             raise UserError(f"input of {rows} rows, but ids name an adapter for {len(self.ids)} rows")
 
     @contextmanager
-    def only(self, place: int) -> Iterator[None]:
-        """Makes the adapter at one place of the names the only one, for what sees its rows alone."""
+    def changed(self, **given: Any) -> Iterator[None]:
+        """Other values for a while."""
         before = dict(vars(self))
-        self.names, self.ids, self.streams = (self.names[place],), None, self.streams[place : place + 1]
+        vars(self).update(given)
         try:
             yield
         finally:
             vars(self).update(before)
+
+    def only(self, place: int) -> AbstractContextManager[None]:
+        """Makes the adapter at one place of the names the only one, for what sees its rows alone."""
+        return self.changed(names=(self.names[place],), ids=None, streams=self.streams[place : place + 1])
 
 
 @contextmanager
@@ -64,15 +68,11 @@ def use(
         raise UserError(f"adapter {changed[0]!r} trains the base in place, so there is no base beneath it to use")
     if (ids is None) != (len(chosen) < 2 and not isinstance(names, list | tuple)):
         raise UserError(f"use({names!r}, ids={ids!r}): a list of names goes with ids, a single name without")
-    before = dict(vars(live))
-    live.names, live.ids, live.streams = chosen, None if ids is None else _rows(ids, len(chosen)), ()
-    live.in_parts = live.ids is not None and _in_parts(live.ids, len(chosen))
-    if rank is not None:
-        live.chosen = {name: _at(handle, name, rank) for name in chosen}
-    try:
+    rows = None if ids is None else _rows(ids, len(chosen))
+    in_parts = rows is not None and _in_parts(rows, len(chosen))
+    ranked = {} if rank is None else {"chosen": {name: _at(handle, name, rank) for name in chosen}}
+    with live.changed(names=chosen, ids=rows, in_parts=in_parts, streams=(), **ranked):
         yield handle
-    finally:
-        vars(live).update(before)
 
 
 def _rows(ids: Tensor | Sequence[int], count: int) -> Tensor:

@@ -16,6 +16,12 @@ def units() -> dict[str, bool]:
     return {name: bool(getattr(torch.cpu, f"_is_{word}_supported", bool)()) for name, word in UNITS.items()}
 
 
+def precision(dtype: str) -> torch.dtype:
+    """What products run in for a --dtype: auto is bfloat16 where it is fast here, else float32."""
+    fast = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16())
+    return torch.bfloat16 if fast else torch.float32
+
+
 def fast_bfloat16() -> bool:
     """Whether products in bfloat16 run in hardware: AMX or AVX512-BF16 on CPU, tensor cores on CUDA (not measured)."""
     if torch.cuda.is_available():

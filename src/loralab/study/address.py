@@ -10,7 +10,6 @@ not matter either, what is in them does.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,9 +102,3 @@ def base(model: str) -> str:
         return f"hub {place}"
     files = sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
     return hashlib.sha256(" ".join(f"{file.name} {models.sha256(file)}" for file in files).encode()).hexdigest()
-
-
-def same(before: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether an unfinished run with these settings can go on as that of `settings`."""
-    now = json.loads(json.dumps(settings.to_json()))
-    return all(before.get(key) == value for key, value in now.items() if key not in NOT_RESULT)

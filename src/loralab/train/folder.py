@@ -42,9 +42,8 @@ class RunFolder:
         if not resume:
             raise UserError(f"--out {self.path} holds another run: choose a new folder, or go on with --resume")
         before = read_header(self.path / "run.json").get("settings", {})
-        decides = [key for key in settings if key not in NOT_RESULT]
-        if changed := [key for key in decides if before.get(key) != json.loads(json.dumps(settings[key]))]:
-            told = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
+        if keys := changed(before, settings):
+            told = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in keys)
             raise UserError(f"--resume {self.path}: {told}; a run goes on only with its own settings")
         self._check_writable()
         return read_header(self.result) if self.result.exists() else None
@@ -84,9 +83,17 @@ class RunFolder:
 
     def finish(self, result: Mapping[str, Any], predictions: Mapping[str, Tensor]) -> None:
         """`predictions`: SPLIT/logits (rows, outputs) float32 and SPLIT/labels (rows,) at the selected epoch."""
-        save_file(dict(predictions), self.path / "predictions.safetensors")
+        temporary = self.path / "predictions.safetensors.tmp"
+        save_file(dict(predictions), temporary)
+        os.replace(temporary, temporary.with_suffix(""))
         write_json(self.result, result)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def changed(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """The settings that decide a result and read otherwise than those of a run.json."""
+    now = json.loads(json.dumps(dict(settings)))
+    return [key for key in now if key not in NOT_RESULT and before.get(key) != now[key]]
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

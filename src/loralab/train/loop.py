@@ -166,9 +166,11 @@ class Loop:
 
     def _losses(self, going: Sequence[Member], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
         """(members,): of each the part of its mean loss that its own rows have in its chosen ones."""
-        taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]  # one without rows takes one,
-        first, tokens = going[0].progress, len(taken[0]) * width(going[0].run.train, taken[0])
-        counting = first.step == 0 and tokens > first.counted
+        # a process without rows takes one, whose loss is then multiplied by 0
+        taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]
+        first = going[0].progress
+        tokens = len(taken[0]) * width(going[0].run.train, taken[0]) if first.step == 0 else 0
+        counting = tokens > first.counted
         with saved_by_layer(self.adapters.model, on=counting) as kept:
             logits = self._pass(going, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)])
             losses = [
@@ -177,7 +179,6 @@ class Loop:
             ]
         if counting:
             first.activations, first.counted = kept, tokens
-        # which then does not count
         return torch.stack(
             [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
         )

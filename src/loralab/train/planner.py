@@ -25,7 +25,7 @@ from loralab.bases import keep
 from loralab.errors import UserError
 from loralab.optimizers import adamw
 from loralab.recipe import Recipe, recipe
-from loralab.speed.machine import fast_bfloat16
+from loralab.speed.machine import precision
 from loralab.train import heap
 from loralab.train.batches import longest
 from loralab.train.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
@@ -74,8 +74,7 @@ class Setup:
 
     @property
     def precision(self) -> torch.dtype:
-        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16())
-        return torch.bfloat16 if fast else torch.float32
+        return precision(self.dtype)
 
 
 @dataclass(frozen=True)

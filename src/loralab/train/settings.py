@@ -10,7 +10,7 @@ import torch
 from loralab.errors import UserError
 from loralab.ranks import RankMap
 from loralab.recipe import Recipe, recipe
-from loralab.speed.machine import fast_bfloat16
+from loralab.speed.machine import precision
 
 Selection = Literal["held-out", "last", "validation"]
 
@@ -135,8 +135,7 @@ class Settings:
     @property
     def precision(self) -> torch.dtype:
         """What products run in on this machine."""
-        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16())
-        return torch.bfloat16 if fast else torch.float32
+        return precision(self.dtype)
 
     @property
     def folder(self) -> Path:

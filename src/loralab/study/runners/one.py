@@ -9,10 +9,9 @@ from pathlib import Path
 
 from loralab.errors import UserError
 from loralab.files import read_header
-from loralab.study.address import same
 from loralab.study.record import FAILED
 from loralab.train import Outcome, Settings, train_together
-from loralab.train.folder import write_json
+from loralab.train.folder import changed, write_json
 from loralab.train.progress import Reporter
 
 
@@ -60,7 +59,7 @@ def _can_go_on(folder: Path, settings: Settings) -> bool:
     """Takes away what an unfinished run left whose settings read otherwise, as when the data moved."""
     if not (folder / "run.json").is_file():
         return False
-    if same(read_header(folder / "run.json").get("settings", {}), settings):
+    if not changed(read_header(folder / "run.json").get("settings", {}), settings.to_json()):
         return True
     shutil.rmtree(folder)
     return False
