@@ -1,6 +1,6 @@
 """Rows of many adapters in one batch: against one merged adapter, against PEFT's adapter_names, and 1 to 1,000 loaded.
 
-    python bench/mixed.py --model minilm
+    python -m loralab.bench.mixed --model minilm
 
 All ratios are of medians of one process, the variants in turn, so that a slow minute hits them alike.
 """
@@ -40,7 +40,8 @@ def parsed() -> argparse.Namespace:
 
 
 def fresh(args: argparse.Namespace) -> torch.nn.Module:
-    return models.classifier(args.model, 2, False, torch.float32, seed=0)[0]
+    model: torch.nn.Module = models.classifier(args.model, 2, False, torch.float32, seed=0)[0]
+    return model
 
 
 def worn(args: argparse.Namespace, count: int) -> Adapters:
@@ -73,7 +74,8 @@ def mixed(adapters: Adapters, batch: Batch, rows: int) -> Variant:
         chosen = list(itertools.islice(names, rows)) if len(adapters.names) >= rows else [adapters.names[0]] * rows
         live = adapters.use(chosen[0]) if len(set(chosen)) == 1 else adapters.use(chosen, ids)
         with live:
-            return adapters.model(**batch).logits
+            logits: torch.Tensor = adapters.model(**batch).logits
+        return logits
 
     return run
 
