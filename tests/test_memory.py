@@ -1,6 +1,7 @@
 """Memory: each storage once; a plan is what the step really takes."""
 
 import json
+import mmap
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ import loralab
 from loralab import models
 from loralab.cli import main
 from loralab.cli.plan import _verdict
-from loralab.train import Settings, heap, train
+from loralab.speed import heap
+from loralab.train import Settings, train
 from loralab.train.batches import padded
 from loralab.train.memory import PURPOSES, by_layer, held, layer_of, ledger, of_adapter, saved_by_layer, tensor_bytes
 from loralab.train.planner import Meter, Setup, Step, largest_batch, plan
@@ -150,14 +152,33 @@ def test_a_run_tells_its_memory_by_layer(tiny, own, tmp_path, capsys):
     assert "all layers" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("events", [[(1, 5 << 20), (2, 3 << 20), (1, 0), (3, 4 << 20)]])
-def test_the_heap_holds_at_least_what_lives(events):
-    most = heap.resident(events)
+def test_the_heap_holds_at_least_what_lives(events, kept):
+    most = heap.resident(events, kept)
     if most is None:
         pytest.skip("not the GNU C library")
     assert most >= 8 << 20  # 1 and 2, then 3 in the hole of 1
     assert most < 12 << 20
-    assert heap.resident([(i, 1 << 20) for i in range(20)]) == pytest.approx(20 << 20, rel=0.02)
+    assert heap.resident([(i, 1 << 20) for i in range(20)], kept) == pytest.approx(20 << 20, rel=0.02)
+
+
+@pytest.mark.skipif(heap.problem() is not None, reason="not the GNU C library")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_kept_or_asked_for_again_page_by_page(kept):
+    code = f"""
+import resource, torch
+from loralab.speed import heap
+if {kept}: heap.keep()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.full((80, 1 << 20), 1, dtype=torch.uint8)
+before = faults()
+for _ in range(4): torch.full((80, 1 << 20), 1, dtype=torch.uint8)
+print(faults() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    asked = 4 * (80 << 20) // mmap.PAGESIZE  # if every block comes as new pages
+    assert int(out.stdout) < asked / 50 if kept else int(out.stdout) > asked / 50
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(plain):

@@ -20,7 +20,7 @@ from loralab.attach import HANDLE, Adapters
 from loralab.errors import UserError
 from loralab.layer import Adapted, put, put_back
 from loralab.live import Live
-from loralab.speed import masks
+from loralab.speed import heap, masks
 from loralab.speed.encoders import LAYERS, layers_of
 
 Speed = Literal["auto", "off"]
@@ -151,8 +151,18 @@ def _put_cache(model: nn.Module) -> None:
     os.environ[CACHE] = MANY
 
 
+def _no_heap(model: nn.Module) -> str | None:
+    device = next(model.parameters()).device.type
+    return heap.problem() if device == "cpu" else f"the model is on {device}, where PyTorch keeps freed memory itself"
+
+
+def _put_heap(_model: nn.Module) -> None:
+    heap.keep()
+
+
 PIECES: dict[str, Piece] = {
     "cache": Piece("products of batches of many lengths are prepared once, not again and again", _no_cache, _put_cache),
+    "heap": Piece("freed memory is kept for the next step, not asked for again page by page", _no_heap, _put_heap),
     "dropout": Piece("random bits are drawn 64 at a time", _no_masks, _put_dropout),
     "block": Piece(
         "a layer is one step of autograd: q, k, v in one product, nothing kept twice", _no_block, _put_block

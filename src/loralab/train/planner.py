@@ -25,8 +25,8 @@ from loralab.bases import keep
 from loralab.errors import UserError
 from loralab.optimizers import adamw
 from loralab.recipe import Recipe, recipe
+from loralab.speed import heap
 from loralab.speed.machine import precision
-from loralab.train import heap
 from loralab.train.batches import longest
 from loralab.train.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
 
@@ -119,12 +119,12 @@ def _plan(setup: Setup, made: Recipe) -> Plan:
             step(setup)
         layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
     loading = loaded + (kept if kept < loaded else 0) + BESIDE
-    return Plan(setup, loading, meter.most, _resident(meter), layers)
+    return Plan(setup, loading, meter.most, _resident(meter, step.heap_kept), layers)
 
 
-def _resident(meter: "Meter") -> int:
+def _resident(meter: "Meter", kept: bool) -> int:
     """Of the tensors that a meter saw: on a GPU PyTorch keeps blocks that fit again (not measured)."""
-    held = None if torch.cuda.is_available() else heap.resident(meter.events)
+    held = None if torch.cuda.is_available() else heap.resident(meter.events, kept)
     return (meter.most if held is None else held) + BESIDE
 
 
@@ -156,7 +156,8 @@ class Step:
         setattr(model, HANDLE, handle)
         handle.live.names = ("plan",)
         how = "off" if setup.checkpointing else setup.speed  # the fast path keeps what it keeps
-        _, self.autocast = speed.quicken(model, how, setup.precision)
+        choices, self.autocast = speed.quicken(model, how, setup.precision)
+        self.heap_kept = any(c.piece == "heap" and c.used for c in choices)
         if setup.checkpointing:
             _checkpoint(model, setup.model)
         self.model = model.train()

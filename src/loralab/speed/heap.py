@@ -1,5 +1,10 @@
-"""What a process holds for tensors that come and go: more than they take, by the holes that malloc leaves between them.
+"""The heap of this process: freed memory is kept for the next step, and a plan replays what that comes to.
 
+A training step makes and frees the same large tensors again and again. By default the GNU C library gives each block
+above 32 MiB back to the system and asks for it anew, page by page, which took a fifth of a step of 8 runs in one pass
+(docs/decisions.md). `keep` makes it hold on to them.
+
+What a process holds for tensors that come and go is more than they take, by the holes that malloc leaves between them.
 The holes follow from the order of sizes and from small blocks in between, which keep a hole from being as large as the
 next tensor wants it with its alignment. So the order is replayed through this machine's own malloc, in a process of its
 own, without touching the memory. The GNU C library says how far its heap grew; with another C library no holes are
@@ -15,6 +20,7 @@ from collections.abc import Sequence
 
 Event = tuple[int, int]  # (which storage, its bytes when it comes or 0 when it goes)
 
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # mallopt's numbers for them
 ALIGNMENT = 64  # of PyTorch's tensors on CPU
 LARGE = 31 << 20  # a freed block up to 32 MiB, as loading leaves some, makes malloc take later ones from its heap
 SMALL = (104, 208, 56, 72, 320)  # bytes of what PyTorch makes beside a storage: its record, the tensor's, autograd's
@@ -25,16 +31,30 @@ class _Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
-def resident(events: Sequence[Event]) -> int | None:
-    """The most bytes that malloc takes from the system, at the worst number of small blocks; None: not known here."""
+def problem() -> str | None:
+    return None if hasattr(ctypes.CDLL(None), "mallopt") else "this C library has no mallopt"
+
+
+def keep() -> None:
+    """From now on freed memory stays with this process, whatever its size: the next step finds its pages in place."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_MAX, 0)  # no block gets pages of its own
+    libc.mallopt(TRIM_THRESHOLD, -1)  # the end of the heap is never given back
+
+
+def resident(events: Sequence[Event], kept: bool) -> int | None:
+    """The most bytes that malloc takes from the system, at the worst number of small blocks; None: not known here.
+
+    `kept`: in a process that has called `keep`.
+    """
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return None
     program = [sys.executable, "-I", "-S", __file__]
-    out = subprocess.run(program, input=json.dumps(events), capture_output=True, text=True, check=True)
+    out = subprocess.run(program, input=json.dumps([events, kept]), capture_output=True, text=True, check=True)
     return max(map(int, out.stdout.split()))
 
 
-def replayed(events: Sequence[Event], small: Sequence[int]) -> int:
+def replayed(events: Sequence[Event], kept: bool, small: Sequence[int]) -> int:
     """The same in this process, whose heap then is no longer fresh."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _Info
@@ -45,7 +65,10 @@ def replayed(events: Sequence[Event], small: Sequence[int]) -> int:
         info = libc.mallinfo2()
         return int(info.arena + info.hblkhd)
 
-    libc.free(libc.malloc(LARGE))
+    if kept:
+        keep()
+    else:
+        libc.free(libc.malloc(LARGE))
     before = most = taken()
     blocks: dict[int, list[int]] = {}
     place = ctypes.c_void_p()
@@ -61,11 +84,11 @@ def replayed(events: Sequence[Event], small: Sequence[int]) -> int:
 
 
 def main() -> None:
-    events = json.load(sys.stdin)
+    events, kept = json.load(sys.stdin)
     for count in range(len(SMALL) + 1):
         child = os.fork()  # each number of small blocks on a fresh heap
         if not child:
-            os.write(1, f"{replayed(events, SMALL[:count])}\n".encode())
+            os.write(1, f"{replayed(events, kept, SMALL[:count])}\n".encode())
             os._exit(0)
         os.waitpid(child, 0)
 
