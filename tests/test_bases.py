@@ -10,7 +10,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 import loralab
-from loralab.bases import STORES
+from loralab.bases import STORES, nf4
 from loralab.bases.int2 import EDGE, LEVELS
 from loralab.bases.report import quantization_report
 from loralab.merge import merge_errors
@@ -82,6 +82,23 @@ def test_double_quantization_changes_the_scale_of_a_block_a_little_and_nothing_e
     absmax = once.get_buffer("absmax").view(torch.float32)
     away = (scales * absmax - absmax).abs().max()
     assert 0 < away < 0.02 * (absmax - absmax.mean()).abs().max()  # 8 bits of what is left when the mean is taken
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_weight_encoded_part_by_part_is_what_bitsandbytes_makes_of_it_whole(double, monkeypatch):
+    monkeypatch.setattr(nf4, "AT_ONCE", 7)  # 61 x 67 values are 64 blocks, the last one padded
+    W = torch.randn(61, 67, generator=torch.Generator().manual_seed(3))
+    codes, state = nf4.library().quantize_4bit(
+        F.pad(W.flatten(), (0, 9)), blocksize=64, quant_type="nf4", compress_statistics=double
+    )
+    kept = nf4.encode(W, double)
+    assert torch.equal(kept["codes"], codes)
+    if double:
+        assert torch.equal(kept["absmax_codes"], state.absmax)
+        assert torch.equal(kept["absmax_scale"], state.state2.absmax)
+        torch.testing.assert_close(kept["absmax_mean"], state.offset, rtol=0, atol=0)
+    else:
+        assert torch.equal(kept["absmax"], state.absmax)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -17,6 +17,7 @@ from loralab.bases.frozen import Codec, Kept, from_blocks, in_blocks
 from loralab.errors import UserError
 
 BLOCK, ABSMAX_BLOCK = 64, 256
+AT_ONCE = 4096  # blocks; on CPU bitsandbytes takes 16 temporaries of what it is given
 
 
 def library() -> Any:
@@ -30,17 +31,16 @@ def library() -> Any:
 
 
 def encode(W: Tensor, double: bool) -> Kept:
-    codes, state = library().quantize_4bit(
-        in_blocks(W, BLOCK), blocksize=BLOCK, quant_type="nf4", compress_statistics=double
-    )
+    bnb = library()
+    quantize = partial(bnb.quantize_4bit, blocksize=BLOCK, quant_type="nf4")
+    parts = [quantize(blocks) for blocks in in_blocks(W, BLOCK).split(AT_ONCE)]
+    codes = torch.cat([codes for codes, _ in parts])
+    absmax = torch.cat([state.absmax for _, state in parts])  # (blocks,)
     if not double:
-        return {"codes": codes, "absmax": state.absmax}
-    return {
-        "codes": codes,
-        "absmax_codes": state.absmax,
-        "absmax_scale": state.state2.absmax,
-        "absmax_mean": state.offset,
-    }
+        return {"codes": codes, "absmax": absmax}
+    mean = absmax.mean()
+    small, state = bnb.quantize_blockwise(absmax - mean, blocksize=ABSMAX_BLOCK)
+    return {"codes": codes, "absmax_codes": small, "absmax_scale": state.absmax, "absmax_mean": mean}
 
 
 def decode(kept: Kept, shape: torch.Size, dtype: torch.dtype) -> Tensor:
