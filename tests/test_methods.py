@@ -215,7 +215,7 @@ def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):
         torch.testing.assert_close(plain(**batch).logits, outputs[-1], rtol=0, atol=1e-5)
     assert torch.equal(outputs[-1], model(**batch).logits)  # the full rank is what evaluation uses
     for rank in (1, 5):
-        told = f"rank={rank}: this DyLoRA was trained for ranks 2 to 4, choose one of them"
+        told = f"rank={rank}: this adapter was trained for ranks 2 to 4, choose one of them"
         with pytest.raises(loralab.UserError, match=told), adapters.use("default", rank=rank):
             pass
 

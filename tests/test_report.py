@@ -246,6 +246,20 @@ def test_pictures_are_there_when_the_data_has_them(study, written, plain):
     assert not [name for name in charts_of(plain) if "rank" in name]
 
 
+def test_one_training_of_many_ranks_is_a_line_of_the_rank_curve(tmp_path):
+    from loralab.report import ranks
+
+    made = synthetic.study(tmp_path, seeds=3, tasks=("cola",), methods=("full", "dylora"))
+    found = rows.findings(source.read(made))
+    _, figure = ranks.curve(rows.points(found.results), found.results)
+    (line,) = [drawn for drawn in figure.axes[0].lines if drawn.get_label() == "dylora, one training"]
+    (cell,) = [r.cell for r in found.results if r.label == "dylora"]
+    for rank, mean in zip(*line.get_data(), strict=True):
+        scores = [run.result["by_rank"][str(rank)]["matthews_correlation"] for run in cell.runs]
+        assert mean == pytest.approx(np.mean(scores))
+    assert list(line.get_xdata()) == [1, 2, 3, 4]
+
+
 def charts_of(folder):
     from loralab.report import ranks
 

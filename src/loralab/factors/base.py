@@ -66,9 +66,19 @@ class Factors:
         """Drawn once per optimizer step, for all layers alike; raises UserError if training cannot begin."""
         return None
 
-    def at(self, rank: int) -> Any:
-        """What `lower` takes as drawn to evaluate at one of the ranks a method was trained for."""
-        raise UserError(f"rank={rank}: this method was trained for one rank; dylora trains many")
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks that one training gives, each of which `lower` takes as drawn; none if it is for one rank."""
+        return ()
+
+    def at(self, rank: int) -> int:
+        """What `lower` takes as drawn to evaluate at one of `ranks`; raises UserError for another."""
+        if not self.ranks:
+            raise UserError(f"rank={rank}: this method was trained for one rank; dylora trains many")
+        if rank not in self.ranks:
+            least, most = self.ranks[0], self.ranks[-1]
+            raise UserError(f"rank={rank}: this adapter was trained for ranks {least} to {most}, choose one of them")
+        return rank
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
         """Runs before the optimizer's step, gradients present; what it returns goes to `after_step`."""

@@ -5,14 +5,13 @@ Frozen DyLoRA uses the same forward, but only row b of A and column b of B learn
 bits, also under an optimizer with momentum or decay, because they are put back after the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from loralab.errors import UserError
 from loralab.factors.base import Roles
 from loralab.factors.lora import LoRA
 
@@ -43,12 +42,9 @@ class DyLoRA(LoRA):
     def draw(self, generator: Generator) -> int:
         return int(torch.randint(self.minimum, self.rank + 1, (), generator=generator))
 
-    def at(self, rank: int) -> int:
-        if not self.minimum <= rank <= self.rank:
-            raise UserError(
-                f"rank={rank}: this DyLoRA was trained for ranks {self.minimum} to {self.rank}, choose one of them"
-            )
-        return rank
+    @property
+    def ranks(self) -> Sequence[int]:
+        return range(self.minimum, self.rank + 1)
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
         if not self.frozen or drawn is None:

@@ -8,6 +8,7 @@ import numpy as np
 from loralab.report.charts import Chart, _cut, _legend, _metric, _n
 from loralab.report.look import MARKERS, SERIES, figure, styled
 from loralab.report.rows import Findings, Point, Result, points
+from loralab.study.statistics import estimate
 
 DARK, LIGHT = "#0e1116", "#fdfdfd"  # on the map, whatever the theme
 
@@ -15,39 +16,63 @@ DARK, LIGHT = "#0e1116", "#fdfdfd"  # on the map, whatever the theme
 def charts(f: Findings) -> Iterator[Chart]:
     for (task, model), results in f.places().items():
         found = points(results)
-        for name, made in (("rank curve", curve(found)), *maps(found)):
+        for name, made in (("rank curve", curve(found, results)), *maps(found)):
             if made is not None:
                 caption, fig = made
                 yield Chart("ranks", f"ranks {name} {task}, {model}", f"{task}, {model}: {name}", caption, fig)
 
 
-def curve(found: dict[Point, Result]) -> tuple[str, Any] | None:
-    """A line for every method and target that has several ranks."""
-    lines: dict[tuple[str, str], dict[int, Result]] = {}
+Line = dict[int, tuple[float, float, float]]  # rank -> mean, low, high
+
+
+def curve(found: dict[Point, Result], results: Sequence[Result]) -> tuple[str, Any] | None:
+    """A line for every method and target that has several ranks, and for every cell whose one training gives many."""
+    trained: dict[tuple[str, str], dict[int, Result]] = {}
     for (rank, targets, method), r in found.items():
-        lines.setdefault((method, targets), {})[rank] = r
-    lines = {key: line for key, line in lines.items() if len(line) > 1}
+        trained.setdefault((method, targets), {})[rank] = r
+    trained = {key: line for key, line in trained.items() if len(line) > 1}
+    several = len({targets for _, targets in trained}) > 1
+    lines: dict[str, Line] = {
+        f"{method} {targets}" if several else method: {rank: _mean(r) for rank, r in line.items()}
+        for (method, targets), line in trained.items()
+    }
+    at_once = {f"{r.label}, one training": line for r in results if (line := _by_rank(r))}
+    lines |= at_once
     if not lines:
         return None
-    several = len({targets for _, targets in lines}) > 1
     with styled():
         fig = figure(height=3.0)
         ax = fig.subplots()
-        for i, ((method, targets), line) in enumerate(lines.items()):
+        for i, (label, line) in enumerate(lines.items()):
             ranks = sorted(line)
-            at = [line[rank].summary for rank in ranks]
-            color, label = SERIES[i % len(SERIES)], f"{method} {targets}" if several else method
-            ax.plot(ranks, [s.mean for s in at], marker=MARKERS[i % len(MARKERS)], color=color, label=_cut(label, 28))
-            low, high = [s.low for s in at], [s.high for s in at]
+            mean, low, high = zip(*(line[rank] for rank in ranks), strict=True)
+            color = SERIES[i % len(SERIES)]
+            ax.plot(ranks, mean, marker=MARKERS[i % len(MARKERS)], color=color, label=_cut(label, 28))
             ax.fill_between(ranks, low, high, color=color, alpha=0.14, lw=0)
-        every = sorted({rank for line in lines.values() for rank in line})
+        every = {rank for line in lines.values() for rank in line}
         ax.set_xscale("log", base=2)
-        ax.set_xticks(every, map(str, every))
+        shown = sorted(rank for rank in every if len(every) < 8 or rank.bit_count() == 1)
+        ax.set_xticks(shown, map(str, shown))
         ax.minorticks_off()
-        shown = [r for line in lines.values() for r in line.values()]
-        ax.set(xlabel="rank", ylabel=_metric(shown))
+        drawn = [r for line in trained.values() for r in line.values()] or list(results)
+        ax.set(xlabel="rank", ylabel=_metric(drawn))
         _legend(fig, ax)
-    return f"Line: mean over seeds; band: 95 % interval. {_n(shown)}", fig
+    alone = " One training, evaluated at every rank: over seeds alone." if at_once else ""
+    return f"Line: mean over seeds; band: 95 % interval.{alone} {_n(drawn)}", fig
+
+
+def _mean(r: Result) -> tuple[float, float, float]:
+    return r.summary.mean, r.summary.low, r.summary.high
+
+
+def _by_rank(r: Result) -> Line:
+    """Of a cell whose runs were evaluated at every rank; empty for any other."""
+    of_runs = [run.result.get("by_rank", {}) for run in r.cell.runs]
+    line: Line = {}
+    for rank in of_runs[0]:
+        found = estimate([scores[rank][r.summary.metric] for scores in of_runs])
+        line[int(rank)] = (found.mean, *found.interval())
+    return line
 
 
 def maps(found: dict[Point, Result]) -> Iterator[tuple[str, tuple[str, Any]]]:

@@ -233,7 +233,7 @@ class Loop:
         run, p = member.run, member.progress
         layers = member.layers()
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
-        result = result_of(run, vars(p), memory, together=len(self.members))
+        result = result_of(run, vars(p), memory, together=len(self.members), by_rank=self._by_rank(member))
         for warning in result["warnings"]:
             self.reporter.say(f"warning: {warning}")
         if self.accelerator.is_main_process:
@@ -241,6 +241,16 @@ class Loop:
             member.folder.finish(result, member.said)
         self.accelerator.wait_for_everyone()
         return result
+
+    def _by_rank(self, member: Member) -> dict[str, dict[str, float]]:
+        """The validation scores at each rank that the one training gives, where it gives several."""
+        run, found = member.run, {}
+        factors = self.adapters.entry(run.name).recipe.factors
+        for rank in () if factors is None else factors.ranks:
+            with self.adapters.live.changed(chosen={run.name: rank}):
+                said = {key: self._logits([member], rows)[0] for key, rows in run.validation.items()}
+            found[str(rank)] = member.scores(said)
+        return found
 
 
 def _check_streams(choices: Sequence[speed.Choice]) -> None:

@@ -111,15 +111,13 @@ class Member:
             "step": p.step,
             "train_loss": p.loss / len(run.train),
             "held_out": None if run.held_out is None else score(metrics, held_out, run.held_out.labels.numpy()),
-            "validation": {},
+            "validation": self.scores(validation),
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
         }
         said: dict[str, Tensor] = {}
-        for i, (key, rows) in enumerate(run.validation.items()):
+        for key, rows in run.validation.items():
             logits = validation[key]
             said |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}
-            scores = score(metrics, logits, rows.labels.numpy())
-            record["validation"] |= {name if i == 0 else f"{key}/{name}": value for name, value in scores.items()}
             record["one_class"] = not run.regression and is_constant(logits)
         p.history.append(record)
         p.epoch, p.batch, p.loss, self.batches = p.epoch + 1, 0, 0.0, []
@@ -128,6 +126,14 @@ class Member:
             self.best = {key: t.detach().clone() for key, t in self.state().items()}
             self.said = said
         return record
+
+    def scores(self, validation: Mapping[str, Any]) -> dict[str, float]:
+        """Every metric of the task, from the logits (rows, outputs) of each split; the first split's by its name."""
+        found: dict[str, float] = {}
+        for i, (key, rows) in enumerate(self.run.validation.items()):
+            scores = score(self.run.task.metrics, validation[key], rows.labels.numpy())
+            found |= {name if i == 0 else f"{key}/{name}": value for name, value in scores.items()}
+        return found
 
     def _selecting(self, index: int) -> float:
         record, metric = self.progress.history[index], self.run.task.metrics[0]

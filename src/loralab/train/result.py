@@ -7,7 +7,9 @@ from typing import Any
 from loralab.train.prepare import Run
 
 
-def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any], together: int) -> dict[str, Any]:
+def result_of(
+    run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any], together: int, by_rank: Mapping[str, Any]
+) -> dict[str, Any]:
     """The result of a finished run; `progress` is that of its member, `together` the runs that shared its passes."""
     s, history = run.settings, progress["history"]
     name = run.task.metrics[0]
@@ -26,6 +28,7 @@ def result_of(run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any], 
         },
         "metrics": selected["validation"],
         "selected_epoch": selected["epoch"],
+        **({"by_rank": dict(by_rank)} if by_rank else {}),  # one training for many ranks: the metrics at each
         "counts": run.adapters.counts(run.name),
         "time": {
             "train_s": progress["seconds"] + (run.plan or {}).get("seconds", 0.0),
