@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loralab.layer import Adapted
 from loralab.live import Live, Stream
@@ -23,6 +24,7 @@ from loralab.update import Update
 SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
 
 aten = torch.ops.aten
+Seen = tuple[Tensor | None, Tensor | None, Tensor | None]  # of attention for backward: q, k, v; weights; dropout
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Block:
         if self._plain(more):
             kept = {"position_bias": position_bias} if position_bias is not None else {}
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kept, **more)
-        now = Now(self.parts.drops if self.layer.training else (0.0, 0.0, 0.0), self.live.streams)
+        drops = self.parts.drops if self.layer.training else (0.0, 0.0, 0.0)
+        now = Now(drops, self.live.streams, torch.is_grad_enabled())
         given = (self, now, hidden_states, attention_mask, position_bias)
-        if torch.is_grad_enabled():
+        if now.learns:
             updates = [m.live_update() if isinstance(m, Adapted) else None for m in self.linear]
             flat = [t for u in updates for t in ((None, None, None) if u is None else u)]
             out = EncoderLayer.apply(*given, *flat)  # type: ignore[no-untyped-call]
@@ -86,6 +89,7 @@ class Now(NamedTuple):
 
     drops: tuple[float, float, float]
     streams: Sequence[Stream]
+    learns: bool  # whether a backward pass may follow
 
 
 def computed(
@@ -96,12 +100,9 @@ def computed(
     p, (in_qkv, in_o, in_up, in_down) = block.parts, block.products
     x = x3.reshape(b * t, d)  # (n, d), n = b t
     qkv, of_qkv = in_qkv.forward(x, joined[0])  # (n, 3 d)
-    qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4).reshape(3, b * p.heads, t, -1)
-    s = torch.bmm(qkv[0], qkv[1].mT).view(b, p.heads, t, t)
-    s = softmax(_add_bias(s, qkv.shape[-1] ** -0.5, mask, bias)).view(-1, t, t)
-    m1 = _mask(s, now.drops[0], (b, p.heads, t, t), now)
-    c = torch.bmm(s if m1 is None else s * m1, qkv[2])  # (b heads, t, dh)
-    c = c.view(b, p.heads, t, -1).transpose(1, 2).reshape(b * t, d)
+    qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
+    c, *of_attention = _attention(qkv, mask, bias, now) if now.learns or now.drops[0] else _fused(qkv, mask, bias)
+    c = c.transpose(1, 2).reshape(b * t, d)
     o, of_o = in_o.forward(c, joined[1])
     m2 = _mask(o, now.drops[1], (b, t, d), now)
     o = _add(x, o, m2)
@@ -112,7 +113,7 @@ def computed(
     m3 = _mask(w, now.drops[2], (b, t, d), now)
     w = _add(y, w, m3)
     out, *of_norm2 = _norm(w, p.norm2)
-    kept = (x, c, y, g, qkv, s, m1, o, m2, *of_norm1, u, w, m3, *of_norm2)
+    kept = (x, c, y, g, *of_attention, o, m2, *of_norm1, u, w, m3, *of_norm2)
     return out.view(b, t, d), kept, [of_qkv, of_o, of_up, of_down]
 
 
@@ -167,6 +168,26 @@ def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None)
     if mask.dtype == torch.bool:
         return s.masked_fill_(~mask, torch.finfo(s.dtype).min)
     return s.add_(mask)
+
+
+def _attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None, now: Now) -> tuple[Tensor, *Seen]:
+    """q, k, v (3, b, heads, t, dh) -> the output (b, heads, t, dh), and what backward needs: q, k, v, weights, mask."""
+    _, b, heads, t, dh = shape = qkv.shape
+    qkv = qkv.reshape(3, b * heads, t, dh)
+    s = torch.bmm(qkv[0], qkv[1].mT).view(b, heads, t, t)
+    s = softmax(_add_bias(s, dh**-0.5, mask, bias)).view(-1, t, t)
+    m = _mask(s, now.drops[0], (b, heads, t, t), now)
+    return torch.bmm(s if m is None else s * m, qkv[2]).view(shape[1:]), qkv, s, m
+
+
+def _fused(qkv: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, *Seen]:
+    """The output alone, by torch's fused attention: faster forward, on CPU much slower backward (docs/decisions.md)."""
+    given = bias if mask is None else mask
+    if bias is not None and mask is not None:
+        lowest = torch.finfo(bias.dtype).min
+        given = bias.where(mask, lowest) if mask.dtype == torch.bool else bias + mask
+    q, k, v = qkv
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=given), None, None, None
 
 
 def _attention_back(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int) -> Tensor:
