@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -349,39 +350,59 @@ def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, h
     assert len(begun) == count  # what was pruned stays pruned, what is finished is read
 
 
-@pytest.mark.slow
-def test_a_worker_of_ray_that_is_killed_loses_nothing(tiny, own, here, monkeypatch):
+@pytest.fixture
+def killer(monkeypatch):
+    """Kills the first process of each name once a run has a checkpoint; the list says when."""
     pytest.importorskip("ray", reason="needs loralab[ray]")
     psutil = pytest.importorskip("psutil")
-    monkeypatch.setenv(
-        "PYTHONPATH",
-        os.pathsep.join(p for p in (str(Path(loop_module.__file__).parents[2]), os.environ.get("PYTHONPATH")) if p),
-    )
-    given = {"seeds": [0], "methods": [{"method": "lora", "epochs": 40}]}
+    source = str(Path(loop_module.__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))))
     killed = []
 
-    def kill_one():
-        """The first worker that has a checkpoint, which is so in the middle of its run."""
+    def kill(names):
         for _ in range(6000):
-            if list(Path("runs/store").glob("*/checkpoint/progress.json")):
-                workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_work")]
-                if workers:
-                    workers[0].send_signal(signal.SIGKILL)
+            there = psutil.Process().children(recursive=True)
+            found = [next((p for p in there if p.name().startswith(name)), None) for name in names]
+            if list(Path("runs/store").glob("*/checkpoint/progress.json")) and None not in found:
+                for process in found:
+                    process.send_signal(signal.SIGKILL)
                     killed.append(time.time())
-                    return
+                return
             time.sleep(0.01)
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    done = carried_out(study(tiny, own, **given), on="ray")
-    killer.join()
+    @contextmanager
+    def killing(*names):
+        thread = threading.Thread(target=kill, args=(names,))
+        thread.start()
+        yield killed
+        thread.join()
+
+    return killing
+
+
+LONG = {"seeds": [0], "methods": [{"method": "lora", "epochs": 40}]}
+
+
+@pytest.mark.slow
+def test_a_worker_of_ray_that_is_killed_loses_nothing(tiny, own, here, killer):
+    with killer("ray::_work") as killed:
+        done = carried_out(study(tiny, own, **LONG), on="ray")
     (cell,) = done.cells().values()
     (run,) = cell.runs
     assert killed
     assert (run.folder / "run.json").stat().st_mtime < killed[0]  # it went on: a run that starts anew writes it again
-    (expected,) = next(iter(carried_out(study(tiny, own, **given, store="elsewhere"), "other").cells().values())).runs
+    (expected,) = next(iter(carried_out(study(tiny, own, **LONG, store="elsewhere"), "other").cells().values())).runs
     assert [row["validation"] for row in run.history] == [row["validation"] for row in expected.history]
     assert run.result["metric"] == expected.result["metric"]
+
+
+@pytest.mark.slow
+def test_when_ray_itself_is_killed_no_run_has_failed_and_the_same_command_goes_on(tiny, own, here, killer):
+    with pytest.raises(UserError, match="Ray itself ended.*same command goes on"), killer("raylet", "ray::_work"):
+        carried_out(study(tiny, own, **LONG), on="ray")
+    assert not list(Path("runs/store").glob("*/failed.json"))
+    (cell,) = carried_out(study(tiny, own, **LONG), on="ray").cells().values()
+    assert len(cell.runs) == 1
 
 
 @pytest.mark.parametrize(

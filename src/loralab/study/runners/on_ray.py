@@ -75,6 +75,8 @@ def _results(ray: ModuleType, runs: Sequence[Settings], adapters: bool) -> Itera
         group_runs = left.pop(done)
         try:
             outcomes = ray.get(done)
+        except ray.exceptions.LocalRayletDiedError as error:  # no fault of the runs
+            raise UserError(f"Ray itself ended: {str(error).splitlines()[0]} The same command goes on.") from error
         except ray.exceptions.RayError as error:
             told = UserError(f"the worker died {RETRIES + 1} times: {str(error).splitlines()[0]}")
             outcomes = [told] * len(group_runs)
