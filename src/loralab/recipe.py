@@ -40,7 +40,7 @@ class Recipe:
     train: tuple[str, ...] | None = None
     """Roles that learn: A, B, ..., or of the base: bias, all. None means those of the factors."""
     lr: float = 1e-3
-    """Learning rate that learns at the default rank; tune it on a held-out split for real comparisons."""
+    """Learning rate, of a named method from a small search (docs/methods.md); a real comparison tunes its own."""
     lr_ratio: float = 1.0
     """LoRA+: learning rate of B over that of A."""
     dropout: float = 0.0
@@ -92,14 +92,14 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "lora": (Recipe(), "W x + b + (alpha/r) B A x"),
     "rslora": (Recipe(factors=LoRA(stabilized=True)), "W x + b + (alpha/sqrt(r)) B A x"),
     "dora": (Recipe(gain=True), "m / |W + s B A| * (W x + s B A x) + b"),
-    "vera": (Recipe(factors=VeRA(), lr=1e-2), "W x + b + diag(b) B diag(d) A x"),
-    "lora-fa": (Recipe(train=("B",)), "W x + b + s B A x, A frozen"),
-    "lora-fa-precond": (Recipe(factors=PreconditionedLoRA()), "lora-fa, g_B <- g_B (A A^T)^-1 / s^2"),
-    "lora+": (Recipe(lr=5e-4, lr_ratio=16.0), "W x + b + s B A x, B learns 16 times faster"),
+    "vera": (Recipe(factors=VeRA(), lr=3e-2), "W x + b + diag(b) B diag(d) A x"),
+    "lora-fa": (Recipe(train=("B",), lr=3e-3), "W x + b + s B A x, A frozen"),
+    "lora-fa-precond": (Recipe(factors=PreconditionedLoRA(), lr=3e-3), "lora-fa, g_B <- g_B (A A^T)^-1 / s^2"),
+    "lora+": (Recipe(lr=1.5e-4, lr_ratio=16.0), "W x + b + s B A x, B learns 16 times faster"),
     "dylora": (Recipe(factors=DyLoRA()), "W x + b + (alpha/k) B[:, :k] A[:k] x, k drawn each step"),
-    "frozen-dylora": (Recipe(factors=DyLoRA(frozen=True)), "dylora, only row and column k learn"),
+    "frozen-dylora": (Recipe(factors=DyLoRA(frozen=True), lr=3e-3), "dylora, only row and column k learn"),
     "delta-lora": (Recipe(factors=DeltaLoRA()), "W x + b + s B A x + follow s (B A - B0 A0) x"),
-    "adalora": (Recipe(factors=AdaLoRA(), lr=2e-3), "W x + b + s B diag(E) A x, a falling budget closes gates E"),
+    "adalora": (Recipe(factors=AdaLoRA(), lr=6e-3), "W x + b + s B diag(E) A x, a falling budget closes gates E"),
     "pissa": (Recipe(start="pissa"), "W x + b + s (B A - B0 A0) x, s B0 A0 the best rank-r part of W"),
     "olora": (Recipe(start="olora"), "W x + b + s (B A - B0 A0) x, B0 A0 the first r of W = Q R"),
     "loftq": (Recipe(store="nf4", start="loftq"), "Q x + b + s B A x, W kept as Q in 4 bit, s B A starts near W - Q"),
@@ -107,7 +107,7 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "qlora": (Recipe(store="nf4-dq"), "W x + b + s B A x, W in 4 bit"),
     "qdora": (Recipe(store="nf4-dq", gain=True), "dora, W in 4 bit"),
     "lora-drop": (Recipe(plan="drop"), "lora, layers of small output share one A and B per kind"),
-    "lokr": (Recipe(factors=SuperLoRA(split=2), lr=3e-3), "W x + b + s (T1 kron T2) x, T of rank r or whole"),
+    "lokr": (Recipe(factors=SuperLoRA(split=2), lr=9e-3), "W x + b + s (T1 kron T2) x, T of rank r or whole"),
     "lonkr": (Recipe(factors=SuperLoRA(split=3), lr=1e-2), "W x + b + s (T1 kron T2 kron T3) x, T of rank r or whole"),
     "lorta": (
         Recipe(factors=SuperLoRA(order=3, core=True), lr=3e-3),
@@ -117,9 +117,9 @@ NAMED: dict[str, tuple[Recipe, str]] = {
         Recipe(factors=SuperLoRA(ratio=0.25), lr=2e-3),
         "W x + b + s F(A1 A2) x, F fixed, 4 weights from a number",
     ),
-    "bitfit": (Recipe(factors=None, train=("bias",)), "every bias learns"),
+    "bitfit": (Recipe(factors=None, train=("bias",), lr=3e-3), "every bias learns"),
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
-    "head": (Recipe(factors=None, train=(), lr=1e-3), "only the classification head learns"),
+    "head": (Recipe(factors=None, train=(), lr=3e-3), "only the classification head learns"),
 }
 
 

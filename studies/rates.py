@@ -1,0 +1,61 @@
+"""The tables of docs/methods.md: `python studies/rates.py SEARCH CHECK...`, folders that `loralab study` wrote.
+
+SEARCH is the study of studies/quality.toml (a grid of rates for each method), CHECK those of studies/learns.toml
+(every method at its default rate). Scores of the search are those on the held-out rows that chose; a score that is
+followed by a star was not, or not clearly, above that of the head alone.
+"""
+
+import sys
+
+from loralab.recipe import recipe
+from loralab.study import Cell, Study, load
+
+HEAD = "head"
+CLEAR = 0.02  # of a metric, above the head alone
+
+
+def search(study: Study) -> None:
+    cells = study.cells()
+    points = {key: [p for p in study.planned if p.key == key and p.role == "tune"] for key in cells}
+    most = max(map(len, points.values()))
+    print("| method | " + "rate: score | " * most + "default | validation |")
+    print("| --- | " + "---: | " * most + "---: | ---: |")
+    for key, cell in cells.items():
+        tried = {run.planned.address: held_out(run.result, run.history) for run in cell.tuning}
+        best = max(tried.values(), default=None)
+        row = []
+        for p in points[key]:
+            score = tried.get(p.address)
+            shown = "fails" if score is None else f"**{score:.3f}**" if score == best else f"{score:.3f}"
+            row.append(f"{p.tried['lr']:g}: {shown}")
+        row += [""] * (most - len(row))
+        print(f"| {key[2]} | {' | '.join(row)} | {recipe(key[2]).lr:g} | {told(cell, cells)} |")
+
+
+def held_out(result: dict, history: list[dict]) -> float:
+    return float(history[result["selected_epoch"] - 1]["held_out"][result["metric"]["name"]])
+
+
+def checks(studies: list[Study]) -> None:
+    cells = {key: cell for study in studies for key, cell in study.cells().items() if cell.runs}
+    places = list(dict.fromkeys(key[:2] for key in cells))
+    print("| method | rate | " + " | ".join(f"{task}, {model}" for task, model in places) + " |")
+    print("| --- | ---: | " + " | ".join("---:" for _ in places) + " |")
+    for method in dict.fromkeys(key[2] for key in cells):
+        scores = [told(cells.get((*place, method)), cells) for place in places]
+        print(f"| {method} | {recipe(method).lr:g} | {' | '.join(scores)} |")
+
+
+def told(cell: Cell | None, cells: dict) -> str:
+    if cell is None or not cell.runs:
+        return ""
+    score, head = cell.scores.mean(), cells[(*cell.key[:2], HEAD)]
+    clear = cell.key[2] == HEAD or not head.runs or score > head.scores.mean() + CLEAR
+    return f"{score:.3f}{'' if clear else ' *'}"
+
+
+if __name__ == "__main__":
+    found = [load(folder) for folder in sys.argv[1:]]
+    search(found[0])
+    print()
+    checks(found[1:])
