@@ -14,6 +14,7 @@ from loralab.speed import masks
 from loralab.train import Settings, passes, train, train_together
 from loralab.train import loop as loop_module
 from loralab.train.batches import epoch_batches
+from loralab.train.progress import Bar
 from loralab.train.together import alone, grouped
 
 
@@ -110,6 +111,14 @@ def test_methods_share_a_pass(tiny, own, tmp_path, store):
 
 def test_heads_share_passes(tiny, own, tmp_path):
     check_as_alone([plain(tiny, own, method="head", rank=None, seed=i) for i in range(3)], tmp_path)
+
+
+def test_every_line_of_a_group_names_its_run(tiny, own, tmp_path, capsys):
+    train_together([settings(tiny, own, tmp_path / f"run-{i}", method="head", rank=None) for i in range(2)], Bar())
+    lines = [line for line in capsys.readouterr().err.splitlines() if " epoch " in line]
+    assert [line.partition(":")[0] for line in lines] == ["run-0", "run-1"] * 2
+    train(settings(tiny, own, tmp_path / "alone", method="head", rank=None), Bar())
+    assert "alone:" not in capsys.readouterr().err
 
 
 def test_a_small_room_makes_many_passes_of_the_same_steps(tiny, own, tmp_path, monkeypatch):

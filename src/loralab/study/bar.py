@@ -67,7 +67,7 @@ class StudyBar:
         self.bar.update(self.part, advance=rows, told=f"loss {loss:.4f}")
         self._whole(self.bar.tasks[self.part].completed)
 
-    def epoch(self, record: dict[str, Any], epochs: int, metric: str) -> None:
+    def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         """A line for a run is enough; but here a search looks whether the run is worth going on."""
         if self.trial is not None:
             search.report(self.trial, record, epochs)

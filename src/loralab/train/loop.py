@@ -27,7 +27,7 @@ from loralab.train.member import Member
 from loralab.train.memory import Peak, ledger, saved_by_layer
 from loralab.train.passes import forward, of_like_rows, passes
 from loralab.train.prepare import Run, facts, prepare_together
-from loralab.train.progress import Reporter, Silent
+from loralab.train.progress import Reporter, Silent, named
 from loralab.train.result import result_of
 from loralab.train.settings import Settings
 
@@ -111,17 +111,17 @@ class Loop:
         if member.settings.resume:
             found, p = member.load_checkpoint(), member.progress
             there = f"going on at epoch {p.epoch + 1}, step {p.step + 1}"
-            self.reporter.say(there if found else "no checkpoint yet: the run starts anew")
+            self.reporter.say(named(self._name(member), there if found else "no checkpoint yet: the run starts anew"))
         elif self.accelerator.is_main_process:
             chosen = {"speed": [vars(choice) for choice in self.choices], "together": len(self.members)}
             member.folder.begin(facts(member.run) | chosen)
 
     def _introduce(self) -> None:
         for member in self.members:
-            if coverage := self.adapters.entry(member.run.name).coverage:
-                self.reporter.say(f"adapts {coverage}")
-            for note in member.run.notes:
-                self.reporter.say(f"note: {note}")
+            coverage = self.adapters.entry(member.run.name).coverage
+            told = [f"adapts {coverage}"] if coverage else []
+            for text in (*told, *(f"note: {note}" for note in member.run.notes)):
+                self.reporter.say(named(self._name(member), text))
         rows = [len(m.run.train) for m in self.members]
         done = [
             m.progress.epoch * n + m.progress.batch * m.settings.batch_size
@@ -132,6 +132,9 @@ class Loop:
         more = "" if self.alone else f" and {len(self.members) - 1} more"
         whole = sum(m.settings.epochs * n for m, n in zip(self.members, rows, strict=True))
         self.reporter.start(label + more, whole, sum(done))
+
+    def _name(self, member: Member) -> str:
+        return "" if self.alone else member.settings.folder.name
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -205,7 +208,8 @@ class Loop:
             member.folder.write_metrics(member.progress.history)
         if member.progress.epoch < s.epochs:
             self._checkpoint(member)
-        self.reporter.epoch(record, s.epochs, run.task.metrics[0])  # last, as it may end the run, which can go on
+        # last, as it may end the run, which can go on
+        self.reporter.epoch(record, s.epochs, run.task.metrics[0], self._name(member))
 
     def _checkpoint(self, member: Member) -> None:
         if self.accelerator.is_main_process:
@@ -235,7 +239,7 @@ class Loop:
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
         result = result_of(run, vars(p), memory, together=len(self.members), by_rank=self._by_rank(member))
         for warning in result["warnings"]:
-            self.reporter.say(f"warning: {warning}")
+            self.reporter.say(named(self._name(member), f"warning: {warning}"))
         if self.accelerator.is_main_process:
             self.adapters.save(member.folder.path / "adapter", run.name, called=run.adapter_name)
             member.folder.finish(result, member.said)

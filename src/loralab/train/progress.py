@@ -8,9 +8,11 @@ from rich.text import Text
 
 
 class Reporter(Protocol):
+    """What hears of one run or of several that go together; `of` is a run's folder, empty where there is one run."""
+
     def start(self, label: str, rows: int, done: int) -> None: ...
     def advance(self, rows: int, loss: float) -> None: ...
-    def epoch(self, record: dict[str, Any], epochs: int, metric: str) -> None: ...
+    def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None: ...
     def say(self, text: str) -> None: ...
     def stop(self) -> None: ...
 
@@ -20,7 +22,7 @@ class Silent:
 
     def start(self, label: str, rows: int, done: int) -> None: ...
     def advance(self, rows: int, loss: float) -> None: ...
-    def epoch(self, record: dict[str, Any], epochs: int, metric: str) -> None: ...
+    def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None: ...
     def say(self, text: str) -> None: ...
     def stop(self) -> None: ...
 
@@ -50,8 +52,8 @@ class Bar:
         assert self.bar is not None
         self.bar.update(self.bar.task_ids[0], advance=rows, loss=loss)
 
-    def epoch(self, record: dict[str, Any], epochs: int, metric: str) -> None:
-        self.say(epoch_line(record, epochs, metric))
+    def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
+        self.say(named(of, epoch_line(record, epochs, metric)))
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
@@ -59,6 +61,10 @@ class Bar:
     def stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def named(of: str, text: str) -> str:
+    return f"{of}: {text}" if of else text
 
 
 def epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
