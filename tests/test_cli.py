@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -456,7 +457,9 @@ def test_a_reader_that_leaves_early_is_no_traceback():
 
 def test_an_interrupt_ends_with_one_line_and_the_run_goes_on_later(cli, tiny, own, tmp_path):
     given = flags(tiny, own, epochs=400, out=tmp_path / "run")
-    run = subprocess.Popen([sys.executable, "-m", "loralab", *given], env=ENV, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job begins deaf to it
+    command = [sys.executable, "-m", "loralab", *given]
+    run = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert run.stderr is not None
     while "epoch 2/400" not in run.stderr.readline():
         assert run.poll() is None

@@ -14,6 +14,7 @@ import pytest
 
 from loralab import UserError
 from loralab.cli import main
+from loralab.recipe import recipe
 from loralab.speed.machine import fast_bfloat16
 from loralab.study import conduct as conduct_module
 from loralab.study import load
@@ -179,7 +180,7 @@ def test_equal_runs_have_one_address_however_they_are_written(tiny, own, tmp_pat
         usual = {"task": str(own["class"]), "text": ("sentence",), "label": "label", "model": str(tiny)}
         return address(Settings(**{**usual, **given}))
 
-    assert at(method="lora+") == at(method="lora", lr=5e-4, lr_ratio=16)
+    assert at(method="lora+") == at(method="lora", lr=recipe("lora+").lr, lr_ratio=16)
     assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification")
     assert at(method="full") == at(method="full", targets="mlp")
     moved, copied = shutil.copy(own["class"], tmp_path / "other.csv"), shutil.copytree(tiny, tmp_path / "model")
