@@ -47,7 +47,7 @@ models: $(GET)  ## fetch the larger real models (540 MB) into ~/.cache/loralab/m
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(GET):
 	@echo "no $(GET): say where it is with GET=PATH, or give loralab a hub name or a local folder" >&2; exit 1
