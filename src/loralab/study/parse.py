@@ -69,12 +69,12 @@ def _models(value: Any, wanted: Sequence[str], base: Path, wrong: Problems) -> t
 
 
 def _tasks(value: Any, wanted: Sequence[str], base: Path, wrong: Problems) -> tuple[Row, ...]:
-    """Rows of the file; of flags those named, with the file's own settings where it has the task."""
-    if isinstance(value, list) and all(isinstance(x, dict) for x in value):
-        rows = [_task(i, dict(x), base, wrong) for i, x in enumerate(value, 1)]
-    else:
-        names = () if value is None and wanted else wrong.strings("tasks", value)
-        rows = [Row(_stem(x), {"task": _place(x, base)}) for x in names]
+    """Rows of the file, names or tables; of flags those named, with the file's own settings where it has the task."""
+    given = [] if value is None and wanted else value
+    if not isinstance(given, list) or not all(isinstance(x, str | dict) for x in given) or not (given or wanted):
+        wrong.say("tasks", f"{value!r}: expected names or tables, as ['cola', {{ task = 'sst2', train_rows = 4000 }}]")
+        given = []
+    rows = [_task(i, {"task": x} if isinstance(x, str) else dict(x), base, wrong) for i, x in enumerate(given, 1)]
     named = {row.label: row for row in rows}
     _unique("tasks", tuple(row.label for row in rows), wrong)
     return tuple(named.get(x, Row(_stem(x), {"task": x})) for x in wanted) if wanted else tuple(rows)
