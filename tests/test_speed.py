@@ -249,7 +249,7 @@ def test_off_is_off_and_undo_puts_the_plain_path_back():
     assert any("forward" in vars(module) for module in model.modules())
     speed.put_back(model)
     assert not any("forward" in vars(module) for module in model.modules())
-    with pytest.raises(loralab.UserError, match="expected auto or off"):
+    with pytest.raises(loralab.UserError, match="expected one of auto, off, compile"):
         speed.prepare(model, speed="on")
     with pytest.raises(loralab.UserError, match="expected bfloat16 or float32"):
         speed.prepare(model, store="nf4")
@@ -262,3 +262,24 @@ def test_a_merged_copy_of_a_fast_model_is_plain():
     merged = adapters.merge("default")
     torch.testing.assert_close(merged(**rows()).logits, expected, rtol=0, atol=1e-5)
     assert not any("forward" in vars(module) for module in merged.modules())
+
+
+def test_the_compiled_path_is_the_plain_one(monkeypatch):
+    monkeypatch.setattr(speed, "COMPILER", "aot_eager")  # all but the generated code, which takes a minute to make
+    results = []
+    for how in ("off", "compile"):
+        model, adapters = adapted("bert", "dora")
+        double(model, adapters)
+        chosen = [choice.piece for choice in speed.prepare(model, how) if choice.used]
+        assert chosen == (["compile"] if how == "compile" else [])
+        results.append(pass_through(model, adapters, rows()))
+    assert model._compiled_call_impl is not None
+    same(*results)
+
+
+def test_a_block_leaves_attention_that_was_asked_for():
+    model, _ = adapted("bert")
+    model.set_attn_implementation("flex_attention")
+    found = {choice.piece: choice for choice in speed.prepare(model)}["block"]
+    assert not found.used
+    assert found.reason == "attention is flex_attention"

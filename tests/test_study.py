@@ -155,7 +155,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "train_rows": 50, "validation_rows": 20,
     "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
     "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "plan": "drop", "keep": 0.5,
-    "store": "int8", "speed": "off", "dtype": "float32" if fast_bfloat16() else "bfloat16",
+    "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
     "selection": "last", "patience": 3,
 }  # fmt: skip

@@ -88,11 +88,12 @@ def sha256(path: Path) -> str:
 
 
 def classifier(
-    name: str, num_labels: int, regression: bool, dtype: torch.dtype, seed: int
+    name: str, num_labels: int, regression: bool, dtype: torch.dtype, seed: int, attention: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The named model under a new head, and its tokenizer; the head depends on the seed and its shape alone.
 
     A head that the checkpoint brings is not kept: all runs of a comparison start alike. The model is in eval mode.
+    `attention` is transformers' `attn_implementation`.
     """
     if num_labels < 1 or regression != (num_labels == 1):
         kind = "regression" if regression else "classification"
@@ -109,7 +110,13 @@ def classifier(
     with _from_seed(seed), _quiet(), _one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **head, **source
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation=attention,
+            **head,
+            **source,
         )
     _complete(name, model, report)
     with _from_seed(seed):

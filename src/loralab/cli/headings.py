@@ -10,7 +10,7 @@ HEADINGS = {
     "Method": "method rank alpha targets ranks plan keep dropout lr-ratio store",
     "Optimization": "epochs batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "selection patience seed",
-    "Run": "out resume checkpoint-every dtype speed threads track json",
+    "Run": "out resume checkpoint-every dtype speed attention threads track json",
 }
 MANY = 15  # flags
 

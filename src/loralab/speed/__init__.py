@@ -4,14 +4,15 @@
     choices, autocast = loralab.speed.quicken(model, "auto", torch.bfloat16)  # as `loralab train` does
 
 A piece is a row of PIECES: what must hold for it, and how it is put into the model. `speed="off"` leaves the plain
-path, which every piece equals (tests/test_speed.py) and is measured against (docs/benchmarks.md).
+path, which every piece equals (tests/test_speed.py) and is measured against (docs/benchmarks.md). `speed="compile"`
+gives the plain path to torch.compile, for GPUs; not measured.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -23,7 +24,9 @@ from loralab.live import Live
 from loralab.speed import heap, masks
 from loralab.speed.encoders import LAYERS, layers_of
 
-Speed = Literal["auto", "off"]
+Speed = Literal["auto", "off", "compile"]
+COMPILER = "inductor"  # torch's own; batches of any shape share what it makes
+SAME = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
 MANY = "16384"  # prepared products; its own 1024 are too few
 
@@ -50,16 +53,19 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
     `store="bfloat16"` keeps every frozen tensor of the model in bfloat16 and computes in it; what learns stays float32.
     Raises UserError for an unknown speed or store.
     """
-    if speed not in ("auto", "off"):
-        raise UserError(f"speed={speed!r}: expected auto or off")
+    if speed not in (known := get_args(Speed)):
+        raise UserError(f"speed={speed!r}: expected one of {', '.join(known)}")
     if store is not None:
         hold(model, store)
     chosen = []
     for name, piece in PIECES.items():
-        problem = "speed is off" if speed == "off" else piece.problem(model)
+        problem = piece.problem(model) if speed == "auto" else f"speed is {speed}"
         if problem is None:
             piece.put(model)
         chosen.append(Choice(name, problem is None, problem or piece.why))
+    if speed == "compile":
+        model.compile(dynamic=True, backend=COMPILER)
+        chosen.append(Choice("compile", True, "torch.compile joins what lies between products"))
     return chosen
 
 
@@ -135,6 +141,8 @@ def _put_dropout(model: nn.Module) -> None:
 def _no_block(model: nn.Module) -> str | None:
     if not layers_of(model):
         return f"{type(model).__name__} has no layers of a known kind: {', '.join(LAYERS)}"
+    if (attention := getattr(model.config, "_attn_implementation", None)) not in SAME:
+        return f"attention is {attention}"
     return frozen(model)
 
 

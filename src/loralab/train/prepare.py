@@ -134,7 +134,8 @@ def _rows(
 def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     """(model, tokenizer), the model as a run begins with it."""
     regression = task.labels is None
-    model, tokenizer = models.classifier(settings.model, task.num_outputs, regression, torch.float32, settings.seed)
+    wanted = (task.num_outputs, regression, torch.float32, settings.seed, settings.attention)
+    model, tokenizer = models.classifier(settings.model, *wanted)
     if regression:
         _center(model, sum(task.train.labels) / len(task.train))
     return model, tokenizer

@@ -10,6 +10,7 @@ import torch
 from loralab.errors import UserError
 from loralab.ranks import RankMap
 from loralab.recipe import Recipe, recipe
+from loralab.speed import Speed
 from loralab.speed.machine import precision
 
 Selection = Literal["held-out", "last", "validation"]
@@ -80,8 +81,11 @@ class Settings:
     """How frozen weights are kept: float32, bfloat16, int8, nf4, nf4-dq or int2; as loaded by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What products run in; auto: bfloat16 where the machine multiplies it fast. What learns stays float32."""
-    speed: Literal["auto", "off"] = "auto"
-    """auto: the fast path, as far as machine and model take it; off: the plain one."""
+    speed: Speed = "auto"
+    """auto: the fast path, as far as machine and model take it; off: the plain one; compile: the plain one through
+    torch.compile, for GPUs."""
+    attention: str | None = None
+    """Attention as transformers names it (eager, sdpa, flash_attention_2, ...); its own choice by default."""
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

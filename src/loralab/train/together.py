@@ -49,8 +49,8 @@ def alone(settings: Settings) -> str | None:
         return f"{settings.method} adds no low-rank products, so its layers take the plain path"
     if r.dropout:
         return f"dropout={r.dropout} on the adapter's input has no stream of its own"
-    if settings.speed == "off":
-        return "speed is off"
+    if settings.speed != "auto":
+        return f"speed is {settings.speed}"
     if settings.track:
         return f"{settings.track} tracks one run at a time"
     if r.store is not None and starts.looks_at_layer(r.start):
@@ -63,4 +63,4 @@ def _base(s: Settings) -> Any:
     r = s.recipe()
     rank = getattr(r.factors, "rank", 0) * (1 + bool(starts.added(r.start)))  # 0 where no layer is adapted
     like = rank and max(SMALL, 1 << (rank - 1).bit_length())
-    return s.model, s.precision, s.accumulate, s.threads, r.store, like
+    return s.model, s.attention, s.precision, s.accumulate, s.threads, r.store, like
