@@ -285,7 +285,7 @@ def test_attention_is_what_transformers_is_told(bert: Path) -> None:
     for name in ("eager", "sdpa"):
         model, _ = classifier(str(bert), 2, False, torch.float32, 0, attention=name)
         assert model.config._attn_implementation == name
-    with pytest.raises(UserError, match="cannot be loaded .*"nothing". is not supported"):
+    with pytest.raises(UserError, match='cannot be loaded .*"nothing". is not supported'):
         classifier(str(bert), 2, False, torch.float32, 0, attention="nothing")
 
 
