@@ -66,7 +66,11 @@ def cut_off(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A BERT of a few thousand values with a word tokenizer, as a model folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def tiny_model(folder: Path, kind: str = "bert") -> Path:
+    """A model of an architecture of archs.py as `save_pretrained` leaves it, its weights random."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -75,7 +79,7 @@ def tiny(tmp_path_factory) -> Path:
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
-    config = copy.deepcopy(CONFIGS["bert"])
+    config = copy.deepcopy(CONFIGS[kind])
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
     config.max_position_embeddings = 40
     with torch.random.fork_rng():

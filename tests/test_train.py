@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from archs import CONFIGS
+from conftest import tiny_model
 from safetensors.torch import load_file
 
 import loralab
@@ -73,6 +75,13 @@ def test_a_run_learns_and_writes_what_the_contract_says(tiny, own, tmp_path, met
     said = load_file(folder / "predictions.safetensors")  # of the selected epoch
     right = said["validation/logits"].argmax(-1) == said["validation/labels"]
     assert right.double().mean().item() == pytest.approx(result["metric"]["selected"], abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "bert"])
+def test_every_architecture_trains_from_a_folder(own, tmp_path, kind):
+    result = train(settings(tiny_model(tmp_path / kind, kind), own, tmp_path / "run", epochs=12, lr=5e-3))
+    assert result["metric"]["selected"] > 0.9
+    assert any(key.endswith(".B") for key in tensors(tmp_path / "run"))
 
 
 def test_regression_learns(tiny, own, tmp_path):
