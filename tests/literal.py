@@ -131,7 +131,9 @@ HAND = {  # its named rows at rank 1 on that size
     "superlora": [(6, 5)],
 }
 UPDATES = {
-    **dict.fromkeys(("lora", "dora", "lora-fa", "lora-fa-precond", "lora+", "loftq", "eva", "qlora", "qdora"), lora),
+    **dict.fromkeys(
+        ("lora", "dora", "lora-fa", "lora-fa-precond", "lora+", "loftq", "eva", "qlora", "qdora", "alora"), lora
+    ),
     "rslora": rslora,
     "vera": vera,
     "dylora": dylora,

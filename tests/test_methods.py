@@ -129,7 +129,7 @@ def test_lora_fa_keeps_no_x(base):
 def test_nothing_of_the_size_of_the_weight_is_made(name, given):
     """Neither B A, nor an identity to make it with, nor the weight's own gradient, in forward and backward."""
     model = nn.Sequential(nn.Linear(N_IN, N_OUT)).train()
-    more = {"ranks": RankMap({"0": RANK})} if NAMED[name][0].plan else {}
+    more = {"ranks": RankMap({"0": RANK}), "plan": None} if NAMED[name][0].plan else {}
     more |= {"total_steps": 9} if name == "adalora" else {}
     more |= {"batches": [{"input": torch.randn(9, N_IN)}]} if name == "eva" else {}
     more |= {"store": "float32", "start": "kaiming"} if NAMED[name][0].store else {}  # few bits become dense

@@ -26,7 +26,7 @@ def settings(method, model):
     row = NAMED[method][0]
     allowed = vars(row.factors)
     given = {key: value for key, value in {"rank": 3, "alpha": 5.0}.items() if key in allowed}
-    return given | ({"ranks": rank_map(model)} if row.plan == "drop" else {})
+    return given | ({"ranks": rank_map(model)} if row.plan else {})
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------

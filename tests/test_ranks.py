@@ -16,7 +16,7 @@ from loralab.ranks import PLANS
 from loralab.ranks.alora import alora, divide, reallocate, scores
 from loralab.ranks.drop import drop_map, importance, kind, parent, shapes
 from loralab.ranks.spectrum import error_map, error_spectrum, spread
-from loralab.recipe import from_json, recipe, to_json
+from loralab.recipe import NAMED, from_json, recipe, to_json
 from loralab.train import plan as plan_module
 from loralab.train import train
 
@@ -325,6 +325,7 @@ def test_a_map_for_other_layers_is_refused_with_all_problems_at_once():
         ("vera", {"plan": "drop"}, "no A and B of its own"),
         ("dylora", {"plan": "error-spectrum", "store": "bfloat16"}, "one rank"),
         ("lora-drop", {}, "there is none"),
+        ("alora", {}, "there is none"),
         ("lora", {"ranks": RankMap({**MAP.layers, V0: 25})}, "rank 25"),
     ],
 )
@@ -461,7 +462,7 @@ def test_every_plan_of_the_table_can_run():
 
 
 @pytest.mark.parametrize(
-    "more", [{"method": "lora-drop", "keep": 0.5}, {"plan": "error-spectrum", "store": "bfloat16"}]
+    "more", [{"method": "lora-drop", "keep": 0.5}, {"method": "alora"}, {"plan": "error-spectrum", "store": "bfloat16"}]
 )
 def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny, own, tmp_path, more, monkeypatch):
     from test_train import metrics, settings
@@ -469,7 +470,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     s = settings(tiny, own, tmp_path / "r", lr=1e-2, **more)
     result = train(s)
     plan = result["time"]["plan"]
-    assert plan["name"] == ("drop" if "method" in more else "error-spectrum")
+    assert plan["name"] == (more.get("plan") or NAMED[more["method"]][0].plan)
     seconds = sum(row["seconds"] for row in metrics(tmp_path / "r"))
     assert result["time"]["train_s"] == pytest.approx(plan["seconds"] + seconds, abs=1e-3)
     assert result["time"]["train_s"] > plan["seconds"] > 0
@@ -477,7 +478,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     assert any(note.startswith(f"plan {plan['name']} gave") for note in result["notes"])
     run = json.loads((tmp_path / "r/run.json").read_text())
     ranks = RankMap.from_json(run["recipe"]["ranks"])
-    assert bool(ranks.shares) == ("method" in more)
+    assert bool(ranks.shares) == PLANS[plan["name"]].shares
     assert loralab.files.read(tmp_path / "r/adapter").recipe.ranks == ranks
     again = train(settings(tiny, own, tmp_path / "s", lr=1e-2, **more))
     assert again["metrics"] == result["metrics"]
@@ -500,6 +501,19 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     resumed = train(settings(tiny, own, tmp_path / "t", lr=1e-2, resume=True, **more))
     assert resumed["metrics"] == result["metrics"]
     assert resumed["counts"] == result["counts"]
+
+
+def test_alora_by_name_moves_ranks_and_keeps_the_budget(tiny, own, tmp_path):
+    from test_train import settings
+
+    given = {"method": "alora", "rank": 3, "epochs": 1, "rounds": 2, "lr": 1e-2}
+    result = train(settings(tiny, own, tmp_path / "r", **given))
+    ranks = loralab.files.read(tmp_path / "r/adapter").recipe.ranks
+    each = [part.rank for part in ranks.layers.values()]
+    assert sum(each) == 3 * len(each)
+    assert len(set(each)) > 1
+    once = train(settings(tiny, own, tmp_path / "s", **given | {"rounds": 1}))
+    assert result["time"]["plan"]["steps"] == 2 * once["time"]["plan"]["steps"] > 0
 
 
 def test_train_takes_a_map_from_a_file(tiny, own, tmp_path):

@@ -19,7 +19,7 @@ from loralab.factors.lora import LoRA
 from loralab.factors.precond import PreconditionedLoRA
 from loralab.factors.superlora import SuperLoRA
 from loralab.factors.vera import VeRA
-from loralab.ranks import PLANS, STORED, RankMap, example, own
+from loralab.ranks import PLANS, RankMap, example, own, plans
 from loralab.ranks import problems as rank_problems
 
 BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: every bias, or everything
@@ -48,7 +48,7 @@ class Recipe:
     ranks: RankMap | None = None
     """Rank, share and gates of every layer; None gives each layer its own factors of the method's rank."""
     plan: str | None = None
-    """What makes the rank map before a run: drop or error-spectrum; without a run, `ranks` must hold the map."""
+    """What makes the rank map before a run: drop, alora or error-spectrum; without a run, `ranks` must hold the map."""
 
     @property
     def learn(self) -> tuple[str, ...]:
@@ -107,6 +107,7 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "qlora": (Recipe(store="nf4-dq"), "W x + b + s B A x, W in 4 bit"),
     "qdora": (Recipe(store="nf4-dq", gain=True), "dora, W in 4 bit"),
     "lora-drop": (Recipe(plan="drop"), "lora, layers of small output share one A and B per kind"),
+    "alora": (Recipe(plan="alora"), "lora, ranks that matter least go to other layers"),
     "lokr": (Recipe(factors=SuperLoRA(split=2), lr=9e-3), "W x + b + s (T1 kron T2) x, T of rank r or whole"),
     "lonkr": (Recipe(factors=SuperLoRA(split=3), lr=1e-2), "W x + b + s (T1 kron T2 kron T3) x, T of rank r or whole"),
     "lorta": (
@@ -155,19 +156,16 @@ def check(r: Recipe) -> Recipe:
         problems.append(f"dropout={r.dropout}: expected 0 <= dropout < 1")
     if not r.lr > 0 or not r.lr_ratio > 0:
         problems.append(f"lr={r.lr}, lr_ratio={r.lr_ratio}: expected both above 0")
-    shared = r.plan == "drop" or bool(getattr(r.ranks, "shares", None))
+    shared = (r.plan in PLANS and PLANS[r.plan].shares) or bool(getattr(r.ranks, "shares", None))
     problems += starts.problems(r.start, r.factors, r.store, shared)
+    problems += plans.problems(r)
     if r.learn_base and r.store:
         problems.append(f"train={r.learn_base!r} with store={r.store!r}: a stored weight is frozen")
     if r.factors is None and (r.dropout or r.learn or r.gain or r.lr_ratio != 1):
         given = f"dropout={r.dropout}, gain={r.gain}, train={r.train}, lr_ratio={r.lr_ratio}"
         problems.append(f"factors=None with {given}: no layer is adapted")
-    if r.factors is None and (r.ranks or r.plan):
-        problems.append(f"factors=None with ranks or plan={r.plan!r}: no layer is adapted")
-    if r.plan is not None and r.plan not in PLANS:
-        problems.append(f"plan={r.plan!r}: choose one of {', '.join(PLANS)}")
-    if r.plan in STORED and r.store is None:
-        problems.append(f"plan={r.plan!r} with store=None: no weight is rounded, so there is no error to go by")
+    if r.factors is None and r.ranks:
+        problems.append("factors=None with ranks: no layer is adapted")
     if r.exact_gain and not r.gain:
         problems.append(f"exact_gain={r.exact_gain} with gain={r.gain}: there is no norm")
     if r.factors is not None:

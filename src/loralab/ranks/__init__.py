@@ -18,12 +18,8 @@ from torch import Tensor, nn
 from loralab.errors import UserError
 from loralab.factors.base import Factors, Roles
 from loralab.factors.lora import LoRA
+from loralab.ranks.plans import PLANS as PLANS
 
-PLANS = {  # plan -> how it makes a map before a run; train/plan.py runs them
-    "drop": "LoRA-drop: a short run, then the layers whose update says little share one pair per kind",
-    "error-spectrum": "ranks go where a store of few bits errs most; no training",
-}
-STORED = ("error-spectrum",)  # plans that need a store
 SHARED = ("A", "B")  # the roles that layers of one share have in common
 FORMAT = "loralab rank map"
 
@@ -191,7 +187,8 @@ def _one_rank(factors: Factors) -> bool:
 
 def example(plan: str, rank: int) -> RankMap:
     """A map as a plan makes them, to see before it runs whether a method can take one."""
-    return RankMap({"a": Part(rank, "a"), "b": Part(rank, "a")} if plan == "drop" else {"a": rank, "b": rank + 1})
+    shared = {"a": Part(rank, "a"), "b": Part(rank, "a")}
+    return RankMap(shared if PLANS[plan].shares else {"a": rank, "b": rank + 1, "c": 0})
 
 
 def misfits(ranks: RankMap, shapes: Mapping[str, tuple[int, int]], left: Iterable[str]) -> list[str]:

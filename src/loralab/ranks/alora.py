@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import starts
 from loralab.errors import UserError
-from loralab.factors.lora import LoRA
 from loralab.ranks import Part, RankMap
 from loralab.ranks.drop import evaluating
+from loralab.ranks.plans import fixed
 from loralab.targets import Coverage
 
 if TYPE_CHECKING:
@@ -158,12 +157,8 @@ def _coverage(entry: Any, ranks: RankMap) -> Coverage:
 
 def _check(adapters: "Adapters", name: str) -> None:
     r = adapters.entry(name).recipe
-    whole = r.factors is not None and type(r.factors).lower is LoRA.lower and not r.factors.stepped
-    if not whole or r.gain or starts.added(r.start):
-        raise UserError(
-            f"adapter {name!r}: ALoRA moves the ranks of plain s B A; it goes with lora, rslora and lora+, "
-            "without a gain and with a start from zero"
-        )
+    if wrong := fixed(r):
+        raise UserError(f"adapter {name!r}: ALoRA does not go with {'; '.join(wrong)}")
     if r.ranks is not None and any(part.share or part.gates or part.alpha for part in r.ranks.layers.values()):
         told = "ALoRA moves ranks from layer to layer, so none may have a share, gates or an alpha of its own"
         raise UserError(f"adapter {name!r}: {told}")

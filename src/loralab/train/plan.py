@@ -1,12 +1,14 @@
 """Plans: what a run does before its first step to get its rank map, with what that cost.
 
-`drop` is LoRA-drop: a short training on a sample stratified by label, the importance of every layer, the map; then the
-run begins anew, on a fresh model and head. `error-spectrum` looks at the weights only.
+`drop` is LoRA-drop: a short training on a sample stratified by label, the importance of every layer, the map. `alora`
+is ALoRA: rounds of an epoch over such a sample, the scores of all ranks on rows left out of it, and a move of ranks.
+The run then begins anew, on a fresh model and head. `error-spectrum` looks at the weights only.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from loralab.errors import UserError
 from loralab.files import read_header
 from loralab.optimizers import adamw
 from loralab.ranks import RankMap
+from loralab.ranks.alora import alora
 from loralab.ranks.drop import drop_map, importance, shapes
 from loralab.ranks.spectrum import error_map
 from loralab.recipe import Recipe, from_json
@@ -28,6 +31,7 @@ from loralab.train.settings import Settings
 
 LEAST_ROWS, MOST_ROWS = 256, 1000  # of the sample, which is a tenth of the training rows between these
 EPOCHS = 3  # "a few", and LoRA-drop's text does not say more
+SCORED = 32  # rows of the sample that score ranks and do not train: the batch of ALoRA's section 3.3
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,30 @@ def planned(work: Work) -> tuple[Recipe, dict[str, Any] | None]:
 
 def drop(work: Work) -> tuple[RankMap, int, int]:
     """(map, optimizer steps, rows of the sample) of LoRA-drop."""
-    s, cuda = work.settings, torch.cuda.is_available()
-    with torch.random.fork_rng():
-        torch.manual_seed(s.seed)  # dropout
-        model = work.fresh().to("cuda" if cuda else "cpu")
-        recipe = replace(work.recipe, plan=None)
-        given: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
-        adapters = attach(model, recipe, name="plan", head=True, **given)
-        sample = _sample(work)
-        steps = _train(adapters, work, sample)
+    s, sample = work.settings, _sample(work)
+    with _begun(work) as adapters:
+        steps = _train(adapters, work, sample, range(EPOCHS))
         lengths = work.rows.lengths[sample]
         batches = (_batch(work, sample, places, adapters) for places in sorted_batches(lengths, 2 * s.batch_size))
         scores = importance(adapters, "plan", batches)
-    rank: int = recipe.factors.rank  # type: ignore[union-attr]
+    rank: int = work.recipe.factors.rank  # type: ignore[union-attr]
     return drop_map(scores, shapes(adapters, "plan"), rank, s.keep), steps, len(sample)
+
+
+def moved(work: Work) -> tuple[RankMap, int, int]:
+    """(map, optimizer steps, rows of the sample) of ALoRA; a few rows of the sample score and do not train."""
+    s, sample, steps = work.settings, _sample(work), 0
+    trained, scored = _divided(work, sample, 0.5, SCORED)  # a half of a very small sample
+
+    def train_epoch(number: int) -> None:
+        nonlocal steps
+        steps += _train(adapters, work, trained, [number])
+
+    with _begun(work) as adapters:
+        batch = _batch(work, scored, list(range(len(scored))), adapters)
+        batch["labels"] = work.rows.labels[scored].to(batch["input_ids"].device)
+        maps = alora(adapters, "plan", train_epoch, batch, s.rounds, seed=s.seed)
+    return maps[-1], steps, len(sample)
 
 
 def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
@@ -89,17 +103,38 @@ def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
     return error_map(layers, recipe.store, recipe.factors.rank), 0, 0  # type: ignore[union-attr]
 
 
-PLANS: dict[str, Callable[[Work], tuple[RankMap, int, int]]] = {"drop": drop, "error-spectrum": error_spectrum}
+PLANS: dict[str, Callable[[Work], tuple[RankMap, int, int]]] = {
+    "drop": drop,
+    "alora": moved,
+    "error-spectrum": error_spectrum,
+}
+
+
+@contextmanager
+def _begun(work: Work) -> Iterator[Adapters]:
+    """A fresh model with a fresh adapter, "plan"; what is drawn meanwhile leaves torch's generator as it was."""
+    s = work.settings
+    with torch.random.fork_rng():
+        torch.manual_seed(s.seed)  # dropout
+        model = work.fresh().to("cuda" if torch.cuda.is_available() else "cpu")
+        given: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
+        yield attach(model, replace(work.recipe, plan=None), name="plan", head=True, **given)
 
 
 def _sample(work: Work) -> list[int]:
     """A tenth of the training rows, stratified by label."""
-    n, labels = len(work.rows), work.rows.labels
-    if n <= LEAST_ROWS:
-        return list(range(n))
-    split = Split([()] * n, labels.tolist())
-    fraction = max(0.1, LEAST_ROWS / n)
-    return held_out(split, work.sha256, not labels.is_floating_point(), fraction, MOST_ROWS)[1]
+    every = list(range(len(work.rows)))
+    if len(every) <= LEAST_ROWS:
+        return every
+    return _divided(work, every, max(0.1, LEAST_ROWS / len(every)), MOST_ROWS)[1]
+
+
+def _divided(work: Work, rows: list[int], fraction: float, most: int) -> tuple[list[int], list[int]]:
+    """(the others, a fraction of the rows but at most so many), both stratified by label."""
+    labels = work.rows.labels[rows]
+    split = Split([()] * len(rows), labels.tolist())
+    kept, out = held_out(split, work.sha256, not labels.is_floating_point(), fraction, most)
+    return [rows[i] for i in kept], [rows[i] for i in out]
 
 
 def _batch(work: Work, sample: list[int], places: list[int], adapters: Adapters) -> dict[str, torch.Tensor]:
@@ -107,8 +142,8 @@ def _batch(work: Work, sample: list[int], places: list[int], adapters: Adapters)
     return collate(work.rows, [sample[i] for i in places], work.tokenizer, device)
 
 
-def _train(adapters: Adapters, work: Work, sample: list[int]) -> int:
-    """EPOCHS passes over the sample at a constant learning rate; returns the optimizer steps."""
+def _train(adapters: Adapters, work: Work, sample: list[int], epochs: Iterable[int]) -> int:
+    """Passes over the sample with one optimizer at a constant learning rate; returns its steps."""
     from loralab.train.loop import row_losses  # the loop prepares a run, and that plans
 
     s, steps = work.settings, 0
@@ -116,7 +151,7 @@ def _train(adapters: Adapters, work: Work, sample: list[int]) -> int:
     optimizer = adamw(groups)
     learned = [p for group in groups for p in group["params"]]
     model = adapters.model.train()
-    for epoch in range(EPOCHS):
+    for epoch in epochs:
         for places in epoch_batches(work.rows.lengths[sample], s.batch_size, s.seed, epoch):
             batch = _batch(work, sample, places, adapters)
             device = batch["input_ids"].device
