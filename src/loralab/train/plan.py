@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loralab import speed
 from loralab.attach import Adapters, attach
 from loralab.errors import UserError
 from loralab.files import read_header
@@ -70,7 +71,7 @@ def drop(work: Work) -> tuple[RankMap, int, int]:
     """(map, optimizer steps, rows of the sample) of LoRA-drop."""
     s, sample = work.settings, _sample(work)
     with _begun(work) as adapters:
-        steps = _train(adapters, work, sample, range(EPOCHS))
+        steps = _train(adapters, work, sample, range(EPOCHS), s.precision == torch.bfloat16)
         lengths = work.rows.lengths[sample]
         batches = (_batch(work, sample, places, adapters) for places in sorted_batches(lengths, 2 * s.batch_size))
         scores = importance(adapters, "plan", batches)
@@ -85,12 +86,15 @@ def moved(work: Work) -> tuple[RankMap, int, int]:
 
     def train_epoch(number: int) -> None:
         nonlocal steps
-        steps += _train(adapters, work, trained, [number])
+        steps += _train(adapters, work, trained, [number], autocast)
 
     with _begun(work) as adapters:
+        _, autocast = speed.quicken(adapters.model, s.speed, s.precision)  # hundreds of passes score
         batch = _batch(work, scored, list(range(len(scored))), adapters)
-        batch["labels"] = work.rows.labels[scored].to(batch["input_ids"].device)
-        maps = alora(adapters, "plan", train_epoch, batch, s.rounds, seed=s.seed)
+        device = batch["input_ids"].device
+        batch["labels"] = work.rows.labels[scored].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            maps = alora(adapters, "plan", train_epoch, batch, s.rounds, seed=s.seed)
     return maps[-1], steps, len(sample)
 
 
@@ -142,7 +146,7 @@ def _batch(work: Work, sample: list[int], places: list[int], adapters: Adapters)
     return collate(work.rows, [sample[i] for i in places], work.tokenizer, device)
 
 
-def _train(adapters: Adapters, work: Work, sample: list[int], epochs: Iterable[int]) -> int:
+def _train(adapters: Adapters, work: Work, sample: list[int], epochs: Iterable[int], autocast: bool) -> int:
     """Passes over the sample with one optimizer at a constant learning rate; returns its steps."""
     from loralab.train.loop import row_losses  # the loop prepares a run, and that plans
 
@@ -155,7 +159,7 @@ def _train(adapters: Adapters, work: Work, sample: list[int], epochs: Iterable[i
         for places in epoch_batches(work.rows.lengths[sample], s.batch_size, s.seed, epoch):
             batch = _batch(work, sample, places, adapters)
             device = batch["input_ids"].device
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = model(**batch).logits.float()
             labels = work.rows.labels[[sample[i] for i in places]].to(device)
             row_losses(logits, labels).mean().backward()
