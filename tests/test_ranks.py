@@ -14,7 +14,8 @@ from loralab import Part, RankMap, UserError
 from loralab.bases import STORES, keep
 from loralab.ranks import PLANS
 from loralab.ranks.alora import alora, divide, reallocate, scores
-from loralab.ranks.drop import drop_map, importance, kind, parent, shapes
+from loralab.ranks.drop import drop_map, importance, parent, shapes
+from loralab.ranks.groups import kind
 from loralab.ranks.spectrum import error_map, error_spectrum, spread
 from loralab.recipe import NAMED, from_json, recipe, to_json
 from loralab.train import plan as plan_module
@@ -261,7 +262,7 @@ def test_a_map_survives_json_a_file_and_the_recipe(tmp_path):
     assert RankMap.from_json(json.loads(json.dumps(MAP.to_json()))) == MAP
     assert RankMap.load(MAP.save(tmp_path / "map.json")) == MAP
     assert RankMap.from_json({"a.b": 3}) == RankMap({"a.b": 3}) == RankMap({"a.b": Part(3)})
-    assert str(MAP) == "5 of 6 layers, ranks 2 to 5, 2 of them with shared A and B (1 pair)"
+    assert str(MAP) == "5 of 6 layers, ranks 2 to 5, 2 of them in 1 share"
     assert hash(RankMap({"a": 1, "b": 2})) == hash(RankMap({"b": 2, "a": 1}))
     r = recipe("dora", ranks=MAP)
     assert from_json(json.loads(json.dumps(to_json(r)))) == r
@@ -462,7 +463,13 @@ def test_every_plan_of_the_table_can_run():
 
 
 @pytest.mark.parametrize(
-    "more", [{"method": "lora-drop", "keep": 0.5}, {"method": "alora"}, {"plan": "error-spectrum", "store": "bfloat16"}]
+    "more",
+    [
+        {"method": "lora-drop", "keep": 0.5},
+        {"method": "alora"},
+        {"plan": "error-spectrum", "store": "bfloat16"},
+        {"plan": "groups", "span": 2},
+    ],
 )
 def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny, own, tmp_path, more, monkeypatch):
     from test_train import metrics, settings

@@ -171,14 +171,14 @@ def test_a_projected_update_is_factored_at_sides_of_the_root_of_the_ratio():
 @pytest.mark.parametrize(("n", "count"), [(6, 24), (6, 30), (10, 12), (1, 7)])
 def test_the_projection_gives_every_number_as_many_places_and_both_signs(n, count):
     P = shuffle(4, count)
-    F_ = torch.stack([spread(column, P) for column in torch.eye(n, dtype=torch.float64)], 1)
+    F_ = torch.stack([spread(column, P, len(P)) for column in torch.eye(n, dtype=torch.float64)], 1)
     assert torch.equal(F_, projection(4, n, count))
     used = F_.abs().sum(0)
     assert used.max() - used.min() <= 1
     assert F_.sum(0).abs().max() <= 1
     assert not torch.equal(P, shuffle(5, count))
     v, w = tensor(n, seed=1), tensor(n, seed=2)
-    torch.testing.assert_close(spread(2 * v - w, P), 2 * spread(v, P) - spread(w, P))
+    torch.testing.assert_close(spread(2 * v - w, P, len(P)), 2 * spread(v, P, len(P)) - spread(w, P, len(P)))
 
 
 def test_the_projection_is_one_for_layers_of_one_size_and_not_in_the_file():

@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Generator, Tensor, nn
 
 from loralab import ranks, starts
 from loralab.bases import keep
-from loralab.entry import Entry, base_tensor
+from loralab.entry import Entry, base_tensor, constants_of
 from loralab.errors import UserError
+from loralab.factors.base import Roles
 from loralab.heads import head_of, labels_of, own_copy, under
 from loralab.layer import Adapted, AdaptedHead, put_back
 from loralab.recipe import Recipe, recipe
 from loralab.starts.inputs import Seen
-from loralab.targets import Coverage, Targets, cover
+from loralab.targets import Coverage, Targets, cover, shape_of
 
 if TYPE_CHECKING:
     from loralab.attach import Adapters
@@ -79,7 +79,7 @@ def _check_name(handle: "Adapters", name: str, r: Recipe) -> None:
 def _cover(handle: "Adapters", r: Recipe, targets: Targets, outside: Sequence[str]) -> Coverage:
     assert r.factors is not None
     coverage = cover(handle.model, targets, outside)
-    shapes = {path: _shape(handle.model.get_submodule(path)) for path in coverage.paths}
+    shapes = {path: shape_of(handle.model.get_submodule(path)) for path in coverage.paths}
     if r.ranks is not None:
         if wrong := ranks.misfits(r.ranks, shapes, coverage.left):
             raise UserError("rank map: " + "; ".join(wrong))
@@ -97,14 +97,31 @@ def _cover(handle: "Adapters", r: Recipe, targets: Targets, outside: Sequence[st
     return coverage
 
 
-def _shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of an nn.Linear, a Conv1D or an adapted layer."""
-    if isinstance(layer, Conv1D):
-        return layer.nf, layer.nx
-    return layer.out_features, layer.in_features
-
-
 # ---- what is put in --------------------------------------------------------------------------------------------------
+
+
+class Starts:
+    """Gives the layers of one adapter their starting tensors, in turn; those of one share get the same parameters."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.layers = {} if recipe.ranks is None else recipe.ranks.layers
+        self.shared = () if recipe.factors is None else recipe.factors.shared
+        self.given: dict[str, dict[str, Tensor]] = {}  # share -> role -> tensor
+
+    def of(self, path: str, fresh: Roles) -> dict[str, Tensor]:
+        """`fresh` is what the method starts the layer with; parameters stand for what is shared."""
+        part = self.layers.get(path)
+        if part is None:
+            return dict(fresh)
+        tensors = dict(fresh)
+        if part.share is not None:
+            made = {role: nn.Parameter(t) if role in self.shared else t for role, t in fresh.items()}
+            first = self.given.setdefault(part.share, made)
+            # what goes with A and B (a snapshot, say) starts as that of the first layer, but is the layer's own
+            tensors = {role: t if role in self.shared else t.clone() for role, t in first.items()}
+        if part.gates is not None:
+            tensors["gates"] = tensors["A"].new_tensor(part.gates)  # (r,)
+        return tensors
 
 
 def add_layers(
@@ -114,8 +131,9 @@ def add_layers(
     factors, start = entry.recipe.factors, entry.recipe.start
     if factors is None:
         return
-    constants = factors.constants([_shape(handle.model.get_submodule(path)) for path in entry.paths])
-    mapped = ranks.Starts(entry.recipe.ranks)
+    drawn = constants_of(handle.model, entry)
+    constants: dict[torch.device, dict[str, Tensor]] = {}  # once on each device
+    mapped = Starts(entry.recipe)
     for path in entry.paths:
         W = None  # its own weight, once it is stored in fewer bits gone
         if path not in handle.layers:
@@ -131,7 +149,9 @@ def add_layers(
         if seen is not None:
             tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
         on = mapped.of(path, {role: t.to(layer.device) for role, t in tensors.items()})
-        layer.add(name, at, on, {role: t.to(layer.device) for role, t in constants.items()})
+        if layer.device not in constants:
+            constants[layer.device] = {role: t.to(layer.device) for role, t in drawn.items()}
+        layer.add(name, at, on, constants[layer.device])
 
 
 def add_heads(handle: "Adapters", entry: Entry, name: str, generator: Generator, heads_of: nn.Module | None) -> None:

@@ -26,7 +26,6 @@ from loralab import files
 from loralab.bases import LINEAR, keep
 from loralab.errors import UserError
 from loralab.lower import low_rank
-from loralab.ranks import SHARED
 from loralab.targets import summary
 from loralab.update import Dense, Update
 
@@ -88,13 +87,14 @@ def _weight(model: nn.Module, path: str) -> Tensor:
 def _from_file(file: files.AdapterFile, folder: Path | str) -> Iterator[tuple[str, Update]]:
     if file.recipe.learn_base == "all":
         raise UserError(f"{folder}: it trained the base in place, so its update is known only over it: give --model")
-    of_share: dict[str, dict[str, Tensor]] = {}  # layers of one share keep A and B under the first of them
+    of_share: dict[str, dict[str, Tensor]] = {}  # what layers share is kept under the first of them
+    shared = () if file.recipe.factors is None else file.recipe.factors.shared
     for path in file.paths:
         start = f"{path}."
         p = {key.removeprefix(start): t for key, t in file.tensors.items() if key.rpartition(".")[0] == path}
         share = None if file.recipe.ranks is None else file.recipe.ranks.layers[path].share
         if share is not None:
-            p |= of_share.setdefault(share, {role: p[role] for role in SHARED if role in p})
+            p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
         if not file.recipe.low_rank or not {"A", "B"} <= p.keys():
             raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
         yield path, low_rank(file.recipe.at(path), p, None)

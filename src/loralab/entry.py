@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loralab.layer import Adapted, AdaptedHead
 from loralab.recipe import Recipe
-from loralab.targets import Coverage
+from loralab.targets import Coverage, shape_of
 
 if TYPE_CHECKING:
     from loralab.attach import Adapters
@@ -50,6 +50,15 @@ def tensors_of(handle: "Adapters", name: str) -> dict[str, tuple[str, Tensor]]:
     for path in entry.heads:
         out |= {f"{path}.{key}": ("head", t) for key, t in handle.heads[path].copies[name].named_parameters()}
     return out
+
+
+def constants_of(model: nn.Module, entry: Entry) -> dict[str, Tensor]:
+    """The frozen tensors that all layers of an adapter share, and no file holds."""
+    recipe = entry.recipe
+    if recipe.factors is None:
+        return {}
+    sizes = {path: shape_of(model.get_submodule(path)) for path in entry.paths}
+    return recipe.factors.constants([recipe.at(path).factors.shape(*size) for path, size in sizes.items()])  # type: ignore
 
 
 def once(held: Tensors) -> dict[str, tuple[str, Tensor]]:

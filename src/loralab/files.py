@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loralab import starts
 from loralab.attach import HANDLE, Adapters, of
-from loralab.entry import once
+from loralab.entry import constants_of, once
 from loralab.errors import UserError
 from loralab.fingerprint import fingerprint
 from loralab.recipe import Recipe, from_json, to_json
@@ -137,11 +137,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
 
 def _constants(handle: Adapters, name: str) -> str | None:
     """sha256 of the frozen tensors that a method draws from a seed and no file holds; None where there are none."""
-    entry = handle.entries[name]
-    if entry.recipe.factors is None:
-        return None
-    layers = [handle.layers[path] for path in entry.paths]
-    drawn = entry.recipe.factors.constants([(layer.out_features, layer.in_features) for layer in layers])
+    drawn = constants_of(handle.model, handle.entries[name])
     return fingerprint(sorted(drawn.items()), exact=True) if drawn else None
 
 

@@ -19,7 +19,7 @@ from loralab.factors.lora import LoRA
 from loralab.factors.precond import PreconditionedLoRA
 from loralab.factors.superlora import SuperLoRA
 from loralab.factors.vera import VeRA
-from loralab.ranks import PLANS, RankMap, example, own, plans
+from loralab.ranks import PLANS, RankMap, example, own, plans, sized
 from loralab.ranks import problems as rank_problems
 
 BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: every bias, or everything
@@ -48,7 +48,7 @@ class Recipe:
     ranks: RankMap | None = None
     """Rank, share and gates of every layer; None gives each layer its own factors of the method's rank."""
     plan: str | None = None
-    """What makes the rank map before a run: drop, alora or error-spectrum; without a run, `ranks` must hold the map."""
+    """What makes the rank map before a run, one of PLANS; without a run, `ranks` must hold the map."""
 
     @property
     def learn(self) -> tuple[str, ...]:
@@ -217,9 +217,11 @@ def _map_problems(factors: Factors, r: Recipe) -> list[str]:
     ranks = r.ranks
     if r.plan in PLANS and ranks is None and not factors.problems():
         ranks = example(r.plan, getattr(factors, "rank", 1))
-    if ranks is None or (wrong := rank_problems(factors, ranks)):
-        return [] if ranks is None else wrong
-    at_rank = {p.rank: own(factors, ranks, path) for path, p in ranks.adapted.items()}
+    if ranks is None:
+        return []
+    if wrong := rank_problems(factors, ranks):
+        return wrong if r.ranks is not None else [f"plan={r.plan!r} makes {problem}" for problem in wrong]
+    at_rank = {part.rank: sized(factors, part) for part in ranks.adapted.values()}
     told = [problem for f in at_rank.values() for problem in starts.problems(r.start, f, r.store)]
     if starts.added(r.start) and any(part.gates for part in ranks.adapted.values()):
         told.append(f"start={r.start!r} with gates: what a start off zero takes away has none")

@@ -7,8 +7,10 @@ matched by whole components of a module's path. GPT-2 keeps q, k and v in one la
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loralab.bases import LINEAR
 from loralab.errors import UserError, hint
@@ -175,6 +177,13 @@ def _refuse_read_past(model: nn.Module, paths: Sequence[str]) -> None:
                     f"targets match {path}, but {type(module).__name__} at {parent or 'the top'} reads its weight "
                     "past the module, so an adapter there would do nothing: leave it out of targets"
                 )
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(out, in) of an nn.Linear, a Conv1D or an adapted layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
 
 
 def summary(paths: Sequence[str]) -> str:

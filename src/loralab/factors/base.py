@@ -20,6 +20,7 @@ class Factors:
     low_rank: ClassVar[bool] = True  # whether `lower` says it; if not, `dense` does
     drops: ClassVar[bool] = True  # whether dropout on x leaves the method what it is
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
+    shared: ClassVar[tuple[str, ...]] = ()  # roles that layers of one share have in common; none: it takes no shares
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one phrase each."""
@@ -28,6 +29,14 @@ class Factors:
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why a layer of this size cannot take the method, or None."""
         return None
+
+    def placed(self, index: int, count: int) -> "Factors":
+        """The method in one of the `count` layers of a share; by default what they share says the same in each."""
+        return self
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """(out, in) of the weight that the parameters of a layer of this size are for: its own, or a larger one."""
+        return out_features, in_features
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
         """Role -> its start in one layer; the update they lower to is zero."""
@@ -46,7 +55,7 @@ class Factors:
         raise NotImplementedError
 
     def constants(self, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Frozen tensors that all layers share, from the (out, in) of every adapted layer."""
+        """Frozen tensors that all layers share, from the `shape` of every adapted layer."""
         return {}
 
     def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:

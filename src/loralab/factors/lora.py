@@ -23,6 +23,7 @@ class LoRA(Factors):
 
     roles: ClassVar[tuple[str, ...]] = ("A", "B")
     learn: ClassVar[tuple[str, ...]] = ("A", "B")
+    shared: ClassVar[tuple[str, ...]] = ("A", "B")
 
     @property
     def scaling(self) -> float:

@@ -5,6 +5,9 @@ M > 2 with a core LoRTA. T_k is (o_k, i_k), with the o_k multiplying to the rows
 weight, folded to M balanced modes where M > 2; A_km is (n_m, r). A T_k of no more values than its A_km and core would
 have is kept whole, as C_k (o_k, i_k).
 
+A group may span layers (a share of a rank map): its factors are those of the weights on top of each other, (L out, in),
+and each of the L layers has its rows of the update.
+
 F makes out * in numbers of the rho share that is factored: v, -v, v, -v, ... cut to length, in an order shuffled by
 numpy's Philox counter, so that a file needs only the seed. It is linear, and each number has as many places as another.
 """
@@ -15,13 +18,14 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from loralab.factors.base import Roles
 from loralab.factors.lora import LoRA
-from loralab.memo import constants
+from loralab.factors.tensors import balanced, identity, kron, polyadic, rows_of, shuffle, spread, tucker, uniform
+
+MOST = 2**31 - 1  # numbers that F spreads to; their order is kept in 32 bits each
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,13 @@ class SuperLoRA(LoRA):
     def learn(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.roles
 
+    @property
+    def shared(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.roles
+
+    def placed(self, index: int, count: int) -> "OfGroup":
+        return OfGroup(**vars(self), index=index, count=count)
+
     def _modes(self, k: int) -> list[str]:
         return [f"A{k}{m}" for m in range(1, self.order + 1)]
 
@@ -73,6 +84,9 @@ class SuperLoRA(LoRA):
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Only the low-rank form bounds the rank; any size factors, a prime p as 1 x p."""
+        if self.ratio < 1 and out_features * in_features > MOST:
+            numbers = f"the {out_features} x {in_features} numbers"
+            return f"ratio={self.ratio}: F counts to {MOST}, fewer than {numbers}; take fewer layers a group"
         return super().misfit(out_features, in_features) if self.low_rank else None
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
@@ -86,14 +100,14 @@ class SuperLoRA(LoRA):
         for k, part in enumerate(made, 1):
             last = k == self.split
             if part.ranks is None:
-                p[f"C{k}"] = torch.zeros(part.matrix) if last else _uniform(share, part.matrix, generator)
+                p[f"C{k}"] = torch.zeros(part.matrix) if last else uniform(share, part.matrix, generator)
                 continue
             if self.core:
-                p[f"C{k}"] = _identity(part.ranks)
+                p[f"C{k}"] = identity(part.ranks)
             # T_k is a sum of min(ranks) products of M entries, or of M - 1 beside the one that is zero
             size = share ** (1 / (self.order - 1)) if last else (share / min(part.ranks) ** 0.5) ** (1 / self.order)
             for role, shape in zip(self._modes(k), zip(part.modes, part.ranks, strict=True), strict=True):
-                p[role] = torch.zeros(shape) if last and role[-1] == "1" else _uniform(size, shape, generator)
+                p[role] = torch.zeros(shape) if last and role[-1] == "1" else uniform(size, shape, generator)
         return p
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
@@ -101,18 +115,36 @@ class SuperLoRA(LoRA):
         return A, B @ p["C"] if self.core else B
 
     def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
-        T = [self._part(p, k, part) for k, part in enumerate(parts(self, out_features, in_features), 1)]
-        T[-1] = self.scaling * T[-1]
-        D = reduce(kron, T)  # (..., rows, columns)
-        return D if self.ratio == 1 else spread(D.flatten(-2), p["P"]).view(*D.shape[:-2], out_features, in_features)
+        return self._rows(p, (out_features, in_features), 0, out_features)
 
-    def _part(self, p: Roles, k: int, part: "Part") -> Tensor:
-        """T_k (..., o_k, i_k)."""
+    def _rows(self, p: Roles, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+        """Rows of the update (..., out, in) of a weight of that shape; F needs all numbers of what it spreads."""
+        made = parts(self, *shape)
+        if self.ratio == 1:
+            return self._product(p, made, start, stop)
+        v = self._product(p, made, 0, math.prod(part.matrix[0] for part in made)).flatten(-2)
+        D = spread(v, p["P"], math.prod(shape))  # P is that of the rows
+        return D.view(*D.shape[:-1], stop - start, shape[1])
+
+    def _product(self, p: Roles, made: Sequence["Part"], start: int, stop: int) -> Tensor:
+        """Rows of s T_1 kron ... kron T_K."""
+        few, own = rows_of(start, stop, math.prod(part.matrix[0] for part in made[1:]))
+        T = [self._part(p, 1, made[0], few), *(self._part(p, k, part) for k, part in enumerate(made[1:], 2))]
+        T[-1] = self.scaling * T[-1]
+        D = reduce(kron, T)
+        return D[..., own, :]
+
+    def _part(self, p: Roles, k: int, part: "Part", rows: slice | None = None) -> Tensor:
+        """T_k (..., o_k, i_k), or some of its rows."""
+        o, i = part.matrix
+        rows = rows or slice(0, o)
         if part.ranks is None:
-            return p[f"C{k}"]
-        modes = [p[role] for role in self._modes(k)]
+            return p[f"C{k}"][..., rows, :]
+        few, own = rows_of(rows.start * i, rows.stop * i, math.prod(part.modes[1:]))
+        first, *others = [p[role] for role in self._modes(k)]
+        modes = [first[..., few, :], *others]
         T = tucker(p[f"C{k}"], modes) if self.core else polyadic(modes)
-        return T.view(*T.shape[:-1], *part.matrix)
+        return T[..., own].view(*T.shape[:-1], -1, i)
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         if self.low_rank:
@@ -135,6 +167,39 @@ class SuperLoRA(LoRA):
         return {} if self.ratio == 1 else {"P": constants[f"P{out_features * in_features}"]}
 
 
+@dataclass(frozen=True)
+class OfGroup(SuperLoRA):
+    """One layer of a group: rows index * out to (index + 1) * out of the update of the stacked weight."""
+
+    index: int = 0
+    count: int = 1
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.count * out_features, in_features
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        return super().misfit(*self.shape(out_features, in_features))
+
+    def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
+        return super().init(*self.shape(out_features, in_features), generator)
+
+    def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
+        out = p["B"].shape[-2] // self.count
+        return super().lower({**p, "B": p["B"][..., self.index * out : (self.index + 1) * out, :]})
+
+    def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
+        start = self.index * out_features
+        return self._rows(p, self.shape(out_features, in_features), start, start + out_features)
+
+    def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
+        return super().sizes(*self.shape(out_features, in_features))
+
+    def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
+        size = out_features * in_features
+        whole = super().local(constants, *self.shape(out_features, in_features))
+        return {role: P[self.index * size : (self.index + 1) * size] for role, P in whole.items()}
+
+
 class Part(NamedTuple):
     """The sizes of one Kronecker factor."""
 
@@ -154,58 +219,3 @@ def parts(s: SuperLoRA, out_features: int, in_features: int) -> list[Part]:
         values = sum(n * r for n, r in zip(modes, ranks, strict=True)) + (math.prod(ranks) if s.core else 0)
         made.append(Part(matrix, modes, ranks if values < math.prod(matrix) else None))
     return made
-
-
-@lru_cache(maxsize=1024)
-def balanced(number: int, count: int) -> tuple[int, ...]:
-    """`count` whole numbers with that product, rising, each as near below the root as divides; a prime is 1 ... p."""
-    if count == 1:
-        return (number,)
-    divisor = next(d for d in range(round(number ** (1 / count)) + 1, 0, -1) if number % d == 0 and d**count <= number)
-    return tuple(sorted((divisor, *balanced(number // divisor, count - 1))))
-
-
-def kron(S: Tensor, T: Tensor) -> Tensor:
-    """(..., a, b) and (..., c, d) -> (..., a c, b d)."""
-    return (S[..., :, None, :, None] * T[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
-
-
-def tucker(C: Tensor, modes: Sequence[Tensor]) -> Tensor:
-    """C (..., r_1, ..., r_M) x_1 A_1 (..., n_1, r_1) ... x_M A_M, flat: (..., n_1 * ... * n_M)."""
-    T = C.flatten(-len(modes))
-    for A in modes:  # the first axis goes, its mode comes last; after M turns the order is the one at the start
-        T = (T.unflatten(-1, (A.shape[-1], -1)).mT @ A.mT).flatten(-2)
-    return T
-
-
-def polyadic(modes: Sequence[Tensor]) -> Tensor:
-    """`tucker` with an identity for a core: the sum over r of outer products of columns r."""
-    T = modes[0]  # (..., n, r)
-    for A in modes[1:-1]:
-        T = (T[..., :, None, :] * A[..., None, :, :]).flatten(-3, -2)
-    return (T @ modes[-1].mT).flatten(-2)
-
-
-def spread(v: Tensor, P: Tensor) -> Tensor:
-    """F: (..., n) -> (..., N) for P (N,)."""
-    turns = math.ceil(len(P) / (2 * v.shape[-1]))
-    return torch.cat([v, -v] * turns, -1)[..., : len(P)].index_select(-1, P)
-
-
-@constants
-def shuffle(seed: int, count: int) -> Tensor:
-    """An order of `count` things, decided by integers alone: the argsort of Philox's 64-bit words."""
-    words = np.random.Philox(key=seed).random_raw(count)
-    return torch.from_numpy(words.argsort(kind="stable").astype(np.int32))
-
-
-def _uniform(deviation: float, shape: Sequence[int], generator: Generator) -> Tensor:
-    bound = math.sqrt(3) * deviation
-    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
-
-
-def _identity(ranks: Sequence[int]) -> Tensor:
-    """Ones where all indices agree, zeros elsewhere."""
-    C = torch.zeros(*ranks)
-    C[(torch.arange(min(ranks)),) * len(ranks)] = 1
-    return C

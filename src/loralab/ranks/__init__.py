@@ -1,26 +1,24 @@
-"""Rank maps: layer -> its own or a shared pair (A, B), of which rank, with which gates. A policy returns one.
+"""Rank maps: layer -> its own or shared factors, of which rank, with which gates. A policy returns one.
 
 y = W x + b + s B diag(gates) A x with s = alpha / r or alpha / sqrt(r), r the layer's own rank (as PEFT's rank_pattern
 does), and alpha its own where the map says so (PEFT's alpha_pattern). Layers of one share hold the very same parameters
-A and B; a gain m and gates stay each layer's own.
+of the roles that the method says (`Factors.shared`: A and B); a gain m and gates stay each layer's own.
 """
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from loralab.errors import UserError
-from loralab.factors.base import Factors, Roles
+from loralab.factors.base import Factors
 from loralab.factors.lora import LoRA
 from loralab.ranks.plans import PLANS as PLANS
 
-SHARED = ("A", "B")  # the roles that layers of one share have in common
 FORMAT = "loralab rank map"
 
 
@@ -31,7 +29,7 @@ class Part:
     rank: int
     """Rank r of the layer; 0 leaves the layer without an adapter."""
     share: str | None = None
-    """Layers of the same share have one A and one B; None keeps them the layer's own."""
+    """Layers of the same share have one A and one B (superlora: one group); None keeps them the layer's own."""
     gates: tuple[float, ...] | None = None
     """One factor from 0 to 1 for every row of A; they do not learn. None is no gates, which is all ones."""
     alpha: float | None = None
@@ -54,7 +52,7 @@ class RankMap:
         return hash(tuple(sorted(self.layers.items(), key=lambda item: item[0])))
 
     def __str__(self) -> str:
-        """31 of 37 layers, ranks 2 to 8, 21 of them with shared A and B (5 pairs)."""
+        """31 of 37 layers, ranks 2 to 8, 21 of them in 5 shares."""
         ranks = [part.rank for part in self.adapted.values()]
         low, high = min(ranks), max(ranks)
         parts = [
@@ -62,8 +60,7 @@ class RankMap:
             f"rank {low}" if low == high else f"ranks {low} to {high}",
         ]
         if shares := self.shares:
-            pairs = f"{len(shares)} pair" + "s" * (len(shares) > 1)
-            parts.append(f"{sum(map(len, shares.values()))} of them with shared A and B ({pairs})")
+            parts.append(f"{sum(map(len, shares.values()))} of them in {len(shares)} share" + "s" * (len(shares) > 1))
         return ", ".join(parts)
 
     @property
@@ -146,12 +143,24 @@ def _number(gate: Any) -> bool:
 
 
 def own(factors: Factors, ranks: RankMap | None, path: str) -> Factors:
-    """The factors of one layer: those of the recipe at the layer's own rank and alpha."""
+    """The factors of one layer: those of the recipe at the layer's own rank and alpha, and its place in its share."""
     if ranks is None:
         return factors
     part = ranks.layers[path]
-    given = {"rank": part.rank} | ({} if part.alpha is None else {"alpha": part.alpha})
-    return replace(factors, **given)
+    if part.share is None:
+        return sized(factors, part)
+    layers = sorted(ranks.shares[part.share], key=in_order)  # maps that are equal may list them in other orders
+    return sized(factors, part).placed(layers.index(path), len(layers))
+
+
+def sized(factors: Factors, part: Part) -> Factors:
+    """The factors at the rank and alpha of a layer."""
+    return replace(factors, rank=part.rank, **({} if part.alpha is None else {"alpha": part.alpha}))  # type: ignore
+
+
+def in_order(path: str) -> str:
+    """What sorts paths with their numbers as numbers: layer.2 before layer.10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), path)
 
 
 def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
@@ -167,7 +176,7 @@ def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
     parts = ranks.adapted.values()
     if _one_rank(factors) and (others := {part.rank for part in parts} - {rank}):
         wrong[f"ranks with {name}: its layers have one rank, {rank}, not {min(others)}; 0 leaves a layer out"] = None
-    if ranks.shares and not set(SHARED) <= set(factors.roles):
+    if ranks.shares and not factors.shared:
         wrong[f"shares with {name}: it has no A and B of its own, its roles are {', '.join(factors.roles)}"] = None
     elif ranks.shares and type(factors).memory is not Factors.memory:
         wrong[f"shares with {name}: it decides layer by layer, so each needs its own A and B"] = None
@@ -210,26 +219,3 @@ def misfits(ranks: RankMap, shapes: Mapping[str, tuple[int, int]], left: Iterabl
 
 def _some(paths: list[str]) -> str:
     return ", ".join(paths[:4]) + (f" ... ({len(paths)} layers)" if len(paths) > 4 else "")
-
-
-class Starts:
-    """Gives the layers of one adapter their starting tensors, in turn; those of one share get the same A and B."""
-
-    def __init__(self, ranks: RankMap | None) -> None:
-        self.layers = {} if ranks is None else ranks.layers
-        self.given: dict[str, dict[str, Tensor]] = {}  # share -> role -> tensor
-
-    def of(self, path: str, fresh: Roles) -> dict[str, Tensor]:
-        """`fresh` is what the method starts the layer with; parameters stand for what is shared."""
-        part = self.layers.get(path)
-        if part is None:
-            return dict(fresh)
-        tensors = dict(fresh)
-        if part.share is not None:
-            pair = {role: nn.Parameter(t) if role in SHARED else t for role, t in fresh.items()}
-            first = self.given.setdefault(part.share, pair)
-            # what goes with A and B (a snapshot, say) starts as that of the first layer, but is the layer's own
-            tensors = {role: t if role in SHARED else t.clone() for role, t in first.items()}
-        if part.gates is not None:
-            tensors["gates"] = tensors["A"].new_tensor(part.gates)  # (r,)
-        return tensors

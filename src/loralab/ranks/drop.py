@@ -6,7 +6,6 @@ layers that come first, largest importance first, until `keep` of it is reached,
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from loralab.errors import UserError
 from loralab.ranks import Part, RankMap
+from loralab.ranks.groups import alike
 from loralab.update import Dense, Update
 
 if TYPE_CHECKING:
@@ -103,11 +103,6 @@ def parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def kind(path: str) -> str:
-    """The path with its numbers folded: layers of one kind differ in their block only."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
-
-
 def shapes(adapters: "Adapters", name: str) -> dict[str, tuple[int, int]]:
     """Path -> (out, in) of the layers of an adapter."""
     layers = {path: adapters.layers[path] for path in adapters.entry(name).paths}
@@ -133,6 +128,5 @@ def drop_map(
             break
         reached += grouped[name]
         kept.add(name)
-    shares = {path: f"{kind(path)} {sizes[path][0]}x{sizes[path][1]}" for path in scores if group(path) not in kept}
-    alone = [share for share in shares.values() if list(shares.values()).count(share) == 1]
-    return RankMap({p: Part(rank, None if shares.get(p) in alone else shares.get(p)) for p in scores})
+    shares = alike({path: sizes[path] for path in scores if group(path) not in kept})
+    return RankMap({path: Part(rank, shares.get(path)) for path in scores})

@@ -25,6 +25,7 @@ PLANS = {
     "drop": Plan("LoRA-drop: a short run, then layers whose update says little share one pair per kind", shares=True),
     "alora": Plan("ALoRA: short rounds, and after each the ranks that matter least go to other layers", moves=True),
     "error-spectrum": Plan("ranks go where a store of few bits errs most; no training", stored=True),
+    "groups": Plan("layers of one kind and shape share, for superlora as one group; no training", shares=True),
 }
 
 

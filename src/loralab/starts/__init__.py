@@ -157,6 +157,8 @@ def problems(start: str, factors: Factors | None, store: str | None, shared: boo
         wrong.append(
             f"start={start!r} with layers that share A and B: it is made from each layer's own weight or inputs"
         )
+    if shared and type(factors).placed is not Factors.placed:
+        wrong.append(f"start={start!r} with {name} of layers in a share: they form one group, which starts its own way")
     return wrong
 
 

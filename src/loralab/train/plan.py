@@ -2,7 +2,8 @@
 
 `drop` is LoRA-drop: a short training on a sample stratified by label, the importance of every layer, the map. `alora`
 is ALoRA: rounds of an epoch over such a sample, the scores of all ranks on rows left out of it, and a move of ranks.
-The run then begins anew, on a fresh model and head. `error-spectrum` looks at the weights only.
+The run then begins anew, on a fresh model and head. `error-spectrum` looks at the weights only,
+`groups` at paths and shapes.
 """
 
 import os
@@ -23,6 +24,7 @@ from loralab.optimizers import adamw
 from loralab.ranks import RankMap
 from loralab.ranks.alora import alora
 from loralab.ranks.drop import drop_map, importance, shapes
+from loralab.ranks.groups import groups as layer_groups
 from loralab.ranks.spectrum import error_map
 from loralab.recipe import Recipe, from_json
 from loralab.targets import cover
@@ -107,10 +109,17 @@ def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
     return error_map(layers, recipe.store, recipe.factors.rank), 0, 0  # type: ignore[union-attr]
 
 
+def groups(work: Work) -> tuple[RankMap, int, int]:
+    """(map, 0, 0): the layers' paths and shapes alone decide."""
+    s = work.settings
+    return layer_groups(work.fresh(), s.targets, work.recipe.factors.rank, s.span), 0, 0  # type: ignore[union-attr]
+
+
 PLANS: dict[str, Callable[[Work], tuple[RankMap, int, int]]] = {
     "drop": drop,
     "alora": moved,
     "error-spectrum": error_spectrum,
+    "groups": groups,
 }
 
 

@@ -74,12 +74,14 @@ class Settings:
     ranks: Path | None = None
     """A rank map (JSON): rank, share and gates of every layer; one rank for all by default."""
     plan: str | None = None
-    """Makes the rank map before the run: drop (LoRA-drop), alora or error-spectrum; the time it takes counts."""
+    """Makes the rank map before the run: drop (LoRA-drop), alora, error-spectrum or groups; its time counts."""
     keep: float = 0.9
     """Of plan drop: the part of the importance whose layers keep their own factors."""
     rounds: int = 1
     """Of plan alora: how often ranks move. The paper's most is 8, but a round costs two forward passes of 32 rows for
     every rank: 592 for minilm's 37 layers at rank 8, the work of several epochs of MRPC."""
+    span: int | None = None
+    """Of plan groups: the most layers that one group spans; all of one kind and shape by default."""
     store: str | None = None
     """How frozen weights are kept: float32, bfloat16, int8, nf4, nf4-dq or int2; as loaded by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -122,6 +124,8 @@ class Settings:
             wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")
         if not 0 <= self.keep <= 1:
             wrong.append(f"keep={self.keep}: expected a part of the importance, 0 to 1")
+        if self.span is not None and (self.plan != "groups" or self.span < 2):
+            wrong.append(f"span={self.span} with plan={self.plan!r}: plan='groups' takes a span of 2 or more layers")
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a part of all steps, 0 <= warmup < 1")
         if wrong:
