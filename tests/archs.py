@@ -1,5 +1,7 @@
 """Small real configurations of every architecture with a preset, on random weights, in generic position."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import (
@@ -43,7 +45,7 @@ LABELS = 3
 
 def build(kind: str, seed: int = 0) -> nn.Module:
     """A classifier in eval mode, with biases off zero and no dropout."""
-    config = CONFIGS[kind]
+    config = copy.deepcopy(CONFIGS[kind])
     config.num_labels = LABELS
     for key, value in vars(config).items():
         if isinstance(value, float) and any(word in key for word in ("dropout", "pdrop")):
