@@ -1,6 +1,6 @@
 """What studies cost: `python studies/hours.py STUDY...`, folders that `loralab study` wrote, as a Markdown table.
 
-Hours are of training and evaluation as the runs measured them; runs that shared passes shared the time. A run that two
+Hours are of training as the runs measured it; runs that shared passes shared the time. A run that two
 studies have is counted with the first that is named.
 """
 
@@ -18,7 +18,7 @@ def main(folders: list[str]) -> None:
     for folder in folders:
         study = load(folder)
         runs = {run.planned.address: run for cell in study.cells().values() for run in (*cell.tuning, *cell.runs)}
-        hours = sum(run.result["time"]["total_s"] for key, run in runs.items() if key not in seen) / 3600
+        hours = sum(run.result["time"]["train_s"] for key, run in runs.items() if key not in seen) / 3600
         tuning = sum(run.planned.role == "tune" for run in runs.values())
         total += hours
         seen |= runs.keys()

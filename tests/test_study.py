@@ -155,6 +155,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "train_rows": 50, "validation_rows": 20,
     "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
     "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "plan": "drop", "keep": 0.5,
+    "rounds": 2,
     "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
     "selection": "last", "patience": 3,
@@ -168,9 +169,10 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     fields = {f.name for f in dataclasses.fields(Settings)}
     free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
     assert set(free) == NOT_RESULT
-    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks"} >= fields
+    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "span"} >= fields
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
+    found += [address(dataclasses.replace(base, plan="groups", span=span)) for span in (None, 2)]
     assert len(set(found)) == len(found)
     assert address(dataclasses.replace(base, **free)) == address(base)
 
