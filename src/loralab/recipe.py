@@ -101,7 +101,7 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "delta-lora": (Recipe(factors=DeltaLoRA()), "W x + b + s B A x + follow s (B A - B0 A0) x"),
     "adalora": (Recipe(factors=AdaLoRA(), lr=6e-3), "W x + b + s B diag(E) A x, a falling budget closes gates E"),
     "pissa": (Recipe(start="pissa", lr=3e-4), "W x + b + s (B A - B0 A0) x, s B0 A0 the best rank-r part of W"),
-    "olora": (Recipe(start="olora", lr=1e-4), "W x + b + s (B A - B0 A0) x, B0 A0 the first r of W = Q R"),
+    "olora": (Recipe(start="olora", lr=2e-4), "W x + b + s (B A - B0 A0) x, B0 A0 the first r of W = Q R"),
     "loftq": (Recipe(store="nf4", start="loftq"), "Q x + b + s B A x, W kept as Q in 4 bit, s B A starts near W - Q"),
     "eva": (Recipe(start="eva", lr=3e-4), "W x + b + s B A x, A starts at what the inputs span"),
     "qlora": (Recipe(store="nf4-dq"), "W x + b + s B A x, W in 4 bit"),

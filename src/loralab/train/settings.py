@@ -79,7 +79,7 @@ class Settings:
     """Of plan drop: the part of the importance whose layers keep their own factors."""
     rounds: int = 1
     """Of plan alora: how often ranks move. The paper's most is 8, but a round costs two forward passes of 32 rows for
-    every rank: 592 for minilm's 37 layers at rank 8, the work of several epochs of MRPC."""
+    every rank: 592 for minilm's 37 layers at rank 8, the work of six epochs of MRPC."""
     span: int | None = None
     """Of plan groups: the most layers that one group spans; all of one kind and shape by default."""
     store: str | None = None
