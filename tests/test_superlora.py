@@ -212,13 +212,9 @@ def test_one_tensor_starts_at_zero_and_its_step_is_as_large_as_that_of_loras_b(g
     assert 0.5 < moved(SuperLoRA(**given)) / moved(LoRA()) < 2
 
 
-@pytest.mark.parametrize("name", OWN)
-@pytest.mark.parametrize("more", [{}, {"gain": True}], ids=["", "gain"])
-def test_the_adapter_alone_learns_five_rows_by_heart(name, more):
-    """The head stays random and frozen, so what falls is due to the update."""
-    model, batch, labels = build("bert").train(), rows(), torch.tensor([0, 1, 2, 1, 0])
-    model.classifier.weight.data.mul_(20)  # large enough to tell the labels apart
-    adapters = loralab.attach(model, name, rank=4, **more)
+def by_heart(model, adapters):
+    """Trains on five rows and their labels, and asserts that they are learned."""
+    batch, labels = rows(), torch.tensor([0, 1, 2, 1, 0])
     optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-2))
     losses = []
     for _ in range(60):
@@ -229,6 +225,16 @@ def test_the_adapter_alone_learns_five_rows_by_heart(name, more):
         losses.append(loss.item())
     assert losses[0] > 1
     assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("more", [{}, {"gain": True}], ids=["", "gain"])
+def test_the_adapter_alone_learns_five_rows_by_heart(name, more):
+    """The head stays random and frozen, so what falls is due to the update."""
+    model = build("bert").train()
+    model.classifier.weight.data.mul_(20)  # large enough to tell the labels apart
+    adapters = loralab.attach(model, name, rank=4, **more)
+    by_heart(model, adapters)
 
 
 def test_a_fresh_gain_over_a_dense_update_changes_no_bit_and_merges():
