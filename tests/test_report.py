@@ -14,8 +14,9 @@ import synthetic
 
 import loralab
 from loralab.cli import main
-from loralab.report import charts, content, rows, slugs, source, write
+from loralab.report import content, rows, slugs, source, write
 from loralab.report import numbers as n
+from loralab.report.charts import charts, costs, parts, ranks, scores, styles_of
 from loralab.report.tables import to_csv, to_latex, to_markdown
 from loralab.study import comparisons, load, summaries
 
@@ -84,6 +85,8 @@ def test_every_number_of_the_results_is_that_of_the_runs(study, written):
         for key, group in (("examples_per_s", "time"), ("train_s", "time"), ("peak_bytes", "memory")):
             assert float(row[key]) == pytest.approx(np.mean([run[group][key] for run in runs]))
             assert float(row[f"{key}_sd"]) == pytest.approx(np.std([run[group][key] for run in runs], ddof=1))
+        assert float(row["step_bytes"]) == np.mean([sum(run["memory"]["ledger"].values()) for run in runs])
+        assert int(row["together"]) == (1 if planned["method"] == "full" else 4)
     assert len(found) == 2 * 3 + 12
 
 
@@ -247,8 +250,6 @@ def test_pictures_are_there_when_the_data_has_them(study, written, plain):
 
 
 def test_one_training_of_many_ranks_is_a_line_of_the_rank_curve(tmp_path):
-    from loralab.report import ranks
-
     made = synthetic.study(tmp_path, seeds=3, tasks=("cola",), methods=("full", "dylora"))
     found = rows.findings(source.read(made))
     _, figure = ranks.curve(rows.points(found.results), found.results)
@@ -261,15 +262,13 @@ def test_one_training_of_many_ranks_is_a_line_of_the_rank_curve(tmp_path):
 
 
 def charts_of(folder):
-    from loralab.report import ranks
-
     found = rows.findings(source.read(folder))
-    return [chart.name for chart in (*charts.charts(found), *ranks.charts(found))]
+    return [chart.name for chart in charts(found)]
 
 
 def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_them(study):
     found = rows.findings(source.read(study))
-    (chart,) = [c for c in charts.charts(found) if (c.section, c.title) == ("scores", "cola, mpnet: learning curve")]
+    (chart,) = [c for c in charts(found) if (c.section, c.title) == ("scores", "cola, mpnet: learning curve")]
     (ax,) = chart.fig.axes
     runs = load(study).cells()["cola", "mpnet", "lora"].runs
     values = np.array([[row["validation"]["matthews_correlation"] for row in run.history] for run in runs])
@@ -277,6 +276,43 @@ def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_them(study):
     np.testing.assert_allclose(line.get_ydata(), values.mean(0))
     bands = [band.get_paths()[0].vertices for band in ax.collections]
     assert any(np.isclose(b[:, 1].max(), values.max()) and np.isclose(b[:, 1].min(), values.min()) for b in bands)
+
+
+def test_what_shared_passes_is_said_wherever_time_is_shown(study, written):
+    shared = "In passes with other runs, an equal part of their time: lora, head"
+    drawn = {c.title: c.caption for c in charts(rows.findings(source.read(study)))}
+    told = {title for title, caption in drawn.items() if shared in caption}
+    assert told == {"cola, mpnet: score against time", "stsb, mpnet: score against time", "mpnet: speed"}
+    assert "in 16 of 18 results runs shared passes" in (written / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "cut"), [(0.2, True), (0.59, False)], ids=["far below the others: cut off", "beside them: shown"]
+)
+def test_a_result_far_below_does_not_press_the_others_together(tmp_path, monkeypatch, head, cut):
+    monkeypatch.setitem(synthetic.GOOD, "head", head)
+    study = synthetic.study(tmp_path, tasks=("mrpc",), methods=("full", "lora", "dora", "head"))
+    results = [r for r in rows.findings(source.read(study)).results if " " not in r.label]
+    near, far = parts.apart(results)
+    assert [r.label for r in far] == ["head"] * cut
+    assert [r.label for r in near] == ["full", "lora", "dora", "head"][: 4 - cut]
+    styles = styles_of([r.label for r in results])
+    low, high = results[-1].summary.low, results[-1].summary.high
+    for draw, limits in (
+        (scores.intervals, "get_xlim"),
+        (scores.curves, "get_ylim"),
+        (costs.against("time"), "get_ylim"),
+    ):
+        _, _, caption, fig = draw(results, styles)
+        (ax,) = fig.axes
+        bottom, top = getattr(ax, limits)()
+        assert (high < bottom) == cut
+        assert (bottom < low and high < top) == (not cut)
+        assert all(bottom < r.summary.mean < top for r in near)
+        assert ("Arrow" in caption or f"head, {n.score(results[-1].summary.mean)}" in caption) == cut
+        assert (n.score(results[-1].summary.mean) in {text.get_text() for text in ax.texts}) == (
+            cut and draw is scores.intervals
+        )
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

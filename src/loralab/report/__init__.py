@@ -15,8 +15,9 @@ def write(folder: Path | str, out: Path | str | None = None, published: Path | s
 
     `published` is a CSV of published numbers, shown apart from these.
     """
-    from loralab.report import charts, content, look, page, ranks, source
+    from loralab.report import content, look, page, source
     from loralab.report import published as others
+    from loralab.report.charts import charts
     from loralab.report.rows import findings
     from loralab.report.tables import WRITERS
 
@@ -29,7 +30,7 @@ def write(folder: Path | str, out: Path | str | None = None, published: Path | s
     if published is not None:
         theirs = others.table(Path(published), list(dict.fromkeys(task for task, _ in found.places())))
         tables.insert(-1, theirs)  # before the runs
-    pictures = [*charts.charts(found), *ranks.charts(found)]
+    pictures = list(charts(found))
     text = page.render(found, tables, pictures)
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)

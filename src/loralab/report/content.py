@@ -63,9 +63,14 @@ def _costs() -> list[Column]:
         Column("learns", lambda r: n.count(r.cost.trainable), lambda r: r.cost.trainable,
                "values that learn, adapter and head"),
         Column("of them head", lambda r: n.count(r.cost.head), lambda r: r.cost.head, short=False),
-        Column("memory", lambda r: n.size(r.cost.peak_bytes), lambda r: r.cost.peak_bytes, "peak of training"),
+        Column("memory", lambda r: n.size(r.cost.step_bytes), lambda r: r.cost.step_bytes,
+               "of one run's step: weights, gradients, optimizer, activations"),
+        Column("peak", lambda r: n.size(r.cost.peak_bytes), lambda r: r.cost.peak_bytes,
+               "of the process, all runs in it", short=False),
         Column("rows/s", lambda r: n.count(r.cost.examples_per_s), lambda r: r.cost.examples_per_s,
                "training examples per second"),
+        Column("in passes of", lambda r: str(r.cost.together), lambda r: r.cost.together,
+               "the most runs that shared passes; time is an equal part of them", short=False),
         Column("training", lambda r: n.duration(r.cost.train_s), lambda r: r.cost.train_s, short=False),
     ]  # fmt: skip
 
@@ -82,6 +87,9 @@ def notes(f: Findings) -> list[str]:
     if any(r.comparison for r in f.results):
         alpha = f.study.compare["alpha"]
         told.append(f"Verdict: against {reference(f)}, paired by seed, corrected by Holm, at {alpha:g}")
+    if shared := sum(r.cost.together > 1 for r in f.results):
+        whose = f"in {shared} of {len(f.results)} results runs shared passes"
+        told.append(f"rows/s: {whose}; an equal part of a pass is no speed")
     if any(len(r.seeds) == 1 for r in f.results):
         told.append("One seed has no spread: no interval and no verdict")
     return told
@@ -186,7 +194,8 @@ def told_of(run: Run) -> str:
 
 def hardware(facts: dict[str, Any]) -> str:
     about = facts.get("hardware", {})
-    threads = f"{about.get('threads')} threads" if about.get("threads") else ""
+    count = about.get("threads")
+    threads = f"{count} thread{'s' * (count != 1)}" if count else ""
     where = about.get("gpu") or " ".join(str(about[key]) for key in ("machine", "cpu") if about.get(key))
     return ", ".join(filter(None, [where, threads])) or "unknown"
 

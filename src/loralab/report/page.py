@@ -8,7 +8,7 @@ from typing import Any
 import loralab
 from loralab.errors import UserError
 from loralab.report import numbers as n
-from loralab.report.charts import Chart
+from loralab.report.charts.parts import Chart
 from loralab.report.content import hardware
 from loralab.report.look import svg
 from loralab.report.rows import Findings

@@ -10,22 +10,30 @@ from loralab.study import Cell, Comparison, Run, Study, Summary, comparisons, su
 
 K = TypeVar("K")
 FLIPPED = {"better": "worse", "worse": "better"}
+SPREAD = ("time", "train_s"), ("time", "examples_per_s"), ("memory", "peak_bytes")
 REFERENCES = ("full", "lora")  # what others are set against where a study does not say
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a cell costs; a spread is the standard deviation over seeds, nan with one."""
+    """What a cell costs; a spread is the standard deviation over seeds, nan with one.
+
+    Of runs that shared passes, seconds are an equal part of the passes and the peak is that of all: only `step_bytes`,
+    the tensors of one run's step by the ledger, is the same alone and in company.
+    """
 
     adapter: int
     head: int
     base: int
+    together: int  # the most runs that shared passes with one of these, itself among them
     train_s: float
     train_s_sd: float
     examples_per_s: float
     examples_per_s_sd: float
     peak_bytes: float
     peak_bytes_sd: float
+    step_bytes: float
+    step_bytes_sd: float
 
     @property
     def trainable(self) -> int:
@@ -118,11 +126,12 @@ def toward(c: Comparison, label: str) -> Comparison:
 
 def cost_of(runs: Sequence[Run]) -> Cost:
     counts = runs[0].result["counts"]
-    spreads = [
-        number for group, key in (("time", "train_s"), ("time", "examples_per_s"), ("memory", "peak_bytes"))
-        for number in _mean([run.result[group][key] for run in runs])
-    ]  # fmt: skip
-    return Cost(counts["adapter"], counts["head"], counts["base"], *spreads)
+    found = [run.result for run in runs]
+    values = [[r[group][key] for r in found] for group, key in SPREAD]
+    values.append([sum(r["memory"]["ledger"].values()) for r in found])
+    spreads = [number for one in values for number in _mean(one)]
+    together = max(r["time"].get("together", 1) for r in found)
+    return Cost(counts["adapter"], counts["head"], counts["base"], together, *spreads)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from loralab.report.charts import Chart, _cut, _legend, _metric, _n
+from loralab.report.charts.parts import Chart, counted, cut, legend, metric
 from loralab.report.look import MARKERS, SERIES, figure, styled
 from loralab.report.rows import Findings, Point, Result, points
 from loralab.study.statistics import estimate
@@ -47,7 +47,7 @@ def curve(found: dict[Point, Result], results: Sequence[Result]) -> tuple[str, A
             ranks = sorted(line)
             mean, low, high = zip(*(line[rank] for rank in ranks), strict=True)
             color = SERIES[i % len(SERIES)]
-            ax.plot(ranks, mean, marker=MARKERS[i % len(MARKERS)], color=color, label=_cut(label, 28))
+            ax.plot(ranks, mean, marker=MARKERS[i % len(MARKERS)], color=color, label=cut(label, 28))
             ax.fill_between(ranks, low, high, color=color, alpha=0.14, lw=0)
         every = {rank for line in lines.values() for rank in line}
         ax.set_xscale("log", base=2)
@@ -55,10 +55,10 @@ def curve(found: dict[Point, Result], results: Sequence[Result]) -> tuple[str, A
         ax.set_xticks(shown, map(str, shown))
         ax.minorticks_off()
         drawn = [r for line in trained.values() for r in line.values()] or list(results)
-        ax.set(xlabel="rank", ylabel=_metric(drawn))
-        _legend(fig, ax)
+        ax.set(xlabel="rank", ylabel=metric(drawn))
+        legend(fig, ax)
     alone = " One training, evaluated at every rank: over seeds alone." if at_once else ""
-    return f"Line: mean over seeds; band: 95 % interval.{alone} {_n(drawn)}", fig
+    return f"Line: mean over seeds; band: 95 % interval.{alone} {counted(drawn)}", fig
 
 
 def _mean(r: Result) -> tuple[float, float, float]:
@@ -93,7 +93,7 @@ def _map(own: dict[tuple[int, str], Result], ranks: Sequence[int], targets: Sequ
         drawn = ax.imshow(means, cmap="viridis", aspect="auto")
         ax.grid(visible=False)
         ax.set_xticks(range(len(ranks)), map(str, ranks))
-        ax.set_yticks(range(len(targets)), [_cut(t, 22) for t in targets])
+        ax.set_yticks(range(len(targets)), [cut(t, 22) for t in targets])
         ax.set_xlabel("rank")
         for (i, j), mean in np.ndenumerate(means):
             if not np.isnan(mean):
@@ -101,5 +101,5 @@ def _map(own: dict[tuple[int, str], Result], ranks: Sequence[int], targets: Sequ
                 ax.text(
                     j, i, f"{mean:.3f}", ha="center", va="center", fontsize=7, color="#0e1116" if dark else "#fdfdfd"
                 )
-        fig.colorbar(drawn, ax=ax, label=_metric(list(own.values())))
-    return f"Mean over seeds; blank: not run. {_n(list(own.values()))}", fig
+        fig.colorbar(drawn, ax=ax, label=metric(list(own.values())))
+    return f"Mean over seeds; blank: not run. {counted(list(own.values()))}", fig
