@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import loralab
+from loralab import models
 from loralab.bench import conduct, products, told
 from loralab.bench.cases import Case, growth
 from loralab.bench.conduct import Bench, turn, workers
@@ -20,6 +21,8 @@ from loralab.bench.sides import METHODS, batch, shorten, stepper, under_peft
 from loralab.bench.spread import ratio, spread
 from loralab.cli import main
 from loralab.errors import UserError
+from loralab.speed.machine import rate
+from loralab.train.planner import Setup, plan
 
 pytest.importorskip("peft")
 RANK = 3
@@ -111,11 +114,20 @@ def test_products_needed_are_those_that_torch_counts(kind, method, targets):
     assert executed(adapters.model, inputs) == needed + more_ours
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "head"])
+def test_a_plan_counts_the_products_that_a_step_needs(tiny, method):
+    planned = plan(Setup(model=str(tiny), method=method, batch=5, length=11, speed="off", dtype="float32"))
+    model, _ = models.classifier(str(tiny), 2, False, torch.float32, seed=0)
+    adapters = loralab.attach(model, method, head=True)
+    ids = torch.ones(5, 11, dtype=torch.long)
+    assert planned.products == products.needed(adapters, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 def test_the_rate_is_no_faster_than_the_clock():
     import time
 
     started = time.perf_counter()
-    found = products.rate("float32", 256)
+    found = rate(torch.float32, 256)
     assert 0 < 2 * 256**3 / found < time.perf_counter() - started
 
 

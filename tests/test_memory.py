@@ -16,6 +16,7 @@ import loralab
 from loralab import models
 from loralab.cli import main
 from loralab.cli.plan import _verdict
+from loralab.recipe import NAMED
 from loralab.speed import heap
 from loralab.train import Settings, train
 from loralab.train.batches import padded
@@ -35,7 +36,7 @@ SETUPS = {
     "plain path": {"speed": "off"},
     "bfloat16": {"dtype": "bfloat16"},
     "checkpointing": {"checkpointing": True},
-}
+} | {method: {"method": method} for method in NAMED}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def plain(tiny, tmp_path_factory):
 def real(setup):
     """(bytes by layer, the most that tensors take at once) of a real step, the second."""
     model, _ = models.classifier(setup.model, setup.labels, False, torch.float32, seed=0)
-    step = Step(model, setup)
+    step = Step(model, setup, setup.recipe())
     step(setup)
     layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
     with Meter() as meter:

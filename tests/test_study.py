@@ -27,6 +27,10 @@ from loralab.study.results import outline
 from loralab.study.runners import runner
 from loralab.train import Settings
 from loralab.train import loop as loop_module
+from loralab.train.batches import padded
+from loralab.train.planner import Setup
+from loralab.train.planner import plan as memory
+from loralab.train.prepare import prepare
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 
@@ -419,3 +423,42 @@ def test_when_ray_itself_is_killed_no_run_has_failed_and_the_same_command_goes_o
 def test_an_unknown_runner_is_refused(on, told):
     with pytest.raises(UserError, match=told):
         runner(on)
+
+
+# ---- what is left ----------------------------------------------------------------------------------------------------
+
+
+def left(tiny, own, **given):
+    definition = study(tiny, own, **given)
+    return outline(definition, plan(definition))["estimate"]
+
+
+def test_runs_like_none_that_is_finished_are_planned(tiny, own, here):
+    """The peak is the planner's for the widest batch; seconds are in proportion to what is computed."""
+    once = left(tiny, own)
+    assert (once["guessed"], once["planned"], once["unknown"]) == (0, 4, 0)
+    settings = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny), max_length=32)
+    widest = max(len(ids) for ids in prepare(settings).train.columns["input_ids"])
+    setup = Setup(model=str(tiny), batch=20, length=padded(widest))
+    assert once["peak_bytes"] == max(memory(setup, made).peak for made in (recipe("lora", rank=3), recipe("head")))
+    base = {"epochs": 2, "max_length": 32, "batch_size": 20, "lr": 2e-2}
+    for changed in ({"seeds": [0, 1, 2, 3]}, {"protocol": base | {"epochs": 4}}):
+        assert left(tiny, own, **changed)["seconds"] == pytest.approx(2 * once["seconds"])
+    with_full = left(tiny, own, methods=[{"method": "full"}, {"method": "lora"}])
+    assert with_full["seconds"] > 1.5 * once["seconds"]  # a head needs no backward pass through the base
+    assert with_full["peak_bytes"] > once["peak_bytes"]
+
+
+def test_finished_runs_tell_more_than_the_planner(tiny, own, here):
+    carried_out(study(tiny, own, seeds=[0], methods=["lora"]))
+    half = left(tiny, own, methods=["lora", "head"])
+    assert (half["guessed"], half["planned"], half["unknown"]) == (3, 0, 0)
+
+
+def test_what_lies_on_the_hub_is_not_known(tiny, own, here, capsys):
+    elsewhere = left(tiny, own, models=["someone/some-model"])
+    assert (elsewhere["planned"], elsewhere["unknown"], elsewhere["seconds"]) == (0, 4, 0)
+    glue = left(tiny, own, tasks=["cola"])
+    assert (glue["planned"], glue["unknown"]) == (0, 4)
+    main(["study", str(STUDIES[0]), "--model", str(tiny), "--dry-run"])
+    assert "not known: their model or rows are not on this machine" in capsys.readouterr().out

@@ -102,13 +102,13 @@ def classifier(
         )
     found = resolve(name)
     folder = found if isinstance(found, Path) else _checked(_download(found))
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **_gguf(folder)}
+    source = _source(folder)
     problem = "regression" if regression else "single_label_classification"
     head: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
     with _from_seed(seed), _quiet(), _one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+        words = _tokenizer(folder)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=dtype,
@@ -121,8 +121,28 @@ def classifier(
     _complete(name, model, report)
     with _from_seed(seed):
         _new_head(model, dtype)
-    _pad(name, model, tokenizer)
-    return model, tokenizer
+    _pad(name, model, words)
+    return model, words
+
+
+def tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Of a model that lies here, without reading its weights."""
+    found = resolve(name)
+    if not isinstance(found, Path):
+        raise UserError(f"no folder {name!r}: expected a local folder or one of {', '.join(ALIASES)}")
+    with _quiet(), _one_line(name):
+        return _tokenizer(found)
+
+
+def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, **_source(folder))
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    """How transformers is to read a folder."""
+    return {"local_files_only": True, "trust_remote_code": False, **_gguf(folder)}
 
 
 def blank(name: str, num_labels: int) -> "PreTrainedModel":

@@ -1,4 +1,4 @@
-"""How much multiplication a training step needs, from shapes, and how fast this machine multiplies.
+"""How much multiplication a training step needs, from shapes.
 
 A product (n, i) x (i, o) is 2 n i o operations. Backward it is done again for the gradient of what comes in, and again
 for that of the weight, each only where that is wanted:
@@ -11,20 +11,15 @@ for that of the weight, each only where that is wanted:
 It counts what the method needs, not what an implementation does, so it is the same number for both sides.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loralab.attach import Adapters
 from loralab.layer import Adapted
 from loralab.recipe import Recipe
 from loralab.targets import LAYERS
-
-SIZE = 2048  # of the square product that the machine's rate is taken with: large enough that nothing else counts
-TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -91,19 +86,3 @@ def _attention(seen: dict[str, Seen], config: Any) -> int:
             context = 1 + (q.gives or k.gives) + v.gives
             total += 2 * b * t * t * d * (scores + context)
     return total
-
-
-def rate(dtype: str, size: int = SIZE) -> float:
-    """Operations a second of a large product, the fastest of a few."""
-    on = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(on, getattr(torch, dtype))
-    y, out = x.clone(), torch.empty_like(x)
-    torch.mm(x, y, out=out)
-    best = float("inf")
-    for _ in range(TRIES):
-        started = time.perf_counter()
-        torch.mm(x, y, out=out)
-        if on == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best

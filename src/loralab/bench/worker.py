@@ -22,7 +22,7 @@ from loralab.bench import epoch, products
 from loralab.bench.cases import Case, EpochCase
 from loralab.bench.sides import SIDES, adapted, batch, stepper
 from loralab.errors import UserError
-from loralab.speed.machine import hardware, units
+from loralab.speed.machine import hardware, rate, units
 from loralab.train.memory import Peak
 
 
@@ -84,7 +84,7 @@ class Side:
         return products.needed(adapters, batch(c, adapters.model.config)[0])
 
     def rate(self, dtype: str) -> float:
-        return products.rate(dtype)
+        return rate(getattr(torch, dtype))
 
     def epoch(self, case: dict[str, Any]) -> dict[str, Any]:
         """A whole epoch; its peak includes loading."""

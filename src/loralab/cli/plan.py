@@ -58,6 +58,7 @@ def _told(p: Plan) -> dict[str, str]:
         "while loading": size(p.loading),
         "in a step": f"{size(p.training)} resident, {size(p.tensors)} of it tensors, temporaries among them",
         "peak": size(p.peak),
+        "products of a step": f"{p.products / 1e9:,.3g} billion operations",
     }
 
 
@@ -69,7 +70,7 @@ def _data(found: Plan, room: int | None, most: int | None, changes: dict[str, Pl
 
 
 def _numbers(p: Plan) -> dict[str, int]:
-    return {"loading": p.loading, "tensors": p.tensors, "training": p.training, "peak": p.peak}
+    return {"loading": p.loading, "tensors": p.tensors, "training": p.training, "peak": p.peak, "products": p.products}
 
 
 def _changes(found: Plan) -> dict[str, Plan]:

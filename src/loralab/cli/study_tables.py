@@ -87,8 +87,13 @@ def show_outline(told: dict[str, Any]) -> None:
     shared = f" ({told['shared']} more are shared)" if told["shared"] else ""
     print(f"{told['runs']} runs{shared}, {told['done']} done")
     guess = told["estimate"]
-    if guess["guessed"]:
-        rest = f", and {guess['unknown']} runs like none that is finished" if guess["unknown"] else ""
-        print(f"left: about {clock(guess['seconds'])} of training{rest}; peak memory {size(guess['peak_bytes'])}")
-    elif guess["unknown"]:
-        print("time and memory: not known, no run like these is finished")
+    if guess["guessed"] or guess["planned"]:
+        print(f"left: about {clock(guess['seconds'])} of training; peak memory {size(guess['peak_bytes'])}")
+    known = {
+        "guessed": "by finished runs like them",
+        "planned": "roughly, by the planner",
+        "unknown": "not known: their model or rows are not on this machine, or the planner does not take them",
+    }
+    for key, how in known.items():
+        if guess[key]:
+            print(f"  {guess[key]} runs {how}")

@@ -1,6 +1,7 @@
 """What this machine is, and what it computes fast."""
 
 import platform
+import time
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ UNITS = {
     "amx": "amx_tile",
     "avx512_bf16": "avx512_bf16",
 }  # what a CPU may multiply bfloat16 with -> torch's word for it
+
+SIZE = 2048  # of the square product that the rate is taken with: large enough that nothing else counts
+TRIES = 3
 
 
 def units() -> dict[str, bool]:
@@ -35,3 +39,19 @@ def hardware() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads = torch.get_num_threads()
     return {"machine": platform.machine(), "cpu": cpu, "amx": units()["amx"], "threads": threads, "gpu": gpu}
+
+
+def rate(dtype: torch.dtype, size: int = SIZE) -> float:
+    """Operations a second of a large product, the fastest of a few."""
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(on, dtype)
+    y, out = x.clone(), torch.empty_like(x)
+    torch.mm(x, y, out=out)
+    best = float("inf")
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        torch.mm(x, y, out=out)
+        if on == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

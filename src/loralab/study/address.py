@@ -34,7 +34,8 @@ class Data:
     """What a task's rows are known by."""
 
     sha256: str
-    train: int | None  # rows; None where they are still on the hub
+    train: int | None  # rows
+    here: bool  # false where they are still on the hub
 
 
 def address(settings: Settings) -> str:
@@ -82,16 +83,21 @@ def data(settings: Settings) -> Data:
     return _data(s.task, s.data, s.text, s.label, s.problem_type, s.validation)
 
 
+def is_here(settings: Settings) -> bool:
+    """Whether the rows can be read without a network."""
+    return data(settings).here
+
+
 @cache
 def _data(
     task: str, folder: Path | None, text: tuple[str, ...], label: str | None, kind: str, validation: Path | None
 ) -> Data:
     name = glue.canonical(task)
     if name is not None and folder is None:
-        return Data(f"{glue.HUB} {name}", glue.TABLE[name].official["train"])
+        return Data(f"{glue.HUB} {name}", glue.TABLE[name].official["train"], here=False)
     regression = None if kind == "auto" else kind == "regression"
     found = tasks.load(task, folder, text=text, label=label, validation=validation, regression=regression)
-    return Data(found.sha256, len(found.train))
+    return Data(found.sha256, len(found.train), here=True)
 
 
 @cache

@@ -1,34 +1,41 @@
-"""What a study would take, guessed from finished runs of the same model and task; a planner can take its place."""
+"""What is left of a study in time and memory: from finished runs of the same model and task, else by the planner."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from loralab.study.forecast import forecast
 from loralab.study.record import Key, Run
+from loralab.train import Settings
 
 
 @dataclass(frozen=True)
 class Estimate:
-    seconds: float  # of training, of the runs that can be guessed
+    seconds: float  # of training, of all runs but the unknown ones
     peak_bytes: int  # of the largest run
-    guessed: int  # runs
-    unknown: int  # runs of which nothing like them is finished
+    guessed: int  # runs, by finished ones like them
+    planned: int  # runs, by the planner
+    unknown: int  # runs whose model or rows are not on this machine
 
 
-def estimate(left: Sequence[tuple[Key, int]], finished: Iterable[Run]) -> Estimate:
-    """Of runs with their epochs: seconds an epoch of the same method, else of any, on the same task and model."""
+def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> Estimate:
+    """Of runs: seconds an epoch of the same method, else of any, on the same task and model, else the planner's."""
     pace: dict[tuple[str, ...], list[float]] = {}
     peak: dict[tuple[str, ...], int] = {}
     for run in finished:
         for key in _like(run.planned.key):
             pace.setdefault(key, []).append(run.result["time"]["train_s"] / max(len(run.history), 1))
             peak[key] = max(peak.get(key, 0), run.result["memory"]["peak_bytes"])
-    found = [(key, epochs) for k, epochs in left for key in [next((x for x in _like(k) if x in pace), None)] if key]
+    alike = [(key, s.epochs) for k, s in left for key in [next((x for x in _like(k) if x in pace), None)] if key]
+    others = {k: s for k, s in left if not any(x in pace for x in _like(k))}
+    forecasts = {k: made for k, s in others.items() if (made := forecast(s))}
+    planned = [forecasts[k] for k, _ in left if k in forecasts]
     return Estimate(
-        seconds=sum(median(pace[key]) * epochs for key, epochs in found),
-        peak_bytes=max((peak[key] for key, _ in found), default=0),
-        guessed=len(found),
-        unknown=len(left) - len(found),
+        seconds=sum(median(pace[key]) * epochs for key, epochs in alike) + sum(f.seconds for f in planned),
+        peak_bytes=max([*(peak[key] for key, _ in alike), *(f.peak_bytes for f in planned)], default=0),
+        guessed=len(alike),
+        planned=len(planned),
+        unknown=len(left) - len(alike) - len(planned),
     )
 
 

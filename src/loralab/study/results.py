@@ -11,6 +11,7 @@ from loralab.study.estimate import estimate
 from loralab.study.plan import points
 from loralab.study.record import Key, Planned, Study, read_run
 from loralab.study.statistics import comparisons, summaries
+from loralab.train import Settings
 
 
 def as_data(study: Study) -> dict[str, Any]:
@@ -30,10 +31,10 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 def outline(definition: Definition, planned: Sequence[Planned]) -> dict[str, Any]:
     """What a dry run tells: runs by cell, how many are done, and a guess of time and memory."""
-    store, epochs = definition.store, _epochs(definition)
+    store, usual = definition.store, _usual(definition)
     unique = list({p.address or id(p): p for p in planned}.values())
     left = [p for p in unique if not done(store, p)]
-    guess = estimate([(p.key, epochs[p.key]) for p in left], [run for p in unique if (run := read_run(store, p))])
+    guess = estimate([(p.key, usual[p.key]) for p in left], [run for p in unique if (run := read_run(store, p))])
     cells: dict[Key, dict[str, int]] = {}
     for p in planned:
         cell = cells.setdefault(p.key, {"tune": 0, "final": 0, "done": 0})
@@ -49,6 +50,7 @@ def outline(definition: Definition, planned: Sequence[Planned]) -> dict[str, Any
     }
 
 
-def _epochs(definition: Definition) -> dict[Key, int]:
+def _usual(definition: Definition) -> dict[Key, Settings]:
+    """The settings of each cell before tuning chose any."""
     seed = definition.seeds[0]
-    return {p.key: definition.settings(p.task, p.model, p.method, seed, {}).epochs for p in points(definition)}
+    return {p.key: definition.settings(p.task, p.model, p.method, seed, {}) for p in points(definition)}

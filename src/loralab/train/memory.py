@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralab.attach import HANDLE
 from loralab.layer import Adapted
 
 STATUS = Path("/proc/self/status")
@@ -47,22 +48,27 @@ def layer_of(path: str, model: nn.Module) -> str:
 
 
 def held(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(path, tensor) of all that a model holds: parameters, buffers, and constants of methods."""
-    names = {name for module in model.modules() if isinstance(module, Adapted) for name in module.constants}
-    return [*model.named_parameters(), *model.named_buffers(), *_constants(model, names)]
+    """(path, tensor) of all that a model holds: parameters, buffers, constants and memories of methods."""
+    handle = getattr(model, HANDLE, None)
+    return [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, handle.entries if handle else ())]
 
 
 def of_adapter(model: nn.Module, name: str, without: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
     """What a model holds for one adapter; `without` the tensors that other adapters learn."""
     others = {id(t) for t in without}
-    kept = [*model.named_parameters(), *model.named_buffers(), *_constants(model, {name})]
+    kept = [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, {name})]
     return [(path, t) for path, t in kept if id(t) not in others]
 
 
-def _constants(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+def _of_methods(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Constants, and what a method remembers from step to step (AdaLoRA's means)."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted):
             yield from ((path, t) for name, kept in module.constants.items() if name in names for t in kept.values())
+    handle = getattr(model, HANDLE, None)
+    memories = handle.steps.memories if handle else {}
+    for layers in (memories[name] for name in memories if name in names):
+        yield from ((path, t) for path, kept in layers.items() for t in kept.values())
 
 
 @contextmanager

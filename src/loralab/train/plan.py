@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab import speed
+from loralab import models, speed
 from loralab.attach import Adapters, attach
 from loralab.errors import UserError
 from loralab.files import read_header
@@ -112,7 +112,9 @@ def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
 def groups(work: Work) -> tuple[RankMap, int, int]:
     """(map, 0, 0): the layers' paths and shapes alone decide."""
     s = work.settings
-    return layer_groups(work.fresh(), s.targets, work.recipe.factors.rank, s.span), 0, 0  # type: ignore[union-attr]
+    with torch.device("meta"):  # sizes without weights
+        model = models.blank(s.model, len(work.labels))
+    return layer_groups(model, s.targets, work.recipe.factors.rank, s.span), 0, 0  # type: ignore[union-attr]
 
 
 PLANS: dict[str, Callable[[Work], tuple[RankMap, int, int]]] = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from loralab import models, speed
 from loralab.attach import HANDLE, Adapters
@@ -30,7 +31,9 @@ from loralab.speed.machine import precision
 from loralab.train.batches import longest
 from loralab.train.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
 
+OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # what the registry has no word for -> its like
 BESIDE = 20_000_000  # bytes of what is no tensor: products that oneDNN prepared, its scratch (see docs/memory.md)
+WARM = 2  # steps
 STEPS = 1000  # for methods whose start depends on the length of training; what they need does not
 
 
@@ -69,12 +72,17 @@ class Setup:
 
     def recipe(self) -> Recipe:
         given = {key: value for key in ("rank", "store") if (value := getattr(self, key)) is not None}
-        made = recipe(self.method, **given).planned(STEPS)
-        return made if made.ranks is not None else replace(made, plan=None)
+        return ready(recipe(self.method, **given))
 
     @property
     def precision(self) -> torch.dtype:
         return precision(self.dtype)
+
+
+def ready(made: Recipe) -> Recipe:
+    """As a run begins with it; without a rank map that is still to be planned."""
+    made = made.planned(STEPS)
+    return made if made.ranks is not None else replace(made, plan=None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Plan:
     loading: int  # the most before the first step: weights as loaded, beside those as kept where that differs
     tensors: int  # the most that tensors take at once during a step, temporaries among them
     training: int  # the most that is resident during a step
+    products: int  # operations of a step's products, two for a multiplication and its sum
     layers: Layers
 
     @property
@@ -96,9 +105,9 @@ class Plan:
         return ledger(self.layers)
 
 
-def plan(setup: Setup) -> Plan:
-    """Raises UserError for what a run would refuse too."""
-    made = setup.recipe()  # its check looks at values
+def plan(setup: Setup, made: Recipe | None = None) -> Plan:
+    """Of a recipe of one's own, else of the setup's; raises UserError for what a run would refuse too."""
+    made = ready(made) if made else setup.recipe()  # its check looks at values
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own copy.deepcopy does
         if made.store:
@@ -115,11 +124,11 @@ def _plan(setup: Setup, made: Recipe) -> Plan:
         for _, t in held(model):
             meter.meet(t)  # shared constants, which are there before
         kept = meter.restart()
-        for _ in range(2):  # the first leaves the optimizer's state, the second finds its holes
+        for _ in range(WARM):  # the first leaves the optimizer's state, the second finds its holes
             step(setup)
         layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
     loading = loaded + (kept if kept < loaded else 0) + BESIDE
-    return Plan(setup, loading, meter.most, _resident(meter, step.heap_kept), layers)
+    return Plan(setup, loading, meter.most, _resident(meter, step.heap_kept), meter.products // WARM, layers)
 
 
 def _resident(meter: "Meter", kept: bool) -> int:
@@ -160,6 +169,7 @@ class Step:
         self.heap_kept = any(c.piece == "heap" and c.used for c in choices)
         if setup.checkpointing:
             _checkpoint(model, setup.model)
+        self.steps = handle.steps
         self.model = model.train()
         self.kept: dict[str, int] = {}
         self.optimizer = adamw(handle.parameter_groups(lr=1e-3), fused=True)
@@ -172,6 +182,8 @@ class Step:
         labels = torch.zeros(setup.batch, dtype=torch.long if setup.labels > 1 else torch.float32)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # some padding, as in a run
+        for name in self.steps.generators:  # nothing is drawn: of many ranks the largest needs most
+            self.steps.drawn[name] = max(self.steps.factors(name).ranks, default=None)
         with saved_by_layer(self.model) as self.kept:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
@@ -184,24 +196,30 @@ class Step:
 
 
 class Sizes(FakeTensorMode):
-    """Tensors of a size and without data."""
+    """Tensors of a size and without data. Asked for a value (a step's number, say) they answer 1, or False."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype is not torch.bool and 1
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> "Sizes":
         return self  # each tensor has its mode, and a head is copied
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages that operations under it made and that are alive, and the most there were at once."""
+    """Bytes of the storages that operations under it made and that are alive, the most there were at once, and the
+    operations of products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = self.most = self.products = 0
         self.alive: dict[int, int] = {}  # storage -> bytes
         self.events: list[heap.Event] = []  # as they came and went
 
     def restart(self) -> int:
         """From here on, with what is alive now, whose bytes this returns."""
-        self.most, self.events = self.now, list(self.alive.items())
+        self.most, self.products, self.events = self.now, 0, list(self.alive.items())
         return self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,6 +227,8 @@ class Meter(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self.meet(t)
+        if operations := flop_registry.get(OUT_OF_PLACE.get(func._overloadpacket, func._overloadpacket)):
+            self.products += operations(*args, **(kwargs or {}), out_val=out)
         return out
 
     def meet(self, t: Tensor) -> None:

@@ -104,12 +104,16 @@ def _check_same_base(model: Any, settings: Settings, known: dict[Any, Any]) -> N
 
 def _task(settings: Settings, known: dict[Any, Any]) -> Task:
     s = settings
-    given = None if s.problem_type == "auto" else s.problem_type == "regression"
-    own: dict[str, Any] = {"text": s.text, "label": s.label, "validation": s.validation}
-    key = (s.task, s.data, s.problem_type, *own.values())
+    key = (s.task, s.data, s.problem_type, s.text, s.label, s.validation)
     if key not in known:
-        known[key] = tasks.load(s.task, s.data, **own, regression=given)
+        known[key] = task_of(settings)
     return known[key]  # type: ignore[no-any-return]
+
+
+def task_of(s: Settings) -> Task:
+    """The task that a run's settings name."""
+    regression = None if s.problem_type == "auto" else s.problem_type == "regression"
+    return tasks.load(s.task, s.data, text=s.text, label=s.label, validation=s.validation, regression=regression)
 
 
 def _rows(
@@ -121,9 +125,9 @@ def _rows(
         raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
     key = (id(task), settings.selection, settings.max_length, settings.train_rows, settings.validation_rows)
     if key not in known:
-        splits, sizes = _splits(task, settings)
+        found, sizes = splits(task, settings)
         regression = task.labels is None
-        rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in splits.items()}
+        rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in found.items()}
         over = f"rows are longer than {settings.max_length} tokens and were cut"
         cut = [f"{r.truncated} of {len(r)} {name} {over}" for name, r in rows.items() if r.truncated]
         known[key] = rows, [*task.notes, *sizes, *cut]
@@ -141,7 +145,7 @@ def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _splits(task: Task, settings: Settings) -> tuple[dict[str, tasks.Split], list[str]]:
+def splits(task: Task, settings: Settings) -> tuple[dict[str, tasks.Split], list[str]]:
     """(train, held-out where that selects, and each validation split; notes)."""
     notes: list[str] = []
 
