@@ -15,6 +15,7 @@ SPEED = {"full": 110, "lora": 150, "dora": 96, "vera": 130, "lora-fa": 158, "qlo
 MEMORY = {"full": 2.9, "lora": 1.7, "dora": 2.2, "vera": 1.8, "lora-fa": 1.5, "qlora": 1.1, "head": 0.6}
 SHIFT = {"cola": 0.0, "mrpc": 0.28, "stsb": 0.29}
 METRIC = {"cola": "matthews_correlation", "mrpc": "f1", "stsb": "pearson"}
+ACCURACY = 0.1  # below F1, of MRPC
 ROWS = 400
 
 
@@ -27,7 +28,8 @@ def run(folder, task="cola", model="mpnet", method="lora", seed=0, epochs=4, sel
     scores = [round(float(best - 0.35 * 0.4**e + chance.normal(0, 0.004)), 5) for e in range(1, epochs + 1)]
     name, chosen = METRIC.get(task, "accuracy"), epochs - 2
     history = [
-        {"epoch": e, "step": 100 * e, "train_loss": 0.7 * 0.7**e, "held_out": {name: s}, "validation": {name: s},
+        {"epoch": e, "step": 100 * e, "train_loss": 0.7 * 0.7**e, "held_out": {name: s},
+         "validation": {name: s} | ({"accuracy": s - ACCURACY} if name == "f1" else {}),
          "seconds": 9.0, "one_class": False} for e, s in enumerate(scores, 1)
     ]  # fmt: skip
     counts = {"adapter": SIZE.get(method, 36_864 * rank), "head": 592_130, "base": 109_486_464}

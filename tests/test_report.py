@@ -278,6 +278,19 @@ def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_them(study):
     assert any(np.isclose(b[:, 1].max(), values.max()) and np.isclose(b[:, 1].min(), values.min()) for b in bands)
 
 
+def test_every_metric_that_was_taken_has_a_curve(tmp_path):
+    study = synthetic.study(tmp_path, tasks=("mrpc", "cola"), methods=("full", "lora"))
+    drawn = {c.title: c.fig.axes[0] for c in charts(rows.findings(source.read(study))) if "curve" in c.title}
+    told = {title: ax.get_ylabel() for title, ax in drawn.items() if "learning" in title}
+    assert told == {
+        "mrpc, mpnet: learning curve": "F1",
+        "mrpc, mpnet: learning curve, accuracy": "accuracy",
+        "cola, mpnet: learning curve": "Matthews",
+    }
+    of_f1, of_accuracy = (drawn[title].lines[0].get_ydata() for title in list(told)[:2])
+    np.testing.assert_allclose(of_accuracy, of_f1 - synthetic.ACCURACY)
+
+
 def test_what_shared_passes_is_said_wherever_time_is_shown(study, written):
     shared = "In passes with other runs, an equal part of their time: lora, head"
     drawn = {c.title: c.caption for c in charts(rows.findings(source.read(study)))}
@@ -300,7 +313,7 @@ def test_a_result_far_below_does_not_press_the_others_together(tmp_path, monkeyp
     low, high = results[-1].summary.low, results[-1].summary.high
     for draw, limits in (
         (scores.intervals, "get_xlim"),
-        (scores.curves, "get_ylim"),
+        (scores.by_epoch("f1"), "get_ylim"),
         (costs.against("time"), "get_ylim"),
     ):
         _, _, caption, fig = draw(results, styles)
@@ -309,7 +322,7 @@ def test_a_result_far_below_does_not_press_the_others_together(tmp_path, monkeyp
         assert (high < bottom) == cut
         assert (bottom < low and high < top) == (not cut)
         assert all(bottom < r.summary.mean < top for r in near)
-        assert ("Arrow" in caption or f"head, {n.score(results[-1].summary.mean)}" in caption) == cut
+        assert ("Arrow" in caption or "Below the picture: head" in caption) == cut
         assert (n.score(results[-1].summary.mean) in {text.get_text() for text in ax.texts}) == (
             cut and draw is scores.intervals
         )

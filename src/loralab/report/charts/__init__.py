@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from loralab.report.charts import ranks
 from loralab.report.charts.costs import COSTS, against, memory, speed
 from loralab.report.charts.parts import Chart, Draw, Style
-from loralab.report.charts.scores import curves, intervals
+from loralab.report.charts.scores import by_epoch, intervals, measured
 from loralab.report.look import MARKERS, SERIES, styled
 from loralab.report.rows import Findings, Result, swept
 
@@ -16,7 +16,8 @@ def charts(f: Findings) -> Iterator[Chart]:
     for (task, model), results in f.places().items():
         extra = swept(results)
         main = [r for r in results if r not in extra]
-        for draw in (intervals, curves, *(against(key) for key in COSTS)):
+        curves = [by_epoch(name) for name in measured(main)]
+        for draw in (intervals, *curves, *(against(key) for key in COSTS)):
             yield from _chart(f"{task}, {model}", draw, results if draw is intervals else main, styles)
     for model, results in f.models().items():
         extra = swept(results)

@@ -53,8 +53,8 @@ def shared(results: Sequence[Result]) -> str:
     return f" In passes with other runs, an equal part of their time: {whose}."
 
 
-def below(far: Sequence[Result]) -> str:
-    return "".join(f" Below the picture: {r.label}, {n.score(r.summary.mean)}." for r in far)
+def below(far: Sequence[Result], value: Callable[[Result], float] = lambda r: r.summary.mean) -> str:
+    return "".join(f" Below the picture: {r.label}, {n.score(value(r))}." for r in far)
 
 
 # ---- axes ------------------------------------------------------------------------------------------------------------
@@ -78,21 +78,28 @@ def legend(fig: Any, ax: Any) -> None:
 FAR = 3.0  # spans of the others: nearer, and all are in the picture
 
 
-def apart(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+def selected(r: Result) -> list[float]:
+    """What a picture of scores has of a result: its seeds and its interval."""
+    return [*r.cell.scores, r.summary.low, r.summary.high]
+
+
+def apart(
+    results: Sequence[Result], values: Callable[[Result], Sequence[float]] = selected
+) -> tuple[list[Result], list[Result]]:
     """The results that a picture shows, and the few so far below that the others would be a single line beside them."""
-    by_score = sorted(results, key=lambda r: r.summary.mean)
+    by_score = sorted(results, key=lambda r: float(np.nanmax(values(r))))
     for k in range(1, (len(results) + 1) // 2):  # fewer than half
         far, near = by_score[:k], by_score[k:]
-        low, high = span(near)
-        if low - max(r.summary.mean for r in far) > FAR * (high - low):
+        low, high = span(near, values)
+        if low - max(np.nanmax(values(r)) for r in far) > FAR * (high - low):
             return [r for r in results if r in near], far
     return list(results), []
 
 
-def span(results: Sequence[Result]) -> tuple[float, float]:
-    """From the lowest to the highest seed or end of an interval."""
-    values = [v for r in results for v in (*r.cell.scores, r.summary.low, r.summary.high)]
-    return float(np.nanmin(values)), float(np.nanmax(values))
+def span(results: Sequence[Result], values: Callable[[Result], Sequence[float]] = selected) -> tuple[float, float]:
+    """From the lowest to the highest value."""
+    every = [v for r in results for v in values(r)]
+    return float(np.nanmin(every)), float(np.nanmax(every))
 
 
 def room(span: tuple[float, float], at_the_left: float = 0.08) -> tuple[float, float]:

@@ -6,7 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralab.report import numbers as n
-from loralab.report.charts.parts import Drawn, Style, apart, below, counted, cut, legend, metric, name_rows, room, span
+from loralab.report.charts.parts import (
+    Draw,
+    Drawn,
+    Style,
+    apart,
+    below,
+    counted,
+    cut,
+    legend,
+    metric,
+    name_rows,
+    room,
+    span,
+)
 from loralab.report.look import PAPER, figure
 from loralab.report.rows import Result
 
@@ -39,29 +52,43 @@ def intervals(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
     return "scores", "score", f"{told}{' Arrow: further down.' * bool(far)} {counted(results)}", fig
 
 
-def curves(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
-    """The metric on validation by epoch: mean over seeds, and a band from the lowest seed to the highest."""
-    fig = figure(height=3.0)
-    ax = fig.subplots()
-    near, far = apart(results)
-    for r in near:
-        color, marker = styles[r.label]
-        epochs, values = _history(r)
-        if not len(epochs):
-            continue
-        mean = np.nanmean(values, axis=0)
-        ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=cut(r.label, 28))
-        if len(values) > 1:
-            ax.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.16, lw=0)
-    ax.set(xlabel="epoch", ylabel=metric(results))
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    legend(fig, ax)
-    told = f"After each epoch, on validation. Line: mean; band: lowest to highest seed.{below(far)} {counted(results)}"
-    return "scores", "learning curve", told, fig
+def measured(results: Sequence[Result]) -> list[str]:
+    """The metrics that were taken after each epoch, the one of the scores first."""
+    every = [name for r in results for run in r.cell.runs for row in run.history for name in row["validation"]]
+    return list(dict.fromkeys([r.summary.metric for r in results] + every))
 
 
-def _history(r: Result) -> tuple[list[int], NDArray[np.float64]]:
-    """Epochs, and scores (seeds, epochs), nan where a run stopped earlier."""
-    by_seed = [{row["epoch"]: row["validation"][r.summary.metric] for row in run.history} for run in r.cell.runs]
+def by_epoch(name: str) -> Draw:
+    """A metric on validation by epoch: mean over seeds, and a band from the lowest seed to the highest."""
+
+    def draw(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
+        histories = {r.label: _history(r, name) for r in results}
+        shown = [r for r in results if np.isfinite(histories[r.label][1]).any()]
+        if not shown:
+            return None
+        near, far = apart(shown, lambda r: histories[r.label][1][:, -1].tolist())
+        fig = figure(height=3.0)
+        ax = fig.subplots()
+        for r in near:
+            color, marker = styles[r.label]
+            epochs, values = histories[r.label]
+            mean = np.nanmean(values, axis=0)
+            ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=cut(r.label, 28))
+            if len(values) > 1:
+                ax.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.16, lw=0)
+        ax.set(xlabel="epoch", ylabel=n.metric(name))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        legend(fig, ax)
+        unseen = below(far, lambda r: float(np.nanmean(histories[r.label][1][:, -1])))
+        told = f"After each epoch, on validation. Line: mean; band: lowest to highest seed.{unseen} {counted(results)}"
+        what = "learning curve" if name == results[0].summary.metric else f"learning curve, {n.metric(name)}"
+        return "scores", what, told, fig
+
+    return draw
+
+
+def _history(r: Result, name: str) -> tuple[list[int], NDArray[np.float64]]:
+    """Epochs, and values of a metric (seeds, epochs), nan where a run stopped earlier."""
+    by_seed = [{row["epoch"]: row["validation"].get(name, np.nan) for row in run.history} for run in r.cell.runs]
     epochs = sorted({epoch for found in by_seed for epoch in found})
     return epochs, np.array([[found.get(epoch, np.nan) for epoch in epochs] for found in by_seed])
