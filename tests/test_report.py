@@ -291,6 +291,26 @@ def test_every_metric_that_was_taken_has_a_curve(tmp_path):
     np.testing.assert_allclose(of_accuracy, of_f1 - synthetic.ACCURACY)
 
 
+def test_of_many_methods_the_best_and_the_reference_have_lines(tmp_path):
+    study = synthetic.study(tmp_path, tasks=("cola",))
+    data = json.loads((study / "study.json").read_text())
+    renamed = {"full": "the reference", "lora": "another"}  # then no row varies a method that is there
+    for planned in data["planned"]:
+        planned["method"] = renamed.get(planned["method"], planned["method"])
+    (study / "study.json").write_text(json.dumps(data | {"compare": data["compare"] | {"against": "vera"}}))
+    found = rows.findings(source.read(study))
+    assert len(found.results) > parts.MANY
+    drawn = {c.title.partition(": ")[2]: c for c in charts(found)}
+    best = sorted(found.results, key=lambda r: -r.summary.mean)[: parts.BEST]
+    lines = [line.get_label() for line in drawn["learning curve"].fig.axes[0].lines]
+    assert set(lines) == {r.label for r in best} | {"vera"}
+    assert f"The {parts.BEST} best of {len(found.results)}" in drawn["learning curve"].caption
+    cost = drawn["score against values that learn"].fig
+    points = [(r.cost.trainable, r.summary.mean) for r in found.results]
+    front = [r.label for r, on in zip(found.results, rows.pareto(points), strict=True) if on]
+    assert [text.get_text() for text in cost.legends[0].get_texts()] == front
+
+
 def test_what_shared_passes_is_said_wherever_time_is_shown(study, written):
     shared = "In passes with other runs, an equal part of their time: lora, head"
     drawn = {c.title: c.caption for c in charts(rows.findings(source.read(study)))}

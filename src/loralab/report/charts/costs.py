@@ -7,6 +7,7 @@ import numpy as np
 
 from loralab.report import numbers as n
 from loralab.report.charts.parts import (
+    MANY,
     STEPS,
     Draw,
     Drawn,
@@ -48,11 +49,13 @@ def against(key: str) -> Draw:
         steps = sorted(point for point, on in zip(points, on_front, strict=True) if on)
         ax.step(*zip(*steps, strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
         for r, (x, y), on in zip(results, points, on_front, strict=True):
-            color, marker = styles[r.label]
-            if len(r.seeds) > 1:
+            named = on or len(results) <= MANY
+            color, marker = styles[r.label] if named else (MUTED, ".")
+            if len(r.seeds) > 1 and named:
                 ax.plot([x, x], [r.summary.low, r.summary.high], color=color, lw=1.2, alpha=0.7)
             face = color if on else PAPER
-            ax.plot(x, y, marker, color=color, markerfacecolor=face, ls="none", markersize=7.5, label=cut(r.label, 28))
+            name = cut(r.label, 28) if named else None
+            ax.plot(x, y, marker, color=color, markerfacecolor=face, ls="none", markersize=7.5, label=name)
         near, far = apart(results)
         if far:
             ax.set_ylim(*room(span(near)))
@@ -60,7 +63,8 @@ def against(key: str) -> Draw:
         ax.set(xlabel=axis, ylabel=metric(results))
         legend(fig, ax)
         of_time = shared(results) if reads is n.duration else ""
-        front = "Filled: on the Pareto front (dashed); bar: 95 % interval of the score."
+        others = " Grey: the others." if len(results) > MANY else ""
+        front = f"Filled: on the Pareto front (dashed); bar: 95 % interval of the score.{others}"
         told = f"{front}{below(far)}{of_time} {counted(results)}"
         return "costs", f"score against {key}", told, fig
 

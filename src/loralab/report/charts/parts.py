@@ -13,6 +13,8 @@ Style = tuple[str, str]  # colour and marker of a method, the same in every pict
 Drawn = tuple[str, str, str, Any] | None  # section, what, caption, figure
 Draw = Callable[[Sequence[Result], dict[str, Style]], Drawn]
 STEPS = (1, 2, 5, 10)  # of an axis
+MANY = 12  # more lines than that in one picture nobody can follow
+BEST = 8  # of many
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def shared(results: Sequence[Result]) -> str:
     labels = list(dict.fromkeys(r.label for r in results if r.cost.together > 1))
     if not labels:
         return ""
-    whose = "All" if len(labels) == len({r.label for r in results}) else ", ".join(labels)
+    of = len({r.label for r in results})
+    whose = "all" if len(labels) == of else ", ".join(labels) if len(labels) <= MANY else f"{len(labels)} of {of}"
     return f" In passes with other runs, an equal part of their time: {whose}."
 
 
@@ -73,6 +76,16 @@ def legend(fig: Any, ax: Any) -> None:
         columns = max(1, min(4, 52 // (max(map(len, labels)) + 6), len(labels)))
         fig.legend(handles, labels, loc="outside lower center", ncols=columns)
         fig.set_figheight(fig.get_figheight() + 0.19 * -(-len(labels) // columns))
+
+
+def few(results: Sequence[Result]) -> tuple[list[Result], str]:
+    """Those that a picture with a line each has room for, and how they were chosen if they were."""
+    if len(results) <= MANY:
+        return list(results), ""
+    best = sorted(results, key=lambda r: r.summary.mean, reverse=True)[:BEST]
+    references = {r.against for r in results}
+    chosen = [r for r in results if r in best or r.label in references]
+    return chosen, f" The {BEST} best of {len(results)}, and what they are compared with."
 
 
 FAR = 3.0  # spans of the others: nearer, and all are in the picture

@@ -14,12 +14,13 @@ from loralab.report.charts.parts import (
     below,
     counted,
     cut,
+    few,
     legend,
     metric,
     name_rows,
     room,
     span,
-)
+)  # fmt: skip
 from loralab.report.look import PAPER, figure
 from loralab.report.rows import Result
 
@@ -63,7 +64,8 @@ def by_epoch(name: str) -> Draw:
 
     def draw(results: Sequence[Result], styles: dict[str, Style]) -> Drawn:
         histories = {r.label: _history(r, name) for r in results}
-        shown = [r for r in results if np.isfinite(histories[r.label][1]).any()]
+        chosen, told_of = few(results)
+        shown = [r for r in chosen if np.isfinite(histories[r.label][1]).any()]
         if not shown:
             return None
         near, far = apart(shown, lambda r: histories[r.label][1][:, -1].tolist())
@@ -80,7 +82,8 @@ def by_epoch(name: str) -> Draw:
         ax.xaxis.get_major_locator().set_params(integer=True)
         legend(fig, ax)
         unseen = below(far, lambda r: float(np.nanmean(histories[r.label][1][:, -1])))
-        told = f"After each epoch, on validation. Line: mean; band: lowest to highest seed.{unseen} {counted(results)}"
+        drawn = "After each epoch, on validation. Line: mean; band: lowest to highest seed."
+        told = f"{drawn}{told_of}{unseen} {counted(results)}"
         what = "learning curve" if name == results[0].summary.metric else f"learning curve, {n.metric(name)}"
         return "scores", what, told, fig
 
