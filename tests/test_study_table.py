@@ -11,6 +11,7 @@ from scipy import stats
 
 from loralab.study import Planned, comparisons, load, summaries
 from loralab.study.conduct import json_of
+from loralab.study.statistics import holm
 from loralab.study.statistics.table import verdict
 from loralab.tasks import METRICS
 
@@ -123,8 +124,7 @@ def test_verdicts_say_what_is_so(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [((0.1, 0.01, 1.0), "better"), ((-0.1, 0.01, 1.0), "worse"), ((0.1, 0.2, 0.01), "equivalent"),
-     ((0.1, 0.01, 0.01), "better"), ((0.1, 0.2, 0.2), "indistinguishable"),
-     ((0.1, float("nan"), float("nan")), "one seed")],
+     ((0.1, 0.01, 0.01), "better"), ((0.1, 0.2, 0.2), "indistinguishable")],
 )  # fmt: skip
 def test_a_verdict_is_the_first_that_holds(given, said):
     assert verdict(*given, alpha=0.05) == said
@@ -140,6 +140,22 @@ def test_the_correction_is_over_all_tasks(tmp_path):
         twin = next(x for x in both if (x.task, x.a, x.b) == ("t", c.a, c.b))
         assert (twin.p, twin.difference) == (c.p, c.difference)
         assert twin.p_holm > c.p_holm or c.p_holm == 1
+
+
+def test_two_names_of_the_same_runs_are_not_tested(tmp_path):
+    folder = written(tmp_path, predicted())
+    alone = {(c.a, c.b): c for c in comparisons(load(folder))}
+    data = json.loads((folder / "study.json").read_text())
+    twins = [planned | {"method": "good again"} for planned in data["planned"] if planned["method"] == "good"]
+    (folder / "study.json").write_text(json.dumps(data | {"planned": [*data["planned"], *twins]}))
+    found = {(c.a, c.b): c for c in comparisons(load(folder))}
+    same = found["good", "good again"]
+    assert (same.verdict, same.difference, same.seeds) == ("same runs", 0, 5)
+    assert np.isnan([same.p, same.p_holm, same.p_equivalent_holm]).all()
+    tested = [c for c in found.values() if not np.isnan(c.p)]
+    assert len(tested) == len(found) - 1 == 5
+    assert [c.p_holm for c in tested] == holm([c.p for c in tested])
+    assert found["good", "bad"].p == alone["good", "bad"].p
 
 
 def test_against_one_method_and_a_single_seed(tmp_path):

@@ -8,7 +8,10 @@ from loralab.report.rows import Findings, Result
 from loralab.report.tables import Column, Table
 from loralab.study import Comparison, Run
 
-MARKS = {"better": "good", "worse": "bad", "equivalent": "same", "indistinguishable": "unsure", "one seed": "unsure"}
+MARKS = {
+    "better": "good", "worse": "bad", "equivalent": "same", "same runs": "same", "indistinguishable": "unsure",
+    "one seed": "unsure",
+}  # fmt: skip
 
 
 def tables(f: Findings) -> list[Table]:

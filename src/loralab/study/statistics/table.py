@@ -14,7 +14,7 @@ from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar
 from loralab.study.statistics.resample import COUNTS, resampled
 
 TIMES = 1000  # resamples: the standard error of a variance of rows is then 5 % of it
-Verdict = Literal["better", "worse", "equivalent", "indistinguishable", "one seed"]
+Verdict = Literal["better", "worse", "equivalent", "indistinguishable", "one seed", "same runs"]
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,14 @@ def corrected(found: Sequence[Comparison], alpha: float) -> list[Comparison]:
     """Holm over the table, for the tests of a difference and for those of equivalence, and the verdicts that remain."""
     p = holm([c.p for c in found])
     same = holm([c.p_equivalent for c in found])
+    tested = [replace(c, p_holm=p[i], p_equivalent_holm=same[i]) for i, c in enumerate(found)]
     return [
-        replace(c, p_holm=p[i], p_equivalent_holm=same[i], verdict=verdict(c.difference, p[i], same[i], alpha))
-        for i, c in enumerate(found)
+        c if math.isnan(c.p) else replace(c, verdict=verdict(c.difference, c.p_holm, c.p_equivalent_holm, alpha))
+        for c in tested
     ]
 
 
 def verdict(difference: float, p: float, p_equivalent: float, alpha: float) -> Verdict:
-    if math.isnan(p):
-        return "one seed"
     if p < alpha:
         return "better" if difference > 0 else "worse"
     return "equivalent" if p_equivalent < alpha else "indistinguishable"
@@ -141,10 +140,13 @@ def _compared(a: Cell, b: Cell, alpha: float, margin: float, level: float) -> Co
     runs_a, runs_b = [of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds]
     found, tests = paired(metric, runs_a, runs_b)
     p, same = found.p(), found.p_equivalent(margin)
+    untested: Verdict = "one seed"
+    if [run.folder for run in runs_a] == [run.folder for run in runs_b]:  # two names of one method
+        p, same, untested = math.nan, math.nan, "same runs"
     return Comparison(
         *a.key, b.key[2], metric, len(seeds), found.rows, found.mean, found.sd, *found.interval(level),
         p=p, p_holm=p, margin=margin, p_equivalent=same, p_equivalent_holm=same,
-        verdict="indistinguishable", within_margin=bool(same < alpha),
+        verdict=untested, within_margin=bool(same < alpha),
         seeds_needed=seeds_needed(found, alpha), mcnemar=tests,
     )  # fmt: skip
 
