@@ -15,17 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from loralab import models, tasks
+from loralab import models
 from loralab.factors import FACTORS
 from loralab.recipe import Recipe, name_of, to_json
 from loralab.tasks import glue
 from loralab.train import Settings
-from loralab.train.settings import NOT_RESULT
+from loralab.train.prepare import task_of
+from loralab.train.settings import NOT_RESULT, SOURCE
 
 VERSION = 1  # raise it when a default changes what runs come to: old addresses then mean nothing
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
 IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "plan", "store"}
-IN_HASHES = {"task", "data", "text", "label", "problem_type", "validation", "model"}
+IN_HASHES = {*SOURCE, "model"}
+HUB = "hub "  # before the name of a model that is still there, in the place of its hash
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
@@ -79,24 +81,20 @@ def _numbers(value: Any) -> Any:
 
 def data(settings: Settings) -> Data:
     """The hash of a task's rows; of a task that would come from the hub its name, as nothing is fetched to plan."""
-    s = settings
-    return _data(s.task, s.data, s.text, s.label, s.problem_type, s.validation)
+    return _data(settings.only(SOURCE))
 
 
 def is_here(settings: Settings) -> bool:
-    """Whether the rows can be read without a network."""
-    return data(settings).here
+    """Whether rows and model can be read without a network."""
+    return data(settings).here and not base(settings.model).startswith(HUB)
 
 
 @cache
-def _data(
-    task: str, folder: Path | None, text: tuple[str, ...], label: str | None, kind: str, validation: Path | None
-) -> Data:
-    name = glue.canonical(task)
-    if name is not None and folder is None:
+def _data(s: Settings) -> Data:
+    name = glue.canonical(s.task)
+    if name is not None and s.data is None:
         return Data(f"{glue.HUB} {name}", glue.TABLE[name].official["train"], here=False)
-    regression = None if kind == "auto" else kind == "regression"
-    found = tasks.load(task, folder, text=text, label=label, validation=validation, regression=regression)
+    found = task_of(s)
     return Data(found.sha256, len(found.train), here=True)
 
 
@@ -105,6 +103,6 @@ def base(model: str) -> str:
     """The hash of a model's files; of a hub name the name, as nothing is fetched to plan."""
     place = models.resolve(model)
     if not isinstance(place, Path):
-        return f"hub {place}"
+        return f"{HUB}{place}"
     files = sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
     return hashlib.sha256(" ".join(f"{file.name} {models.sha256(file)}" for file in files).encode()).hexdigest()

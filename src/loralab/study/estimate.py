@@ -26,10 +26,10 @@ def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> E
         for key in _like(run.planned.key):
             pace.setdefault(key, []).append(run.result["time"]["train_s"] / max(len(run.history), 1))
             peak[key] = max(peak.get(key, 0), run.result["memory"]["peak_bytes"])
-    alike = [(key, s.epochs) for k, s in left for key in [next((x for x in _like(k) if x in pace), None)] if key]
-    others = {k: s for k, s in left if not any(x in pace for x in _like(k))}
-    forecasts = {k: made for k, s in others.items() if (made := forecast(s))}
-    planned = [forecasts[k] for k, _ in left if k in forecasts]
+    nearest = {k: next((x for x in _like(k) if x in pace), None) for k, _ in left}
+    alike = [(near, s.epochs) for k, s in left if (near := nearest[k])]
+    forecasts = {k: forecast(s) for k, s in dict(left).items() if not nearest[k]}  # one for all seeds of a cell
+    planned = [made for k, _ in left if (made := forecasts.get(k))]
     return Estimate(
         seconds=sum(median(pace[key]) * epochs for key, epochs in alike) + sum(f.seconds for f in planned),
         peak_bytes=max([*(peak[key] for key, _ in alike), *(f.peak_bytes for f in planned)], default=0),

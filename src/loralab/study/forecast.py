@@ -4,24 +4,23 @@ this machine multiplies.
 Seconds are rough: a step is not products alone, and starts, plans and loading are left out.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from loralab import models, tasks
 from loralab.errors import UserError
 from loralab.speed.machine import rate
-from loralab.study import address
+from loralab.study.address import is_here
 from loralab.train import Settings
 from loralab.train.batches import encode, epoch_batches, width
 from loralab.train.planner import Setup, plan
 from loralab.train.prepare import splits, task_of
+from loralab.train.settings import SOURCE
 
 SAMPLE = 1000  # training rows whose lengths stand for all
 REACHED = 0.5  # of the rate of a large product, by a step; docs/benchmarks.md has 0.43 to 0.76
 EVALUATION = 0.5  # of the products of a step on the same rows, by evaluating them
-ROW = ("task", "data", "text", "label", "problem_type", "validation", "model", "selection", "max_length", "batch_size",
-       "train_rows", "validation_rows")  # fmt: skip  # settings that decide rows and their lengths
+OF_ROWS = (*SOURCE, "model", "selection", "max_length", "batch_size", "train_rows", "validation_rows")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class Rows:
 
 def forecast(s: Settings) -> Forecast | None:
     """Of a run alone; None where the model or the rows are still on the hub, and where the planner says no."""
-    if not (address.is_here(s) and isinstance(models.resolve(s.model), Path)):
+    if not is_here(s):
         return None
-    rows = _rows(*(getattr(s, key) for key in ROW))
+    rows = _rows(s.only(OF_ROWS))
     batch = -(-s.batch_size // s.accumulate)
     how = "off" if s.speed == "compile" else s.speed
     setup = Setup(model=s.model, targets=s.targets, batch=batch, length=rows.widest, labels=rows.labels, dtype=s.dtype,
@@ -63,8 +62,7 @@ _rate = cache(rate)
 
 
 @cache
-def _rows(*given: object) -> Rows:
-    s = replace(Settings(task=""), **dict(zip(ROW, given, strict=True)))  # type: ignore[arg-type]
+def _rows(s: Settings) -> Rows:
     task = task_of(s)
     found, _ = splits(task, s)
     train = some = found["train"]

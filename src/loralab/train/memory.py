@@ -67,8 +67,9 @@ def _of_methods(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, 
             yield from ((path, t) for name, kept in module.constants.items() if name in names for t in kept.values())
     handle = getattr(model, HANDLE, None)
     memories = handle.steps.memories if handle else {}
-    for layers in (memories[name] for name in memories if name in names):
-        yield from ((path, t) for path, kept in layers.items() for t in kept.values())
+    for name, layers in memories.items():
+        if name in names:
+            yield from ((path, t) for path, kept in layers.items() for t in kept.values())
 
 
 @contextmanager

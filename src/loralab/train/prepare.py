@@ -20,7 +20,7 @@ from loralab.speed.machine import hardware
 from loralab.tasks import Task
 from loralab.train.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.train.plan import Work, planned
-from loralab.train.settings import Settings
+from loralab.train.settings import SOURCE, Settings
 
 SEEN = 1024  # training rows are plenty for the directions of a few thousand inputs, and one look takes seconds
 
@@ -103,8 +103,7 @@ def _check_same_base(model: Any, settings: Settings, known: dict[Any, Any]) -> N
 
 
 def _task(settings: Settings, known: dict[Any, Any]) -> Task:
-    s = settings
-    key = (s.task, s.data, s.problem_type, s.text, s.label, s.validation)
+    key = settings.only(SOURCE)
     if key not in known:
         known[key] = task_of(settings)
     return known[key]  # type: ignore[no-any-return]

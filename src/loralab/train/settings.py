@@ -1,6 +1,7 @@
 """The settings of one run: every flag of `loralab train`, with its default and the reason beside it."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from loralab.speed.machine import precision
 Selection = Literal["held-out", "last", "validation"]
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # settings that decide no result
+SOURCE = ("task", "data", "text", "label", "problem_type", "validation")  # settings that name the rows
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "rounds": 1, "max_length": 4, "seed": 0,
     "patience": 0, "checkpoint_every": 0, "weight_decay": 0, "clip": 0,
@@ -133,6 +135,10 @@ class Settings:
 
     def of(self, key: str) -> Any:
         return getattr(self, key)
+
+    def only(self, keys: Sequence[str]) -> "Settings":
+        """With every other setting at its default: what a thing that rests on these alone is known by."""
+        return Settings(**{"task": self.task, **{key: self.of(key) for key in keys}})
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of the whole run on that many training rows."""

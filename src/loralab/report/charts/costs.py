@@ -22,7 +22,7 @@ from loralab.report.charts.parts import (
     room,
     shared,
     span,
-)  # fmt: skip
+)
 from loralab.report.look import INK, MUTED, PAPER, figure
 from loralab.report.rows import Cost, Result, pareto
 

@@ -20,7 +20,7 @@ from loralab.report.charts.parts import (
     name_rows,
     room,
     span,
-)  # fmt: skip
+)
 from loralab.report.look import PAPER, figure
 from loralab.report.rows import Result
 
