@@ -72,6 +72,12 @@ def test_a_plan_is_what_a_step_takes(plain, name):
     assert planned.tensors == pytest.approx(most, rel=0.01)
 
 
+@pytest.mark.parametrize("method", ["dylora", "frozen-dylora"])
+def test_of_many_ranks_the_largest_is_planned(plain, method):
+    largest = plan(Setup(model=plain, method="lora", rank=5, batch=3, length=7, speed="off"))
+    assert plan(replace(largest.setup, method=method)).products == largest.products
+
+
 def test_a_plan_leaves_no_trace(plain):
     """Constants that a plan asked for first have values, and the random numbers go on as they would have."""
     before = torch.get_rng_state()

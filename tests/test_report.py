@@ -311,6 +311,20 @@ def test_of_many_methods_the_best_and_the_reference_have_lines(tmp_path):
     assert [text.get_text() for text in cost.legends[0].get_texts()] == front
 
 
+def test_pictures_of_memory_are_of_one_runs_step(study):
+    found = rows.findings(source.read(study))
+    drawn = {c.title: c.fig.axes[0] for c in charts(found)}
+    main = [r for r in found.results if " " not in r.label]
+    told = [text.get_text() for text in drawn["mpnet: memory"].texts]
+    for r in main:
+        assert n.size(r.cost.step_bytes) in told
+        assert n.size(r.cost.peak_bytes) not in told
+    points = {line.get_label(): line.get_xdata()[0] for line in drawn["cola, mpnet: score against memory"].lines}
+    assert {r.label: points[r.label] for r in main} == {
+        r.label: r.cost.step_bytes for r in main if r.place[0] == "cola"
+    }
+
+
 def test_what_shared_passes_is_said_wherever_time_is_shown(study, written):
     shared = "In passes with other runs, an equal part of their time: lora, head"
     drawn = {c.title: c.caption for c in charts(rows.findings(source.read(study)))}
