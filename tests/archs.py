@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from loralab.heads import head_of
-from loralab.ranks import RankMap
+from loralab.rankmap import RankMap
 from loralab.ranks.drop import drop_map
 from loralab.targets import cover
 

@@ -45,7 +45,7 @@ def minilm() -> Path:
 @pytest.fixture
 def cut_off(monkeypatch):
     """`with cut_off(n):` interrupts training at its n-th step, counted over all runs that begin meanwhile."""
-    from loralab.train.loop import Loop
+    from loralab.run.loop import Loop
 
     @contextmanager
     def at(n):

@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import loralab
-from loralab.bases import STORES
-from loralab.factors.lora import LoRA
-from loralab.factors.precond import PreconditionedLoRA
-from loralab.factors.vera import VeRA
-from loralab.starts import begin
-from loralab.starts.inputs import _span
+from loralab.inputs import _span
+from loralab.methods.lora import LoRA
+from loralab.methods.precond import PreconditionedLoRA
+from loralab.methods.starts import begin
+from loralab.methods.vera import VeRA
+from loralab.stores import STORES
 
 
 @dataclass(frozen=True)

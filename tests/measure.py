@@ -14,13 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import loralab
-from loralab.bases import STORES, keep
-from loralab.bases.float import Float
-from loralab.factors.delta import DeltaLoRA
-from loralab.factors.dylora import DyLoRA
-from loralab.lower import lower
+from loralab.methods.delta import DeltaLoRA
+from loralab.methods.dylora import DyLoRA
+from loralab.methods.starts import begin, blank
 from loralab.recipe import NAMED, Recipe, recipe
-from loralab.starts import begin, blank
+from loralab.stores import STORES, keep
+from loralab.stores.float import Float
 from loralab.update import apply
 
 SIZE, RANK, ALPHA, ROWS, TOKENS = (13, 11), 3, 5.0, 5, 7
@@ -73,7 +72,7 @@ def equation(name, exact=False):
     for ours in (True, False):
         xs, own = x.clone().requires_grad_(), {role: t.clone().requires_grad_(role in r.learn) for role, t in p.items()}
         if ours:
-            y = apply(xs, base, lower(r, own | constants, base, drawn), lambda x: x * mask)
+            y = apply(xs, base, r.lower(own | constants, base, drawn), lambda x: x * mask)
         else:
             U = UPDATES[name](own | constants, r.factors, drawn)
             y = forward(xs, base.dense().double(), b, U, own.get("m"), exact, xs * mask)
@@ -98,7 +97,7 @@ def delta_lora(wait):
     optimizers = [torch.optim.AdamW(side, lr=0.05) for side in ([A, B], theirs)]
     seen = []
     for step in range(50):
-        y = apply(x, base, lower(Recipe(factors=factors), p, base))
+        y = apply(x, base, Recipe(factors=factors).lower(p, base))
         expected = x @ literal_W.T + s * (x @ theirs[0].T) @ theirs[1].T + b
         seen.append((y, expected))
         before = theirs[1].detach() @ theirs[0].detach()
@@ -130,7 +129,7 @@ def in_double(method, **given):
 def stepped(method, literal, steps=6, lr=0.01, **given):
     """SGD steps on one layer against `literal(A, B, gA, gB, drawn)`, which changes A and B by hand."""
     model, adapters = in_double(method, **given)
-    p, r = adapters.layers["0"].roles("default"), adapters.entry(None).recipe
+    p, r = adapters.layers["0"].roles("default"), adapters.spec(None).recipe
     A, B = p["A"].detach().clone(), p["B"].detach().clone()
     W, b = (t.detach() for t in (adapters.layers["0"].weight, adapters.layers["0"].bias))
     optimizer = torch.optim.SGD(adapters.parameter_groups(lr=lr))
@@ -138,7 +137,7 @@ def stepped(method, literal, steps=6, lr=0.01, **given):
     for step in range(steps):
         x, y = tensor(ROWS, 11, seed=30 + step), tensor(ROWS, 13, seed=60 + step)
         F.mse_loss(model(x), y).backward()
-        drawn.append(adapters.live.drawn.get("default"))
+        drawn.append(adapters.active.drawn.get("default"))
         optimizer.step()
         optimizer.zero_grad()
         own = {"A": A.requires_grad_(), "B": B.requires_grad_()}

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from loralab import models
-from loralab.train.memory import Peak
-from loralab.train.planner import Plan, Setup, Step, plan
+from loralab.run.estimate import Estimate, EstimateSettings, Step, estimate
+from loralab.run.memory import Peak
 
 
-def setup(model: str, method: str, batch: int, length: int, **more: Any) -> Setup:
-    return Setup(model=model, method=method, batch=batch, length=length, **{"dtype": "bfloat16", **more})
+def setup(model: str, method: str, batch: int, length: int, **more: Any) -> EstimateSettings:
+    return EstimateSettings(
+        model=model, method=method, batch_size=batch, max_length=length, **{"dtype": "bfloat16", **more}
+    )
 
 
 FITTED = {  # what is not derived was chosen on these
@@ -45,7 +47,7 @@ def measured(name: str) -> tuple[int, int]:
     return training, loading
 
 
-def measure(setup: Setup, steps: int = 4) -> tuple[int, int]:
+def measure(setup: EstimateSettings, steps: int = 4) -> tuple[int, int]:
     torch.set_num_threads(1)
     _warm(setup)
     peak = Peak()
@@ -59,28 +61,28 @@ def measure(setup: Setup, steps: int = 4) -> tuple[int, int]:
     return peak.reached - before, loading
 
 
-def _warm(setup: Setup) -> None:
+def _warm(setup: EstimateSettings) -> None:
     """Loads the libraries, kernels and tokenizer that a step needs: what the imports take."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(models.resolve(setup.model), num_hidden_layers=1)
-    small = Setup(**{**asdict(setup), "batch": 2, "length": 8})
+    small = EstimateSettings(**{**asdict(setup), "batch_size": 2, "max_length": 8})
     Step(AutoModelForSequenceClassification.from_config(config), small)(small)
 
 
-def table(title: str, settings: dict[str, Setup]) -> None:
+def table(title: str, settings: dict[str, EstimateSettings]) -> None:
     print(f"{title}\n\n| model, method, batch x length | tensors | planned | measured | error |", end="")
     print(" loading: planned | measured |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     errors = []
     for name, setup in settings.items():
-        (training, loading), p = measured(name), plan(setup)
+        (training, loading), p = measured(name), estimate(setup)
         errors.append(p.training / training - 1)
         print(_row(name, p, training, loading), flush=True)
     print(f"\nerrors {min(errors):+.1%} to {max(errors):+.1%}\n")
 
 
-def _row(name: str, p: Plan, training: int, loading: int) -> str:
+def _row(name: str, p: Estimate, training: int, loading: int) -> str:
     tensors, planned, got, first, second = (
         f"{value / 1e6:.0f} MB" for value in (p.tensors, p.training, training, p.loading, loading)
     )

@@ -9,13 +9,12 @@ from archs import build, rows, shake
 from torch import nn
 
 import loralab
-from loralab.factors.adalora import AdaLoRA, kept_gates
-from loralab.files import read
-from loralab.lower import lower
-from loralab.ranks import RankMap
-from loralab.ranks.kept import kept_map
+from loralab.adapters import read
+from loralab.methods.adalora import AdaLoRA, kept_gates
+from loralab.rankmap import RankMap
+from loralab.ranks.adalora import kept_map
 from loralab.recipe import Recipe, recipe
-from loralab.train import Settings, train
+from loralab.run import Settings, train
 
 N_OUT, N_IN, RANK = 13, 11, 5
 STEPS = {"total_steps": 14, "tinit": 2, "tfinal": 4}
@@ -92,7 +91,7 @@ def literal_run(kind, every):
     for t in range(1, 18):  # beyond total_steps, too
         for optimizer in optimizers:
             optimizer.zero_grad()
-        updates = [lower(Recipe(factors=factors), p, None) for p in layers.values()]
+        updates = [Recipe(factors=factors).lower(p, None) for p in layers.values()]
         (sum((i + 1) * x @ u.A.T @ u.B.T for i, u in enumerate(updates)) - y).pow(2).mean().backward()
         factors.before_step(layers, None)
         dense = [7.0 / (RANK + 1e-5) * B @ torch.diag(E) @ A for A, E, B in theirs]
@@ -258,7 +257,7 @@ def test_what_training_remembers_stays_out_of_the_file(tmp_path):
     assert {key.rpartition(".")[2] for key in adapters.state()} == {"A", "B", "E"}
     assert adapters.steps.state_dict().keys() >= {f"default/{path}/A.mean" for path in adapters.layers}
     loaded = loralab.load(build("bert"), tmp_path / "a")
-    assert loaded.entry(None).recipe.factors.total_steps == 8
+    assert loaded.spec(None).recipe.factors.total_steps == 8
 
 
 def test_a_run_knows_its_length_and_ends_within_the_budget(tiny, own, tmp_path):

@@ -55,7 +55,7 @@ def test_mixed_rows_on_every_architecture(kind):
 
 
 def test_coverage_tells_what_matched_and_what_was_left():
-    coverage = loralab.attach(build("bert"), "lora", targets=["query", "1.output.dense"]).entry(None).coverage
+    coverage = loralab.attach(build("bert"), "lora", targets=["query", "1.output.dense"]).spec(None).coverage
     assert {pattern: len(paths) for pattern, paths in coverage.matched.items()} == {"query": 2, "1.output.dense": 1}
     assert len(coverage.left) == 2 * 6 + 1 - 3
 

@@ -10,12 +10,12 @@ from scipy import stats
 from torch.nn import functional as F
 
 import loralab
-from loralab.bases import STORES, nf4
-from loralab.bases.int2 import EDGE, LEVELS
-from loralab.bases.report import quantization_report
-from loralab.merge import merge_errors
+from loralab.analysis import merge_errors
 from loralab.optimizers import adamw
-from loralab.train.memory import tensor_bytes
+from loralab.run.memory import tensor_bytes
+from loralab.stores import STORES, nf4
+from loralab.stores.int2 import EDGE, LEVELS
+from loralab.stores.report import quantization_report
 
 QUANTIZED = ["int8", "nf4", "nf4-dq", "int2"]
 SIZES = [(13, 11), (37, 24), (64, 128)]  # less than three blocks and odd; blocks across rows; whole blocks
@@ -229,7 +229,7 @@ def test_the_report_of_a_model_names_the_layers_it_stores():
     model = build("bert")
     adapters = loralab.attach(model, "qlora", targets="attention-qv", rank=2)
     report = quantization_report(model)
-    assert sorted(report) == sorted(adapters.entry(None).paths)
+    assert sorted(report) == sorted(adapters.spec(None).paths)
     assert quantization_report(adapters) == report
     assert quantization_report(build("bert")) == {}
 
@@ -302,7 +302,7 @@ def test_a_merge_is_dequantized_plus_update_in_float32_then_rounded_once():
     model = build("bert").bfloat16()
     adapters = loralab.attach(model, "qlora", targets="attention-qv", rank=3)
     shake(adapters, "default")
-    path = adapters.entry(None).paths[0]
+    path = adapters.spec(None).paths[0]
     layer = adapters.layers[path]
     u = layer.lower("default")
     W = layer.base.dense() + u.B @ u.A

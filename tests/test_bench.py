@@ -21,8 +21,8 @@ from loralab.bench.sides import METHODS, batch, shorten, stepper, under_peft
 from loralab.bench.spread import ratio, spread
 from loralab.cli import main
 from loralab.errors import UserError
-from loralab.speed.machine import rate
-from loralab.train.planner import Setup, plan
+from loralab.fast.machine import rate
+from loralab.run.estimate import EstimateSettings, estimate
 
 pytest.importorskip("peft")
 RANK = 3
@@ -116,7 +116,12 @@ def test_products_needed_are_those_that_torch_counts(kind, method, targets):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "head"])
 def test_a_plan_counts_the_products_that_a_step_needs(tiny, method):
-    planned = plan(Setup(model=str(tiny), method=method, batch=5, length=11, speed="off", dtype="float32"))
+    made = EstimateSettings(
+        model=str(tiny), method=method, batch_size=5, max_length=11, speed="off", dtype="float32"
+    )
+    planned = estimate(made)
+        EstimateSettings(model=str(tiny), method=method, batch_size=5, max_length=11, speed="off", dtype="float32")
+    )
     model, _ = models.classifier(str(tiny), 2, False, torch.float32, seed=0)
     adapters = loralab.attach(model, method, head=True)
     ids = torch.ones(5, 11, dtype=torch.long)

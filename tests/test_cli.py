@@ -21,7 +21,7 @@ from loralab.cli import COMMANDS, demo, main
 from loralab.cli.headings import HEADINGS
 from loralab.files import HEADER, TENSORS
 from loralab.recipe import NAMED
-from loralab.train import Settings
+from loralab.run import Settings
 
 SOURCE = str(Path(loralab.__file__).parents[1])
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE, "COLUMNS": "80"}

@@ -12,9 +12,9 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import matthews_corrcoef
 
-from loralab.tasks import Split, embedded
-from loralab.tasks.embedded import PAIRS
-from loralab.tasks.lexicon import CLOSED, PATTERNS, WORDS
+from loralab.data import Split, embedded
+from loralab.data.embedded import PAIRS
+from loralab.data.lexicon import CLOSED, PATTERNS, WORDS
 
 REPO = Path(__file__).parents[1]
 PAGE = (REPO / "docs/embedded-task.md").read_text()
@@ -121,7 +121,7 @@ def test_every_hundred_rows_are_mixed(split: str) -> None:
 
 
 def test_the_same_in_another_process() -> None:
-    program = "import random; random.seed(5); from loralab.tasks import embedded; print(embedded.load().sha256)"
+    program = "import random; random.seed(5); from loralab.data import embedded; print(embedded.load().sha256)"
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     result = subprocess.run(
         [sys.executable, "-c", program],

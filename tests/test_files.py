@@ -92,7 +92,7 @@ def test_two_adapters_of_different_label_counts_load_beside_each_other(folder, t
     loralab.load(model, folder)
     adapters = loralab.load(model, tmp_path / "rte")
     assert adapters.names == ["mrpc", "rte"]
-    assert adapters.live.names == ("rte",)
+    assert adapters.active.names == ("rte",)
     assert torch.equal(model(**batch).logits, other.model(**batch).logits)
     with adapters.use("mrpc"):
         assert model(**batch).logits.shape == (5, 3)

@@ -14,11 +14,12 @@ from test_superlora import tensor as normal
 from torch.func import functional_call
 
 import loralab
-from loralab import Part, RankMap, UserError, analysis, speed
+from loralab import LayerRank, RankMap, UserError, analysis
 from loralab.cli import main
-from loralab.factors.lora import LoRA
-from loralab.factors.superlora import SuperLoRA
-from loralab.ranks import own as own_factors
+from loralab.fast import prepare
+from loralab.methods.lora import LoRA
+from loralab.methods.superlora import SuperLoRA
+from loralab.rankmap import own as own_factors
 from loralab.ranks.groups import groups
 from loralab.recipe import recipe
 from loralab.update import Update
@@ -104,7 +105,7 @@ def test_the_model_is_the_plain_one_with_the_big_update_cut_up_and_gradients_are
     model, adapters = adapted(given, span=span)
     shake(adapters, "a")
     double(model, adapters)
-    r, plain, batch = adapters.entry("a").recipe, build("bert").double(), rows()
+    r, plain, batch = adapters.spec("a").recipe, build("bert").double(), rows()
     weights, copies = {}, {}
     for path, part in r.ranks.layers.items():
         layer, p = adapters.layers[path], adapters.layers[path].roles("a")
@@ -131,7 +132,7 @@ def test_the_model_is_the_plain_one_with_the_big_update_cut_up_and_gradients_are
 def test_a_fresh_group_changes_no_bit_and_its_values_are_the_closed_form(given, gain):
     model, adapters = adapted(given, gain)
     assert torch.equal(logits(model), logits(build("bert")))
-    r = adapters.entry("a").recipe
+    r = adapters.spec("a").recipe
     expected = 0
     for path, part in r.ranks.layers.items():
         layer = adapters.layers[path]
@@ -160,7 +161,7 @@ def test_save_load_merge_mixed_batches_and_detach(given, gain, tmp_path):
     assert not {f"{UP1}.{role}" for role in roles} & stored.keys()  # once, under the first layer
     fresh = build("bert")
     loaded = loralab.load(fresh, tmp_path)
-    assert loaded.entry("a").recipe == adapters.entry("a").recipe
+    assert loaded.spec("a").recipe == adapters.spec("a").recipe
     assert loaded.state("a").keys() == state.keys()
     assert all(torch.equal(loaded.state("a")[key], t) for key, t in state.items())
     assert all(loaded.layers[UP0].roles("a")[role] is loaded.layers[UP1].roles("a")[role] for role in roles)
@@ -179,7 +180,7 @@ def test_a_group_of_one_layer_is_the_method_without_groups_bit_for_bit(given, tm
     results = []
     for shares in (False, True):
         paths = groups(build("bert")).layers
-        ranks = RankMap({path: Part(RANK, share=path) for path in paths}) if shares else None
+        ranks = RankMap({path: LayerRank(RANK, share=path) for path in paths}) if shares else None
         model, adapters = adapted(given, ranks=ranks)
         fresh = {key: t.clone() for key, t in adapters.state("a").items()}
         shake(adapters, "a")
@@ -247,7 +248,7 @@ def test_a_low_rank_group_is_exported_inspected_without_its_base_and_takes_the_f
         shake(adapters, "a")
         double(model, adapters)
         if fast:
-            assert any(choice.used for choice in speed.prepare(model))
+            assert any(choice.used for choice in prepare(model))
         results.append(pass_through(model, adapters, rows()))
     same(*results, 1e-9)
 
@@ -273,7 +274,7 @@ def test_groups_are_layers_of_one_kind_and_shape_in_the_order_of_the_model():
 def test_the_place_of_a_layer_is_that_of_its_numbers_however_the_map_is_written():
     paths = [f"x.{i}.q" for i in (10, 2, 0)]
     for layers in (paths, paths[::-1]):
-        ranks = RankMap({path: Part(2, "s") for path in layers})
+        ranks = RankMap({path: LayerRank(2, "s") for path in layers})
         places = {path: own_factors(SuperLoRA(rank=2), ranks, path) for path in paths}
         assert {path: (f.index, f.count) for path, f in places.items()} == {
             "x.0.q": (0, 3),
@@ -284,11 +285,11 @@ def test_the_place_of_a_layer_is_that_of_its_numbers_however_the_map_is_written(
 
 def test_an_alpha_of_its_own_scales_the_rows_of_its_layer():
     f = SuperLoRA(rank=2, split=2)
-    ranks = RankMap({"a": Part(2, "s"), "b": Part(2, "s", alpha=3.0)})
+    ranks = RankMap({"a": LayerRank(2, "s"), "b": LayerRank(2, "s", alpha=3.0)})
     p = {role: t + 1 for role, t in f.init(14, 11, torch.Generator()).items()}
     one, other = (own_factors(f, ranks, path).dense(p, 7, 11) for path in "ab")
     torch.testing.assert_close(
-        other, 3 / 16 * own_factors(f, RankMap({"b": Part(2, "s"), "a": Part(2, "s")}), "b").dense(p, 7, 11)
+        other, 3 / 16 * own_factors(f, RankMap({"b": LayerRank(2, "s"), "a": LayerRank(2, "s")}), "b").dense(p, 7, 11)
     )
     assert own_factors(f, ranks, "a").scaling == 8
     assert not torch.allclose(one, other)
@@ -304,7 +305,7 @@ def test_an_alpha_of_its_own_scales_the_rows_of_its_layer():
 )
 def test_a_run_with_groups_learns_repeats_and_keeps_one_tensor_a_group(tiny, own, tmp_path, method, values):
     argv = ["train", "--task", own["class"], "--model", tiny, "--text", "sentence", "--label", "label"]
-    argv += ["--method", method, "--plan", "groups", "--targets", "attention-qv", "--max-length", "32"]
+    argv += ["--method", method, "--policy", "groups", "--targets", "attention-qv", "--max-length", "32"]
     argv += ["--epochs", "6", "--batch-size", "20", "--lr", "6e-2", "--out"]
     for name in "ab":
         assert main([str(part) for part in [*argv, tmp_path / name]]) == 0
@@ -332,13 +333,16 @@ def test_a_run_with_groups_learns_repeats_and_keeps_one_tensor_a_group(tiny, own
         ({"ratio": 1.0, "start": "gaussian"}, ["start='gaussian' with superlora", "share"]),
         ({"ratio": 1.0, "start": "eva"}, ["start='eva'", "share"]),
         ({"rank": 3}, ["one rank, 3, not 2"]),
-        ({"ranks": RankMap({UP0: Part(2, "s", gates=(1.0, 0.5)), UP1: Part(2, "s")})}, ["gates with SuperLoRA"]),
         (
-            {"ranks": RankMap({UP0: Part(2, "s"), f"{L}.0.output.dense": Part(2, "s")})},
+            {"ranks": RankMap({UP0: LayerRank(2, "s", gates=(1.0, 0.5)), UP1: LayerRank(2, "s")})},
+            ["gates with SuperLoRA"],
+        ),
+        (
+            {"ranks": RankMap({UP0: LayerRank(2, "s"), f"{L}.0.output.dense": LayerRank(2, "s")})},
             ["one shape", "37 x 24", "24 x 37"],
         ),
         (
-            {"ranks": RankMap({UP0: Part(25, "s"), UP1: Part(25, "s")}), "rank": 25, "ratio": 1.0},
+            {"ranks": RankMap({UP0: LayerRank(25, "s"), UP1: LayerRank(25, "s")}), "rank": 25, "ratio": 1.0},
             ["rank 25: a 74 x 24"],
         ),
     ],
@@ -346,7 +350,7 @@ def test_a_run_with_groups_learns_repeats_and_keeps_one_tensor_a_group(tiny, own
 def test_what_no_group_can_do_names_both(given, told):
     model = build("bert")
     paths = given["ranks"].layers if "ranks" in given else [UP0, UP1]
-    ranks = RankMap({UP0: Part(2, "s"), UP1: Part(2, "s")})
+    ranks = RankMap({UP0: LayerRank(2, "s"), UP1: LayerRank(2, "s")})
     with pytest.raises(UserError) as caught:
         loralab.attach(model, "superlora", targets=list(paths), **{"rank": 2, "ranks": ranks, **given})
     assert all(part in str(caught.value) for part in told)
@@ -355,8 +359,8 @@ def test_what_no_group_can_do_names_both(given, told):
 @pytest.mark.parametrize("method", ["vera", "adalora", "head", "full", "bitfit"])
 def test_a_method_without_factors_to_share_is_refused_with_the_plan(method):
     with pytest.raises(UserError) as caught:
-        recipe(method, plan="groups")
-    assert "plan='groups'" in str(caught.value)
+        recipe(method, policy="groups")
+    assert "policy='groups'" in str(caught.value)
     assert ("shares with" in str(caught.value)) == (method in ("vera", "adalora")), caught.value
 
 
@@ -365,8 +369,8 @@ def test_a_span_needs_groups_and_two_layers(tiny, own, tmp_path, plan, span):
     from test_train import settings
 
     with pytest.raises(UserError) as caught:
-        settings(tiny, own, tmp_path, plan=plan, span=span)
-    assert f"span={span} with plan={plan!r}" in str(caught.value)
+        settings(tiny, own, tmp_path, policy=plan, span=span)
+    assert f"span={span} with policy={plan!r}" in str(caught.value)
 
 
 def test_a_projection_of_more_numbers_than_it_can_count_is_refused():

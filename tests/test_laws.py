@@ -13,9 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 import loralab
-from loralab import starts
-from loralab.bases import STORES
+from loralab.methods import starts
 from loralab.recipe import NAMED, from_json, recipe, to_json
+from loralab.stores import STORES
 from loralab.update import each
 
 HELD = {"delta-lora"}  # holds a part of its update constant; test_methods.py checks its gradients
@@ -36,7 +36,7 @@ def settings(name):
 def adapted(name, store=None, kind="bert", **more):
     model = build(kind)
     extra = {} if store is None else {"store": store}
-    mapped = {"ranks": rank_map(model)} if NAMED[name][0].plan else {}  # a plan makes it from data, before a run
+    mapped = {"ranks": rank_map(model)} if NAMED[name][0].policy else {}  # a plan makes it from data, before a run
     given = {"batches": [rows(seed=8)], **mapped, **settings(name), **extra, **more}  # batches: for data-driven starts
     return model, loralab.attach(model, name, name="a", head=True, **given)
 
@@ -72,7 +72,7 @@ def test_2_apply_is_the_merged_weight(name, store):
     _model, adapters = adapted(name, store)
     shake(adapters, "a")
     x = torch.randn(5, 7, 24)
-    for path in adapters.entry("a").paths[:6]:
+    for path in adapters.spec("a").paths[:6]:
         layer = adapters.layers[path]
         x = torch.randn(5, 7, layer.in_features)
         merged = copy.deepcopy(layer).plain("a")
@@ -95,7 +95,7 @@ def test_4_the_adapted_model_is_the_plain_one_called_with_merged_weights(name, s
     model, adapters = adapted(name, store)
     shake(adapters, "a")
     weights = {}
-    for path in adapters.entry("a").paths:
+    for path in adapters.spec("a").paths:
         u, layer = adapters.layers[path].lower("a"), adapters.layers[path]
         weights[f"{path}.weight"] = (layer.base.dense().double() + each(torch.Tensor.double, u).matrix()).float()
         assert u.gain is None or u.gain.shape == (layer.out_features,)
@@ -112,13 +112,13 @@ def test_5_gradients_are_finite_differences_and_only_roles_that_learn_have_one(n
     torch.manual_seed(3)
     _, adapters = adapted(name, **({"exact_gain": True} if NAMED[name][0].gain else {}))
     shake(adapters, "a")
-    layer = adapters.layers[adapters.entry("a").paths[4]].double()
+    layer = adapters.layers[adapters.spec("a").paths[4]].double()
     layer.constants["a"] = {key: t.double() if t.is_floating_point() else t for key, t in layer.constants["a"].items()}
     x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
     learned = [p for p in layer.adapters["a"].parameters() if p.requires_grad]
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *learned))
     layer(x).sum().backward()
-    r = adapters.entry("a").recipe
+    r = adapters.spec("a").recipe
     for role, tensor in layer.adapters["a"].items():
         assert (tensor.grad is not None and tensor.grad.abs().max() > 0) == (role in r.learn)
     assert all(p.grad is None for p in layer.base.parameters())
@@ -129,7 +129,7 @@ def test_6_counts_are_the_closed_form(name):
     plain = build("bert")
     model, adapters = adapted(name)
     counts = adapters.counts("a")
-    r, head = adapters.entry("a").recipe, sum(p.numel() for p in plain.classifier.parameters())
+    r, head = adapters.spec("a").recipe, sum(p.numel() for p in plain.classifier.parameters())
     base = sum(p.numel() for p in plain.bert.parameters())
     biases = sum(p.numel() for key, p in plain.bert.named_parameters() if key.endswith(".bias"))
     expected = {"all": base, "bias": biases, None: 0}[r.learn_base]
@@ -151,7 +151,7 @@ def test_7_save_and_load_keep_every_bit(name, store, tmp_path):
     adapters.save(tmp_path / "adapter")
     fresh = build("bert")
     loaded = loralab.load(fresh, tmp_path / "adapter")
-    assert loaded.entry("a").recipe == adapters.entry("a").recipe
+    assert loaded.spec("a").recipe == adapters.spec("a").recipe
     assert loaded.state("a").keys() == adapters.state("a").keys()
     assert all(torch.equal(loaded.state("a")[key], tensor) for key, tensor in adapters.state("a").items())
     assert torch.equal(logits(fresh, rows()), logits(model, rows()))

@@ -16,12 +16,12 @@ import loralab
 from loralab import models
 from loralab.cli import main
 from loralab.cli.plan import _verdict
+from loralab.data.batches import padded
+from loralab.fast import heap
 from loralab.recipe import NAMED
-from loralab.speed import heap
-from loralab.train import Settings, train
-from loralab.train.batches import padded
-from loralab.train.memory import PURPOSES, by_layer, held, layer_of, ledger, of_adapter, saved_by_layer, tensor_bytes
-from loralab.train.planner import Meter, Setup, Step, largest_batch, plan
+from loralab.run import Settings, train
+from loralab.run.estimate import EstimateSettings, Meter, Step, estimate, largest_batch
+from loralab.run.memory import PURPOSES, by_layer, held, layer_of, ledger, of_adapter, saved_by_layer, tensor_bytes
 
 SETUPS = {
     "lora": {},
@@ -65,8 +65,8 @@ def real(setup):
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_plan_is_what_a_step_takes(plain, name):
-    setup = Setup(**{"model": plain, "dtype": "float32", "batch": 5, "length": 11, **SETUPS[name]})
-    planned = plan(setup)
+    setup = EstimateSettings(**{"model": plain, "dtype": "float32", "batch_size": 5, "max_length": 11, **SETUPS[name]})
+    planned = estimate(setup)
     layers, most = real(setup)
     assert layers == planned.layers
     assert planned.tensors == pytest.approx(most, rel=0.01)
@@ -74,15 +74,15 @@ def test_a_plan_is_what_a_step_takes(plain, name):
 
 @pytest.mark.parametrize("method", ["dylora", "frozen-dylora"])
 def test_of_many_ranks_the_largest_is_planned(plain, method):
-    largest = plan(Setup(model=plain, method="lora", rank=5, batch=3, length=7, speed="off"))
-    assert plan(replace(largest.setup, method=method)).products == largest.products
+    largest = estimate(EstimateSettings(model=plain, method="lora", rank=5, batch_size=3, max_length=7, speed="off"))
+    assert estimate(replace(largest.setup, method=method)).products == largest.products
 
 
 def test_a_plan_leaves_no_trace(plain):
     """Constants that a plan asked for first have values, and the random numbers go on as they would have."""
     before = torch.get_rng_state()
-    made = Setup(model=plain, method="vera", store="nf4-dq", rank=3, batch=2, length=5)
-    plan(made)
+    made = EstimateSettings(model=plain, method="vera", store="nf4-dq", rank=3, batch_size=2, max_length=5)
+    estimate(made)
     assert torch.equal(before, torch.get_rng_state())
     model, _ = models.classifier(plain, 2, False, torch.float32, seed=0)
     loralab.attach(model, "vera", rank=3, store="nf4-dq", head=True)
@@ -93,9 +93,9 @@ def test_a_plan_leaves_no_trace(plain):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_more_never_needs_less(plain, method):
-    setup = Setup(model=plain, method=method, batch=3, length=7)
-    of = lambda **more: plan(replace(setup, **more))  # noqa: E731
-    for grown in ([{"batch": n} for n in (2, 5)], [{"length": n} for n in (6, 9)]):
+    setup = EstimateSettings(model=plain, method=method, batch_size=3, max_length=7)
+    of = lambda **more: estimate(replace(setup, **more))  # noqa: E731
+    for grown in ([{"batch_size": n} for n in (2, 5)], [{"max_length": n} for n in (6, 9)]):
         plans = [of(**more) for more in grown]
         assert [p.tensors for p in plans] == sorted(p.tensors for p in plans)
         assert [p.ledger["activations"] for p in plans] == sorted({p.ledger["activations"] for p in plans})
@@ -147,7 +147,10 @@ def test_a_run_tells_its_memory_by_layer(tiny, own, tmp_path, capsys):
     assert memory["ledger"] == {purpose: sum(x[purpose] for x in memory["layers"].values()) for purpose in PURPOSES}
     lengths = {padded(n) for n in range(4, 10)}  # of the first batch it is one
     plans = [
-        plan(Setup(model=str(tiny), batch=16, length=n, dtype="float32", targets=settings.targets)) for n in lengths
+        estimate(
+            EstimateSettings(model=str(tiny), batch_size=16, max_length=n, dtype="float32", targets=settings.targets)
+        )
+        for n in lengths
     ]
     weights = [{k: v["weights"] for k, v in layers.items()} for layers in (memory["layers"], plans[0].layers)]
     assert weights[0] == weights[1]
@@ -173,7 +176,7 @@ def test_the_heap_holds_at_least_what_lives(events, kept):
 def test_freed_memory_that_is_kept_is_not_asked_for_again():
     code = """
 import resource, sys, torch
-from loralab.speed import heap
+from loralab.fast import heap
 if sys.argv[1] == "kept": heap.keep()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for i in range(12):
@@ -189,11 +192,11 @@ print(faults() - before)
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(plain):
-    found = plan(Setup(model=plain, batch=2, length=32))
+    found = estimate(EstimateSettings(model=plain, batch_size=2, max_length=32))
     room = found.peak + 3_000_000
     most = largest_batch(found, room)
-    assert plan(replace(found.setup, batch=most)).peak <= room
-    assert plan(replace(found.setup, batch=most * 5 // 4)).peak > room
+    assert estimate(replace(found.settings, batch_size=most)).peak <= room
+    assert estimate(replace(found.settings, batch_size=most * 5 // 4)).peak > room
     assert largest_batch(found, 1000) == 0
 
 
@@ -204,8 +207,8 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(plain):
         (["--memory", "0GB"], "--memory 0GB: expected"),
         (["--method", "lroa"], "lroa"),
         (["--model", "./nowhere"], "no folder './nowhere'"),
-        (["--length", "99"], "--length 99: .* takes 40 tokens"),
-        (["--batch", "0"], "batch=0: expected 1 or more"),
+        (["--max-length", "99"], "--length 99: .* takes 40 tokens"),
+        (["--batch-size", "0"], "batch_size=0: expected 1 or more"),
         (["--store", "int3"], "int3"),
     ],
 )
@@ -218,7 +221,7 @@ def test_what_cannot_be_planned_is_told(plain, capsys, argv, told):
 
 def test_the_command_says_what_fits_and_what_to_change(plain, capsys):
     def said(*argv):
-        assert main(["plan", "--model", plain, "--batch", "30", "--length", "32", *argv]) == 0
+        assert main(["plan", "--model", plain, "--batch-size", "30", "--max-length", "32", *argv]) == 0
         return capsys.readouterr().out
 
     data = json.loads(said("--json", "--memory", "30 MB"))
@@ -230,7 +233,7 @@ def test_the_command_says_what_fits_and_what_to_change(plain, capsys):
 
 
 def test_the_verdict_is_one_sentence_for_each_case(plain):
-    found, least = (plan(Setup(model=plain, batch=n, length=9)) for n in (40, 1))
+    found, least = (estimate(EstimateSettings(model=plain, batch_size=n, max_length=9)) for n in (40, 1))
     changes = {"--a": least}
     assert "It fits" in _verdict(found, found.peak, 40, changes)
     assert _verdict(found, found.peak - 1, 20, changes).endswith(

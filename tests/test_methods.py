@@ -11,12 +11,11 @@ from shapes import made
 from torch import nn
 
 import loralab
-from loralab.bases.float import Float
-from loralab.factors.dylora import DyLoRA
-from loralab.factors.vera import VeRA
-from loralab.lower import lower
-from loralab.ranks import RankMap
+from loralab.methods.dylora import DyLoRA
+from loralab.methods.vera import VeRA
+from loralab.rankmap import RankMap
 from loralab.recipe import NAMED, Recipe
+from loralab.stores.float import Float
 from loralab.update import apply
 
 N_OUT, N_IN, RANK, ROWS, TOKENS = 13, 11, 3, 5, 7
@@ -129,7 +128,7 @@ def test_lora_fa_keeps_no_x(base):
 def test_nothing_of_the_size_of_the_weight_is_made(name, given):
     """Neither B A, nor an identity to make it with, nor the weight's own gradient, in forward and backward."""
     model = nn.Sequential(nn.Linear(N_IN, N_OUT)).train()
-    more = {"ranks": RankMap({"0": RANK}), "plan": None} if NAMED[name][0].plan else {}
+    more = {"ranks": RankMap({"0": RANK}), "policy": None} if NAMED[name][0].policy else {}
     more |= {"total_steps": 9} if name == "adalora" else {}
     more |= {"batches": [{"input": torch.randn(9, N_IN)}]} if name == "eva" else {}
     more |= {"store": "float32", "start": "kaiming"} if NAMED[name][0].store else {}  # few bits become dense
@@ -159,7 +158,7 @@ def test_frozen_dylora_has_the_same_forward_and_gradient_in_one_row_alone(base):
         for i, shape in enumerate(((ROWS, TOKENS, N_IN), (4, N_IN), (N_OUT, 4)))
     )
     p = {"A": A, "B": B}
-    y = [apply(x, base, lower(Recipe(factors=DyLoRA(4, 5.0, frozen=f)), p, base, drawn=3)) for f in (True, False)]
+    y = [apply(x, base, Recipe(factors=DyLoRA(4, 5.0, frozen=f)).lower(p, base, drawn=3)) for f in (True, False)]
     assert torch.equal(*y)
     gA, gB = measure.weighted(y[0], [A, B])
     fA, fB = measure.weighted(y[1], [A, B])
@@ -177,7 +176,7 @@ def test_frozen_dylora_leaves_other_rows_their_bits_under_adamw():
     for _ in range(6):
         before = {key: t.detach().clone() for key, t in adapters.state().items()}
         model(**batch, labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
-        drawn = adapters.live.drawn["default"]
+        drawn = adapters.active.drawn["default"]
         optimizer.step()
         optimizer.zero_grad()
         for key, (role, t) in adapters.tensors().items():
@@ -211,7 +210,7 @@ def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):
             outputs.append(model(**batch).logits)
             adapters.export(tmp_path / str(rank))
         plain = build("bert")
-        assert loralab.load(plain, tmp_path / str(rank)).entry(None).recipe.factors.rank == rank
+        assert loralab.load(plain, tmp_path / str(rank)).spec(None).recipe.factors.rank == rank
         torch.testing.assert_close(plain(**batch).logits, outputs[-1], rtol=0, atol=1e-5)
     assert torch.equal(outputs[-1], model(**batch).logits)  # the full rank is what evaluation uses
     for rank in (1, 5):

@@ -108,7 +108,7 @@ def test_peft_folders_load_as_the_same_function_with_the_same_gradients_and_merg
 
 def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
     saved(tmp_path, "rslora", **PATTERNS)
-    r = loralab.load(lively("bert"), tmp_path).entry(None).recipe
+    r = loralab.load(lively("bert"), tmp_path).spec(None).recipe
     found = {path.rpartition("layer.")[2]: (part.rank, part.alpha) for path, part in r.ranks.layers.items()}
     assert found == {
         **{f"{i}.attention.self.query": (2, None) for i in (0, 1)},

@@ -13,7 +13,8 @@ from archs import alone, assert_rows, build, rank_map, rows, shake
 from test_cli import adapter, cli, refused  # noqa: F401  (fixtures)
 
 import loralab
-from loralab import models, speed
+from loralab import models
+from loralab.fast import prepare, put_back
 from loralab.recipe import NAMED
 from loralab.serve import Answer, Pool, Predictor, Row, known
 
@@ -26,7 +27,7 @@ def settings(method, model):
     row = NAMED[method][0]
     allowed = vars(row.factors)
     given = {key: value for key, value in {"rank": 3, "alpha": 5.0}.items() if key in allowed}
-    return given | ({"ranks": rank_map(model)} if row.plan else {})
+    return given | ({"ranks": rank_map(model)} if row.policy else {})
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------
@@ -48,9 +49,9 @@ def test_a_row_of_a_mixed_batch_is_the_row_alone(method, store):
     for seed, name in enumerate("abc"):
         shake(adapters, name, seed, 0.1)
     expected = list(alone(model, adapters, "abc", ids, batch))
-    for fast in (False, True):
-        if fast:
-            speed.prepare(model)
+    for quick in (False, True):
+        if quick:
+            prepare(model)
         for grad in (torch.enable_grad, torch.no_grad, torch.no_grad, torch.inference_mode, torch.no_grad):
             with grad(), adapters.use(list("abc"), ids):
                 assert_rows(model(**batch).logits, expected)
@@ -58,30 +59,30 @@ def test_a_row_of_a_mixed_batch_is_the_row_alone(method, store):
                 assert_rows(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize(
     ("names", "ids"), [("ab", [0, 0, 1, 1]), ("ba", [0, 0, 1, 1]), ("a", [0] * 4), ("ab", [1] * 4)]
 )
-def test_equal_parts_in_order_are_rows_too(fast, names, ids):
+def test_equal_parts_in_order_are_rows_too(quick, names, ids):
     model, batch = build("mpnet"), rows(4)
     adapters = loralab.attach(model, "dora", name="a", rank=3, head=True)
     adapters.add("b", rank=2, head=True)
     shake(adapters, "a"), shake(adapters, "b", 5)
     expected = list(alone(model, adapters, names, ids, batch))
-    if fast:
-        speed.prepare(model)
+    if quick:
+        prepare(model)
     with torch.no_grad(), adapters.use(list(names), ids):
         assert_rows(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_dylora_at_a_chosen_rank_in_a_mixed_batch(fast):
+@pytest.mark.parametrize("quick", [False, True])
+def test_dylora_at_a_chosen_rank_in_a_mixed_batch(quick):
     model, batch, ids = build("bert"), rows(), [1, 0, 0, 1, 0]
     adapters = loralab.attach(model, "dylora", name="a", rank=6, head=True)
     adapters.add("b", "dylora", rank=5, head=True)
     shake(adapters, "a"), shake(adapters, "b", 5)
-    if fast:
-        speed.prepare(model)
+    if quick:
+        prepare(model)
     seen = []
     for rank in (2, 5, None, 2):
         expected = list(alone(model, adapters, "ab", ids, batch, rank=rank))
@@ -132,16 +133,16 @@ def anew(adapters, key):
             t.copy_(tensors[k] * (-1.5 if k == key else 1))
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("change", [in_place, new_data, new_parameter, trained, another_trained, anew])
 @pytest.mark.parametrize("key", ["bert.encoder.layer.1.output.dense.B", "classifier.bias"])
-def test_a_changed_tensor_is_never_served_stale(fast, change, key):
+def test_a_changed_tensor_is_never_served_stale(quick, change, key):
     model, batch, ids = build("bert"), rows(), [1, 0, 0, 1, 0]
     adapters = loralab.attach(model, "dora", name="a", rank=3, head=True)
     adapters.add("b", rank=2, head=True)
     shake(adapters, "a"), shake(adapters, "b", 5)
-    if fast:
-        speed.prepare(model)
+    if quick:
+        prepare(model)
 
     def said():
         with torch.no_grad(), adapters.use(["a", "b"], ids):
@@ -173,12 +174,12 @@ def test_an_update_is_lowered_once(monkeypatch):
 def test_an_adapter_on_more_layers_than_the_fast_path_knew_is_not_ignored():
     model, batch = build("bert"), rows()
     adapters = loralab.attach(model, name="a", targets="attention-qv", rank=3)
-    speed.prepare(model)
+    prepare(model)
     adapters.add("b", targets="mlp", rank=3)
     shake(adapters, "b")
     with torch.no_grad(), adapters.use("b"):
         fast = model(**batch).logits
-        speed.put_back(model)
+        put_back(model)
         torch.testing.assert_close(fast, model(**batch).logits)
     with torch.no_grad(), adapters.use(None):
         assert (model(**batch).logits - fast).abs().max() > 1e-3
@@ -258,11 +259,11 @@ def assert_same(ours, theirs, tolerance=1e-5):
             assert mine.label == max(mine.probabilities, key=mine.probabilities.get)
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_answers_are_those_of_one_adapter_and_one_row(tiny, folders, predictor, fast):
+@pytest.mark.parametrize("quick", [False, True])
+def test_answers_are_those_of_one_adapter_and_one_row(tiny, folders, predictor, quick):
     asked = some_rows(40)
     assert {row.adapter for row in asked} == set(KINDS)
-    assert_same(predictor(fast=fast, batch_size=7).answer(asked), [literal(tiny, folders, row) for row in asked])
+    assert_same(predictor(fast=quick, batch_size=7).answer(asked), [literal(tiny, folders, row) for row in asked])
 
 
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
@@ -311,7 +312,7 @@ def test_what_is_counted_is_what_is_held(predictor, folders):
         held = free.pool.admit(folders[name])
         handle = free.pool.handle(held.kind)
         own = sum(t.numel() * t.element_size() for _, t in handle.tensors(held.slot).values())
-        lowered = [handle.layers[p].lower(held.slot) for p in handle.entries[held.slot].paths]
+        lowered = [handle.layers[p].lower(held.slot) for p in handle.specs[held.slot].paths]
         more = sum(t.numel() * t.element_size() for u in lowered for t in u if t is not None)
         assert own < held.size <= own + more
 
@@ -472,14 +473,14 @@ def test_keep_going_answers_the_rest_and_names_the_error(cli, tiny, folders, ask
         assert (row["label"] is None) == (row["error"] is not None) == (i in (1, 4))
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_a_step_of_fused_adamw_between_two_evaluations_is_seen(fast):
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_step_of_fused_adamw_between_two_evaluations_is_seen(quick):
     """It writes in place and leaves the version of a tensor as it was."""
     model = build("bert")
     adapters = loralab.attach(model, "lora", rank=3, head=True)
     shake(adapters, "default")
-    if fast:
-        speed.prepare(model)
+    if quick:
+        prepare(model)
     optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=0.1), fused=True)
     model(**rows()).logits.square().sum().backward()
     with torch.no_grad():

@@ -13,17 +13,16 @@ from torch import nn
 from torch.func import functional_call
 
 import loralab
-from loralab.bases import STORES
-from loralab.factors import FACTORS
-from loralab.factors.adalora import AdaLoRA
-from loralab.factors.delta import DeltaLoRA
-from loralab.factors.dylora import DyLoRA
-from loralab.factors.lora import LoRA
-from loralab.factors.precond import PreconditionedLoRA
-from loralab.factors.superlora import SuperLoRA
-from loralab.factors.vera import VeRA
-from loralab.recipe import Recipe, check, name_of
-from loralab.starts import added
+from loralab.methods.adalora import AdaLoRA
+from loralab.methods.delta import DeltaLoRA
+from loralab.methods.dylora import DyLoRA
+from loralab.methods.lora import LoRA
+from loralab.methods.precond import PreconditionedLoRA
+from loralab.methods.starts import added
+from loralab.methods.superlora import SuperLoRA
+from loralab.methods.vera import VeRA
+from loralab.recipe import FACTORS, Recipe, check
+from loralab.stores import STORES
 
 SIZES = ((13, 11), (7, 13))  # (out, in) of the two layers
 KINDS = {  # name -> factors, start
@@ -163,14 +162,14 @@ def test_5_gradients_are_finite_differences_and_only_roles_that_learn_have_one(k
         held.constants["a"] = {k: t.double() if t.is_floating_point() else t for k, t in held.constants["a"].items()}
         x = tensor(2, 3, 11, seed=4).requires_grad_()
         learned = [t for t in layer.roles("a").values() if t.requires_grad]
-        assert len(learned) == len([role for role in layer.roles("a") if role in adapters.entry("a").recipe.learn])
+        assert len(learned) == len([role for role in layer.roles("a") if role in adapters.spec("a").recipe.learn])
         if train is None and kind != "delta-lora":  # a part of its update is held constant
             assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *learned), fast_mode=True)  # noqa: B023
         weighted(layer(x), [x])
         (layer(x) * tensor(2, 3, 13, seed=5)).sum().backward()
         assert all(t.grad is not None and t.grad.any() for t in learned)
         assert all(t.grad is None for t in layer.parameters() if not t.requires_grad)
-        bias = adapters.entry("a").recipe.learn_base == "bias"
+        bias = adapters.spec("a").recipe.learn_base == "bias"
         assert (layer.bias.grad is not None) == bias
         assert layer.base.bias is model[0].bias
 
@@ -179,7 +178,7 @@ def test_5_gradients_are_finite_differences_and_only_roles_that_learn_have_one(k
 def test_6_counts_are_the_closed_form(kind, store, gain):
     for train in allowed(kind, store, gain):
         _, adapters = attached(kind, store, gain, move=False, train=train)
-        r = adapters.entry("a").recipe
+        r = adapters.spec("a").recipe
         expected = sum(r.count(*size) for size in SIZES) + (13 + 7 if r.learn_base else 0)
         assert adapters.counts("a")["adapter"] == expected
         assert expected == sum(p.numel() for g in adapters.parameter_groups(lr=1.0) for p in g["params"])
@@ -193,7 +192,7 @@ def test_7_save_and_load_keep_every_bit(kind, store, gain, tmp_path):
     adapters.save(tmp_path)
     fresh = plain()
     loaded = loralab.load(fresh, tmp_path)
-    assert loaded.entry("a").recipe == adapters.entry("a").recipe
+    assert loaded.spec("a").recipe == adapters.spec("a").recipe
     assert all(torch.equal(loaded.state("a")[key], t) for key, t in adapters.state("a").items())
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
@@ -232,7 +231,7 @@ def test_10_the_lowering_is_the_literal_formula_under_the_same_dropout(kind, sto
     constants = {k: t.double() if t.is_floating_point() else t for k, t in layer.constants["a"].items()}
     layer.constants["a"] = constants
     drawn = 2 if isinstance(r.factors, DyLoRA) else None
-    adapters.live.drawn["a"] = drawn
+    adapters.active.drawn["a"] = drawn
     sides, x = [], tensor(5, 7, 11, seed=4)
     with torch.random.fork_rng():
         torch.manual_seed(6)
@@ -268,7 +267,7 @@ STUCK = {  # kind -> roles that never move alone, since what they are multiplied
 def refused(kind, store, train, ratio, dropout, gain):
     """The pairs of fields that `check` must name, by rules written out again."""
     factors, _ = KINDS[kind]
-    name, learned = name_of(factors), train or factors.learn
+    name, learned = factors.kind, train or factors.learn
     pairs = []
     if dropout and kind == "delta-lora":
         pairs.append((f"dropout={dropout}", name))
@@ -309,17 +308,17 @@ def test_what_makes_no_sense_is_refused_with_both_fields_and_nothing_else_is(kin
         ({"factors": None, "dropout": 0.3}, ("factors=None", "dropout=0.3")),
         ({"factors": None, "train": ("A",)}, ("factors=None", "train=('A',)")),
         ({"factors": None, "lr_ratio": 16.0}, ("factors=None", "lr_ratio=16.0")),
-        ({"factors": None, "plan": "drop"}, ("factors=None", "plan='drop'")),
+        ({"factors": None, "policy": "drop"}, ("factors=None", "policy='drop'")),
         ({"factors": None, "train": ("all",), "store": "nf4"}, ("train='all'", "store='nf4'")),
         ({"exact_gain": True}, ("exact_gain=True", "gain=False")),
         ({"train": ("m",)}, ("train=('m',)", "lora")),
         ({"factors": VeRA(), "train": ("A",)}, ("train=('A',)", "vera")),
-        ({"plan": "error-spectrum"}, ("plan='error-spectrum'", "store=None")),
-        ({"plan": "alora", "gain": True}, ("plan='alora'", "gain=True")),
-        ({"plan": "alora", "factors": DyLoRA()}, ("plan='alora'", "factors=DyLoRA")),
-        ({"plan": "alora", "factors": VeRA()}, ("plan='alora'", "factors=VeRA")),
-        ({"plan": "alora", "start": "pissa"}, ("plan='alora'", "start='pissa'")),
-        ({"plan": "alora", "factors": None}, ("plan='alora'", "factors=None")),
+        ({"policy": "error-spectrum"}, ("policy='error-spectrum'", "store=None")),
+        ({"policy": "alora", "gain": True}, ("policy='alora'", "gain=True")),
+        ({"policy": "alora", "factors": DyLoRA()}, ("policy='alora'", "factors=DyLoRA")),
+        ({"policy": "alora", "factors": VeRA()}, ("policy='alora'", "factors=VeRA")),
+        ({"policy": "alora", "start": "pissa"}, ("policy='alora'", "start='pissa'")),
+        ({"policy": "alora", "factors": None}, ("policy='alora'", "factors=None")),
         ({"start": "loftq"}, ("start='loftq'", "store=None")),
         ({"factors": AdaLoRA(), "start": "gaussian"}, ("start='gaussian'", "adalora")),
         ({"factors": DyLoRA(), "start": "pissa"}, ("start='pissa'", "dylora")),

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import loralab
-from loralab import Part, RankMap, UserError
-from loralab.bases import STORES, keep
-from loralab.ranks import PLANS
+from loralab import LayerRank, RankMap, UserError
+from loralab.policies import POLICIES
 from loralab.ranks.alora import alora, divide, reallocate, scores
 from loralab.ranks.drop import drop_map, importance, parent, shapes
 from loralab.ranks.groups import kind
 from loralab.ranks.spectrum import error_map, error_spectrum, spread
 from loralab.recipe import NAMED, from_json, recipe, to_json
-from loralab.train import plan as plan_module
-from loralab.train import train
+from loralab.run import policies as plan_module
+from loralab.run import train
+from loralab.stores import STORES, keep
 
 L = "bert.encoder.layer"
 Q0, Q1 = f"{L}.0.attention.self.query", f"{L}.1.attention.self.query"
@@ -29,12 +29,12 @@ TARGETS = ["attention.self.query", "attention.self.value", "intermediate.dense"]
 # own ranks that differ, a pair shared by layers, gates on an own and on a shared layer, and a layer left out
 MAP = RankMap(
     {
-        Q0: Part(3, share="q"),
-        Q1: Part(3, share="q", gates=(0.5, 0.0, 1.0)),
+        Q0: LayerRank(3, share="q"),
+        Q1: LayerRank(3, share="q", gates=(0.5, 0.0, 1.0)),
         V0: 2,
         V1: 0,
-        UP0: Part(5, gates=(1.0, 0.25, 0.0, 0.75, 0.5)),
-        UP1: Part(4),
+        UP0: LayerRank(5, gates=(1.0, 0.25, 0.0, 0.75, 0.5)),
+        UP1: LayerRank(4),
     }
 )
 NO_GATES = RankMap({path: replace(part, gates=None) for path, part in MAP.layers.items()})
@@ -58,7 +58,7 @@ def move(adapters, name="a"):
     """Moves what learns off its start; gates stay what the map says."""
     shake(adapters, name)
     with torch.no_grad():
-        for path, part in adapters.entry(name).recipe.ranks.adapted.items():
+        for path, part in adapters.spec(name).recipe.ranks.adapted.items():
             if part.gates is not None:
                 adapters.layers[path].roles(name)["gates"].copy_(torch.tensor(part.gates))
 
@@ -76,8 +76,8 @@ def test_each_layer_has_its_rank_its_share_its_gates_and_the_scaling_of_its_own_
     model, adapters = adapted(method)
     assert torch.equal(logits(model), logits(build("bert")))  # a fresh adapter changes no bit
     move(adapters)
-    assert set(adapters.entry("a").paths) == {Q0, Q1, V0, UP0, UP1}
-    assert V1 in adapters.entry("a").coverage.left
+    assert set(adapters.spec("a").paths) == {Q0, Q1, V0, UP0, UP1}
+    assert V1 in adapters.spec("a").coverage.left
     x = torch.randn(2, 7, 24)
     for path, part in MAP.adapted.items():
         layer = adapters.layers[path]
@@ -110,7 +110,7 @@ def test_a_share_is_one_pair_of_parameters_that_learns_from_all_its_layers(metho
     torch.testing.assert_close(logits(model), logits(apart))
     apart(**rows(), labels=labels).loss.backward()
     one, two = theirs.layers[Q0].roles("a"), theirs.layers[Q1].roles("a")
-    for role in adapters.entry("a").recipe.learn:
+    for role in adapters.spec("a").recipe.learn:
         if role == "m":  # the gain is each layer's own
             assert first["m"] is not second["m"]
             torch.testing.assert_close(first["m"].grad, one["m"].grad)
@@ -123,7 +123,7 @@ def test_a_share_is_one_pair_of_parameters_that_learns_from_all_its_layers(metho
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_and_optimizer_groups_hold_each_tensor_once(method):
     _, adapters = adapted(method)
-    r = adapters.entry("a").recipe
+    r = adapters.spec("a").recipe
     expected = 0
     for path, part in MAP.adapted.items():
         out_features = {"query": 24, "value": 24, "dense": 37}[path.rpartition(".")[2]]
@@ -149,8 +149,8 @@ def test_save_and_load_keep_every_bit_and_the_sharing(method, tmp_path):
     assert f"{Q1}.A" not in stored  # a shared tensor is stored once
     fresh = build("bert")
     loaded = loralab.load(fresh, tmp_path)
-    assert loaded.entry("a").recipe == adapters.entry("a").recipe
-    assert loaded.entry("a").recipe.ranks == MAP
+    assert loaded.spec("a").recipe == adapters.spec("a").recipe
+    assert loaded.spec("a").recipe.ranks == MAP
     assert loaded.state("a").keys() == adapters.state("a").keys()
     assert all(torch.equal(loaded.state("a")[key], t) for key, t in adapters.state("a").items())
     assert loaded.layers[Q0].roles("a")["A"] is loaded.layers[Q1].roles("a")["A"]
@@ -218,7 +218,7 @@ def test_the_scaling_is_that_of_pefts_rank_pattern():
 @pytest.mark.parametrize("method", ["delta-lora", "lora-fa-precond", "dylora", "frozen-dylora"])
 def test_methods_with_work_in_each_step_take_shares(method):
     """A step on a shared B was scaled once for each of its layers, when it should be once."""
-    same = RankMap({Q0: Part(3, share="q"), Q1: Part(3, share="q"), V0: 3, V1: 0, UP0: 0, UP1: 0})
+    same = RankMap({Q0: LayerRank(3, share="q"), Q1: LayerRank(3, share="q"), V0: 3, V1: 0, UP0: 0, UP1: 0})
     model, adapters = adapted(method, same, rank=3, alpha=5.0)
     assert torch.equal(logits(model), logits(build("bert")))
     move(adapters)
@@ -249,7 +249,7 @@ def test_a_start_gives_each_layer_its_own_rank(start):
     }
     if start != "orthogonal":  # which begins off zero, by design
         torch.testing.assert_close(logits(model), logits(build("bert")), rtol=0, atol=1e-5)
-    shared = RankMap({**OWN.layers, Q0: Part(2, "q"), Q1: Part(2, "q")})
+    shared = RankMap({**OWN.layers, Q0: LayerRank(2, "q"), Q1: LayerRank(2, "q")})
     if start in ("pissa", "olora", "eva"):  # made from each layer's own weight or inputs
         with pytest.raises(UserError, match="share"):
             adapted("lora", shared, start=start, batches=[rows(seed=8)])
@@ -261,13 +261,13 @@ def test_a_start_gives_each_layer_its_own_rank(start):
 def test_a_map_survives_json_a_file_and_the_recipe(tmp_path):
     assert RankMap.from_json(json.loads(json.dumps(MAP.to_json()))) == MAP
     assert RankMap.load(MAP.save(tmp_path / "map.json")) == MAP
-    assert RankMap.from_json({"a.b": 3}) == RankMap({"a.b": 3}) == RankMap({"a.b": Part(3)})
+    assert RankMap.from_json({"a.b": 3}) == RankMap({"a.b": 3}) == RankMap({"a.b": LayerRank(3)})
     assert str(MAP) == "5 of 6 layers, ranks 2 to 5, 2 of them in 1 share"
     assert hash(RankMap({"a": 1, "b": 2})) == hash(RankMap({"b": 2, "a": 1}))
     r = recipe("dora", ranks=MAP)
     assert from_json(json.loads(json.dumps(to_json(r)))) == r
     old = to_json(recipe("dora"))
-    del old["ranks"], old["plan"]  # a file from before there were maps
+    del old["ranks"], old["policy"]  # a file from before there were maps
     assert from_json(old) == recipe("dora")
     (tmp_path / "other.json").write_text("{}")
     for file in ("other.json", "missing.json"):
@@ -283,12 +283,12 @@ def test_a_map_survives_json_a_file_and_the_recipe(tmp_path):
         ({"a": True}, ["rank=True"]),
         ({"a": 0}, ["no layer"]),
         ({}, ["no layer"]),
-        ({"a": Part(2, gates=(1.0,))}, ["1 gates for a: expected one for each of its 2 ranks"]),
-        ({"a": Part(1, gates=(1.5,))}, ["gates out of range for a: 1.5"]),
-        ({"a": Part(1, gates=(-0.1,))}, ["gates out of range"]),
-        ({"a": Part(1, gates=(float("nan"),))}, ["gates out of range"]),
-        ({"a": Part(2, "s"), "b": Part(3, "s")}, ["b has rank 3, a has rank 2"]),
-        ({"a": -1, "b": Part(1, gates=(2.0,))}, ["rank=-1 for a", "out of range for b"]),  # all at once
+        ({"a": LayerRank(2, gates=(1.0,))}, ["1 gates for a: expected one for each of its 2 ranks"]),
+        ({"a": LayerRank(1, gates=(1.5,))}, ["gates out of range for a: 1.5"]),
+        ({"a": LayerRank(1, gates=(-0.1,))}, ["gates out of range"]),
+        ({"a": LayerRank(1, gates=(float("nan"),))}, ["gates out of range"]),
+        ({"a": LayerRank(2, "s"), "b": LayerRank(3, "s")}, ["b has rank 3, a has rank 2"]),
+        ({"a": -1, "b": LayerRank(1, gates=(2.0,))}, ["rank=-1 for a", "out of range for b"]),  # all at once
     ],
 )
 def test_what_no_map_can_say_is_refused(layers, told):
@@ -300,7 +300,7 @@ def test_what_no_map_can_say_is_refused(layers, told):
 
 def test_a_map_for_other_layers_is_refused_with_all_problems_at_once():
     layers = {path: part for path, part in MAP.layers.items() if path not in (V0, UP1)}
-    wrong = RankMap({**layers, "bert.nothing": 2, UP0: Part(3, share="q")})
+    wrong = RankMap({**layers, "bert.nothing": 2, UP0: LayerRank(3, share="q")})
     model = build("bert")
     with pytest.raises(UserError) as caught:
         loralab.attach(model, "lora", targets=TARGETS, ranks=wrong)
@@ -314,17 +314,17 @@ def test_a_map_for_other_layers_is_refused_with_all_problems_at_once():
 @pytest.mark.parametrize(
     ("method", "given", "told"),
     [
-        ("vera", {"ranks": RankMap({Q0: Part(256, "s"), Q1: Part(256, "s")})}, "no A and B of its own"),
+        ("vera", {"ranks": RankMap({Q0: LayerRank(256, "s"), Q1: LayerRank(256, "s")})}, "no A and B of its own"),
         ("vera", {"ranks": RankMap({Q0: 3, Q1: 4})}, "one rank, 256, not 3"),
         ("dylora", {"rank": 4, "ranks": RankMap({Q0: 3, Q1: 4})}, "one rank, 4, not 3"),
-        ("delta-lora", {"rank": 2, "ranks": RankMap({Q0: Part(2, gates=(0.5, 1.0))})}, "gates"),
-        ("pissa", {"ranks": RankMap({Q0: Part(2, gates=(0.5, 1.0))})}, "gates"),
+        ("delta-lora", {"rank": 2, "ranks": RankMap({Q0: LayerRank(2, gates=(0.5, 1.0))})}, "gates"),
+        ("pissa", {"ranks": RankMap({Q0: LayerRank(2, gates=(0.5, 1.0))})}, "gates"),
         ("full", {"ranks": MAP}, "no layer is adapted"),
         ("lora", {"ranks": {Q0: 2}}, "expected a RankMap"),
-        ("lora", {"plan": "dropp"}, "choose one of drop"),
-        ("lora", {"plan": "error-spectrum"}, "store=None"),
-        ("vera", {"plan": "drop"}, "no A and B of its own"),
-        ("dylora", {"plan": "error-spectrum", "store": "bfloat16"}, "one rank"),
+        ("lora", {"policy": "dropp"}, "choose one of drop"),
+        ("lora", {"policy": "error-spectrum"}, "store=None"),
+        ("vera", {"policy": "drop"}, "no A and B of its own"),
+        ("dylora", {"policy": "error-spectrum", "store": "bfloat16"}, "one rank"),
         ("lora-drop", {}, "there is none"),
         ("alora", {}, "there is none"),
         ("lora", {"ranks": RankMap({**MAP.layers, V0: 25})}, "rank 25"),
@@ -339,7 +339,7 @@ def test_a_method_that_cannot_take_a_map_says_why(method, given, told):
 def test_vera_takes_a_map_that_leaves_layers_out():
     layers = {Q0: 6, Q1: 0, V0: 6, V1: 6, UP0: 0, UP1: 0}
     _, adapters = adapted("vera", RankMap(layers), rank=6)
-    assert adapters.entry("a").paths == [Q0, V0, V1]
+    assert adapters.spec("a").paths == [Q0, V0, V1]
 
 
 # ---- LoRA-drop ---------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_importance_is_the_mean_square_of_the_update_over_real_tokens(method):
     assert model.training
     assert not any(layer._forward_pre_hooks for layer in adapters.layers.values())
     model.eval()
-    inputs = {path: [] for path in adapters.entry("a").paths}
+    inputs = {path: [] for path in adapters.spec("a").paths}
     hooks = [
         adapters.layers[path].register_forward_pre_hook(lambda m, args, path=path: inputs[path].append(args[0]))
         for path in inputs
@@ -390,13 +390,13 @@ def test_inputs_that_are_no_tokens_of_the_batch_do_not_count():
     model = build("deberta-v2")  # its q and k also see relative positions, (1, positions, in)
     adapters = loralab.attach(model, "lora", name="a", rank=3, targets="attention-q")
     shake(adapters, "a")
-    path, seen = adapters.entry("a").paths[0], []
+    path, seen = adapters.spec("a").paths[0], []
     hook = adapters.layers[path].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[0]))
     found = importance(adapters, "a", [rows()])
     hook.remove()
     assert 1 in seen
     counted = {}
-    for p in adapters.entry("a").paths:
+    for p in adapters.spec("a").paths:
         layer = adapters.layers[p]
 
         def first(module, args, p=p):
@@ -459,7 +459,7 @@ def test_a_map_of_drop_fits_the_model_it_came_from(arch):
 
 
 def test_every_plan_of_the_table_can_run():
-    assert plan_module.PLANS.keys() == PLANS.keys()
+    assert plan_module.POLICIES.keys() == POLICIES.keys()
 
 
 @pytest.mark.parametrize(
@@ -467,8 +467,8 @@ def test_every_plan_of_the_table_can_run():
     [
         {"method": "lora-drop", "keep": 0.5},
         {"method": "alora"},
-        {"plan": "error-spectrum", "store": "bfloat16"},
-        {"plan": "groups", "span": 2},
+        {"policy": "error-spectrum", "store": "bfloat16"},
+        {"policy": "groups", "span": 2},
     ],
 )
 def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny, own, tmp_path, more, monkeypatch):
@@ -477,7 +477,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     s = settings(tiny, own, tmp_path / "r", lr=1e-2, **more)
     result = train(s)
     plan = result["time"]["plan"]
-    assert plan["name"] == (more.get("plan") or NAMED[more["method"]][0].plan)
+    assert plan["name"] == (more.get("policy") or NAMED[more["method"]][0].policy)
     seconds = sum(row["seconds"] for row in metrics(tmp_path / "r"))
     assert result["time"]["train_s"] == pytest.approx(plan["seconds"] + seconds, abs=1e-3)
     assert result["time"]["train_s"] > plan["seconds"] > 0
@@ -485,13 +485,13 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     assert any(note.startswith(f"plan {plan['name']} gave") for note in result["notes"])
     run = json.loads((tmp_path / "r/run.json").read_text())
     ranks = RankMap.from_json(run["recipe"]["ranks"])
-    assert bool(ranks.shares) == PLANS[plan["name"]].shares
+    assert bool(ranks.shares) == POLICIES[plan["name"]].shares
     assert loralab.files.read(tmp_path / "r/adapter").recipe.ranks == ranks
     again = train(settings(tiny, own, tmp_path / "s", lr=1e-2, **more))
     assert again["metrics"] == result["metrics"]
 
     # a run that was interrupted does not plan again, and ends as the other
-    from loralab.train import loop
+    from loralab.run import loop
 
     real, calls = loop.Loop._end_epochs, []
 
@@ -504,7 +504,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     monkeypatch.setattr(loop.Loop, "_end_epochs", once)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny, own, tmp_path / "t", lr=1e-2, **more))
-    monkeypatch.setattr(plan_module, "PLANS", {})
+    monkeypatch.setattr(plan_module, "POLICIES", {})
     resumed = train(settings(tiny, own, tmp_path / "t", lr=1e-2, resume=True, **more))
     assert resumed["metrics"] == result["metrics"]
     assert resumed["counts"] == result["counts"]
@@ -527,7 +527,7 @@ def test_train_takes_a_map_from_a_file(tiny, own, tmp_path):
     from test_train import settings
 
     paths = [f"encoder.layer.{i}.attention.self.{what}" for i in range(2) for what in ("query", "value")]
-    ranks = RankMap({f"bert.{path}": Part(3, share=path.rpartition(".")[2]) for path in paths})
+    ranks = RankMap({f"bert.{path}": LayerRank(3, share=path.rpartition(".")[2]) for path in paths})
     file = ranks.save(tmp_path / "map.json")
     result = train(settings(tiny, own, tmp_path / "r", epochs=1, targets="attention-qv", ranks=file))
     assert result["counts"]["adapter"] == 2 * 3 * (24 + 24)
@@ -594,26 +594,26 @@ def test_reallocating_keeps_what_the_kept_ranks_do(method):
     model = build("bert")
     adapters = loralab.attach(model, method, name="a", rank=2, alpha=5.0, targets="attention-qv")
     shake(adapters, "a")
-    paths = adapters.entry("a").paths
+    paths = adapters.spec("a").paths
     invented = {path: [0.1 * i, 0.1 * i + 0.01] for i, path in enumerate(paths)}  # layers 0 and 1 lose all
     before = {path: adapters.layers[path].lower("a").matrix().detach() for path in paths}
     made = reallocate(adapters, "a", invented, torch.Generator().manual_seed(3))
     assert [made.layers[path].rank for path in paths] == [0, 0, 4, 4]
-    assert adapters.entry("a").paths == paths[2:]
+    assert adapters.spec("a").paths == paths[2:]
     for path in paths[2:]:
         layer = adapters.layers[path]
         torch.testing.assert_close(layer.lower("a").matrix(), before[path])
         assert layer.roles("a")["A"][2:].abs().min() > 0
         assert not layer.roles("a")["B"][:, 2:].any()
         assert layer.roles("a")["A"].requires_grad
-    assert adapters.entry("a").recipe.ranks == made
+    assert adapters.spec("a").recipe.ranks == made
     assert adapters.counts("a")["adapter"] == 8 * (24 + 24)
     invented = {paths[2]: [0.1, 0.2, 0.3, 0.4], paths[3]: [0.5, 0.6, 0.7, 0.8]}  # the next round: two come back
     before = adapters.layers[paths[3]].lower("a").matrix().detach()
     made = reallocate(adapters, "a", invented, torch.Generator().manual_seed(4))
     assert [made.layers[path].rank for path in paths] == [1, 1, 0, 6]
     torch.testing.assert_close(adapters.layers[paths[3]].lower("a").matrix(), before)
-    assert set(adapters.entry("a").paths) == {paths[0], paths[1], paths[3]}
+    assert set(adapters.spec("a").paths) == {paths[0], paths[1], paths[3]}
 
 
 def train_with(adapters, steps=3):

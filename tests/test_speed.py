@@ -8,13 +8,12 @@ from archs import build, rows, shake
 from torch.nn import functional as F
 
 import loralab
-from loralab import speed
+from loralab.fast import block, masks, prepare, put_back
+from loralab.fast.encoders import layers_of
 from loralab.recipe import NAMED
-from loralab.speed import block, masks
-from loralab.speed.encoders import layers_of
 
 ENCODERS = ["bert", "roberta", "electra", "mpnet", "distilbert"]
-LOW_RANK = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.low_rank and not row.plan]
+LOW_RANK = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.low_rank and not row.policy]
 SETTINGS = {"rank": 3, "alpha": 5.0}
 
 
@@ -59,11 +58,11 @@ def same(ours, theirs, tolerance=1e-9):
 @pytest.mark.parametrize("targets", ["all-linear", "attention-qv", ".*layer.*[.]1[.].*"])
 def test_a_block_is_the_layer_it_replaces(kind, targets):
     results = []
-    for fast in (False, True):
+    for quick in (False, True):
         model, adapters = adapted(kind, targets=targets)
         double(model, adapters)
-        if fast:
-            used = {choice.piece: choice.used for choice in speed.prepare(model)}
+        if quick:
+            used = {choice.piece: choice.used for choice in prepare(model)}
             assert used["block"]
             assert len(layers_of(model)) == 2
         results.append(pass_through(model, adapters, rows()))
@@ -73,11 +72,11 @@ def test_a_block_is_the_layer_it_replaces(kind, targets):
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_a_block_takes_every_low_rank_method(method):
     results = []
-    for fast in (False, True):
+    for quick in (False, True):
         model, adapters = adapted("mpnet", method)
         double(model, adapters)
-        if fast:
-            speed.prepare(model)
+        if quick:
+            prepare(model)
         adapters.steps.disconnect()  # a rank drawn anew for each model would compare two different functions
         results.append(pass_through(model, adapters, rows()))
     same(*results, 1e-5 if NAMED[method][0].store else 1e-9)  # what is stored in few bits is made anew in float32
@@ -88,15 +87,15 @@ def test_a_block_takes_every_low_rank_method(method):
 def test_a_block_is_the_layer_with_the_same_dropout(kind, tokens, monkeypatch):
     monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
     results = []
-    for fast in (False, True):
+    for quick in (False, True):
         model, adapters = adapted(kind)
         double(model, adapters)
         model.set_attn_implementation("eager")
         for module in model.modules():
             if type(module) is torch.nn.Dropout:
                 module.p = 0.3
-        if fast:
-            speed.prepare(model)
+        if quick:
+            prepare(model)
         results.append(pass_through(model, adapters, rows(tokens=tokens), draws=5))
     same(*results)
     model, adapters = adapted(kind)
@@ -120,7 +119,7 @@ def test_rows_of_several_adapters_go_through_a_block(method):
         return logits, dict(enumerate(torch.autograd.grad(logits.square().sum(), learned, allow_unused=True)))
 
     plain = mixed()
-    speed.prepare(model)
+    prepare(model)
     same(mixed(), plain)
     with adapters.use(None):
         base = model(**batch).logits
@@ -130,11 +129,11 @@ def test_rows_of_several_adapters_go_through_a_block(method):
 @pytest.mark.parametrize(("method", "more"), [("superlora", {}), ("lora", {"dropout": 0.3})])
 def test_what_a_block_cannot_do_takes_the_plain_path(method, more):
     results = []
-    for fast in (False, True):
+    for quick in (False, True):
         model, adapters = adapted("bert", method, **more)
         double(model, adapters)
-        if fast:
-            speed.prepare(model)
+        if quick:
+            prepare(model)
         torch.manual_seed(3)
         results.append(pass_through(model, adapters, rows(), draws=5))
     same(*results)
@@ -182,7 +181,7 @@ def test_nothing_is_kept_below_the_first_adapted_layer():
     shapes = {}
     for targets in ("all-linear", ".*layer[.]1[.].*"):
         model, adapters = adapted("bert", targets=targets)
-        speed.prepare(model)
+        prepare(model)
         out, shapes[targets] = kept_shapes(model, rows())
         out.backward()
         assert all(
@@ -194,9 +193,9 @@ def test_nothing_is_kept_below_the_first_adapted_layer():
 
 def test_lora_fa_keeps_no_input():
     model, _ = adapted("bert", "lora-fa")
-    speed.prepare(model)
+    prepare(model)
     plain, _ = adapted("bert", "lora")
-    speed.prepare(plain)
+    prepare(plain)
     fewer, more = kept_shapes(model, rows())[1], kept_shapes(plain, rows())[1]
     assert fewer.count((35, 37)) == more.count((35, 37)) - 2  # of each layer's down-projection
     assert fewer.count((35, 24)) < more.count((35, 24))
@@ -206,7 +205,7 @@ def test_a_model_held_in_bfloat16_keeps_what_learns_in_float32_and_learns_the_sa
     losses = {}
     for store in (None, "bfloat16"):
         model, adapters = adapted("mpnet")
-        speed.prepare(model, store=store)
+        prepare(model, store=store)
         for key, p in model.named_parameters():
             learns = any(p is t for t in adapters.state().values())
             assert p.dtype == (torch.float32 if learns or store is None else torch.bfloat16), key
@@ -227,7 +226,7 @@ def test_a_model_held_in_bfloat16_keeps_what_learns_in_float32_and_learns_the_sa
 def test_a_model_without_known_layers_trains_all_the_same_and_says_why(kind):
     model, adapters = adapted(kind)
     plain = pass_through(*adapted(kind), rows())
-    choices = {choice.piece: choice for choice in speed.prepare(model)}
+    choices = {choice.piece: choice for choice in prepare(model)}
     assert not choices["block"].used
     assert "no layers of a known kind" in choices["block"].reason
     same(pass_through(model, adapters, rows()), plain, 1e-6)
@@ -236,41 +235,41 @@ def test_a_model_without_known_layers_trains_all_the_same_and_says_why(kind):
 def test_full_fine_tuning_keeps_the_layers_and_says_why():
     model = build("bert")
     loralab.attach(model, "full", head=True)
-    choices = {choice.piece: choice for choice in speed.prepare(model)}
+    choices = {choice.piece: choice for choice in prepare(model)}
     assert not choices["block"].used
     assert "learns" in choices["block"].reason
 
 
 def test_off_is_off_and_undo_puts_the_plain_path_back():
     model, _ = adapted("bert")
-    assert not any(choice.used for choice in speed.prepare(model, speed="off"))
+    assert not any(choice.used for choice in prepare(model, speed="off"))
     assert not any("forward" in vars(module) for module in model.modules())
-    speed.prepare(model)
+    prepare(model)
     assert any("forward" in vars(module) for module in model.modules())
-    speed.put_back(model)
+    put_back(model)
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(loralab.UserError, match="expected one of auto, off, compile"):
-        speed.prepare(model, speed="on")
+        prepare(model, speed="on")
     with pytest.raises(loralab.UserError, match="expected bfloat16 or float32"):
-        speed.prepare(model, store="nf4")
+        prepare(model, store="nf4")
 
 
 def test_a_merged_copy_of_a_fast_model_is_plain():
     model, adapters = adapted("bert")
     expected = model(**rows()).logits
-    speed.prepare(model)
+    prepare(model)
     merged = adapters.merge("default")
     torch.testing.assert_close(merged(**rows()).logits, expected, rtol=0, atol=1e-5)
     assert not any("forward" in vars(module) for module in merged.modules())
 
 
 def test_the_compiled_path_is_the_plain_one(monkeypatch):
-    monkeypatch.setattr(speed, "COMPILER", "aot_eager")  # all but the generated code, which takes a minute to make
+    monkeypatch.setattr("loralab.fast.COMPILER", "aot_eager")  # no generated code, which takes a minute
     results = []
     for how in ("off", "compile"):
         model, adapters = adapted("bert", "dora")
         double(model, adapters)
-        chosen = [choice.piece for choice in speed.prepare(model, how) if choice.used]
+        chosen = [choice.piece for choice in prepare(model, how) if choice.used]
         assert chosen == (["compile"] if how == "compile" else [])
         results.append(pass_through(model, adapters, rows()))
     assert model._compiled_call_impl is not None
@@ -280,6 +279,6 @@ def test_the_compiled_path_is_the_plain_one(monkeypatch):
 def test_a_block_leaves_attention_that_was_asked_for():
     model, _ = adapted("bert")
     model.set_attn_implementation("flex_attention")
-    found = {choice.piece: choice for choice in speed.prepare(model)}["block"]
+    found = {choice.piece: choice for choice in prepare(model)}["block"]
     assert not found.used
     assert found.reason == "attention is flex_attention"

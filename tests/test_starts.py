@@ -9,14 +9,14 @@ from archs import build, rows, shake
 from torch import Generator, nn
 
 import loralab
-from loralab import UserError, starts
-from loralab.bases import keep
-from loralab.factors import FACTORS
-from loralab.factors.lora import LoRA
-from loralab.files import read
-from loralab.recipe import Recipe, recipe
-from loralab.starts import STARTS, begin, blank
-from loralab.starts.inputs import observe
+from loralab import UserError
+from loralab.adapters import read
+from loralab.inputs import observe
+from loralab.methods import starts
+from loralab.methods.lora import LoRA
+from loralab.methods.starts import STARTS, begin, blank
+from loralab.recipe import FACTORS, Recipe, recipe
+from loralab.stores import keep
 
 N_OUT, N_IN, RANK = 13, 17, 4
 PLAIN = LoRA(rank=RANK, alpha=10.0)  # scaling 2.5
@@ -223,7 +223,7 @@ def test_looking_changes_nothing_and_sees_the_base():
     shake(adapters, "other")
     adapters.add("b", "eva", rank=4, batches=batches)  # the other adapter is live, yet it is the base that is seen
     assert torch.equal(adapters.layers[QUERY].roles("b")["A"], first.directions)
-    assert adapters.live.names == ("other",)
+    assert adapters.active.names == ("other",)
 
 
 def test_a_pooler_and_a_decoder_are_seen_too():
@@ -293,7 +293,7 @@ def test_save_load_merge_and_export(start, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     model, adapters = attached(start)
     roles = {role for role, _ in adapters.tensors("a").values()} - {"head"}
-    assert roles == set(adapters.entry("a").recipe.roles) == {"A", "B", *starts.added(start)}
+    assert roles == set(adapters.spec("a").recipe.roles) == {"A", "B", *starts.added(start)}
     learned = {role for role, t in adapters.tensors("a").values() if t.requires_grad}
     assert learned == {"A", "B", "head"}
     assert adapters.counts("a")["adapter"] == sum(
@@ -315,7 +315,7 @@ def test_save_load_merge_and_export(start, tmp_path, monkeypatch):
     fresh = build("bert")
     loaded = loralab.load(fresh, tmp_path / "own")
     assert torch.equal(logits(fresh), expected)
-    assert loaded.entry("a").recipe.start == start
+    assert loaded.spec("a").recipe.start == start
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()
     torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=2e-5)
 

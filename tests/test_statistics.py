@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from loralab.data import METRICS
 from loralab.study.statistics import Estimate, estimate, holm, mcnemar, resampled, seeds_needed
 from loralab.study.statistics.resample import COUNTS, NUMBERS, _of_classes, _of_numbers, _weights
-from loralab.tasks import METRICS
 
 LUCK = 1e-3
 ALPHA = 0.05

@@ -12,10 +12,9 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 import loralab
-from loralab.factors import FACTORS
-from loralab.recipe import NAMED
-from loralab.steps import WATCHING
-from loralab.train import Settings, train
+from loralab.hooks import WATCHING
+from loralab.recipe import FACTORS, NAMED
+from loralab.run import Settings, train
 
 STEPPED = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.factors.stepped]
 LENGTH = {"adalora": {"total_steps": 20}}
@@ -46,7 +45,7 @@ def ranks(model, adapters, optimizer, count=12):
     drawn = []
     for _ in range(count):
         backward(model)
-        drawn.append(adapters.live.drawn["default"])
+        drawn.append(adapters.active.drawn["default"])
         optimizer.step()
         optimizer.zero_grad()
     return drawn
@@ -170,7 +169,7 @@ def test_gradient_accumulation_draws_once_and_counts_one_step():
     for number in range(6):
         for part in range(3):
             backward(model, seed=part), backward(other, seed=part)
-            seen.append((number, adapters.live.drawn["default"]))
+            seen.append((number, adapters.active.drawn["default"]))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
@@ -189,10 +188,10 @@ def test_two_adapters_in_one_optimizer_count_only_their_own_steps():
             step(model, optimizer)
     with adapters.use(["a", "b"], ids=[0, 1, 1, 0, 1]):
         backward(model)
-        assert adapters.live.drawn.keys() == {"a", "b"}
+        assert adapters.active.drawn.keys() == {"a", "b"}
         optimizer.step()
     assert {int(t) for key, t in adapters.state("a").items() if key.endswith(".step")} == {2}
-    assert adapters.live.drawn == {}
+    assert adapters.active.drawn == {}
 
 
 def test_an_optimizer_around_another_is_one_step():
@@ -262,17 +261,17 @@ def test_evaluation_merge_and_export_between_forward_and_step_use_the_full_rank(
     while True:
         step(model, torch.optim.SGD(adapters.parameter_groups(lr=0.0), lr=0.0))
         backward(model)
-        if adapters.live.drawn["default"] < 4:
+        if adapters.active.drawn["default"] < 4:
             break
-    drawn = adapters.live.drawn["default"]
+    drawn = adapters.active.drawn["default"]
     adapters.export(tmp_path / "peft")
-    assert loralab.load(build("bert"), tmp_path / "peft").entry(None).recipe.factors.rank == 4
+    assert loralab.load(build("bert"), tmp_path / "peft").spec(None).recipe.factors.rank == 4
     torch.testing.assert_close(adapters.merge().eval()(**rows()).logits, full, rtol=0, atol=1e-5)
     assert torch.equal(model.eval()(**rows()).logits, full)
     with torch.no_grad():
         assert torch.equal(model.train()(**rows()).logits, full)
     model(**rows())
-    assert adapters.live.drawn["default"] == drawn  # the step under way keeps its draw
+    assert adapters.active.drawn["default"] == drawn  # the step under way keeps its draw
 
 
 def test_a_chosen_rank_is_for_evaluation():
@@ -339,7 +338,7 @@ def test_a_copy_of_a_model_steps_on_its_own(again):
     optimizer = adamw(adapters)
     ranks(model, adapters, optimizer, 3)
     backward(model)
-    under_way = adapters.live.drawn["default"]
+    under_way = adapters.active.drawn["default"]
     twin = again(model)
     held = twin._loralab
     assert held is not adapters
@@ -348,7 +347,7 @@ def test_a_copy_of_a_model_steps_on_its_own(again):
     drawn = ranks(twin, held, adamw(held))
     assert drawn[0] == under_way
     assert len(set(drawn)) > 1
-    assert adapters.live.drawn["default"] == under_way
+    assert adapters.active.drawn["default"] == under_way
     optimizer.step()
     optimizer.zero_grad()
     assert ranks(model, adapters, optimizer) == [*drawn[1:], ranks(twin, held, adamw(held), 1)[0]]

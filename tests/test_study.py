@@ -14,8 +14,14 @@ import pytest
 
 from loralab import UserError
 from loralab.cli import main
+from loralab.data.batches import padded
+from loralab.fast.machine import fast_bfloat16
 from loralab.recipe import recipe
-from loralab.speed.machine import fast_bfloat16
+from loralab.run import Settings
+from loralab.run import loop as loop_module
+from loralab.run.estimate import EstimateSettings
+from loralab.run.estimate import estimate as memory
+from loralab.run.setup import prepare
 from loralab.study import conduct as conduct_module
 from loralab.study import load
 from loralab.study.address import IN_HASHES, NOT_RESULT, address
@@ -25,12 +31,6 @@ from loralab.study.parse import define
 from loralab.study.plan import plan
 from loralab.study.results import outline
 from loralab.study.runners import runner
-from loralab.train import Settings
-from loralab.train import loop as loop_module
-from loralab.train.batches import padded
-from loralab.train.planner import Setup
-from loralab.train.planner import plan as memory
-from loralab.train.prepare import prepare
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 
@@ -158,7 +158,7 @@ def test_a_named_study_can_be_planned(file, tiny, here, capsys):
 OTHERWISE = {  # a value that no other row has, for every setting that can decide a result
     "train_rows": 50, "validation_rows": 20,
     "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
-    "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "plan": "drop", "keep": 0.5,
+    "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "policy": "drop", "keep": 0.5,
     "rounds": 2,
     "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
@@ -176,7 +176,7 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "span"} >= fields
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
-    found += [address(dataclasses.replace(base, plan="groups", span=span)) for span in (None, 2)]
+    found += [address(dataclasses.replace(base, policy="groups", span=span)) for span in (None, 2)]
     assert len(set(found)) == len(found)
     assert address(dataclasses.replace(base, **free)) == address(base)
 
@@ -439,7 +439,7 @@ def test_runs_like_none_that_is_finished_are_planned(tiny, own, here):
     assert (once["guessed"], once["planned"], once["unknown"]) == (0, 4, 0)
     settings = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny), max_length=32)
     widest = max(len(ids) for ids in prepare(settings).train.columns["input_ids"])
-    setup = Setup(model=str(tiny), batch=20, length=padded(widest))
+    setup = EstimateSettings(model=str(tiny), batch_size=20, max_length=padded(widest))
     assert once["peak_bytes"] == max(memory(setup, made).peak for made in (recipe("lora", rank=3), recipe("head")))
     base = {"epochs": 2, "max_length": 32, "batch_size": 20, "lr": 2e-2}
     for changed in ({"seeds": [0, 1, 2, 3]}, {"protocol": base | {"epochs": 4}}):

@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import stats
 
+from loralab.data import METRICS
 from loralab.study import Planned, comparisons, load, summaries
 from loralab.study.conduct import json_of
 from loralab.study.statistics import holm
 from loralab.study.statistics.table import verdict
-from loralab.tasks import METRICS
 
 ROWS = 400
 SKILLS = {"good": 0.9, "same": 0.9, "bad": 0.6}

@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import loralab
-from loralab.bases.float import Float
-from loralab.factors.lora import LoRA
-from loralab.factors.superlora import SuperLoRA, balanced, parts, shuffle, spread
-from loralab.lower import lower
+from loralab.methods.lora import LoRA
+from loralab.methods.superlora import SuperLoRA, balanced, parts, shuffle, spread
 from loralab.recipe import NAMED, Recipe, recipe
+from loralab.stores.float import Float
 from loralab.update import Dense, Update, apply, merged, stack, take
 
 N_OUT, N_IN, ROWS, TOKENS = 12, 10, 5, 7
@@ -64,7 +63,7 @@ def test_the_update_is_the_formula_in_loops(base, given, matrices, modes):
             assert p[f"C{k}"].shape == matrix
         else:
             assert sorted(folded) == sorted(len(p[f"A{k}{m}"]) for m in range(1, factors.order + 1))
-    u = lower(Recipe(factors=factors), p | constants, base)
+    u = Recipe(factors=factors).lower(p | constants, base)
     assert isinstance(u, Dense)
     torch.testing.assert_close(u.D, superlora(p, factors, matrices, (N_OUT, N_IN)))
     x = tensor(ROWS, TOKENS, N_IN, seed=4)
@@ -82,7 +81,7 @@ def test_gradients_through_the_lowering_are_finite_differences(base, given, matr
     learned = [t.requires_grad_(True) for t in p.values()]
     x, r = tensor(2, 3, N_IN, seed=4), Recipe(factors=factors, gain=gain, exact_gain=gain)
     assert torch.autograd.gradcheck(
-        lambda *ts: apply(x, base, lower(r, dict(zip(p, ts, strict=True)) | constants, base)), learned
+        lambda *ts: apply(x, base, r.lower(dict(zip(p, ts, strict=True)) | constants, base)), learned
     )
 
 
@@ -104,7 +103,7 @@ def test_one_factor_of_order_two_is_lora_bit_for_bit(base, stabilized):
     assert p.keys() == q.keys()
     assert all(torch.equal(p[role], q[role]) for role in p)
     p["B"] += 1
-    a, b = lower(Recipe(factors=ours), p, base), lower(Recipe(factors=theirs), p, base)
+    a, b = Recipe(factors=ours).lower(p, base), Recipe(factors=theirs).lower(p, base)
     assert isinstance(a, Update)
     assert torch.equal(a.A, b.A)
     assert torch.equal(a.B, b.B)
@@ -203,10 +202,10 @@ def test_one_tensor_starts_at_zero_and_its_step_is_as_large_as_that_of_loras_b(g
             (zero,) = [role for role, t in p.items() if not t.any()]
             constants = factors.local(factors.constants([(out, into)]), out, into)
             base = Float(nn.Parameter(torch.zeros(out, into)), None)
-            assert not lower(Recipe(factors=factors), p | constants, base).matrix().any()
+            assert not Recipe(factors=factors).lower(p | constants, base).matrix().any()
             terms = 1 if zero.startswith("C") else p[zero].shape[1]  # a weight is a sum of so many
             p[zero] = torch.randn(p[zero].shape, generator=generator) / terms**0.5
-            squares.append(lower(Recipe(factors=factors), p | constants, base).matrix().square().mean())
+            squares.append(Recipe(factors=factors).lower(p | constants, base).matrix().square().mean())
         return torch.stack(squares).mean().sqrt().item() / factors.scaling
 
     assert 0.5 < moved(SuperLoRA(**given)) / moved(LoRA()) < 2

@@ -16,15 +16,15 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from loralab import tasks
+from loralab import data
+from loralab.data import Split, held_out, is_constant, score, tables
+from loralab.data.glue import TABLE
+from loralab.data.task import digest
 from loralab.errors import UserError
-from loralab.tasks import Split, held_out, is_constant, score, tables
-from loralab.tasks.glue import TABLE
-from loralab.tasks.task import digest
 
 NAMES = tuple(TABLE)
 ROWS = 60  # of each split in the small copies
-whole = cache(tasks.load)
+whole = cache(data.load)
 
 # Header and line of the TSV files that GLUE's own script downloads; RTE, QNLI and MNLI write labels as words.
 CLASSIC = {
@@ -137,7 +137,7 @@ def test_every_layout_gives_the_same_task(glue: Path, tmp_path: Path, name: str,
     loaded = whole(name, glue)
     for split in TABLE[name].official:
         write(tmp_path, name, split, small(glue, name, split))
-    again = tasks.load(name, tmp_path)
+    again = data.load(name, tmp_path)
     first = {split: rows.take(range(ROWS)) for split, rows in {"train": loaded.train, **loaded.validation}.items()}
     assert {"train": again.train, **again.validation} == first
     assert list(again.validation) == list(loaded.validation)
@@ -153,17 +153,17 @@ def test_the_hub_gives_the_same_task(glue: Path, monkeypatch: pytest.MonkeyPatch
     datasets = pytest.importorskip("datasets")
     parts = {split: datasets.Dataset(small(glue, "stsb", split)) for split in TABLE["stsb"].official}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name: parts if path == "nyu-mll/glue" else None)
-    assert tasks.load("STS-B").train == whole("stsb", glue).train.take(range(ROWS))
+    assert data.load("STS-B").train == whole("stsb", glue).train.take(range(ROWS))
 
 
 @pytest.mark.parametrize(("alias", "name"), [("SST-2", "sst2"), ("sts_b", "stsb"), ("CoLA", "cola")])
 def test_aliases_and_a_folder_of_one_task(glue: Path, alias: str, name: str) -> None:
-    assert tasks.load(alias, glue / name) == whole(name, glue)
+    assert data.load(alias, glue / name) == whole(name, glue)
 
 
 def test_the_embedded_task_has_a_name_and_aliases() -> None:
-    assert tasks.load("demo") == tasks.load("embedded") == tasks.load("minimal-pairs")
-    assert tasks.load("demo").name == tasks.names()[0] == "minimal-pairs"
+    assert data.load("demo") == data.load("embedded") == data.load("minimal-pairs")
+    assert data.load("demo").name == data.names()[0] == "minimal-pairs"
 
 
 def test_broken_lines_and_empty_questions_of_qqp_are_noted(glue: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_broken_lines_and_empty_questions_of_qqp_are_noted(glue: Path, tmp_path:
     write_tsv(tmp_path, "qqp", "validation", small(glue, "qqp", "validation"))
     train = tmp_path / "QQP/train.tsv"
     train.write_text(train.read_text() + '"\tIs that all?\t0\n8\t1\t2\tWhy?\t\t1\n')
-    task = tasks.load("qqp", tmp_path)
+    task = data.load("qqp", tmp_path)
     assert (len(task.train), task.train.texts[-1], task.train.labels[-1]) == (1501, ("Why?", ""), 1)
     assert "train: 1 broken lines of the TSV left out, as in nyu-mll/glue" in task.notes
     assert "train: 1 rows with an empty text kept, as in nyu-mll/glue" in task.notes
@@ -181,7 +181,7 @@ def test_spaces_of_a_tsv_stay_and_its_line_ends_go(tmp_path: Path) -> None:
     (tmp_path / "CoLA").mkdir()
     for file in ("train.tsv", "dev.tsv"):
         (tmp_path / "CoLA" / file).write_bytes(b'a\t1\t\t He said "no. \r\n\r\nb\t0\t*\t"Go.  ')
-    assert tasks.load("cola", tmp_path).train == Split([(' He said "no. ',), ('"Go.  ',)], [1, 0])
+    assert data.load("cola", tmp_path).train == Split([(' He said "no. ',), ('"Go.  ',)], [1, 0])
 
 
 def test_the_hash_is_of_the_content() -> None:
@@ -240,7 +240,7 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearman": lambda z, y: slow_pearson(ranks(z[:, 0].tolist()), ranks(y.tolist())),
 }
 OUTPUTS = {"accuracy": (2, 4), "matthews_correlation": (2, 4), "f1": (2,), "f1_macro": (2, 3), "pearson": (1,)}
-ORACLE_CASES = [(name, outputs) for name in tasks.METRICS for outputs in OUTPUTS.get(name, (1,))]
+ORACLE_CASES = [(name, outputs) for name in data.METRICS for outputs in OUTPUTS.get(name, (1,))]
 
 
 @pytest.mark.parametrize(("name", "outputs"), ORACLE_CASES)
@@ -254,7 +254,7 @@ def test_metrics_equal_their_oracles(name: str, outputs: int) -> None:
         assert found == pytest.approx(ORACLES[name](logits, labels), abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "side"), list(product(tasks.METRICS, ("predictions", "labels", "both"))))
+@pytest.mark.parametrize(("name", "side"), list(product(data.METRICS, ("predictions", "labels", "both"))))
 def test_constant_predictions_or_labels_score_without_a_warning(name: str, side: str) -> None:
     outputs = 1 if name in ("pearson", "spearman") else 2
     logits = np.random.default_rng(2).normal(size=(9, outputs))
@@ -344,7 +344,7 @@ def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, 
     texts = ['"say hi", twice "', "7", "ä b\u2028c", " spaced "] * 10  # a number is text where text is expected
     train = write(tmp_path / f"mine{suffix}", {"id": list(range(40)), "a": texts, "b": texts[::-1], "y": labels * 10})
     other = write(tmp_path / f"other{suffix}", {"y": labels[1:3], "a": ["new", "7"], "b": ["rows", "no"]})
-    task = tasks.load(str(train), text=("a", "b"), label="y", validation=other, regression=asked)
+    task = data.load(str(train), text=("a", "b"), label="y", validation=other, regression=asked)
     assert (task.name, task.labels, list(task.validation)) == ("mine", names, ["validation"])
     assert task.metrics == METRICS.get(names and len(names), ("accuracy", "f1_macro"))
     assert task.train.texts == list(zip(texts, texts[::-1], strict=True))
@@ -354,9 +354,9 @@ def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, 
         shown == (labels if names is None else [str(int(v)) if isinstance(v, float) else str(v) for v in labels]) * 10
     )
     assert task.validation["validation"].labels == task.train.labels[1:3]
-    task = tasks.load(str(train), text="a", label="y", regression=asked)
+    task = data.load(str(train), text="a", label="y", regression=asked)
     assert (len(task.train), len(task.validation["validation"])) == (32, 8)
-    assert task == tasks.load(str(train), text="a", label="y", regression=asked)
+    assert task == data.load(str(train), text="a", label="y", regression=asked)
     notes = "; ".join(task.notes)
     assert "8 of 40 rows are held out" in notes
     assert "8 of 8 rows of validation have the text of a row of train" in notes
@@ -365,7 +365,7 @@ def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, 
 
 def test_a_text_of_a_csv_may_span_lines(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text('a,y\n"two\nlines",0\none,1\nx,1\nz,0\n')
-    assert ("two\nlines",) in tasks.load(str(tmp_path / "own.csv"), text="a", label="y").train.texts
+    assert ("two\nlines",) in data.load(str(tmp_path / "own.csv"), text="a", label="y").train.texts
 
 
 # --- bad input: one line that says what came, what was expected, what to do ---
@@ -390,7 +390,7 @@ def raw(name: str, content: str | bytes) -> Load:
 
 
 def load_own(path: Path, **changed: Any) -> object:
-    return tasks.load(str(path), **({"text": "a", "label": "y"} | changed))
+    return data.load(str(path), **({"text": "a", "label": "y"} | changed))
 
 
 def asked(**changed: Any) -> Load:
@@ -415,7 +415,7 @@ def folder(name: str, **files: str) -> Load:
             path = tmp / file.replace("__", "/").replace("_dot_", ".")
             path.parent.mkdir(exist_ok=True)
             path.write_text(content)
-        return tasks.load(name, tmp)
+        return data.load(name, tmp)
 
     return run
 
@@ -423,7 +423,7 @@ def folder(name: str, **files: str) -> Load:
 RTE = "index\tsentence1\tsentence2\tlabel\n"
 LINE = "0\tIt rains.\tIt is wet.\tentailment\n"
 BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
-    "unknown task": (lambda tmp: tasks.load("colla"), ("'colla'", "did you mean 'cola'?", "wnli", ".parquet")),
+    "unknown task": (lambda tmp: data.load("colla"), ("'colla'", "did you mean 'cola'?", "wnli", ".parquet")),
     "no such file": (lambda tmp: load_own(tmp / "x.csv"), ("x.csv does not exist",)),
     "a folder": (lambda tmp: (tmp / "x.csv").mkdir() or load_own(tmp / "x.csv"), ("x.csv is a folder",)),
     "ending": (raw("own.txt", "a"), ("own.txt", "ending in .csv")),
@@ -431,7 +431,7 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
     "three text columns": (asked(text=("a", "y", "z")), ("text columns a, y, z", "one or two")),
     "unknown columns": (asked(text="txt", label="lbl"), ("own.csv", "'txt', 'lbl'", "columns there: a, y")),
     "text is label": (asked(label="a"), ("a, a name a column twice",)),
-    "keywords of files": (lambda tmp: tasks.load("cola", label="y"), ("--label", "cola knows its columns")),
+    "keywords of files": (lambda tmp: data.load("cola", label="y"), ("--label", "cola knows its columns")),
     "doubled column": (raw("own.csv", "a,y,a\n1,2,3\n"), ("more than one column 'a'",)),
     "same file": (twin, ("own.csv is both train and validation",)),
     "null, empty and typed text": (
@@ -473,8 +473,8 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
         raw("own.jsonl", '{"a":"x","y":1}\n[1]\n'),
         ("not a JSON object with named columns in row 2",),
     ),
-    "no data folder": (lambda tmp: tasks.load("cola", tmp / "no"), ("no does not exist",)),
-    "data is a file": (lambda tmp: tasks.load("cola", write(tmp / "d.csv", GOOD)), ("d.csv is a file", "--data")),
+    "no data folder": (lambda tmp: data.load("cola", tmp / "no"), ("no does not exist",)),
+    "data is a file": (lambda tmp: data.load("cola", write(tmp / "d.csv", GOOD)), ("d.csv is a file", "--data")),
     "folder without the task": (folder("cola", RTE__train_dot_tsv=RTE), ("neither cola/ nor CoLA/", "there is rte")),
     "empty folder": (folder("rte", RTE__readme="x"), ("no train split", "train.parquet", "train.tsv")),
     "no dev": (
@@ -486,7 +486,7 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
         lambda tmp: (
             pa.parquet.write_table(pa.table(GOOD), made(tmp, "rte") / "train-00000-of-00002.parquet"),
             pa.parquet.write_table(pa.table(GOOD), tmp / "rte/validation-00000-of-00001.parquet"),
-            tasks.load("rte", tmp),
+            data.load("rte", tmp),
         ),
         ("1 of 2 shards of train",),
     ),
@@ -538,7 +538,7 @@ def test_without_network_the_message_says_how_to_go_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=r"no rte from nyu-mll/glue \(ConnectionError: no route\): pass --data DIR"):
-        tasks.load("rte")
+        data.load("rte")
 
 
 @pytest.mark.parametrize(

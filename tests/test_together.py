@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from loralab import UserError
-from loralab.live import Stream
-from loralab.speed import masks
-from loralab.train import Settings, passes, train, train_together
-from loralab.train import loop as loop_module
-from loralab.train.batches import epoch_batches
-from loralab.train.progress import Bar
-from loralab.train.together import alone, grouped
+from loralab.active import Stream
+from loralab.data.batches import epoch_batches
+from loralab.fast import masks
+from loralab.run import Settings, passes, train, train_together
+from loralab.run import loop as loop_module
+from loralab.run.bar import Bar
+from loralab.run.sharing import alone, grouped
 
 
 def settings(tiny, own, out, task="class", **given):

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import loralab
 from loralab import UserError, models
-from loralab.files import read_header
+from loralab.data.batches import epoch_batches, sorted_batches
+from loralab.disk import read_header
 from loralab.recipe import NAMED
-from loralab.train import Settings, train
-from loralab.train import loop as loop_module
-from loralab.train.batches import epoch_batches, sorted_batches
-from loralab.train.prepare import prepare
+from loralab.run import Settings, train
+from loralab.run import loop as loop_module
+from loralab.run.setup import prepare
 
 
 def settings(tiny, own, out, kind="class", **given) -> Settings:

@@ -8,7 +8,7 @@ from test_steps import STEPPED
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loralab
-from loralab.factors.adalora import kept_gates
+from loralab.methods.adalora import kept_gates
 
 COUNT = 8
 
@@ -64,10 +64,10 @@ def test_dylora_draws_one_rank_a_step_for_all_layers(tmp_path, accumulate):
     model = build("bert")
     adapters = loralab.attach(model, "dylora", rank=4, targets="attention", head=True)
     used, drawn = [], []  # the rank of each micro-batch, of each step
-    model.register_forward_hook(lambda *_: used.append(adapters.live.drawn["default"]))
+    model.register_forward_hook(lambda *_: used.append(adapters.active.drawn["default"]))
 
     def seen(_):
-        drawn.append(adapters.live.drawn["default"])
+        drawn.append(adapters.active.drawn["default"])
         for p in layers(adapters).values():
             assert p["B"].grad.any(0).nonzero().flatten().tolist() == list(range(drawn[-1]))
 
@@ -83,7 +83,7 @@ def test_frozen_dylora_leaves_other_rows_their_bits_after_adamw(tmp_path):
     before, moved = {}, []
 
     def seen(_):
-        before.update(now=copies(adapters), rank=adapters.live.drawn["default"])
+        before.update(now=copies(adapters), rank=adapters.active.drawn["default"])
 
     def after(_):
         for path, p in layers(adapters).items():
@@ -127,7 +127,7 @@ def test_adalora_closes_gates_as_its_budget_falls(tmp_path, accumulate):
     budgets, opened = [], []
 
     def after(number):
-        factors = adapters.entry(None).recipe.factors
+        factors = adapters.spec(None).recipe.factors
         budgets.append(factors.budget(number + 1, len(adapters.layers)))
         opened.append(sum(map(sum, kept_gates(layers(adapters)).values())))
 
@@ -166,7 +166,7 @@ def test_trainer_learns_evaluates_at_the_full_rank_and_saves(tmp_path, method):
     trainer = run(model, tmp_path / "t", Look(), eval_strategy="steps", eval_steps=2)
     reported = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert len(reported) == COUNT // 2
-    learned = adapters.entry(None).recipe.learn
+    learned = adapters.spec(None).recipe.learn
     assert all((p[role] != before[path][role]).any() for path, p in layers(adapters).items() if "pooler" not in path
                for role in learned if role != "A")  # fmt: skip
     merged = adapters.merge().eval()

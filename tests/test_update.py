@@ -6,7 +6,7 @@ from archs import build, rows
 from torch.nn import functional as F
 
 import loralab
-from loralab.bases.float import Float
+from loralab.stores.float import Float
 from loralab.update import Update, apply, merged, nothing, stack, take
 
 N_OUT, N_IN, ROWS, TOKENS = 13, 11, 5, 7

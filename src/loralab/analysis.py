@@ -17,15 +17,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from loralab import files
-from loralab.bases import LINEAR, keep
+from loralab.adapters import MERGE_DTYPES, Adapters, load, read
 from loralab.errors import UserError
-from loralab.lower import low_rank
+from loralab.files import AdapterFile
+from loralab.stores import LINEAR, keep
 from loralab.targets import summary
 from loralab.update import Dense, Update
 
@@ -66,13 +66,13 @@ def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Lay
     holds its A and B, and a gain stays unknown. An adapter that changes no weight (head, bitfit) has none.
     Raises UserError where a base is needed.
     """
-    file = files.read(folder)
+    file = read(folder)
     if model is None:
         return {path: Layer(update, None) for path, update in _from_file(file, folder)}
     before = {p: keep(m).dense().clone() for p, m in model.named_modules() if type(m) in LINEAR}
-    handle = files.load(model, folder)
+    handle = load(model, folder)
     name = handle.only(None)
-    entry = handle.entry(name)
+    entry = handle.spec(name)
     lowered = {p: Layer(handle.layers[p].lower(name), handle.layers[p].base.dense()) for p in entry.paths}
     learned = [key.removesuffix(".weight") for key in entry.base_names if key.endswith(".weight")]
     in_place = {p: Layer(Dense(_weight(model, p) - before[p]), before[p]) for p in learned if p in before}
@@ -84,7 +84,7 @@ def _weight(model: nn.Module, path: str) -> Tensor:
     return weight
 
 
-def _from_file(file: files.AdapterFile, folder: Path | str) -> Iterator[tuple[str, Update]]:
+def _from_file(file: AdapterFile, folder: Path | str) -> Iterator[tuple[str, Update]]:
     if file.recipe.learn_base == "all":
         raise UserError(f"{folder}: it trained the base in place, so its update is known only over it: give --model")
     of_share: dict[str, dict[str, Tensor]] = {}  # what layers share is kept under the first of them
@@ -97,7 +97,7 @@ def _from_file(file: files.AdapterFile, folder: Path | str) -> Iterator[tuple[st
             p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
         if not file.recipe.low_rank or not {"A", "B"} <= p.keys():
             raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
-        yield path, low_rank(file.recipe.at(path), p, None)
+        yield path, file.recipe.at(path).lower_low_rank(p)
 
 
 @torch.no_grad()
@@ -199,3 +199,41 @@ def short(path: str) -> str:
     """encoder.layer.3.attention.self.query -> 3 attention.self.query."""
     block = re.search(r"\.(\d+)\.", path)
     return f"{block[1]} {kind(path)}" if block else path
+
+
+# ---- what a merge costs ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge_errors(handle: Adapters, name: str | None, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Route -> largest difference of an output from the adapted model's on `batch`, in evaluation mode.
+
+    Routes are the dtypes of `merge`; over a quantized base also its store, which no merge takes: the merged weight
+    quantized again, for comparison.
+    """
+    name = handle.only(name)
+    training = handle.model.training
+    with handle.use(name):
+        expected = _output(handle.model.eval(), batch)
+    handle.model.train(training)
+    errors = {}
+    for route in MERGE_DTYPES:
+        errors[route] = _distance(handle.merge(name, route), batch, expected)
+    stores = {path: layer.store for path, layer in handle.layers.items() if layer.store not in (None, *MERGE_DTYPES)}
+    if stores:
+        plain = handle.merge(name, "float32")
+        for path, store in stores.items():
+            plain.set_submodule(path, keep(plain.get_submodule(path), store))
+        errors[f"{' and '.join(sorted(set(map(str, stores.values()))))}, quantized again"] = _distance(
+            plain, batch, expected
+        )
+    return errors
+
+
+def _distance(plain: nn.Module, batch: Mapping[str, Tensor], expected: Tensor) -> float:
+    return float((_output(plain.eval(), batch) - expected).abs().max())
+
+
+def _output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    out: Any = model(**batch)
+    return (out if isinstance(out, Tensor) else out[0]).float()

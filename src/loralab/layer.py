@@ -1,6 +1,6 @@
 """The two modules that `attach` puts into a model: an adapted linear layer and an adapted head.
 
-They hold tensors only. Which adapter is live is asked of the one `Live` that all of them share.
+They hold tensors only. Which adapter is live is asked of the one `Active` that all of them share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.bases import keep, restore
-from loralab.gain import row_norms
-from loralab.live import Live
-from loralab.lower import lower
-from loralab.memo import Memo
+from loralab.active import Active
+from loralab.cache import Cache
+from loralab.methods.gain import row_norms
 from loralab.recipe import Recipe
+from loralab.stores import keep, restore
 from loralab.update import Dense, Update, apply, by_row, each, merged, nothing
 
 FAST = "_loralab_fast"  # the mark of a module whose forward is not that of its class
@@ -39,7 +38,7 @@ def put_back(model: nn.Module) -> None:
 class Adapted(nn.Module):
     """y = g * (W x + B A x) + b over a frozen base, with the parameters of any number of adapters."""
 
-    def __init__(self, original: nn.Module, store: str | None, live: Live) -> None:
+    def __init__(self, original: nn.Module, store: str | None, active: Active) -> None:
         super().__init__()
         self.base = keep(original, store)
         self.original = (original,)  # in a tuple, so that it is no submodule
@@ -47,12 +46,12 @@ class Adapted(nn.Module):
         self.store = store
         if store is not None:
             original.weight = None  # type: ignore[assignment]  # the base keeps it now, perhaps in fewer bits
-        self.live = live
+        self.active = active
         self.recipes: dict[str, Recipe] = {}
         self.constants: dict[str, Mapping[str, Tensor]] = {}  # frozen, shared with other layers, not in the state
         self.adapters = nn.ModuleDict()  # adapter name -> ParameterDict of role -> tensor
-        self.lowered, self.stacked = Memo(), Memo(1)  # update of an adapter, and of the rows in use
-        self.joined = Memo()  # update of an adapter as the fast path takes it
+        self.lowered, self.stacked = Cache(), Cache(1)  # update of an adapter, and of the rows in use
+        self.joined = Cache()  # update of an adapter as the fast path takes it
 
     @property
     def weight(self) -> Tensor:
@@ -80,7 +79,7 @@ class Adapted(nn.Module):
         self.constants[name] = recipe.factors.local(constants, self.out_features, self.in_features)
         if recipe.gain:
             with torch.no_grad():
-                u = lower(replace(recipe, gain=False), {**tensors, **self.constants[name]}, self.base)
+                u = replace(recipe, gain=False).lower({**tensors, **self.constants[name]}, self.base)
                 tensors = {**tensors, "m": row_norms(self.base, u)}
         roles = {  # a parameter is shared with another layer, so it stays the very one
             role: (t if isinstance(t, nn.Parameter) else nn.Parameter(t, False)).requires_grad_(role in recipe.learn)
@@ -118,37 +117,37 @@ class Adapted(nn.Module):
         if name not in self.recipes:
             return nothing(self.out_features, self.in_features, next(self.adapters.parameters()))
         p = {**self.roles(name), **self.constants[name]}
-        return lower(self.recipes[name], p, self.base, self.live.chosen.get(name, drawn))
+        return self.recipes[name].lower(p, self.base, self.active.chosen.get(name, drawn))
 
     def drop(self, name: str) -> Callable[[Tensor], Tensor] | None:
         p = self.recipes[name].dropout if name in self.recipes else 0.0
         return (lambda x: F.dropout(x, p)) if p and self.training else None
 
-    def live_update(self) -> Update | Dense | None:
+    def active_update(self) -> Update | Dense | None:
         """The update of what is live: None where nothing is, with `ids` one for each row or part (see `by_row`)."""
-        names, ids = self.live.names, self.live.ids
-        steps_follow = torch.is_grad_enabled() or bool(self.live.drawn)
+        names, ids = self.active.names, self.active.ids
+        steps_follow = torch.is_grad_enabled() or bool(self.active.drawn)
         if steps_follow:
             for memo in (self.lowered, self.stacked, self.joined):
                 memo.known.clear()
         if not any(name in self.recipes for name in names):
             return None
         if steps_follow:
-            made = [self.lower(name, self.live.drawn.get(name)) for name in names]
-            return made[0] if ids is None else by_row(made, ids, self.live.in_parts)
+            made = [self.lower(name, self.active.drawn.get(name)) for name in names]
+            return made[0] if ids is None else by_row(made, ids, self.active.equal_parts)
         if ids is None:
             return self._known(names[0])
-        key = (names, tuple(ids.tolist()), tuple(map(self.live.chosen.get, names)))
+        key = (names, tuple(ids.tolist()), tuple(map(self.active.chosen.get, names)))
         of = [t for name in names for t in self.made_from(name)]
 
         def rows_of() -> Update | Dense:
-            return by_row([self._known(name) for name in names], ids, self.live.in_parts)
+            return by_row([self._known(name) for name in names], ids, self.active.equal_parts)
 
         return self.stacked.get(key, of, rows_of)  # type: ignore[no-any-return]
 
     def _known(self, name: str) -> Update | Dense:
         """`lower` of what is live, done once as nothing learns."""
-        key = (name, self.live.chosen.get(name))
+        key = (name, self.active.chosen.get(name))
         return self.lowered.get(key, self.made_from(name), lambda: self.lower(name))  # type: ignore[no-any-return]
 
     def made_from(self, name: str) -> list[Tensor]:
@@ -160,14 +159,14 @@ class Adapted(nn.Module):
         return [t for t in (*own, *base) if t is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.live.check(len(x))
-        u, ids = self.live_update(), self.live.ids
+        self.active.check(len(x))
+        u, ids = self.active_update(), self.active.ids
         if u is None:
             return self.base(x)  # type: ignore[no-any-return]
         if ids is None:
-            return apply(x, self.base, u, self.drop(self.live.names[0]))
+            return apply(x, self.base, u, self.drop(self.active.names[0]))
         rows = x.reshape(len(u[0]), -1, self.in_features)
-        return apply(rows, self.base, u, self._drop_rows(self.live.names, ids)).reshape(
+        return apply(rows, self.base, u, self._drop_rows(self.active.names, ids)).reshape(
             *x.shape[:-1], self.out_features
         )
 
@@ -188,19 +187,19 @@ class Adapted(nn.Module):
 class AdaptedHead(nn.Module):
     """A module that each adapter has its own copy of: a classification head, or a part of one."""
 
-    def __init__(self, base: nn.Module, live: Live) -> None:
+    def __init__(self, base: nn.Module, active: Active) -> None:
         super().__init__()
         self.base = base
-        self.live = live
+        self.active = active
         self.copies = nn.ModuleDict()  # adapter name -> its own module
-        self.stacked = Memo(1)
+        self.stacked = Cache(1)
 
     def copy_of(self, name: str) -> nn.Module:
         return self.copies[name] if name in self.copies else self.base  # noqa: SIM401  (a ModuleDict has no get)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (rows, ...) -> (rows, outputs); rows of adapters with fewer labels are filled with -inf."""
-        names, ids = self.live.names, self.live.ids
+        names, ids = self.active.names, self.active.ids
         if names and not torch.is_autocast_enabled(x.device.type):  # the backbone may compute in bfloat16
             x = x.to(next(self.copy_of(names[0]).parameters()).dtype)
         if torch.is_grad_enabled():  # a step may follow, and torch's fused AdamW leaves versions as they were
@@ -209,14 +208,14 @@ class AdaptedHead(nn.Module):
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if ids is None:
             return self.copy_of(names[0])(x, *args, **kwargs)  # type: ignore[no-any-return]
-        self.live.check(len(x))
+        self.active.check(len(x))
         copies = [self.copy_of(name) for name in names]
         if all(type(copy) is nn.Linear for copy in copies) and not (args or kwargs):
             return self._linear(x, copies, ids)  # type: ignore[arg-type]
         present = ids.unique().tolist()
         outs = []
         for i in present:
-            with self.live.only(i):
+            with self.active.only(i):
                 outs.append(self.copy_of(names[i])(x[ids == i], *args, **kwargs))
         widest = max(out.shape[-1] for out in outs)
         outs = [F.pad(out, (0, widest - out.shape[-1]), value=-torch.inf) for out in outs]

@@ -8,20 +8,25 @@ import torch
 from torch import Generator
 from torch.utils._python_dispatch import _disable_current_modes
 
-from loralab import starts
-from loralab.bases import STORES
+from loralab import policies
 from loralab.errors import UserError, hint
-from loralab.factors import FACTORS, Factors
-from loralab.factors.adalora import AdaLoRA
-from loralab.factors.delta import DeltaLoRA
-from loralab.factors.dylora import DyLoRA
-from loralab.factors.lora import LoRA
-from loralab.factors.precond import PreconditionedLoRA
-from loralab.factors.superlora import SuperLoRA
-from loralab.factors.vera import VeRA
-from loralab.ranks import PLANS, RankMap, example, own, plans, sized
-from loralab.ranks import problems as rank_problems
+from loralab.methods import starts
+from loralab.methods.adalora import AdaLoRA
+from loralab.methods.base import Factors, Roles
+from loralab.methods.delta import DeltaLoRA
+from loralab.methods.dylora import DyLoRA
+from loralab.methods.gain import gain
+from loralab.methods.lora import LoRA
+from loralab.methods.precond import PreconditionedLoRA
+from loralab.methods.superlora import SuperLoRA
+from loralab.methods.vera import VeRA
+from loralab.policies import POLICIES
+from loralab.rankmap import RankMap, example, own, sized
+from loralab.rankmap import problems as rank_problems
+from loralab.stores import STORES
+from loralab.update import Dense, Update
 
+OLD_FIELDS = {"plan": "policy"}  # fields of 0.1.0 that have another name now
 BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: every bias, or everything
 
 
@@ -47,8 +52,8 @@ class Recipe:
     """Dropout on the adapter's input, in training."""
     ranks: RankMap | None = None
     """Rank, share and gates of every layer; None gives each layer its own factors of the method's rank."""
-    plan: str | None = None
-    """What makes the rank map before a run, one of PLANS; without a run, `ranks` must hold the map."""
+    policy: str | None = None
+    """What makes the rank map before a run, one of POLICIES; without a run, `ranks` must hold the map."""
 
     @property
     def learn(self) -> tuple[str, ...]:
@@ -73,14 +78,39 @@ class Recipe:
         """Which tensors of the base learn in place: None, "bias" or "all"."""
         return next((role for role in self.train or () if role in BASE_ROLES), None)
 
+    def lower(self, p: Roles, base: Any, drawn: Any = None) -> Update | Dense:
+        """The update of one layer with parameters `p` over `base`: the axes meet here, and nowhere else.
+
+        Beside the roles of its factors a layer may hold m (a gain), gates (r,) on the rows of A, and A0, B0: what a
+        start off zero must take away, so that the base keeps its own W and the adapter is portable. `drawn` is what
+        the method drew for this training step.
+        """
+        assert self.factors is not None
+        u: Update | Dense
+        if self.factors.low_rank:
+            u = self.lower_low_rank(p, drawn)
+        else:
+            u = Dense(self.factors.dense(p, base.out_features, base.in_features, drawn))
+        return u._replace(gain=gain(p["m"], base, u, self.exact_gain)) if "m" in p else u
+
+    def lower_low_rank(self, p: Roles, drawn: Any = None) -> Update:
+        """The update of one layer without its gain, which needs no base."""
+        assert self.factors is not None
+        A, B = self.factors.lower(p, drawn)  # (..., r, in), (..., out, r)
+        if "gates" in p:
+            A = p["gates"].unsqueeze(-1) * A
+        if "A0" in p:
+            A, B = torch.cat([A, p["A0"]], -2), torch.cat([B, -p["B0"]], -1)  # (..., 2r, in), (..., out, 2r)
+        return Update(A, B)
+
     def at(self, path: str) -> "Recipe":
         """The recipe of one layer, at the rank that the map gives it."""
         assert self.factors is not None
-        return replace(self, factors=own(self.factors, self.ranks, path), ranks=None, plan=None)
+        return replace(self, factors=own(self.factors, self.ranks, path), ranks=None, policy=None)
 
-    def planned(self, total_steps: int) -> "Recipe":
+    def for_steps(self, total_steps: int) -> "Recipe":
         """The recipe with what depends on the length of training filled in."""
-        return self if self.factors is None else replace(self, factors=self.factors.planned(total_steps))
+        return self if self.factors is None else replace(self, factors=self.factors.for_steps(total_steps))
 
     def count(self, out_features: int, in_features: int) -> int:
         """Values of one adapted layer that learn, in closed form."""
@@ -106,8 +136,8 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "eva": (Recipe(start="eva", lr=3e-4), "W x + b + s B A x, A starts at what the inputs span"),
     "qlora": (Recipe(store="nf4-dq"), "W x + b + s B A x, W in 4 bit"),
     "qdora": (Recipe(store="nf4-dq", gain=True), "dora, W in 4 bit"),
-    "lora-drop": (Recipe(plan="drop"), "lora, layers of small output share one A and B per kind"),
-    "alora": (Recipe(plan="alora"), "lora, ranks that matter least go to other layers"),
+    "lora-drop": (Recipe(policy="drop"), "lora, layers of small output share one A and B per kind"),
+    "alora": (Recipe(policy="alora"), "lora, ranks that matter least go to other layers"),
     "lokr": (Recipe(factors=SuperLoRA(split=2), lr=9e-3), "W x + b + s (T1 kron T2) x, T of rank r or whole"),
     "lonkr": (Recipe(factors=SuperLoRA(split=3), lr=1e-2), "W x + b + s (T1 kron T2 kron T3) x, T of rank r or whole"),
     "lorta": (
@@ -122,6 +152,10 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
     "head": (Recipe(factors=None, train=(), lr=3e-3), "only the classification head learns"),
 }
+
+
+# what files call a method -> its class
+FACTORS = {r.factors.kind: type(r.factors) for r, _ in NAMED.values() if r.factors is not None}
 
 
 def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
@@ -156,9 +190,9 @@ def check(r: Recipe) -> Recipe:
         problems.append(f"dropout={r.dropout}: expected 0 <= dropout < 1")
     if not r.lr > 0 or not r.lr_ratio > 0:
         problems.append(f"lr={r.lr}, lr_ratio={r.lr_ratio}: expected both above 0")
-    shared = (r.plan in PLANS and PLANS[r.plan].shares) or bool(getattr(r.ranks, "shares", None))
+    shared = (r.policy in POLICIES and POLICIES[r.policy].shares) or bool(getattr(r.ranks, "shares", None))
     problems += starts.problems(r.start, r.factors, r.store, shared)
-    problems += plans.problems(r)
+    problems += policies.problems(r.policy, r.factors, r.gain, r.start, r.store)
     if r.learn_base and r.store:
         problems.append(f"train={r.learn_base!r} with store={r.store!r}: a stored weight is frozen")
     if r.factors is None and (r.dropout or r.learn or r.gain or r.lr_ratio != 1):
@@ -173,7 +207,7 @@ def check(r: Recipe) -> Recipe:
         problems += _map_problems(r.factors, r)
         problems += _learn_problems(r.factors, r)
         if r.dropout and not r.factors.drops:
-            problems.append(f"dropout={r.dropout} with {name_of(r.factors)}: its W follows B A, and sees no dropped x")
+            problems.append(f"dropout={r.dropout} with {r.factors.kind}: its W follows B A, and sees no dropped x")
     if problems:
         raise UserError("; ".join(problems))
     return r
@@ -181,7 +215,7 @@ def check(r: Recipe) -> Recipe:
 
 def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
     """Why the roles that a recipe trains cannot be trained, or not move."""
-    name = name_of(factors)
+    name = factors.kind
     able = [role for role in r.roles if role not in starts.added(r.start)]
     wrong = []
     if strange := sorted(set(r.learn) - set(able)):
@@ -215,12 +249,12 @@ def _moves(factors: Factors, r: Recipe) -> bool:
 def _map_problems(factors: Factors, r: Recipe) -> list[str]:
     """Why the recipe cannot have its rank map; a start must suit the rank of every layer."""
     ranks = r.ranks
-    if r.plan in PLANS and ranks is None and not factors.problems():
-        ranks = example(r.plan, getattr(factors, "rank", 1))
+    if r.policy in POLICIES and ranks is None and not factors.problems():
+        ranks = example(POLICIES[r.policy].shares, getattr(factors, "rank", 1))
     if ranks is None:
         return []
     if wrong := rank_problems(factors, ranks):
-        return wrong if r.ranks is not None else [f"plan={r.plan!r} makes {problem}" for problem in wrong]
+        return wrong if r.ranks is not None else [f"policy={r.policy!r} makes {problem}" for problem in wrong]
     at_rank = {part.rank: sized(factors, part) for part in ranks.adapted.values()}
     told = [problem for f in at_rank.values() for problem in starts.problems(r.start, f, r.store)]
     if starts.added(r.start) and any(part.gates for part in ranks.adapted.values()):
@@ -228,12 +262,8 @@ def _map_problems(factors: Factors, r: Recipe) -> list[str]:
     return told
 
 
-def name_of(factors: Factors) -> str:
-    return next(name for name, kind in FACTORS.items() if kind is type(factors))
-
-
 def to_json(r: Recipe) -> dict[str, Any]:
-    factors = None if r.factors is None else {"kind": name_of(r.factors), **dataclasses.asdict(r.factors)}
+    factors = None if r.factors is None else {"kind": r.factors.kind, **dataclasses.asdict(r.factors)}
     ranks = None if r.ranks is None else r.ranks.to_json()
     return {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}, "factors": factors, "ranks": ranks}
 
@@ -241,7 +271,7 @@ def to_json(r: Recipe) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Recipe:
     """The inverse of `to_json`; raises UserError for what this version does not know."""
     try:
-        data = dict(data)
+        data = {OLD_FIELDS.get(key, key): value for key, value in data.items()}
         if (factors := data["factors"]) is not None:
             factors = dict(factors)
             data["factors"] = FACTORS[factors.pop("kind")](**factors)

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.bases import LINEAR
 from loralab.errors import UserError, hint
 from loralab.layer import Adapted
+from loralab.stores import LINEAR
 
 Targets = str | Sequence[str]
 

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
-from loralab import models, tasks
+from loralab import data, models
 from loralab.bench.cases import EpochCase
 from loralab.bench.sides import CLIP, under_peft
+from loralab.data.batches import Rows, encode
 from loralab.recipe import recipe
-from loralab.train import Settings
-from loralab.train.batches import Rows, encode
-from loralab.train.folder import RunFolder
-from loralab.train.loop import Loop
-from loralab.train.member import Member
-from loralab.train.memory import Peak
-from loralab.train.prepare import prepare_together
-from loralab.train.progress import Silent
+from loralab.run import Settings
+from loralab.run.bar import Silent
+from loralab.run.folder import RunFolder
+from loralab.run.loop import Loop
+from loralab.run.memory import Peak
+from loralab.run.setup import prepare_together
+from loralab.run.state import Member
 
 Timed = tuple[int, float]  # rows, seconds
 TIMES = (1.0, 0.5, 0.25, 2.0)  # of the method's rate, where runs share passes
@@ -36,17 +36,17 @@ def peft_epoch(case: EpochCase) -> Timed:
     import datasets
 
     none: dict[str, Any] = {"text": (), "label": None, "validation": None}
-    task = tasks.load(case.task, Path(case.data) if case.data else None, **none, regression=None)
+    task = data.load(case.task, Path(case.data) if case.data else None, **none, regression=None)
     regression = task.labels is None
     model, tokenizer = models.classifier(case.model, task.num_outputs, regression, torch.float32, 0)
     rows = limited(encode(task.train, tokenizer, case.max_length, regression), case.rows)
-    data = datasets.Dataset.from_dict({**rows.columns, "labels": rows.labels.tolist()})
+    rows_of_trainer = datasets.Dataset.from_dict({**rows.columns, "labels": rows.labels.tolist()})
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=under_peft(model, case).model,
             args=arguments(case, folder),
-            train_dataset=data,
+            train_dataset=rows_of_trainer,
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[clock],
         )

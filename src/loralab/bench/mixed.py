@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import loralab
-from loralab import models, speed
-from loralab.attach import Adapters
+from loralab import fast, models
+from loralab.adapters import Adapters
 
 Batch = dict[str, torch.Tensor]
 Variant = Callable[[], torch.Tensor]
@@ -61,7 +61,7 @@ def worn(args: argparse.Namespace, count: int) -> Adapters:
 
 
 def prepared(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
-    speed.prepare(model, store="bfloat16" if args.bfloat16 else None)
+    fast.prepare(model, store="bfloat16" if args.bfloat16 else None)
     return model
 
 

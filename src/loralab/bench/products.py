@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralab.attach import Adapters
+from loralab.adapters import Adapters
 from loralab.layer import Adapted
 from loralab.recipe import Recipe
 from loralab.targets import LAYERS
@@ -43,7 +43,7 @@ def needed(adapters: Adapters, inputs: dict[str, Tensor]) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    entry = adapters.entry(None)
+    entry = adapters.spec(None)
     total = sum(_weight(call, layers[path]) for path, call in seen.items())
     if entry.recipe.factors is not None:
         total += sum(_adapter(seen[path], layers[path], entry.recipe.at(path)) for path in entry.paths if path in seen)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from loralab import models, speed
-from loralab.attach import Adapters, attach
-from loralab.bases.nf4 import library
+from loralab import fast, models
+from loralab.adapters import Adapters, attach
 from loralab.errors import UserError
 from loralab.heads import head_of
 from loralab.optimizers import adamw
 from loralab.recipe import recipe
+from loralab.run.step import step as take_step
+from loralab.stores.nf4 import library
 from loralab.targets import cover
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Built:
     model: nn.Module
     learned: list[nn.Parameter]
     autocast: bool  # whether products are cast to bfloat16 step by step
-    choices: list[speed.Choice] = field(default_factory=list)
+    choices: list[fast.Choice] = field(default_factory=list)
 
 
 def device() -> torch.device:
@@ -137,7 +137,7 @@ def adapted(case: "Case") -> Adapters:
 
 def loralab_side(case: "Case") -> Built:
     model = adapted(case).model
-    choices, autocast = speed.quicken(model.to(device()), "auto", getattr(torch, case.dtype))
+    choices, autocast = fast.quicken(model.to(device()), "auto", getattr(torch, case.dtype))
     built = _ready(model, autocast)
     return Built(built.model, built.learned, built.autocast, choices)
 
@@ -174,12 +174,7 @@ def stepper(built: Built, inputs: dict[str, Tensor], labels: Tensor) -> Callable
     kind = device().type
 
     def step() -> None:
-        with torch.autocast(kind, torch.bfloat16, enabled=built.autocast):
-            logits = built.model(**inputs).logits
-        F.cross_entropy(logits.float(), labels).backward()
-        nn.utils.clip_grad_norm_(built.learned, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(built.model, inputs, labels, optimizer, built.learned, CLIP, built.autocast)
         if kind == "cuda":
             torch.cuda.synchronize()
 

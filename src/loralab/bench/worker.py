@@ -22,8 +22,8 @@ from loralab.bench import epoch, products
 from loralab.bench.cases import Case, EpochCase
 from loralab.bench.sides import SIDES, adapted, batch, stepper
 from loralab.errors import UserError
-from loralab.speed.machine import hardware, rate, units
-from loralab.train.memory import Peak
+from loralab.fast.machine import hardware, rate, units
+from loralab.run.memory import Peak
 
 
 class Side:

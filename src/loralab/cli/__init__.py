@@ -23,7 +23,7 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
     ),
     "plan": (
         "What a training step needs in memory, without loading weights, and what would make it need less.",
-        "loralab plan --model minilm --method lora --batch 32 --length 64 --memory 1GB",
+        "loralab plan --model minilm --method lora --batch-size 32 --max-length 64 --memory 1GB",
     ),
     "study": (
         "Many runs that answer one question, compared with corrected tests.",

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
-from loralab import files, models
-from loralab.attach import Adapters
+from loralab import adapters, models
+from loralab.adapters import Adapters
 from loralab.errors import UserError
+from loralab.files import AdapterFile
 
 
 def load(model: str, folder: Path) -> tuple[Adapters, Any]:
     """(adapters, tokenizer)."""
     base, tokenizer = plain(model, folder)
-    return files.load(base, folder), tokenizer
+    return adapters.load(base, folder), tokenizer
 
 
 def plain(model: str, folder: Path) -> tuple[Any, Any]:
     """(base, tokenizer), with the head that the adapter of `folder` needs."""
-    file = files.read(folder)
+    file = adapters.read(folder)
     outputs = _outputs(file)
     base, tokenizer = models.classifier(model, outputs, outputs == 1, torch.float32, seed=0)
     if file.labels:
@@ -37,7 +38,7 @@ def absent(out: Path) -> Path:
     return out
 
 
-def _outputs(file: files.AdapterFile) -> int:
+def _outputs(file: AdapterFile) -> int:
     """Outputs of the head: one a label, or where a folder names no labels the narrowest matrix of its head."""
     head = [t for key, t in file.tensors.items() if key.startswith(tuple(f"{path}." for path in file.heads))]
     return len(file.labels) or min((len(t) for t in head if t.ndim == 2), default=2)

@@ -18,7 +18,7 @@ from loralab.bench.cases import DTYPES, LAYERS, LENGTHS, RANKS, epochs, grid, gr
 from loralab.bench.spread import spread
 from loralab.cli.show import Json, as_json, table
 from loralab.errors import UserError
-from loralab.speed.machine import fast_bfloat16
+from loralab.fast.machine import fast_bfloat16
 
 EPOCHS = 3  # of each side at most: an epoch is long, and averages over hundreds of steps by itself
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from loralab.cli.show import Json, as_json, folder_size, size, table
 from loralab.errors import UserError
-from loralab.train import Settings, train
-from loralab.train.progress import Bar
+from loralab.run import Settings, train
+from loralab.run.bar import Bar
 
 METHODS = ("full", "head", "lora")  # each at its default learning rate
 GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 5}

@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions
 
 HEADINGS = {
     "Task, data and model": "task data text label problem-type validation train-rows validation-rows max-length model",
-    "Method": "method rank alpha targets ranks plan keep rounds span dropout lr-ratio store",
+    "Method": "method set rank alpha targets ranks policy keep rounds span dropout lr-ratio store",
     "Optimization": "epochs batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "selection patience seed",
     "Run": "out resume checkpoint-every dtype speed attention threads track json",

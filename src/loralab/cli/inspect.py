@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from loralab import analysis
+from loralab.adapters import read
 from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
 from loralab.cli.layers import show_layers
 from loralab.cli.show import Json, as_json, folder_size, number, pairs, size, table
+from loralab.disk import read_header
 from loralab.errors import UserError
-from loralab.files import AdapterFile, read, read_header
-from loralab.ranks import RankMap
+from loralab.files import AdapterFile
+from loralab.rankmap import RankMap
 from loralab.recipe import to_json
 from loralab.targets import summary
 

@@ -1,7 +1,7 @@
 """The table of memory by layer, of a run or of a plan."""
 
 from loralab.cli.show import size, table
-from loralab.train.memory import PURPOSES, Layers
+from loralab.run.memory import PURPOSES, Layers
 
 
 def show_layers(title: str, layers: Layers) -> None:

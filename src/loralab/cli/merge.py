@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
+from loralab.analysis import merge_errors
 from loralab.cli import base
 from loralab.errors import UserError
-from loralab.merge import merge_errors
 
 PROBE = ["The cat that the dogs chase sleeps.", "A longer line, so that the rows differ in length and in words."]
 

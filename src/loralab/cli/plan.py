@@ -8,8 +8,7 @@ from cyclopts import Parameter
 from loralab.cli.layers import show_layers
 from loralab.cli.show import Json, as_bytes, as_json, pairs, size, table
 from loralab.errors import UserError
-from loralab.train.planner import Plan, Setup, largest_batch
-from loralab.train.planner import plan as planned
+from loralab.run.estimate import Estimate, EstimateSettings, estimate, largest_batch
 
 CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> how the setup does; the cheapest for quality first
     "--dtype bfloat16": {"dtype": "bfloat16"},
@@ -24,7 +23,7 @@ WORTH = 0.99  # a change is told where it needs less than this part
 
 
 def plan(
-    settings: Annotated[Setup, Parameter(name="*")] = Setup(),  # noqa: B008  (frozen)
+    settings: Annotated[EstimateSettings, Parameter(name="*")] = EstimateSettings(),  # noqa: B008  (frozen)
     *,
     memory: str | None = None,
     json: Json = False,
@@ -39,13 +38,15 @@ def plan(
         What there is, as 24GB or 512MiB: tells whether the step fits, and the largest batch that does.
     """
     room = as_bytes(memory)
-    found = planned(settings)
+    found = estimate(settings)
     most = None if room is None else largest_batch(found, room)
     changes = _changes(found)
     if json:
         as_json(_data(found, room, most, changes))
         return
-    show_layers(f"{settings.model}, {settings.method}, {settings.batch} rows of {settings.length} tokens", found.layers)
+    show_layers(
+        f"{settings.model}, {settings.method}, {settings.batch_size} rows of {settings.max_length} tokens", found.layers
+    )
     pairs("\nmost at once, beside what the imports take", _told(found))
     rows = [(name, size(other.peak), f"{other.peak / found.peak - 1:+.0%}") for name, other in changes.items()]
     table("\nwhat would change it", ("change", "peak", ""), rows)
@@ -53,7 +54,7 @@ def plan(
         print(f"\n{_verdict(found, room, most, changes)}")
 
 
-def _told(p: Plan) -> dict[str, str]:
+def _told(p: Estimate) -> dict[str, str]:
     return {
         "while loading": size(p.loading),
         "in a step": f"{size(p.training)} resident, {size(p.tensors)} of it tensors, temporaries among them",
@@ -62,25 +63,25 @@ def _told(p: Plan) -> dict[str, str]:
     }
 
 
-def _data(found: Plan, room: int | None, most: int | None, changes: dict[str, Plan]) -> dict[str, Any]:
+def _data(found: Estimate, room: int | None, most: int | None, changes: dict[str, Estimate]) -> dict[str, Any]:
     fits = None if room is None else found.peak <= room
     parts = {"ledger": found.ledger, "layers": found.layers, "memory": room, "fits": fits, "largest_batch": most}
     changed = {name: _numbers(other) for name, other in changes.items()}
-    return {"setup": asdict(found.setup), **_numbers(found), **parts, "changes": changed}
+    return {"settings": asdict(found.settings), **_numbers(found), **parts, "changes": changed}
 
 
-def _numbers(p: Plan) -> dict[str, int]:
+def _numbers(p: Estimate) -> dict[str, int]:
     return {"loading": p.loading, "tensors": p.tensors, "training": p.training, "peak": p.peak, "products": p.products}
 
 
-def _changes(found: Plan) -> dict[str, Plan]:
+def _changes(found: Estimate) -> dict[str, Estimate]:
     """Setups that need less, where they make sense; half the batch with --accumulate 2 has the same gradient."""
-    s, out = found.setup, {}
-    smaller = {} if s.batch == 1 else {"--accumulate 2": {"batch": -(-s.batch // 2)}}
-    shorter = {} if s.length < 2 else {f"--length {s.length // 2}": {"length": s.length // 2}}
+    s, out = found.settings, {}
+    smaller = {} if s.batch_size == 1 else {"--accumulate 2": {"batch_size": -(-s.batch_size // 2)}}
+    shorter = {} if s.max_length < 2 else {f"--max-length {s.max_length // 2}": {"max_length": s.max_length // 2}}
     for name, change in {**smaller, **CHANGES, **shorter}.items():
         try:
-            other = planned(replace(s, **change))
+            other = estimate(replace(s, **change))
         except UserError:  # of a method or model that cannot have it
             continue
         if other.peak < WORTH * found.peak:
@@ -88,11 +89,13 @@ def _changes(found: Plan) -> dict[str, Plan]:
     return out
 
 
-def _verdict(found: Plan, room: int, most: int, changes: dict[str, Plan]) -> str:
+def _verdict(found: Estimate, room: int, most: int, changes: dict[str, Estimate]) -> str:
     if found.peak <= room:
         return f"It fits: {size(found.peak)} of {size(room)}. The largest batch that does is about {most}."
     able = [name for name, other in changes.items() if other.peak <= room]
-    able += [f"--batch {most}, which in a run is --accumulate {-(-found.setup.batch // most)}"] if most else []
+    able += (
+        [f"--batch-size {most}, which in a run is --accumulate {-(-found.settings.batch_size // most)}"] if most else []
+    )
     short = f"It does not fit: {size(found.peak)}, and there is {size(room)}."
     if able:
         return f"{short} Each of these alone does: {', or '.join(able)}."

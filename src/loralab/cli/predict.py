@@ -11,10 +11,10 @@ from torch import nn
 
 from loralab import models
 from loralab.cli.show import Json, as_bytes
+from loralab.data import tables
 from loralab.errors import UserError
 from loralab.report.numbers import spans
 from loralab.serve import Answer, Known, Pool, Predictor, Row, known, table
-from loralab.tasks import tables
 
 USUAL = (("text",), ("sentence",))  # columns of text to look for where neither flag nor adapter names them
 

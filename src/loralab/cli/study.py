@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from loralab.cli.show import Json, as_json
 from loralab.cli.study_tables import show, show_outline
 from loralab.errors import UserError
+from loralab.run.folder import write_json
 from loralab.study.bar import StudyBar
 from loralab.study.conduct import check_folder, conduct
 from loralab.study.parse import read
@@ -15,7 +16,6 @@ from loralab.study.plan import plan
 from loralab.study.record import Study
 from loralab.study.results import as_data, outline
 from loralab.study.runners import runner
-from loralab.train.folder import write_json
 
 
 def study(

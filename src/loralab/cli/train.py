@@ -6,9 +6,9 @@ from accelerate import PartialState
 from cyclopts import Parameter
 
 from loralab.cli.show import Json, as_json, pairs, size
-from loralab.train import Settings
-from loralab.train import train as run
-from loralab.train.progress import Bar
+from loralab.run import Settings
+from loralab.run import train as run
+from loralab.run.bar import Bar
 
 
 def train(

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from loralab import files
+from loralab.adapters import read
 from loralab.cli import base
+from loralab.disk import read_header
 from loralab.errors import UserError
 
 
@@ -19,7 +21,7 @@ def verify(folder: Path, /, *, model: str | None = None) -> None:
     model: str
         The base to try it on: a local folder, a hub name, or an alias.
     """
-    file = files.read(folder)
+    file = read(folder)
     if model is None:
         if problems := _problems(folder, file):
             raise UserError(f"{folder}: {'; '.join(problems)}")
@@ -32,7 +34,7 @@ def verify(folder: Path, /, *, model: str | None = None) -> None:
 def _problems(folder: Path, file: files.AdapterFile) -> list[str]:
     """What is wrong without looking at a base; a folder of PEFT does not list its tensors."""
     header = folder / files.HEADER
-    roles = files.read_header(header).get("roles") if header.is_file() else dict.fromkeys(file.tensors)
+    roles = read_header(header).get("roles") if header.is_file() else dict.fromkeys(file.tensors)
     if not isinstance(roles, dict):
         return [f"{header.name} does not list its tensors under roles"]
     wrong = {

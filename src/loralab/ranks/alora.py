@@ -8,26 +8,24 @@ what alpha / rank changes, so that the kept ranks act as before.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
-from loralab.ranks import Part, RankMap
+from loralab.policies import fixed_ranks
+from loralab.rankmap import LayerRank, RankMap
 from loralab.ranks.drop import evaluating
-from loralab.ranks.plans import fixed
 from loralab.targets import Coverage
-
-if TYPE_CHECKING:
-    from loralab.attach import Adapters
 
 Scores = dict[str, list[float]]  # path -> one score for each of its ranks
 Ranks = dict[str, int]
 
 
 def alora(
-    adapters: "Adapters",
+    adapters: AdaptedModel,
     name: str,
     train_epoch: Callable[[int], None],
     score_batch: Mapping[str, Any],
@@ -51,10 +49,10 @@ def alora(
     return maps
 
 
-def scores(adapters: "Adapters", name: str, batch: Mapping[str, Any]) -> Scores:
+def scores(adapters: AdaptedModel, name: str, batch: Mapping[str, Any]) -> Scores:
     """The AB-LoRA score of every rank less S(M): loss without it minus loss with only it, in evaluation."""
     _check(adapters, name)
-    held: dict[str, Any] = {path: adapters.layers[path].adapters[name] for path in adapters.entry(name).paths}
+    held: dict[str, Any] = {path: adapters.layers[path].adapters[name] for path in adapters.spec(name).paths}
     model: Any = adapters.model
     gates = {path: torch.ones_like(p["A"][:, 0]) for path, p in held.items()}  # (r,)
 
@@ -113,17 +111,17 @@ def _mean(row: list[float]) -> float:
     return sum(row) / len(row) if row else -torch.inf  # a layer without ranks has no score, so it comes last
 
 
-def reallocate(adapters: "Adapters", name: str, scored: Scores, generator: Generator) -> RankMap:
+def reallocate(adapters: AdaptedModel, name: str, scored: Scores, generator: Generator) -> RankMap:
     """Moves ranks as `divide` says, in place, and returns the new map; what is kept acts as before."""
     _check(adapters, name)
-    entry = adapters.entry(name)
-    paths = entry.paths if entry.recipe.ranks is None else list(entry.recipe.ranks.layers)
+    spec = adapters.spec(name)
+    paths = spec.paths if spec.recipe.ranks is None else list(spec.recipe.ranks.layers)
     ranks = {path: len(scored.get(path, [])) for path in paths}
     layers = {path: adapters.layers[path] for path in paths}
     most = {path: min(layer.out_features, layer.in_features) for path, layer in layers.items()}
     lost, given = divide(scored, ranks, most)
-    after = RankMap({path: Part(k - len(lost.get(path, [])) + given.get(path, 0)) for path, k in ranks.items()})
-    recipe = replace(entry.recipe, ranks=after)
+    after = RankMap({path: LayerRank(k - len(lost.get(path, [])) + given.get(path, 0)) for path, k in ranks.items()})
+    recipe = replace(spec.recipe, ranks=after)
     for path, layer in layers.items():
         kept = [i for i in range(ranks[path]) if i not in lost.get(path, [])]
         if not after.layers[path].rank:
@@ -131,7 +129,7 @@ def reallocate(adapters: "Adapters", name: str, scored: Scores, generator: Gener
                 layer.remove(name)
         elif kept != list(range(ranks[path])) or given.get(path):
             _move(layer, name, recipe.at(path), kept, given.get(path, 0), generator)
-    adapters.entries[name] = replace(entry, recipe=recipe, coverage=_coverage(entry, after))
+    adapters.specs[name] = replace(spec, recipe=recipe, coverage=_coverage(spec, after))
     return after
 
 
@@ -148,16 +146,16 @@ def _move(layer: Any, name: str, recipe: Any, kept: list[int], more: int, genera
     layer.add(name, recipe, {"A": A, "B": B}, {})
 
 
-def _coverage(entry: Any, ranks: RankMap) -> Coverage:
+def _coverage(spec: Any, ranks: RankMap) -> Coverage:
     """Which layers have an adapter now; one that had lost all its ranks comes back under its own path."""
-    back = {path: [path] for path in ranks.adapted if path not in entry.paths}
-    matched = {**entry.coverage.matched, **back}
-    return Coverage(matched, [path for path in entry.coverage.left if path not in back]).keep(ranks.adapted)
+    back = {path: [path] for path in ranks.adapted if path not in spec.paths}
+    matched = {**spec.coverage.matched, **back}
+    return Coverage(matched, [path for path in spec.coverage.left if path not in back]).keep(ranks.adapted)
 
 
-def _check(adapters: "Adapters", name: str) -> None:
-    r = adapters.entry(name).recipe
-    if wrong := fixed(r):
+def _check(adapters: AdaptedModel, name: str) -> None:
+    r = adapters.spec(name).recipe
+    if wrong := fixed_ranks(r.factors, r.gain, r.start):
         raise UserError(f"adapter {name!r}: ALoRA does not go with {'; '.join(wrong)}")
     if r.ranks is not None and any(part.share or part.gates or part.alpha for part in r.ranks.layers.values()):
         told = "ALoRA moves ranks from layer to layer, so none may have a share, gates or an alpha of its own"
@@ -167,7 +165,7 @@ def _check(adapters: "Adapters", name: str) -> None:
 class _Watch:
     """Sees that every layer that trained in the first round goes on training: a stale optimizer has old parameters."""
 
-    def __init__(self, adapters: "Adapters", name: str) -> None:
+    def __init__(self, adapters: AdaptedModel, name: str) -> None:
         self.adapters, self.name = adapters, name
         self.trained: set[str] = set()
 
@@ -184,5 +182,5 @@ class _Watch:
             )
 
     def _versions(self) -> dict[str, int]:
-        layers = {path: self.adapters.layers[path] for path in self.adapters.entry(self.name).paths}
+        layers = {path: self.adapters.layers[path] for path in self.adapters.spec(self.name).paths}
         return {path: sum(t._version for t in layer.roles(self.name).values()) for path, layer in layers.items()}

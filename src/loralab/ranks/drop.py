@@ -8,28 +8,26 @@ layers that come first, largest importance first, until `keep` of it is reached,
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
-from loralab.ranks import Part, RankMap
+from loralab.rankmap import LayerRank, RankMap
 from loralab.ranks.groups import alike
 from loralab.update import Dense, Update
-
-if TYPE_CHECKING:
-    from loralab.attach import Adapters
 
 Batches = Iterable[Mapping[str, Any]]
 
 
-def importance(adapters: "Adapters", name: str, batches: Batches) -> dict[str, float]:
+def importance(adapters: AdaptedModel, name: str, batches: Batches) -> dict[str, float]:
     """Path -> share of the layer in the squared output of all updates, in evaluation, over tokens that are no padding.
 
     A batch is what `model(**batch)` takes; its attention_mask tells the padding.
     """
-    paths = adapters.entry(name).paths
+    paths = adapters.spec(name).paths
     sums, counts = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0)
     mask: list[Tensor | None] = [None]
 
@@ -103,9 +101,9 @@ def parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def shapes(adapters: "Adapters", name: str) -> dict[str, tuple[int, int]]:
+def shapes(adapters: AdaptedModel, name: str) -> dict[str, tuple[int, int]]:
     """Path -> (out, in) of the layers of an adapter."""
-    layers = {path: adapters.layers[path] for path in adapters.entry(name).paths}
+    layers = {path: adapters.layers[path] for path in adapters.spec(name).paths}
     return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
@@ -129,4 +127,4 @@ def drop_map(
         reached += grouped[name]
         kept.add(name)
     shares = alike({path: sizes[path] for path in scores if group(path) not in kept})
-    return RankMap({path: Part(rank, shares.get(path)) for path in scores})
+    return RankMap({path: LayerRank(rank, shares.get(path)) for path in scores})

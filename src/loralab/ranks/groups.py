@@ -10,7 +10,7 @@ from torch import nn
 
 from loralab.errors import UserError
 from loralab.heads import head_of
-from loralab.ranks import Part, RankMap
+from loralab.rankmap import LayerRank, RankMap
 from loralab.targets import Targets, cover, shape_of
 
 
@@ -31,7 +31,7 @@ def groups(
         raise UserError(f"span={span}: expected how many layers a group may have, 2 or more")
     paths = cover(model, targets, head_of(model)).paths
     shares = alike({path: shape_of(model.get_submodule(path)) for path in paths}, span, by)
-    return RankMap({path: Part(rank, shares.get(path)) for path in paths})
+    return RankMap({path: LayerRank(rank, shares.get(path)) for path in paths})
 
 
 def alike(

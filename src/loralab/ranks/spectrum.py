@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.bases import keep
 from loralab.errors import UserError
-from loralab.ranks import RankMap
+from loralab.rankmap import RankMap
+from loralab.stores import keep
 
 
 def error_map(layers: Mapping[str, Any], store: str, rank: int = 8, least: int = 0) -> RankMap:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.disk import read_header
 from loralab.errors import UserError
-from loralab.files import read_header
+from loralab.run import Settings
 from loralab.study import Planned, Study, load
 from loralab.study.definition import MARGIN, Compare
-from loralab.train import Settings
 
 COMPARE = {"alpha": Compare.alpha, "margin": {"default": MARGIN}, "against": Compare.against}
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)}

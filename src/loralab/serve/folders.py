@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab import files, peft_layout
+from loralab import files
+from loralab import peft_format as peft_layout
+from loralab.data import glue
+from loralab.disk import read_header
 from loralab.errors import UserError
-from loralab.tasks import glue
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ def known(given: Sequence[str]) -> dict[str, Known]:
 
 def _known(folder: Path, name: str) -> Known:
     if (folder / peft_layout.HEADER).is_file():
-        config = files.read_header(folder / peft_layout.HEADER)
+        config = read_header(folder / peft_layout.HEADER)
         return Known(folder, name or folder.resolve().name, (), config.get("base_model_name_or_path"), None)
-    header = files.read_header(folder / files.HEADER)
+    header = read_header(folder / files.HEADER)
     base = header.get("base")
     if not isinstance(base, dict):
         raise UserError(f"{folder / files.HEADER}: not an adapter header, it names no base")

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from loralab import files, speed
-from loralab.attach import HANDLE, Adapters, of
+from loralab import fast
+from loralab.adapted import HANDLE
+from loralab.adapters import Adapters, of, put, read
 from loralab.errors import UserError
 from loralab.files import AdapterFile
-from loralab.train.memory import tensor_bytes
+from loralab.run.memory import tensor_bytes
 
 Kind = Hashable
 
@@ -67,7 +68,7 @@ class Pool:
         Raises UserError for a folder that cannot be used over this base, and for one larger than the whole budget.
         """
         if folder not in self.loaded:
-            self.loaded[folder] = self._put(files.read(folder), folder)
+            self.loaded[folder] = self._put(read(folder), folder)
         self.loaded.move_to_end(folder)
         found, stay = self.loaded[folder], {folder, *beside}
         for other in [other for other in self.loaded if other not in stay]:
@@ -101,12 +102,12 @@ class Pool:
         model = self._model(kind)
         known: Adapters | None = getattr(model, HANDLE, None)
         before = 0 if known is None else len(known.layers)
-        handle = files.put(model, file, folder, slot)
-        handle.live.names = ()
+        handle = put(model, file, folder, slot)
+        handle.active.names = ()
         model.eval()
         if self.fast and (known is None or len(handle.layers) > before):  # a block knows the layers it was made of
-            speed.prepare(model)
-        return Loaded(slot, kind, size_of(handle, slot), handle.entries[slot].labels)
+            fast.prepare(model)
+        return Loaded(slot, kind, size_of(handle, slot), handle.specs[slot].labels)
 
 
 def _kind(file: AdapterFile, folder: Path) -> Kind:
@@ -120,5 +121,5 @@ def _kind(file: AdapterFile, folder: Path) -> Kind:
 def size_of(handle: Adapters, name: str) -> int:
     """Bytes of an adapter: its tensors, and what they are lowered to, which is kept once it is used."""
     held = [tensor for _, tensor in handle.tensors(name).values()]
-    held += [t for p in handle.entries[name].paths for t in handle.layers[p].lower(name) if t is not None]
+    held += [t for p in handle.specs[name].paths for t in handle.layers[p].lower(name) if t is not None]
     return tensor_bytes(held)

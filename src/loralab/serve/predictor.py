@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loralab.data import Split
+from loralab.data.batches import Rows, collate, encode, longest, sorted_batches
 from loralab.errors import UserError
 from loralab.serve.folders import Known
 from loralab.serve.pool import Loaded, Pool
-from loralab.tasks import Split
-from loralab.train.batches import Rows, collate, encode, longest, sorted_batches
 
 
 class Row(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from loralab.data import tables
 from loralab.errors import UserError
-from loralab.tasks import tables
 
 Columns = Mapping[str, Sequence[Any]]
 

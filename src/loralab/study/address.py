@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from loralab import models
-from loralab.factors import FACTORS
-from loralab.recipe import Recipe, name_of, to_json
-from loralab.tasks import glue
-from loralab.train import Settings
-from loralab.train.prepare import task_of
-from loralab.train.settings import NOT_RESULT, SOURCE
+from loralab.data import glue
+from loralab.recipe import FACTORS, Recipe, to_json
+from loralab.run import Settings
+from loralab.run.settings import NOT_RESULT, SOURCE
+from loralab.run.setup import task_of
 
 VERSION = 1  # raise it when a default changes what runs come to: old addresses then mean nothing
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
-IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "plan", "store"}
+IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "policy", "store", "set"}
 IN_HASHES = {*SOURCE, "model"}
 HUB = "hub "  # before the name of a model that is still there, in the place of its hash
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
@@ -65,7 +64,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     own, usual = to_json(recipe), to_json(Recipe())
     factors = own.pop("factors")
     if recipe.factors is not None:
-        of_kind = dataclasses.asdict(FACTORS[name_of(recipe.factors)]())
+        of_kind = dataclasses.asdict(FACTORS[recipe.factors.kind]())
         factors = {key: value for key, value in factors.items() if key not in of_kind or value != of_kind[key]}
     return {"factors": factors, **{key: value for key, value in own.items() if value != usual[key]}}
 

@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from loralab.run import Settings
 from loralab.study import search
 from loralab.study.estimate import clock
-from loralab.train import Settings
 
 
 class StudyBar:

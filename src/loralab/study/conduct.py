@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import UserError
+from loralab.run import Settings
+from loralab.run.folder import write_json
 from loralab.study import search
 from loralab.study.address import data
 from loralab.study.bar import StudyBar
@@ -19,8 +21,6 @@ from loralab.study.plan import Point, blocks, notes, plan, points
 from loralab.study.record import FAILED, Planned, Role, Study, failure, load
 from loralab.study.runners import Runner
 from loralab.study.runners.one import run as run_one
-from loralab.train import Settings
-from loralab.train.folder import write_json
 
 
 def conduct(definition: Definition, folder: Path, runner: Runner, bar: StudyBar, retry: bool = False) -> Study:

@@ -6,8 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from loralab.run import Settings
 from loralab.study.values import FREE
-from loralab.train import Settings
 
 RELATIVE = "lr_times"  # in a grid: the method's own learning rate times this
 GRID = (*FREE, RELATIVE)

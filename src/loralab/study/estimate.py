@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from loralab.run import Settings
 from loralab.study.forecast import forecast
 from loralab.study.record import Key, Run
-from loralab.train import Settings
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ Seconds are rough: a step is not products alone, and starts, plans and loading a
 from dataclasses import dataclass
 from functools import cache
 
-from loralab import models, tasks
+from loralab import data, models
+from loralab.data.batches import encode, epoch_batches, width
 from loralab.errors import UserError
-from loralab.speed.machine import rate
+from loralab.fast.machine import rate
+from loralab.run import Settings
+from loralab.run.estimate import EstimateSettings, estimate
+from loralab.run.settings import SOURCE
+from loralab.run.setup import splits, task_of
 from loralab.study.address import is_here
-from loralab.train import Settings
-from loralab.train.batches import encode, epoch_batches, width
-from loralab.train.planner import Setup, plan
-from loralab.train.prepare import splits, task_of
-from loralab.train.settings import SOURCE
 
 SAMPLE = 1000  # training rows whose lengths stand for all
 REACHED = 0.5  # of the rate of a large product, by a step; docs/benchmarks.md has 0.43 to 0.76
@@ -47,10 +47,12 @@ def forecast(s: Settings) -> Forecast | None:
     rows = _rows(s.only(OF_ROWS))
     batch = -(-s.batch_size // s.accumulate)
     how = "off" if s.speed == "compile" else s.speed
-    setup = Setup(model=s.model, targets=s.targets, batch=batch, length=rows.widest, labels=rows.labels, dtype=s.dtype,
-                  speed=how)  # fmt: skip
+    step = EstimateSettings(
+        model=s.model, targets=s.targets, batch_size=batch, max_length=rows.widest, labels=rows.labels,
+        dtype=s.dtype, speed=how,
+    )  # fmt: skip
     try:
-        found = plan(setup, s.recipe())
+        found = estimate(step, s.recipe())
     except UserError:
         return None
     a_row = found.products / batch * rows.mean / rows.widest  # products are nearly linear in the length
@@ -67,7 +69,7 @@ def _rows(s: Settings) -> Rows:
     found, _ = splits(task, s)
     train = some = found["train"]
     if len(train) > SAMPLE:
-        some = train.take(tasks.sample(train, task.sha256, task.labels is not None, SAMPLE))
+        some = train.take(data.sample(train, task.sha256, task.labels is not None, SAMPLE))
     tokens = encode(some, models.tokenizer(s.model), s.max_length, task.labels is None)
     widths = [width(tokens, chosen) for chosen in epoch_batches(tokens.lengths, s.batch_size, 0, 0)]
     evaluated = sum(len(split) for name, split in found.items() if name != "train")

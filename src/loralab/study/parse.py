@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.data import METRICS, tables
 from loralab.errors import UserError
 from loralab.study.definition import GRID, MARGIN, RELATIVE, Compare, Definition, Row, Tune, trials
 from loralab.study.values import FREE, OF_TASK, Problems
-from loralab.tasks import METRICS, tables
 
 TOP = (
     "name",

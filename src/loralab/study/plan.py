@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loralab.run import Settings
 from loralab.study import search
 from loralab.study.address import address
 from loralab.study.definition import Definition, Row, trials
 from loralab.study.record import Key, Planned, Role, failure, read_run
-from loralab.train import Settings
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from loralab.disk import read_header, read_tensors
 from loralab.errors import UserError
-from loralab.files import read_header, read_tensors
 
 Array = NDArray[Any]
 Key = tuple[str, str, str]  # task, model, label of the method

@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from loralab.run import Settings
 from loralab.study.conduct import done
 from loralab.study.definition import Definition
 from loralab.study.estimate import estimate
 from loralab.study.plan import points
 from loralab.study.record import Key, Planned, Study, read_run
 from loralab.study.statistics import comparisons, summaries
-from loralab.train import Settings
 
 
 def as_data(study: Study) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from loralab.errors import UserError
+from loralab.run import Settings
 from loralab.study.record import failure, history, read_run
-from loralab.train import Settings
 
 if TYPE_CHECKING:
     from loralab.study.plan import Point

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralab.errors import hint
-from loralab.train import Settings
+from loralab.run import Settings
 
 HINTS = typing.get_type_hints(Settings)
 OF_TASK = ("task", "text", "label", "problem_type", "validation")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from loralab.errors import UserError
+from loralab.run import Outcome, Settings
 from loralab.study.bar import StudyBar
 from loralab.study.runners.in_turn import InTurn
 from loralab.study.runners.on_ray import OnRay
 from loralab.study.runners.on_ray import library as ray_library
 from loralab.study.runners.together import Together
-from loralab.train import Outcome, Settings
 
 __all__ = ["RUNNERS", "Outcome", "Runner", "runner"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from loralab.run import Outcome, Settings
 from loralab.study.bar import StudyBar
 from loralab.study.runners.one import run
-from loralab.train import Outcome, Settings
 
 
 @dataclass(frozen=True)

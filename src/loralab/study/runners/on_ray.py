@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any
 
 from loralab.errors import UserError
+from loralab.run import Outcome, Settings
+from loralab.run.sharing import MOST, grouped
 from loralab.study.bar import StudyBar
 from loralab.study.runners.one import run_together
-from loralab.train import Outcome, Settings
-from loralab.train.together import MOST, grouped
 
 RETRIES = 5  # deaths of a worker that one run outlives; more is a broken machine or too little memory
 INSTALL = "--on ray needs Ray: pip install 'loralab[ray]'"

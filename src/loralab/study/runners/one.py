@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from loralab.disk import read_header
 from loralab.errors import UserError
-from loralab.files import read_header
+from loralab.run import Outcome, Settings, train_together
+from loralab.run.bar import Reporter
+from loralab.run.folder import changed, write_json
 from loralab.study.record import FAILED
-from loralab.train import Outcome, Settings, train_together
-from loralab.train.folder import changed, write_json
-from loralab.train.progress import Reporter
 
 
 def run(settings: Settings, reporter: Reporter | None = None, adapters: bool = True) -> Outcome:

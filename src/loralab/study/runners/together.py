@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from loralab.run import Outcome, Settings
+from loralab.run.sharing import MOST, grouped
 from loralab.study.bar import StudyBar
 from loralab.study.runners.one import run_together
-from loralab.train import Outcome, Settings
-from loralab.train.together import MOST, grouped
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""Dropout masks from packed random words: one 64-bit word decides eight values, each by one of its bytes.
+
+torch draws one random number for each value on CPU, which takes longer than the products of a small encoder. A byte
+keeps its value if it is below k, where k is 256 (1 - p) rounded up or down at random for each mask, so that p is met on
+the average over masks; what is kept is scaled by 256 / k, so that a mask has mean 1 whichever k it got. Each mask takes
+its seed from torch's own generator: `torch.manual_seed` repeats a run, and a checkpoint of torch's state resumes it.
+
+Where runs share a batch, each has a stream of its own and gets the masks that it would get alone.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from loralab.active import Stream
+
+TOKENS = {3: (1,), 4: (2, 3)}  # axes of tokens by the number of axes: (rows, t, d) and (rows, heads, t, t)
+
+
+def mask(like: Tensor, p: float, streams: Sequence[Stream] = ()) -> Tensor:
+    """A tensor of the shape and dtype of `like`: 1 / (1 - p) with probability 1 - p, else 0.
+
+    With several `streams`, `like` is (rows, d), (rows, t, d) or (rows, heads, t, t), its rows in as many equal parts.
+    """
+    if len(streams) < 2:
+        return _drawn(like, like.shape, p, _seeds(streams[0].generator if streams else None, like))
+    parts = like.view(len(streams), -1, *like.shape[1:])  # (K, b, ...)
+    whole = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    seen: dict[Any, Tensor] = {}  # runs of one seed and one order of rows have the same masks
+    for stream, part in zip(streams, whole, strict=True):
+        own, seeds = _own(part.shape, stream, streams), _seeds(stream.generator, like)
+        if (own, seeds) not in seen:
+            seen[own, seeds] = _drawn(like, own, p, seeds)
+        if own != part.shape:
+            part.fill_(1)
+        part[tuple(map(slice, own))] = seen[own, seeds]
+    return whole.view_as(like)
+
+
+def _own(part: Sequence[int], stream: Stream, streams: Sequence[Stream]) -> tuple[int, ...]:
+    """The shape of a run's part without the rows and tokens that pad it."""
+    padded = max(s.tokens for s in streams)
+    axes = [axis for axis in TOKENS.get(len(part), ()) if part[axis] == padded]
+    return (stream.rows, *(stream.tokens if axis in axes else n for axis, n in enumerate(part[1:], 1)))
+
+
+def _seeds(generator: torch.Generator | None, like: Tensor) -> tuple[int, int]:
+    if isinstance(like, FakeTensor):  # of a plan: it has a size and no data
+        return 0, 0
+    seed, fraction = torch.randint(2**32, (2,), generator=generator).tolist()
+    return seed, fraction
+
+
+def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int]) -> Tensor:
+    seed, fraction = seeds
+    if like.device.type != "cpu":  # torch draws fast there (not measured)
+        own = torch.Generator(like.device).manual_seed(seed)
+        return like.new_empty(shape).bernoulli_(1 - p, generator=own).div_(1 - p)
+    below = int(256 * (1 - p) + fraction / 2**32)  # k
+    count = math.prod(shape)
+    half = -(-count // 8) * 4
+    drawn = torch.empty(2, half, dtype=torch.int16)  # compared by the high byte of each: first the high, then the low
+    drawn[0] = _words(seed, half, like)
+    torch.bitwise_left_shift(drawn[0], 8, out=drawn[1])
+    drawn.lt_((below - 128) * 256)  # 1 where the value is kept
+    drawn = drawn.view(-1)[:count].view(shape)
+    scale = torch.tensor(256 / below, dtype=like.dtype)
+    if like.element_size() == 2:  # the bits of the scale, times 0 or 1: no pass over the values for a cast
+        return drawn.mul_(int(scale.view(torch.int16))).view(like.dtype)
+    return drawn.to(like.dtype).mul_(scale)
+
+
+def _words(seed: int, count: int, like: Tensor) -> Tensor:
+    """(count,) random int16; count is a multiple of 4."""
+    if isinstance(like, FakeTensor):
+        return torch.empty(count, dtype=torch.int16)
+    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, count // 4, dtype=np.uint64)
+    return torch.from_numpy(words.view(np.int16))
+
+
+class Dropped(torch.autograd.Function):
+    """x * mask, keeping the mask alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, streams: Sequence[Stream]) -> Tensor:  # type: ignore[no-untyped-def]
+        m = mask(x, p, streams)
+        ctx.save_for_backward(m)
+        return x * m
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, streams: Sequence[Stream] = ()) -> Tensor:
+    """What `torch.nn.functional.dropout` does."""
+    if not training or p == 0:
+        return x
+    return Dropped.apply(x, p, streams)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,186 @@
+"""Install an adapter on a model: everything that can be wrong is checked first, then layers and heads are put in."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from loralab import rankmap
+from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
+from loralab.errors import UserError
+from loralab.heads import head_of, labels_of, own_copy, under
+from loralab.layer import Adapted, AdaptedHead, put_back
+from loralab.methods import starts
+from loralab.methods.base import Roles
+from loralab.methods.starts import InputDirections
+from loralab.recipe import Recipe, recipe
+from loralab.stores import keep
+from loralab.targets import Coverage, Targets, cover, shape_of
+
+# ---- what is checked -------------------------------------------------------------------------------------------------
+
+
+def spec_of(
+    handle: AdaptedModel,
+    name: str,
+    method: str | Recipe,
+    settings: Mapping[str, Any],
+    targets: Targets,
+    head: bool | Sequence[str],
+    labels: Sequence[str],
+) -> AdapterSpec:
+    """What an adapter will be. Raises UserError for what cannot be added, before anything has changed."""
+    r = recipe(method, **settings)
+    if r.policy and r.ranks is None:
+        raise UserError(
+            f"policy={r.policy!r} makes a rank map from data or weights, and there is none: give ranks=, or use "
+            "`loralab train`, which makes it (docs/rank-maps.md)"
+        )
+    _check_name(handle, name, r)
+    own_head = head_of(handle.model)
+    if head is True and not own_head:
+        raise UserError(
+            f"head=True: {type(handle.model).__name__} names no head; pass the paths of its modules, head=[...]"
+        )
+    heads = tuple(own_head) if head is True else tuple(head or ())
+    coverage = None if r.factors is None else _cover(handle, r, targets, [*heads, *own_head])
+    if r.store:
+        keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is told before anything has changed
+    if not heads and coverage is None and r.learn_base is None:
+        raise UserError(f"method {method!r} learns nothing but the head: pass head=True")
+    in_place = _in_place(r, [key for key in handle.learned if not under(key, heads)])
+    return AdapterSpec(r, coverage, heads, tuple(labels) or labels_of(handle.model), in_place)
+
+
+def _in_place(r: Recipe, keys: Sequence[str]) -> tuple[str, ...]:
+    """Names of the base tensors that a recipe trains in place."""
+    if r.learn_base is None:
+        return ()
+    return tuple(keys if r.learn_base == "all" else [key for key in keys if key.rpartition(".")[2] == r.learn_base])
+
+
+def _check_name(handle: AdaptedModel, name: str, r: Recipe) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise UserError(f"adapter name {name!r}: expected letters, digits, - and _, and no word torch uses itself")
+    if name in handle.specs:
+        raise UserError(
+            f"adapter {name!r} is there already ({', '.join(handle.names)}): remove it or choose a new name"
+        )
+    if taken := [n for n, spec in handle.specs.items() if spec.base_names]:
+        raise UserError(f"adapter {taken[0]!r} trains the base itself, so no other adapter can share that base")
+    if r.learn_base and handle.specs:
+        raise UserError(f"train={r.train} changes the base that {', '.join(handle.names)} rely on: use a fresh model")
+
+
+def _cover(handle: AdaptedModel, r: Recipe, targets: Targets, outside: Sequence[str]) -> Coverage:
+    assert r.factors is not None
+    coverage = cover(handle.model, targets, outside)
+    shapes = {path: shape_of(handle.model.get_submodule(path)) for path in coverage.paths}
+    if r.ranks is not None:
+        if wrong := rankmap.misfits(r.ranks, shapes, coverage.left):
+            raise UserError("rank map: " + "; ".join(wrong))
+        coverage = coverage.keep(r.ranks.adapted)
+        shapes = {path: shapes[path] for path in coverage.paths}
+    own = {path: rankmap.own(r.factors, r.ranks, path) for path in shapes}
+    misfits = {path: problem for path, shape in shapes.items() if (problem := own[path].misfit(*shape))}
+    if misfits:
+        path, problem = next(iter(misfits.items()))
+        raise UserError(f"{problem} ({path}; {len(misfits)} of {len(shapes)} layers cannot take it)")
+    stores = {path: layer.store for path, layer in handle.layers.items() if path in shapes}
+    if clash := [path for path, store in stores.items() if store != r.store]:
+        kept = stores[clash[0]] or "as loaded"
+        raise UserError(f"store={r.store!r}: {clash[0]} is kept {kept} for {', '.join(handle.names)} already")
+    return coverage
+
+
+# ---- what is put in --------------------------------------------------------------------------------------------------
+
+
+class Starts:
+    """Gives the layers of one adapter their starting tensors, in turn; those of one share get the same parameters."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.layers = {} if recipe.ranks is None else recipe.ranks.layers
+        self.shared = () if recipe.factors is None else recipe.factors.shared
+        self.given: dict[str, dict[str, Tensor]] = {}  # share -> role -> tensor
+
+    def of(self, path: str, fresh: Roles) -> dict[str, Tensor]:
+        """`fresh` is what the method starts the layer with; parameters stand for what is shared."""
+        part = self.layers.get(path)
+        if part is None:
+            return dict(fresh)
+        tensors = dict(fresh)
+        if part.share is not None:
+            made = {role: nn.Parameter(t) if role in self.shared else t for role, t in fresh.items()}
+            first = self.given.setdefault(part.share, made)
+            # what goes with A and B (a snapshot, say) starts as that of the first layer, but is the layer's own
+            tensors = {role: t if role in self.shared else t.clone() for role, t in first.items()}
+        if part.gates is not None:
+            tensors["gates"] = tensors["A"].new_tensor(part.gates)  # (r,)
+        return tensors
+
+
+def add_layers(
+    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, seen: Mapping[str, InputDirections] | None
+) -> None:
+    """Wraps what is not wrapped yet and gives each layer its tensors; `seen=None` leaves out a computed start."""
+    factors, start = spec.recipe.factors, spec.recipe.start
+    if factors is None:
+        return
+    drawn = handle.constants(spec)
+    constants: dict[torch.device, dict[str, Tensor]] = {}  # once on each device
+    mapped = Starts(spec.recipe)
+    for path in spec.paths:
+        W = None  # its own weight, once it is stored in fewer bits gone
+        if path not in handle.layers:
+            original = handle.model.get_submodule(path)
+            W = keep(original).dense()
+            put_back(handle.model)  # a fast piece made before this would not know of the layer
+            adapted = Adapted(original, spec.recipe.store, handle.active)
+            handle.layers[path] = adapted.train(original.training)
+            handle.model.set_submodule(path, adapted)
+        layer = handle.layers[path]
+        at = spec.recipe.at(path)
+        tensors = starts.blank(start, at.factors, layer.out_features, layer.in_features, generator)
+        if seen is not None:
+            tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
+        on = mapped.of(path, {role: t.to(layer.device) for role, t in tensors.items()})
+        if layer.device not in constants:
+            constants[layer.device] = {role: t.to(layer.device) for role, t in drawn.items()}
+        layer.add(name, at, on, constants[layer.device])
+
+
+def add_heads(
+    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, heads_of: nn.Module | None
+) -> None:
+    """Gives the adapter its own copy of each head, of that in `heads_of` if it is given."""
+    old = len(labels_of(handle.model))
+    for path in spec.heads:
+        if path not in handle.heads:
+            original = handle.model.get_submodule(path)
+            handle.heads[path] = AdaptedHead(original, handle.active).train(original.training)
+            handle.model.set_submodule(path, handle.heads[path])
+        if heads_of is None:
+            own = own_copy(handle.heads[path].base, old, len(spec.labels) or old, generator)
+        else:
+            own = own_copy(heads_of.get_submodule(path), old, old, generator)
+        handle.heads[path].copies[name] = own
+
+
+def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
+    """Lets the tensors of the base that learn in place learn; their bits are kept, unless all do."""
+    for key in spec.base_names:
+        tensor = base_tensor(handle.model, key).requires_grad_(True)
+        if spec.recipe.learn_base != "all":
+            handle.before[key] = tensor.detach().clone()
+
+
+def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
+    """The inverse of `open_base`."""
+    for key in spec.base_names:
+        if key not in handle.before:
+            raise UserError("this adapter trained the whole base in place: load the model anew instead")
+        with torch.no_grad():
+            base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))

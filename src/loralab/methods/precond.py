@@ -1,0 +1,28 @@
+"""LoRA-FA with the gradient of B scaled back to that of the weight: g_B <- (1/s^2) g_B (A A^T + delta I)^-1 before the
+optimizer (the variant of PEFT's LoraFAOptimizer; A is frozen, so the r x r matrix is constant)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from loralab.methods.base import Roles
+from loralab.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class PreconditionedLoRA(LoRA):
+    delta: float = 1e-8
+    """Added to the diagonal of A A^T."""
+
+    kind: ClassVar[str] = "lora-fa-precond"
+    learn: ClassVar[tuple[str, ...]] = ("B",)
+    stepped: ClassVar[bool] = True
+
+    def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
+        for p in {id(p["B"]): p for p in layers.values()}.values():  # layers may share one B: scaled once
+            if p["B"].grad is not None:
+                A = p["A"].detach()
+                gram = A @ A.mT + self.delta * torch.eye(len(A), dtype=A.dtype, device=A.device)  # (r, r)
+                p["B"].grad = torch.linalg.solve(gram, p["B"].grad, left=False) / self.scaling**2

@@ -1,0 +1,187 @@
+"""What a run's memory is made of, counted from its tensors, and the peak that the process really reached.
+
+Each storage counts once, for the first tensor that has it. Purposes are weights (all that is kept of the model),
+gradients, optimizer, and activations: what autograd keeps for the backward pass.
+"""
+
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapted import HANDLE
+from loralab.layer import Adapted
+
+STATUS = Path("/proc/self/status")
+REST = "outside the layers"  # masks, the loss
+PURPOSES = ("weights", "gradients", "optimizer", "activations")
+Layers = dict[str, dict[str, int]]  # layer -> purpose -> bytes
+
+
+def tensor_bytes(tensors: Any) -> int:
+    """Bytes of the storages behind tensors, each storage once."""
+    return sum({_key(t): _size(t) for t in tensors if isinstance(t, Tensor)}.values())
+
+
+def _key(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)  # of tensors that have no data, too
+
+
+def _size(t: Tensor) -> int:
+    return t.untyped_storage().nbytes()
+
+
+def layer_of(path: str, model: nn.Module) -> str:
+    """bert.encoder.layer.3 of anything in it; else the part of the backbone, or of the model: bert.embeddings."""
+    names = path.split(".")
+    number = next((i for i, name in enumerate(names) if name.isdecimal()), None)
+    if number is not None:
+        return ".".join(names[: number + 1])
+    return ".".join(names[: 2 if names[0] == getattr(model, "base_model_prefix", None) else 1])
+
+
+def held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(path, tensor) of all that a model holds: parameters, buffers, constants and memories of methods."""
+    handle = getattr(model, HANDLE, None)
+    return [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, handle.specs if handle else ())]
+
+
+def of_adapter(model: nn.Module, name: str, without: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+    """What a model holds for one adapter; `without` the tensors that other adapters learn."""
+    others = {id(t) for t in without}
+    kept = [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, {name})]
+    return [(path, t) for path, t in kept if id(t) not in others]
+
+
+def _of_methods(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Constants, and what a method remembers from step to step (AdaLoRA's means)."""
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield from ((path, t) for name, kept in module.constants.items() if name in names for t in kept.values())
+    handle = getattr(model, HANDLE, None)
+    memories = handle.steps.memories if handle else {}
+    for name, layers in memories.items():
+        if name in names:
+            yield from ((path, t) for path, kept in layers.items() for t in kept.values())
+
+
+@contextmanager
+def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]]:
+    """Collects layer -> bytes of what autograd keeps for the backward pass, what the model holds left out."""
+    kept: dict[str, int] = {}
+    if not on:
+        yield kept
+        return
+    counted = {_key(t) for _, t in held(model)}
+    within: list[str] = [REST]
+
+    def pack(t: Tensor) -> Tensor:
+        if _key(t) not in counted:
+            counted.add(_key(t))
+            kept[within[-1]] = kept.get(within[-1], 0) + _size(t)
+        return t
+
+    names = {layer_of(path, model) for path, _ in model.named_parameters()}
+    modules = [(name, module) for name, module in model.named_modules() if name in names]
+    hooks = [hook for name, module in modules for hook in _stacked(module, name, within)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _stacked(module: nn.Module, name: str, within: list[str]) -> tuple[Any, Any]:
+    """Hooks that tell that a module is being computed."""
+
+    def enter(*_: Any) -> None:
+        within.append(name)
+
+    def leave(*_: Any) -> None:
+        within.pop()
+
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+
+
+def by_layer(
+    model: nn.Module,
+    kept: Iterable[tuple[str, Tensor]],
+    learned: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    activations: Mapping[str, int],
+) -> Layers:
+    """Layer -> purpose -> bytes, of what is kept (path, tensor); gradients are as large as what is learned."""
+    out: Layers = {}
+    counted: set[int] = set()
+    learns = {id(t) for t in learned}
+
+    def of(path: str) -> dict[str, int]:
+        return out.setdefault(layer_of(path, model), dict.fromkeys(PURPOSES, 0))
+
+    def add(path: str, purpose: str, t: Tensor) -> None:
+        if _key(t) not in counted:
+            counted.add(_key(t))
+            of(path)[purpose] += _size(t)
+
+    for path, t in kept:
+        add(path, "weights", t)
+        if id(t) in learns:
+            of(path)["gradients"] += t.numel() * t.element_size()
+            for state in optimizer.state.get(t, {}).values():
+                if isinstance(state, Tensor):
+                    add(path, "optimizer", state)
+    for name, size in activations.items():
+        out.setdefault(name, dict.fromkeys(PURPOSES, 0))["activations"] += size
+    return out
+
+
+def ledger(layers: Layers) -> dict[str, int]:
+    """Bytes by purpose, of all layers."""
+    return {purpose: sum(layer[purpose] for layer in layers.values()) for purpose in PURPOSES}
+
+
+class Peak:
+    """Peak memory above what the process held when this was made: of the GPU where there is one, else resident."""
+
+    def __init__(self) -> None:
+        trim()
+        if torch.cuda.is_available():  # not measured
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        if sys.platform == "linux":
+            with suppress(OSError):  # a /proc that may not be written
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.before = _resident("VmRSS")
+
+    @property
+    def bytes(self) -> int:
+        return max(0, self.reached - self.before)
+
+    @property
+    def reached(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+
+
+def trim() -> None:
+    """Gives back what is free: malloc keeps it, and a run would be charged for what came before it."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) in bytes; where there is no /proc, the peak since the process began."""
+    if not STATUS.exists():
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))

@@ -1,6 +1,0 @@
-"""Runs: one adapter (or the whole model, or the head alone) trained on one task."""
-
-from loralab.train.loop import Outcome, train, train_together
-from loralab.train.settings import Settings
-
-__all__ = ["Outcome", "Settings", "train", "train_together"]
