@@ -116,12 +116,8 @@ def test_products_needed_are_those_that_torch_counts(kind, method, targets):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "head"])
 def test_a_plan_counts_the_products_that_a_step_needs(tiny, method):
-    made = EstimateSettings(
-        model=str(tiny), method=method, batch_size=5, max_length=11, speed="off", dtype="float32"
-    )
+    made = EstimateSettings(model=str(tiny), method=method, batch_size=5, max_length=11, speed="off", dtype="float32")
     planned = estimate(made)
-        EstimateSettings(model=str(tiny), method=method, batch_size=5, max_length=11, speed="off", dtype="float32")
-    )
     model, _ = models.classifier(str(tiny), 2, False, torch.float32, seed=0)
     adapters = loralab.attach(model, method, head=True)
     ids = torch.ones(5, 11, dtype=torch.long)
