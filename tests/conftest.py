@@ -16,11 +16,25 @@ import torch
 from archs import CONFIGS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers.utils import is_bitsandbytes_available
+
+from loralab.errors import UserError
 
 torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
 WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "big", "small"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """Skip a test that meets a store in 4 bit where bitsandbytes, which is optional, is not installed."""
+    try:
+        return (yield)
+    except UserError as error:
+        if "need bitsandbytes" in str(error) and not is_bitsandbytes_available():
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def delta_lora(wait):
     A, B = nn.Parameter(tensor(RANK, 11, seed=3)), nn.Parameter(torch.zeros(13, RANK, dtype=DOUBLE))
     literal_W, theirs = W.clone(), [nn.Parameter(t.detach().clone()) for t in (A, B)]
     factors, base = DeltaLoRA(rank=RANK, alpha=ALPHA, follow=follow, wait=wait), Float(W, b)
-    p = {"A": A, "B": B, "Ak": A.detach().clone(), "Bk": B.detach().clone(), "step": torch.zeros((), dtype=torch.int64)}
+    p = {"A": A, "B": B, "Ak": A.detach().clone(), "Bk": B.detach().clone()}
     optimizers = [torch.optim.AdamW(side, lr=0.05) for side in ([A, B], theirs)]
     seen = []
     for step in range(50):
@@ -105,7 +105,7 @@ def delta_lora(wait):
             optimizer.zero_grad()
             F.mse_loss(out, target).backward()
             optimizer.step()
-        factors.after_step({"layer": p}, None, None)
+        factors.after_step({"layer": p}, None, None, step + 1)
         if step >= wait:
             literal_W += follow * s * (theirs[1].detach() @ theirs[0].detach() - before)
     assert (literal_W - W).abs().max() > 0.1

@@ -100,7 +100,7 @@ def test_layers_read_past_the_module_are_refused():
     loralab.attach(model, "lora", targets=["1"], rank=2)
 
 
-def test_names_and_what_is_live():
+def test_names_and_what_is_active():
     model, batch = build("bert"), rows()
     base = model(**batch).logits
     adapters = loralab.attach(model, "lora", name="a", rank=2)
@@ -114,7 +114,7 @@ def test_names_and_what_is_live():
         adapters.add("a")
     with pytest.raises(loralab.UserError, match="no adapter 'b'"), adapters.use("b"):
         pass
-    with pytest.raises(loralab.UserError, match="is live"):
+    with pytest.raises(loralab.UserError, match="is active"):
         adapters.remove("a")
     with pytest.raises(loralab.UserError, match="from 0 to 0"), adapters.use(["a"], ids=[0, 1]):
         pass
@@ -124,6 +124,10 @@ def test_names_and_what_is_live():
         adapters.remove("a")
         assert torch.equal(model(**batch).logits, base)
     assert adapters.names == []
+    with pytest.raises(loralab.UserError, match="was active and is removed"):
+        model(**batch)
+    adapters.activate(None)
+    assert torch.equal(model(**batch).logits, base)
 
 
 def test_full_fine_tuning_has_no_base_to_go_back_to():

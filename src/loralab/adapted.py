@@ -1,36 +1,40 @@
-"""A model with adapters: the modules that were put in, what is known of each adapter, and which one is active.
+"""A model with adapters: the modules that were put in, the specification of each adapter, and which one is active.
 
 This is the state that `Adapters` (adapters.py) works on. Step hooks, rank policies and the fast path read it too, so it
 lies below all of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from loralab.active import Active, in_equal_parts, row_ids
+from loralab import cache
+from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
 from loralab.errors import UserError
 from loralab.files import fingerprint
-from loralab.heads import head_of, under
+from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
 from loralab.recipe import Recipe
 from loralab.targets import Coverage, shape_of
 
 HANDLE = "_loralab"  # the attribute of a model that holds its handle
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # the attribute where DistributedDataParallel reads what to leave out
 
 Tensors = Mapping[str, tuple[str, Tensor]]  # path.role -> (role, live tensor)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What is known of one adapter beside its tensors."""
+    """One adapter, apart from its tensors."""
 
     recipe: Recipe
     coverage: Coverage | None  # None: no layer is adapted
-    heads: tuple[str, ...]  # paths of the modules that are its head
+    heads: tuple[str, ...]  # paths of the modules that it has its own copy of
     labels: tuple[str, ...]
     base_names: tuple[str, ...]  # tensors of the base that learn in place (full fine-tuning)
 
@@ -44,13 +48,19 @@ class AdaptedModel:
     """The state of a model with adapters, and what can be asked of it. Changed by `Adapters` alone."""
 
     def __init__(self, model: nn.Module) -> None:
+        _check_unwrapped(model)
+        follow_checkpoints()
         self.model = model
         self.active = Active()
         self.specs: dict[str, AdapterSpec] = {}
         self.layers: dict[str, Adapted] = {}
         self.heads: dict[str, AdaptedHead] = {}
         self.learned = {key: p.requires_grad for key, p in model.named_parameters()}  # before `attach`
-        self.before: dict[str, Tensor] = {}  # bits of base tensors that learn in place, unless all do
+        self.labels = Labels.of(model)  # of the plain model
+        self.before: dict[str, Tensor] = {}  # copies of base tensors that learn in place, unless all do
+        self.detached = False
+        self.synchronized: tuple[str, ...] | None = None  # adapters for DistributedDataParallel; None: the active one
+        self._ignored = frozenset(getattr(model, IGNORED, ()))
         outside = head_of(model)
         self._base_keys = [key for key in self.learned if not under(key, outside)]
         self._base_size = sum(model.get_parameter(key).numel() for key in self._base_keys)
@@ -69,11 +79,19 @@ class AdaptedModel:
         return self._sha256
 
     def spec(self, name: str | None = None) -> AdapterSpec:
-        """What is known of an adapter; None means the active one. Raises UserError for an unknown name."""
+        """The specification of an adapter; None means the active one. Raises UserError for an unknown name."""
         return self.specs[self.only(name)]
+
+    def coverage(self, name: str | None = None) -> Coverage | None:
+        """Which layers an adapter is on and which it leaves alone; None if it is on no layer.
+
+        Raises UserError for an unknown name.
+        """
+        return self.spec(name).coverage
 
     def only(self, name: str | None) -> str:
         """The name itself if there is such an adapter; None means the active one. Raises UserError otherwise."""
+        self.check_attached()
         if name is None:
             if len(self.active.names) != 1:
                 raise UserError(
@@ -84,6 +102,81 @@ class AdaptedModel:
             raise UserError(f"no adapter {name!r} here: there are {', '.join(self.names) or 'none'}")
         return name
 
+    def check_attached(self) -> None:
+        """Raise UserError if the adapters were taken off the model."""
+        if self.detached:
+            raise UserError(
+                "these adapters were detached from their model and are gone: attach or load again, and use the new "
+                "handle"
+            )
+
+    # ---- what is in use ------------------------------------------------------------------------------------------
+
+    def activate(self, name: str | None) -> None:
+        """Make an adapter, or the base (None), what the model answers with outside of `use`, in all threads and tasks.
+
+        `attach` and `load` do so too. Raises UserError for an unknown name, and for the base beneath an adapter that
+        trains it in place.
+        """
+        self.check_attached()
+        self._check_use(name, () if name is None else (name,), None)
+        self.active.activate(name)
+        self._follow()
+
+    def synchronize(self, *names: str) -> None:
+        """Let DistributedDataParallel average the gradients of these adapters; by default those of the active one.
+
+        Call it before the model is wrapped: the tensors of all other adapters are left out of the wrapper's sight, as
+        it waits for a gradient of every tensor that it sees. Raises UserError for an unknown name.
+        """
+        self.synchronized = tuple(map(self.only, names))
+        self._follow()
+
+    def caching(self, scope: cache.Scope | None = None, training: bool = False) -> AbstractContextManager[None]:
+        """Keep what adapters are lowered to inside the block, so that it is computed once and not in every forward.
+
+        Nothing may change the model's tensors meanwhile: wrap a loop that evaluates or predicts. With `training` the
+        adapters may learn, and only what depends on the frozen base is kept. Holds for the current thread or task. A
+        `scope` that is entered again still has what was kept; it is for a model that nobody else can change.
+        """
+        return cache.caching(cache.Scope(learns=True) if training else scope)
+
+    def _follow_labels(self) -> None:
+        """Let the model's labels be those of the adapter in use; of several adapters those of the first."""
+        spec = self.specs.get(self.active.names[0]) if self.active.names else None
+        names = spec.labels if spec is not None and spec.heads else ()
+        self.labels.set(self.model, names or self.labels.names)
+
+    def _follow(self) -> None:
+        """Let the model's labels, and what DistributedDataParallel synchronizes, be those of the active adapter."""
+        self._follow_labels()
+        seen = self.active.default.names if self.synchronized is None else self.synchronized
+        others = [name for name in self.specs if name not in seen]
+        ignored = self._ignored | {key for name in others for key in self.parameter_names(name)}
+        if ignored or hasattr(self.model, IGNORED):
+            setattr(self.model, IGNORED, sorted(ignored))
+
+    def parameter_names(self, name: str) -> list[str]:
+        """The names that an adapter's own tensors have in `named_parameters` of the model."""
+        spec = self.specs[name]
+        out = [f"{path}.adapters.{name}.{role}" for path in spec.paths for role in self.layers[path].roles(name)]
+        for path in spec.heads:
+            out += [f"{path}.copies.{name}.{key}" for key, _ in self.heads[path].copies[name].named_parameters()]
+        return out
+
+    def before_forward(self, *_: Any) -> None:
+        """Check what is in use before a forward pass of the model, and let its labels follow (a hook of the model)."""
+        self._follow_labels()
+        wrapper = DistributedDataParallel._get_active_ddp_module() if torch.is_grad_enabled() else None
+        if wrapper is None or not self.model.training:
+            return
+        for name in self.active.names:
+            if not wrapper.parameters_to_ignore.isdisjoint(self.parameter_names(name)):
+                raise UserError(
+                    f"adapter {name!r} was not active when the model was given to DistributedDataParallel, so its "
+                    f"gradients would not be averaged: call adapters.synchronize({name!r}) or activate it before"
+                )
+
     @contextmanager
     def use(
         self, names: str | Sequence[str] | None, ids: Tensor | Sequence[int] | None = None, rank: int | None = None
@@ -91,15 +184,29 @@ class AdaptedModel:
         """Activate an adapter inside the block: one name, None for the base, or names with `ids` (rows,) into them.
 
         `rank` evaluates an adapter that was trained for many ranks (DyLoRA) at one of them.
+
+        The block holds for the current thread or asyncio task only, so that several of them can use adapters of one
+        model at once. A thread that is started inside the block begins with the default of the model (see `activate`)
+        and must enter `use` itself; a task that is started inside inherits what is in use. A backward pass, and the
+        recomputation of activation checkpointing, use what the forward pass used, wherever they run. The labels in the
+        model's config, which the loss of transformers reads, follow the adapter at each forward pass; as there is one
+        config, threads that compute such losses at once need adapters with as many labels.
+
         Raises UserError for an unknown name, ids that do not fit, or a rank the adapter was not trained for.
         """
+        self.check_attached()
         chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         self._check_use(names, chosen, ids)
         rows = None if ids is None else row_ids(ids, len(chosen))
         equal = rows is not None and in_equal_parts(rows, len(chosen))
         ranked = {} if rank is None else {"chosen": {name: self._at_rank(name, rank) for name in chosen}}
-        with self.active.changed(names=chosen, ids=rows, equal_parts=equal, streams=(), **ranked):
-            yield self
+        try:
+            with self.active.changed(names=chosen, ids=rows, equal_parts=equal, streams=(), **ranked):
+                self._follow_labels()
+                yield self
+        finally:
+            if not self.detached:
+                self._follow_labels()
 
     def _check_use(self, names: Any, chosen: tuple[str, ...], ids: Any) -> None:
         if unknown := [name for name in chosen if name not in self.specs]:
@@ -120,7 +227,10 @@ class AdaptedModel:
     # ---- tensors of an adapter -----------------------------------------------------------------------------------
 
     def tensors(self, name: str | None = None) -> dict[str, tuple[str, Tensor]]:
-        """path.role -> (role, live tensor) of everything that belongs to an adapter, its head and base tensors too."""
+        """path.role -> (role, live tensor) of everything that belongs to an adapter, its head and base tensors too.
+
+        Raises UserError for an unknown name.
+        """
         name = self.only(name)
         spec = self.specs[name]
         out = {f"{p}.{role}": (role, t) for p in spec.paths for role, t in self.layers[p].roles(name).items()}
@@ -130,11 +240,17 @@ class AdaptedModel:
         return out
 
     def state(self, name: str | None = None) -> dict[str, Tensor]:
-        """{"encoder.layer.0.attention.self.query.A": tensor, ...}: path.role, the live tensors."""
+        """{"encoder.layer.0.attention.self.query.A": tensor, ...}: path.role -> live tensor.
+
+        Raises UserError for an unknown name.
+        """
         return {key: tensor for key, (_, tensor) in self.tensors(name).items()}
 
     def counts(self, name: str | None = None) -> dict[str, int]:
-        """Numbers of values: that learn in the adapter, in its head, both together, and in the whole base."""
+        """Numbers of values: that learn in the adapter, in its head, both together, and in the whole base.
+
+        Raises UserError for an unknown name.
+        """
         learned = [(role, t.numel()) for role, t in once(self.tensors(name)).values() if t.requires_grad]
         head = sum(size for role, size in learned if role == "head")
         adapter = sum(size for role, size in learned if role != "head")
@@ -149,15 +265,30 @@ class AdaptedModel:
         return recipe.factors.constants([recipe.at(path).factors.shape(*size) for path, size in sizes.items()])  # type: ignore
 
 
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raise UserError for a model inside a wrapper, or with one inside: its paths would not be those of the model."""
+    for path, module in model.named_modules():
+        inner = next((name for name in ("_orig_mod", "_fsdp_wrapped_module") if name in module._modules), None)
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            inner = "module"
+        if inner is not None:
+            raise UserError(
+                f"{path or 'the model'} is wrapped in {type(module).__name__}: attach to the model itself first "
+                f"({path or 'model'}.{inner}), then wrap or compile it"
+            )
+
+
 def base_tensor(model: nn.Module, key: str) -> Tensor:
     """A tensor of an adapted model by the name it had before `attach`."""
     *path, last = key.split(".")
     module = model
-    for part in path:
-        module = module.get_submodule(part)
+    for name in path:
+        module = module.get_submodule(name)
         if isinstance(module, AdaptedHead):
             module = module.base
-    return getattr(module.original[0] if isinstance(module, Adapted) else module, last)  # type: ignore[no-any-return]
+    if isinstance(module, Adapted):
+        module = module.base if last == "bias" else module.original[0]
+    return getattr(module, last)  # type: ignore[no-any-return]
 
 
 def once(tensors: Tensors) -> dict[str, tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """`attach` and `load` put adapters on a model in place; the `Adapters` handle adds, uses, saves and merges them."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ import torch
 from torch import Generator, Tensor, nn
 
 from loralab import files, install, peft_format
-from loralab.adapted import HANDLE, AdaptedModel, once
+from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
+from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
 from loralab.files import AdapterFile, fingerprint
+from loralab.heads import own_copy, under
 from loralab.hooks import StepHooks
-from loralab.inputs import look
+from loralab.inputs import start_directions
 from loralab.layer import put_back
 from loralab.methods import starts
-from loralab.optimizers import grouped
+from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
-from loralab.targets import ALL, Targets, cover
+from loralab.schema import listed
+from loralab.targets import ALL, Targets, shape_of
 
+NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,8 +53,8 @@ def attach(
         )
     handle = Adapters(model)
     handle.add(name, method, targets=targets, head=head, labels=labels, seed=seed, batches=batches, **settings)
-    setattr(model, HANDLE, handle)
-    handle.active.names = (name,)
+    handle.connect()
+    handle.activate(name)
     return handle
 
 
@@ -75,6 +80,16 @@ class Adapters(AdaptedModel):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.steps = StepHooks(self)
+        self.on_model: Any = None  # the hook that runs before a forward pass
+
+    def connect(self) -> None:
+        """Let the model know of its adapters, once the first of them is there."""
+        if self.on_model is None:
+            setattr(self.model, HANDLE, self)
+            self.on_model = self.model.register_forward_pre_hook(self.before_forward)
+            if hasattr(self.model, "save_pretrained"):
+                self.model.__dict__["save_pretrained"] = self.save_pretrained
+            watch(self)
 
     # ---- adding and removing -------------------------------------------------------------------------------------
 
@@ -92,14 +107,16 @@ class Adapters(AdaptedModel):
         heads_of: nn.Module | None = None,
         **settings: Any,
     ) -> None:
-        """Add a fresh adapter beside the others; `use` activates it. Arguments as in `attach`.
+        """Add a fresh adapter beside the others; `use` or `activate` activates it. Arguments as in `attach`.
 
-        `filled=True` leaves out a start that is computed, because a file gives the tensors. The head is a copy of that
-        of `heads_of`, a plain model of this kind, by default of the one that this model had.
+        One that trains the base in place is active at once. `filled=True` leaves out a start that is computed, because
+        a file gives the tensors. The head is a copy of that of `heads_of`, a plain model of this kind, by default of the
+        one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
+        self.check_attached()
         spec = install.spec_of(self, name, method, settings, targets, head, labels)
         r = spec.recipe
-        directions = None if filled else look(self, r, spec.paths, batches)
+        directions = None if filled else start_directions(self, r, spec.paths, batches)
         if r.store or spec.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
         if not self.specs:
@@ -111,12 +128,18 @@ class Adapters(AdaptedModel):
         self.specs[name] = spec
         if r.factors is not None and r.factors.stepped:
             self.steps.add(name, seed)
+        if spec.base_names:
+            self.active.activate(name)
+        self._follow()
 
     def remove(self, name: str) -> None:
-        """Take an adapter off the model; its layers stay wrapped until `detach`. Raises UserError if it is active."""
+        """Take an adapter off the model; its layers stay wrapped until `detach`.
+
+        Raises UserError if it is active, also if that is outside of the `use` block around this call, or in another
+        thread. Inside `use(None)` the default may be removed; after the block another has to be activated.
+        """
         spec = self.spec(name)
-        if name in self.active.names:
-            raise UserError(f"adapter {name!r} is active: leave its `use` block first, or call detach()")
+        self.active.release(name)
         install.give_base_back(self, spec)
         self.steps.remove(name)
         for path in spec.paths:
@@ -124,6 +147,9 @@ class Adapters(AdaptedModel):
         for path in spec.heads:
             del self.heads[path].copies[name]
         del self.specs[name]
+        if self.synchronized is not None:
+            self.synchronized = tuple(other for other in self.synchronized if other != name)
+        self._follow()
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -138,7 +164,8 @@ class Adapters(AdaptedModel):
         """Optimizer groups by role: B at lr * lr_ratio (LoRA+), the head at its own rate, no decay on vectors.
 
         `grouping="peft"` is that of PEFT's LoRA+: all vectors, a head's bias too, at lr * lr_ratio, and only biases
-        without decay.
+        without decay. Make the optimizer from these groups after `attach`. Raises UserError for an unknown name or
+        grouping.
         """
         r = self.spec(name).recipe
         learned = {key: pair for key, pair in once(self.tensors(name)).items() if pair[1].requires_grad}
@@ -149,32 +176,38 @@ class Adapters(AdaptedModel):
     def save(self, folder: Path | str, name: str | None = None, saved_as: str | None = None) -> Path:
         """Write adapter.safetensors and adapter.json, under another name if `saved_as` gives it; see `load`.
 
-        Raises UserError if the folder cannot be written.
+        Raises UserError if the folder cannot be written or holds an adapter in another layout, and for an adapter with
+        values that are not finite.
         """
         name = self.only(name)
+        self._check_finite(name)
+        self._warn_of_others(name)
         spec, tensors = self.specs[name], once(self.tensors(name))
+        base = _base_name(self.model)
         file = AdapterFile(
             name=saved_as or name,
             recipe=spec.recipe,
             coverage={} if spec.coverage is None else spec.coverage.matched,
             heads=list(spec.heads),
-            labels=list(spec.labels),
-            base={**_base_name(self.model), "sha256": self.base_sha256},
+            labels=_labels(spec, base["task_type"]),
+            base={**base, "sha256": self.base_sha256},
             tensors={key: t for key, (_, t) in tensors.items()},
             roles={key: role for key, (role, _) in tensors.items()},
             counts=self.counts(name),
-            constants=_constants_sha256(self, name),
+            constants=_constants_sha256(self, spec),
         )
         return files.write(file, folder)
 
     def export(self, folder: Path | str, name: str | None = None, layout: str = "peft") -> Path:
         """Write the adapter for other tools; the one layout is "peft", which vLLM and others read too.
 
-        Raises UserError for another layout, and for an adapter that is no low-rank product.
+        Raises UserError for another layout, for an adapter that is no low-rank product or holds values that are not
+        finite, and for a folder that holds an adapter in loralab's layout.
         """
         if layout != "peft":
             raise UserError(f"layout {layout!r} is unknown: the one there is is 'peft'")
         name = self.only(name)
+        self._check_finite(name)
         spec = self.specs[name]
         if spec.coverage is None:
             raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
@@ -183,26 +216,80 @@ class Adapters(AdaptedModel):
         updates = {path: self.layers[path].lower(name) for path in spec.paths}
         gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
         head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        return peft_format.write(folder, updates, gains, head, spec.heads, base)
+        base = _base_name(self.model)
+        base["name"] = getattr(getattr(self.model, "config", None), "_name_or_path", None)  # a path is of use to PEFT
+        return peft_format.write(folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]))
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
 
-        The update is added in float32 and the sum kept in the dtype the layer was loaded in, or the whole model in
-        `dtype`: float32, bfloat16 or float16. A quantized base is dequantized first; a merge into fewer bits is
-        refused, as it rounds the update away (`loralab.analysis.merge_errors` measures it).
+        The update is added in float32 and the sum kept in the dtype of the model, or the whole model in `dtype`: float32,
+        bfloat16 or float16. The head and the labels are the adapter's. A quantized base is dequantized first; a merge into
+        fewer bits is refused, as it rounds the update away (`loralab.analysis.merge_errors` measures it). Weights that
+        were tied to an adapted one are tied no longer.
+        Raises UserError for another dtype, and for an adapter with values that are not finite.
         """
         name, wanted = self.only(name), None if dtype is None else merge_dtype(dtype)
+        self._check_finite(name)
         plain: nn.Module = copy.deepcopy(self.model)
         of(plain).unwrap(name, wanted)
         return plain if wanted is None else plain.to(wanted)
 
-    def detach(self) -> None:
-        """Give the model its original module tree and bits back; the adapters are gone.
+    def save_pretrained(self, folder: Path | str, is_main_process: bool = True, **more: Any) -> None:
+        """Stand in for the model's own method, which would write a base under names that no model reads.
 
-        What was stored in fewer bits stays rounded: it comes back dequantized, in the dtype it was loaded in.
+        Writes the active adapter as `save` does, each other one into a folder of its name inside, and what learns once
+        more as model.safetensors, from which Trainer goes on. There is no whole model in the folder, so its config.json
+        makes `from_pretrained` fail and says why; `adapters.merge().save_pretrained(folder)` writes one.
+        Raises UserError if the folder cannot be written, or is to be pushed to the hub.
         """
+        self.check_attached()
+        if more.get("push_to_hub"):
+            raise UserError(
+                "an adapted model is not pushed: adapters.save(folder), or adapters.merge().push_to_hub(...)"
+            )
+        if not is_main_process:
+            return
+        folder, active = Path(folder), self.active.default.names
+        for name in self.specs:
+            self.save(folder if (name,) == active else folder / name, name)
+        own = {id(t) for name in self.specs for t in self.state(name).values()}
+        state = {key: t for key, t in self.model.named_parameters() if id(t) in own}  # without repeats
+        try:
+            write_tensors(folder / "model.safetensors", state)
+            write_json(
+                folder / "config.json",
+                {"model_type": "loralab-adapter", "vocab_size": NO_MODEL, "hidden_size": NO_MODEL},
+            )
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+    def _check_finite(self, name: str) -> None:
+        """Raise UserError if an adapter holds a value that is not finite."""
+        tensors = self.state(name)
+        if bad := [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+            raise UserError(
+                f"adapter {name!r} holds values that are not finite in {listed(bad, 3)} ({len(bad)} of {len(tensors)} "
+                "tensors): its training diverged; take an earlier state, or a lower learning rate"
+            )
+
+    def _warn_of_others(self, name: str) -> None:
+        """Warn of what learns in the model and is no part of an adapter: a file of the adapter does not hold it."""
+        own = {id(t) for each in self.specs for t in self.state(each).values()}
+        if others := [key for key, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]:
+            warnings.warn(
+                f"{listed(others, 3)} ({len(others)} tensors) of the base can learn but are no part of adapter {name!r}, so "
+                "its file does not hold them: name their modules in head=[...] when attaching",
+                stacklevel=3,
+            )
+
+    def detach(self) -> None:
+        """Give the model its original module tree and bits back; the adapters are gone, and this handle with them.
+
+        What was stored in fewer bits stays rounded: it comes back dequantized, in the dtype of the model.
+        Raises UserError for a base that was trained in place as a whole.
+        """
+        self.check_attached()
         for spec in self.specs.values():
             install.give_base_back(self, spec)
         self.unwrap()
@@ -210,14 +297,30 @@ class Adapters(AdaptedModel):
     def unwrap(self, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         """Put plain layers back: with the update of `name` merged in, or None for the base alone."""
         self.steps.disconnect()
+        if self.on_model is not None:
+            self.on_model.remove()
         put_back(self.model)
-        for path, layer in self.layers.items():
-            self.model.set_submodule(path, layer.plain(name, dtype))
-        for path, head in self.heads.items():
-            self.model.set_submodule(path, head.base if name is None else head.copy_of(name))
+        there = {id(p) for p in self.model.parameters()}
+        for layer in self.layers.values():
+            plain, tied = layer.plain(name, dtype), layer.own_weight()
+            if name is None and tied is not None and id(tied) in there:  # another module still has the weight itself
+                plain.weight = tied
+            install.replace_module(self.model, layer, plain)
+        for head in self.heads.values():
+            install.replace_module(self.model, head, head.plain(name))
+        spec = None if name is None else self.specs[name]
+        self.labels.set(self.model, spec.labels if spec is not None and spec.heads else self.labels.names)
+        install.untie(self.model)
         for key, tensor in self.model.named_parameters():
-            tensor.requires_grad_(self.learned[key])
-        self.model.__dict__.pop(HANDLE, None)
+            tensor.requires_grad_(self.learned.get(key, any(self.learned.values())))  # untied weights have new names
+        for attribute in (HANDLE, "save_pretrained", IGNORED):
+            self.model.__dict__.pop(attribute, None)
+        if self._ignored:
+            setattr(self.model, IGNORED, sorted(self._ignored))
+        self.detached = True
+        for state in (self.specs, self.layers, self.heads):
+            state.clear()
+        self.active.activate(None)
 
 
 def merge_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -237,12 +340,22 @@ def merge_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def read(folder: Path | str) -> AdapterFile:
     """Read an adapter folder, in loralab's layout or PEFT's. Raises UserError for anything else."""
     folder = Path(folder)
-    return peft_format.read(folder) if (folder / peft_format.HEADER).is_file() else files.read(folder)
+    if not (folder / peft_format.HEADER).exists():
+        return files.read(folder)
+    if (folder / files.HEADER).exists():
+        raise UserError(
+            f"{folder} holds two adapters, {files.HEADER} and {peft_format.HEADER}, and nothing tells which is newer: "
+            "remove the files of one of them"
+        )
+    return peft_format.read(folder)
 
 
 def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | None, check_base: bool = True) -> Adapters:
-    """Load a parsed adapter file; `folder` only labels errors. Raises UserError as `load` does."""
-    name = name or file.name
+    """Load a parsed adapter file; `folder` only labels messages. Raises UserError as `load` does.
+
+    Everything is checked before the model is changed. Warns of a folder of loralab 0.1.0, which has no checksums.
+    """
+    name = name or files.adapter_name(file.name)
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)
     problems = _misfits(handle, file)
@@ -251,64 +364,86 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
             f"it was trained on another base ({file.base.get('name')}, sha256 {str(file.base['sha256'])[:12]}, "
             f"here {handle.base_sha256[:12]}); load that base, or pass check_base=False if you know better"
         )
+    labels = file.labels if file.heads else ()  # without a head of its own, the outputs are those of the model
+    if not problems:
+        spec = install.spec_of(handle, name, file.recipe, {}, file.paths, file.heads, labels)
+        computed = starts.added(file.recipe.start) if file.starts_anew else ()
+        problems = _unlike(_expected(handle, spec, computed), file.tensors)
+        if not problems and file.constants not in (None, _constants_sha256(handle, spec)):
+            problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
-    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=file.labels, filled=not file.starts_anew)
-    computed = starts.added(file.recipe.start) if file.starts_anew else ()
-    state = {key: tensor for key, (role, tensor) in once(handle.tensors(name)).items() if role not in computed}
-    problems = _fill(state, file.tensors)
-    if file.constants not in (None, _constants_sha256(handle, name)):
-        problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
-    if problems:
-        if known is None:
-            handle.unwrap()
-        else:
-            handle.remove(name)
-        raise UserError(f"{folder}: " + "; ".join(problems))
-    setattr(model, HANDLE, handle)
-    handle.active.names, handle.active.ids = (name,), None
+    handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=labels, filled=not file.starts_anew)
+    _fill(handle.state(name), file.tensors)
+    handle.connect()
+    handle.activate(name)
+    for note in file.notes:
+        warnings.warn(f"{folder}: {note}", files.FolderNote, stacklevel=3)
     return handle
 
 
 def _misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
     """Layers and heads of a file that the model does not have."""
-    there = {path for path, _ in handle.model.named_modules()}
+    put_in = (*handle.layers, *handle.heads)  # what is inside these is loralab's, not the model's
+    there = {path for path, _ in handle.model.named_modules() if not under(path, put_in) or path in put_in}
     missing = [path for path in [*file.paths, *file.heads] if path not in there]
-    if missing:
-        return [
-            f"the model has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''} ({len(missing)} missing)"
-        ]
-    if file.paths:
-        cover(handle.model, file.paths)
-    return []
+    return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"] if missing else []
 
 
-def _fill(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    """Copy tensors into the live state if all fit; otherwise change nothing and list every problem."""
+def _expected(handle: AdaptedModel, spec: AdapterSpec, computed: Sequence[str]) -> dict[str, Tensor]:
+    """Key -> a tensor of the shape and dtype that a file must hold for it; roles that are `computed` are left out."""
+    expected: dict[str, Tensor] = {}
+    for path, roles in files.held_roles(spec.recipe, spec.paths).items():
+        shapes = files.layer_shapes(spec.recipe, path, *shape_of(handle.model.get_submodule(path)))
+        expected |= {f"{path}.{role}": shapes[role] for role in roles if role in shapes and role not in computed}
+    expected |= {key: base_tensor(handle.model, key) for key in spec.base_names}
+    old = len(handle.labels.names)
+    for path in spec.heads:
+        head = handle.heads[path].base if path in handle.heads else handle.model.get_submodule(path)
+        with torch.device("meta"):
+            blank = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in head.parameters()}
+            own = own_copy(copy.deepcopy(head, dict(blank)), old, len(spec.labels) or old, Generator())
+        expected |= {f"{path}.{key}": p for key, p in own.named_parameters()}
+    return expected
+
+
+def _unlike(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Why the tensors of a file are not those that a model expects, one phrase each."""
     problems = []
-    if missing := [key for key in state if key not in tensors]:
-        problems.append(f"missing tensors: {', '.join(missing)}")
-    if extra := [key for key in tensors if key not in state]:
-        problems.append(f"unexpected tensors: {', '.join(extra)}")
-    for key in state.keys() & tensors.keys():
-        if state[key].shape != tensors[key].shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)}, expected {tuple(state[key].shape)}")
-        elif not tensors[key].isfinite().all():
-            problems.append(f"{key} holds values that are not finite")
-    if not problems:
-        with torch.no_grad():
-            for key, tensor in state.items():
-                tensor.copy_(tensors[key])
-    return problems
+    if missing := [key for key in expected if key not in tensors]:
+        problems.append(f"missing tensors: {listed(missing)}")
+    if extra := [key for key in tensors if key not in expected]:
+        problems.append(f"unexpected tensors: {listed(extra)}")
+    unlike = (files.unlike(key, tensors[key], wanted) for key, wanted in expected.items() if key in tensors)
+    return problems + [problem for problem in unlike if problem is not None][:10]
 
 
-def _constants_sha256(handle: AdaptedModel, name: str) -> str | None:
+def _fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a file into those of a model, which are known to be alike."""
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            state[key].copy_(tensor)
+
+
+def _constants_sha256(handle: AdaptedModel, spec: AdapterSpec) -> str | None:
     """sha256 of the frozen tensors that a method draws from a seed and no file holds; None where there are none."""
-    drawn = handle.constants(handle.specs[name])
+    drawn = handle.constants(spec)
     return fingerprint(sorted(drawn.items()), exact=True) if drawn else None
 
 
 def _base_name(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
-    return {"name": Path(name).name if Path(name).is_dir() else name, "model_type": getattr(config, "model_type", None)}
+    """Name, model type, class and task of the base, as far as the model tells them."""
+    config, kind = getattr(model, "config", None), type(model).__name__
+    name = getattr(config, "_name_or_path", "") or kind
+    return {
+        "name": Path(name).name if Path(name).is_dir() else name,
+        "model_type": getattr(config, "model_type", None),
+        "class": kind,
+        "task_type": peft_format.task_type(kind),
+    }
+
+
+def _labels(spec: AdapterSpec, task: str | None) -> list[str]:
+    """Names of the outputs; the names that transformers gives any model are none of a task without labels."""
+    default = all(label == f"LABEL_{i}" for i, label in enumerate(spec.labels))
+    return [] if default and task is not None and task not in peft_format.LABELLED else list(spec.labels)

@@ -2,20 +2,33 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, nn
 
+NARROW = (torch.float16, torch.bfloat16)  # too few digits for what an optimizer adds in a step
+
 
 def head_of(model: nn.Module) -> list[str]:
     """Paths of the modules outside a transformers model's backbone that have parameters of their own."""
+    outside = outside_backbone(model)
+    if not outside:
+        return []
+    backbone = model.get_submodule(str(model.base_model_prefix))
+    shared = {id(p) for p in backbone.parameters()}
+    parameters = {name: list(model.get_submodule(name).parameters()) for name in outside}
+    return [name for name, own in parameters.items() if own and not any(id(p) in shared for p in own)]
+
+
+def outside_backbone(model: nn.Module) -> list[str]:
+    """Names of the modules beside a transformers model's backbone; none where there is no backbone inside."""
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
     if backbone is None or backbone is model:
         return []
-    shared = {id(p) for p in backbone.parameters()}
-    rest = [(name, list(child.parameters())) for name, child in model.named_children() if child is not backbone]
-    return [name for name, own in rest if own and not any(id(p) in shared for p in own)]
+    return [name for name, child in model.named_children() if child is not backbone]
 
 
 def under(key: str, paths: Sequence[str]) -> bool:
@@ -24,25 +37,55 @@ def under(key: str, paths: Sequence[str]) -> bool:
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's labels as its config has them; none for a model without."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     return tuple(str(names[i]) for i in sorted(names))
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What a transformers model says of its labels, as it was before any adapter."""
+
+    names: tuple[str, ...]
+    problem_type: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Labels":
+        """Those of the model now."""
+        return cls(labels_of(model), getattr(getattr(model, "config", None), "problem_type", None))
+
+    def set(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Give the model's config, and the loss that transformers computes by it, these labels."""
+        config: Any = getattr(model, "config", None)
+        if not names or not self.names or labels_of(model) == tuple(names):
+            return
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+        if isinstance(getattr(model, "num_labels", None), int):
+            model.num_labels = len(names)  # type: ignore[assignment]
+        # transformers fills in the type at the first loss, from the number of labels
+        same = len(names) == len(self.names) or self.problem_type == "multi_label_classification"
+        config.problem_type = self.problem_type if same else None
+
+
 def own_copy(head: nn.Module, old: int, new: int, generator: Generator) -> nn.Module:
-    """A copy of a head that learns; with another number of labels its outputs are freshly drawn."""
+    """A copy of a head that learns, in float32 at least; with another number of labels its outputs are freshly drawn."""
     own = copy.deepcopy(head)
+    for t in (*own.parameters(), *own.buffers()):
+        if t.dtype in NARROW:
+            t.data = t.data.float()
     if new != old:
         _resize(own, old, new, generator)
     return own.requires_grad_(True)
 
 
 def _resize(head: nn.Module, old: int, new: int, generator: Generator) -> None:
-    """Gives the output layer of a head another number of outputs, freshly drawn (normal, 0.02; bias zero)."""
+    """Give the output layer of a head another number of outputs, freshly drawn (normal, 0.02; bias zero)."""
     outputs = [m for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
     if outputs:
         layer = outputs[-1]
-        weight = torch.empty(new, layer.in_features).normal_(0, 0.02, generator=generator)
+        weight = torch.empty(new, layer.in_features).normal_(0, 0.02, generator=generator)  # (new, in)
         layer.weight = nn.Parameter(weight.to(layer.weight))
         if layer.bias is not None:
-            layer.bias = nn.Parameter(torch.zeros(new).to(layer.weight))
+            layer.bias = nn.Parameter(torch.zeros(new).to(layer.weight))  # (new,)
         layer.out_features = new

@@ -10,14 +10,14 @@ from torch import Generator, Tensor, nn
 from loralab import rankmap
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
 from loralab.errors import UserError
-from loralab.heads import head_of, labels_of, own_copy, under
-from loralab.layer import Adapted, AdaptedHead, put_back
+from loralab.heads import head_of, outside_backbone, own_copy, under
+from loralab.layer import Adapted, AdaptedHead, Constants, put_back
 from loralab.methods import starts
 from loralab.methods.base import Roles
 from loralab.methods.starts import InputDirections
 from loralab.recipe import Recipe, recipe
 from loralab.stores import keep
-from loralab.targets import Coverage, Targets, cover, shape_of
+from loralab.targets import ALL, Coverage, Targets, cover, obstacle, paths_to, shape_of
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def spec_of(
     head: bool | Sequence[str],
     labels: Sequence[str],
 ) -> AdapterSpec:
-    """What an adapter will be. Raises UserError for what cannot be added, before anything has changed."""
+    """The specification of an adapter. Raises UserError for what cannot be added, before anything has changed."""
     r = recipe(method, **settings)
     if r.policy and r.ranks is None:
         raise UserError(
@@ -45,13 +45,29 @@ def spec_of(
             f"head=True: {type(handle.model).__name__} names no head; pass the paths of its modules, head=[...]"
         )
     heads = tuple(own_head) if head is True else tuple(head or ())
+    _check_heads(handle, heads, labels)
     coverage = None if r.factors is None else _cover(handle, r, targets, [*heads, *own_head])
     if r.store:
-        keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is told before anything has changed
+        keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is reported before anything has changed
     if not heads and coverage is None and r.learn_base is None:
         raise UserError(f"method {method!r} learns nothing but the head: pass head=True")
     in_place = _in_place(r, [key for key in handle.learned if not under(key, heads)])
-    return AdapterSpec(r, coverage, heads, tuple(labels) or labels_of(handle.model), in_place)
+    return AdapterSpec(r, coverage, heads, tuple(labels) or handle.labels.names, in_place)
+
+
+def _check_heads(handle: AdaptedModel, heads: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise UserError for a head that cannot be copied, and for labels that no output of the model is for."""
+    known = handle.labels.names
+    if labels and not heads and known and len(labels) != len(known):
+        raise UserError(
+            f"{len(labels)} labels for a model of {len(known)}: the adapter needs a head of its own, head=True"
+        )
+    there = {path for path, _ in handle.model.named_modules(remove_duplicate=False)}
+    if missing := [path for path in heads if path not in there]:
+        raise UserError(f"head={', '.join(missing)}: the model has no such module")
+    for path in heads:
+        if path not in handle.heads and (problem := obstacle(handle.model.get_submodule(path))):
+            raise UserError(f"head {path}: {problem}")
 
 
 def _in_place(r: Recipe, keys: Sequence[str]) -> tuple[str, ...]:
@@ -76,6 +92,8 @@ def _check_name(handle: AdaptedModel, name: str, r: Recipe) -> None:
 
 def _cover(handle: AdaptedModel, r: Recipe, targets: Targets, outside: Sequence[str]) -> Coverage:
     assert r.factors is not None
+    if targets == ALL:  # the linear layers of the backbone: an output layer tied to the embeddings is none of them
+        outside = [*outside, *outside_backbone(handle.model)]
     coverage = cover(handle.model, targets, outside)
     shapes = {path: shape_of(handle.model.get_submodule(path)) for path in coverage.paths}
     if r.ranks is not None:
@@ -107,61 +125,67 @@ class Starts:
         self.given: dict[str, dict[str, Tensor]] = {}  # share -> role -> tensor
 
     def of(self, path: str, fresh: Roles) -> dict[str, Tensor]:
-        """`fresh` is what the method starts the layer with; parameters stand for what is shared."""
-        part = self.layers.get(path)
-        if part is None:
+        """Role -> tensor of one layer; `fresh` is what the method starts it with, parameters are for what is shared."""
+        layer = self.layers.get(path)
+        if layer is None:
             return dict(fresh)
         tensors = dict(fresh)
-        if part.share is not None:
+        if layer.share is not None:
             made = {role: nn.Parameter(t) if role in self.shared else t for role, t in fresh.items()}
-            first = self.given.setdefault(part.share, made)
+            first = self.given.setdefault(layer.share, made)
             # what goes with A and B (a snapshot, say) starts as that of the first layer, but is the layer's own
             tensors = {role: t if role in self.shared else t.clone() for role, t in first.items()}
-        if part.gates is not None:
-            tensors["gates"] = tensors["A"].new_tensor(part.gates)  # (r,)
+        if layer.gates is not None:
+            tensors["gates"] = tensors["A"].new_tensor(layer.gates)  # (r,)
         return tensors
 
 
 def add_layers(
     handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, seen: Mapping[str, InputDirections] | None
 ) -> None:
-    """Wraps what is not wrapped yet and gives each layer its tensors; `seen=None` leaves out a computed start."""
+    """Wrap what is not wrapped yet and give each layer its tensors; `seen=None` leaves out a computed start."""
     factors, start = spec.recipe.factors, spec.recipe.start
     if factors is None:
         return
-    drawn = handle.constants(spec)
-    constants: dict[torch.device, dict[str, Tensor]] = {}  # once on each device
-    mapped = Starts(spec.recipe)
+    constants = Constants(handle.constants(spec))
+    given = Starts(spec.recipe)
     for path in spec.paths:
-        W = None  # its own weight, once it is stored in fewer bits gone
+        W = None  # (out, in); once a layer is stored in fewer bits, its own weight is gone
         if path not in handle.layers:
             original = handle.model.get_submodule(path)
             W = keep(original).dense()
             put_back(handle.model)  # a fast piece made before this would not know of the layer
-            adapted = Adapted(original, spec.recipe.store, handle.active)
-            handle.layers[path] = adapted.train(original.training)
-            handle.model.set_submodule(path, adapted)
+            layer = Adapted(original, spec.recipe.store, handle.active, path).train(original.training)
+            handle.layers[path] = layer
+            replace_module(handle.model, original, layer)
         layer = handle.layers[path]
         at = spec.recipe.at(path)
         tensors = starts.blank(start, at.factors, layer.out_features, layer.in_features, generator)
         if seen is not None:
             tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
-        on = mapped.of(path, {role: t.to(layer.device) for role, t in tensors.items()})
-        if layer.device not in constants:
-            constants[layer.device] = {role: t.to(layer.device) for role, t in drawn.items()}
-        layer.add(name, at, on, constants[layer.device])
+        layer.add(name, at, given.of(path, {role: t.to(layer.device) for role, t in tensors.items()}), constants)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under every path that leads to it."""
+    for path in paths_to(model, old):
+        model.set_submodule(path, new)
 
 
 def add_heads(
     handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, heads_of: nn.Module | None
 ) -> None:
-    """Gives the adapter its own copy of each head, of that in `heads_of` if it is given."""
-    old = len(labels_of(handle.model))
+    """Give the adapter its own copy of each head, of that in `heads_of` if it is given."""
+    old = len(handle.labels.names)
+    all_of_it = set(head_of(handle.model))
     for path in spec.heads:
         if path not in handle.heads:
             original = handle.model.get_submodule(path)
             handle.heads[path] = AdaptedHead(original, handle.active).train(original.training)
-            handle.model.set_submodule(path, handle.heads[path])
+            replace_module(handle.model, original, handle.heads[path])
+        # the end of a model may answer in float32, but what other modules follow must not
+        last = path in all_of_it and all_of_it <= set(spec.heads)
+        handle.heads[path].same_dtype = handle.heads[path].same_dtype or not last
         if heads_of is None:
             own = own_copy(handle.heads[path].base, old, len(spec.labels) or old, generator)
         else:
@@ -170,7 +194,7 @@ def add_heads(
 
 
 def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
-    """Lets the tensors of the base that learn in place learn; their bits are kept, unless all do."""
+    """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do."""
     for key in spec.base_names:
         tensor = base_tensor(handle.model, key).requires_grad_(True)
         if spec.recipe.learn_base != "all":
@@ -178,9 +202,20 @@ def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
 
 
 def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
-    """The inverse of `open_base`."""
+    """The inverse of `open_base`. Raises UserError if there is no copy of what learned."""
     for key in spec.base_names:
         if key not in handle.before:
             raise UserError("this adapter trained the whole base in place: load the model anew instead")
         with torch.no_grad():
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
+
+
+def untie(model: nn.Module) -> None:
+    """Let a transformers model know of weights that are no longer one, so that it saves and loads each of them."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    apart = [one for one, other in tied.items() if parameters.get(one) is not parameters.get(other)]
+    for key in apart:
+        del tied[key]
+    if apart:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -1,33 +1,38 @@
 """Optimizer groups, among them those of LoRA+ (Hayou et al., 2024): B learns at lr * ratio, A at lr; and AdamW.
 
-Paged AdamW keeps its moments in memory that moves to the CPU when the GPU runs short (QLoRA). The arithmetic is the
-same, so results are too. On a CPU there is nothing to page. Not measured: written for CUDA.
+Paged AdamW moves its moments to the CPU when the GPU runs short of memory (QLoRA). The arithmetic is the same, so
+results are too. On a CPU it does nothing. Not measured: written for CUDA.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
 
 
 class Kind(NamedTuple):
-    """What a tensor is to an optimizer."""
+    """How an optimizer treats a tensor."""
 
     rate: str  # "B" learns at lr * ratio, "head" at its own rate, anything else at lr
-    decays: bool
+    decays: bool  # whether weight decay applies
 
 
 def by_role(key: str, role: str, t: Tensor) -> Kind:
-    """B alone is boosted; vectors do not decay."""
+    """Learn B faster; no weight decay on vectors."""
     return Kind(role, t.ndim > 1)
 
 
 def as_peft(key: str, role: str, t: Tensor) -> Kind:
-    """Every vector is boosted as B is, a gain and the bias of a head too; only biases do not decay."""
+    """Learn B and every vector faster, a gain and the bias of a head too; no weight decay on biases."""
     return Kind("B" if role == "B" or t.ndim == 1 else "A", key.rpartition(".")[2] != "bias")
 
 
@@ -42,7 +47,10 @@ def grouped(
     head_lr: float | None,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """The groups of `learned`, path.role -> (role, tensor); each group has one role."""
+    """The groups of `learned`, path.role -> (role, tensor); each group has one role.
+
+    Raises UserError for an unknown grouping, and for a head's own rate where the grouping has none.
+    """
     if grouping not in GROUPINGS:
         raise UserError(f"grouping={grouping!r}: choose one of {', '.join(GROUPINGS)}")
     if grouping == "peft" and head_lr is not None:
@@ -60,7 +68,8 @@ def grouped(
 def adamw(groups: Sequence[dict[str, Any]], paged: bool = False, fused: bool | None = None) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; `paged=True` pages its moments where all parameters lie on CUDA.
 
-    `fused=True` does a step in one pass over memory, `None` leaves that to torch.
+    `fused=True` does a step in one pass over memory, `None` leaves that to torch. Raises UserError if paging needs a
+    package that is missing.
     """
     if not paged:
         return torch.optim.AdamW(groups, fused=fused)
@@ -74,3 +83,31 @@ def adamw(groups: Sequence[dict[str, Any]], paged: bool = False, fused: bool | N
         raise UserError("paged=True needs bitsandbytes: pip install loralab[quant]") from error
     paging: torch.optim.Optimizer = PagedAdamW32bit(groups)
     return paging
+
+
+# ---- optimizers that would move nothing ------------------------------------------------------------------------------
+
+WATCHED: "WeakSet[AdaptedModel]" = WeakSet()
+CHECKED: "WeakSet[torch.optim.Optimizer]" = WeakSet()
+REGISTERED: list[Any] = []  # the one hook of torch that checks optimizers
+
+
+def watch(handle: AdaptedModel) -> None:
+    """Refuse, at its first step, an optimizer of torch that holds tensors of this model of which none learns."""
+    WATCHED.add(handle)
+    if not REGISTERED:
+        REGISTERED.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _check(optimizer)))
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    if optimizer in CHECKED:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for handle in list(WATCHED):
+        own = [(key, p) for key, p in handle.model.named_parameters() if id(p) in held]
+        if own and not any(p.requires_grad for _, p in own):
+            raise UserError(
+                f"this optimizer would move nothing: it holds {len(own)} frozen tensors of the base ({own[0][0]}, ...) "
+                "and none of an adapter. Was it made before attach? Make it after, from adapters.parameter_groups()"
+            )
+    CHECKED.add(optimizer)

@@ -5,14 +5,18 @@ matched by whole components of a module's path. GPT-2 keeps q, k and v in one la
 """
 
 import re
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from loralab.errors import UserError, hint
+from loralab.heads import under
 from loralab.layer import Adapted
 from loralab.stores import LINEAR
 
@@ -102,6 +106,7 @@ class Coverage:
 
     @property
     def paths(self) -> list[str]:
+        """Paths of the adapted layers."""
         return list(dict.fromkeys(path for paths in self.matched.values() for path in paths))
 
     def keep(self, paths: Container[str]) -> "Coverage":
@@ -118,25 +123,46 @@ class Coverage:
 def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Coverage:
     """The layers of `model` that `targets` means; layers under a path in `outside` (the head) are never adapted.
 
-    Raises UserError when a pattern matches nothing, or a layer whose weight the model reads past the module.
+    A layer that the model has under several paths counts once, under its first path, and matches by any of them.
+    Raises UserError when a pattern matches nothing, and for a layer that cannot be adapted (see `obstacle`).
     """
-    linear = [
-        path
-        for path, module in model.named_modules()
-        if type(module) in (*LINEAR, Adapted, READ_PAST_LINEAR)
-        and not any(path == o or path.startswith(o + ".") for o in outside)
-    ]
-    matched = {pattern: [p for p in linear if test.fullmatch(p)] for pattern, test in _patterns(model, targets).items()}
+    linear = {
+        path: paths
+        for path, (module, paths) in _modules(model).items()
+        if isinstance(module, (*LINEAR, Adapted)) and not any(under(p, outside) for p in paths)
+    }
+    exact = [p for p in linear if type(model.get_submodule(p)) in (*LINEAR, Adapted, READ_PAST_LINEAR)]
+    odd = [p for p in linear if parametrize.is_parametrized(model.get_submodule(p))]
+    matched = {}
+    for pattern, test in _patterns(model, targets).items():
+        meant = [p for p in (*exact, *odd) if any(test.fullmatch(path) for path in linear[p])]
+        for path in meant:
+            if (problem := _read_past(model, path) or obstacle(model.get_submodule(path))) is not None:
+                raise UserError(f"targets match {path}, but {problem}")
+        matched[pattern] = meant
     if nothing := [pattern for pattern, paths in matched.items() if not paths]:
-        meant = hint(nothing[0], [*PRESETS, ALL, *linear], cutoff=0.75)
+        near = hint(nothing[0], [*PRESETS, ALL, *exact], cutoff=0.75)
         raise UserError(
-            f"targets {', '.join(map(repr, nothing))} match no linear layer{meant}; presets: "
-            f"{', '.join([*PRESETS, ALL])}; layers here: {summary(linear) or 'none'}"
+            f"targets {', '.join(map(repr, nothing))} match no linear layer{near}; presets: "
+            f"{', '.join([*PRESETS, ALL])}; layers here: {summary(exact) or 'none'}"
         )
-    coverage = Coverage(matched, [])
-    _refuse_read_past(model, coverage.paths)
-    chosen = set(coverage.paths)
-    return Coverage(matched, [path for path in linear if path not in chosen])
+    chosen = set(Coverage(matched, []).paths)
+    return Coverage(matched, [path for path in exact if path not in chosen])
+
+
+def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
+    """First path of a module -> the module and all paths that lead to it."""
+    first: dict[int, str] = {}
+    found: dict[str, tuple[nn.Module, list[str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        _, paths = found.setdefault(first.setdefault(id(module), path), (module, []))
+        paths.append(path)
+    return found
+
+
+def paths_to(model: nn.Module, module: nn.Module) -> list[str]:
+    """All paths under which a model has a module."""
+    return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
 
 
 def _patterns(model: nn.Module, targets: Targets) -> dict[str, re.Pattern[str]]:
@@ -167,16 +193,49 @@ def _ending(name: str) -> re.Pattern[str]:
     return re.compile(r"(?:.*\.)?" + r"[^.]+".join(map(re.escape, name.split("*"))))
 
 
-def _refuse_read_past(model: nn.Module, paths: Sequence[str]) -> None:
-    for path in paths:
-        parents = [path[:i] for i, char in enumerate(path) if char == "."]
-        for parent in ["", *parents]:
-            module = model.get_submodule(parent)
-            if isinstance(module, READ_PAST):
-                raise UserError(
-                    f"targets match {path}, but {type(module).__name__} at {parent or 'the top'} reads its weight "
-                    "past the module, so an adapter there would do nothing: leave it out of targets"
-                )
+def _read_past(model: nn.Module, path: str) -> str | None:
+    """Why an adapter on a layer would do nothing: a module around it reads its weight itself."""
+    for parent in ["", *(path[:i] for i, char in enumerate(path) if char == ".")]:
+        module = model.get_submodule(parent)
+        if isinstance(module, READ_PAST):
+            return (
+                f"{type(module).__name__} at {parent or 'the top'} reads its weight past the module, so an adapter "
+                "there would do nothing: leave it out of targets"
+            )
+    return None
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a module, with what is inside, cannot be adapted or copied as it is, and what to do; None if it can."""
+    for inner in module.modules():
+        if isinstance(inner, Adapted):
+            continue
+        if parametrize.is_parametrized(inner):
+            names = ", ".join(inner.parametrizations)  # type: ignore[arg-type]
+            return (
+                f"its {names} is computed by a parametrization: first make it a plain parameter, with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if computed := [n for n in ("weight", "bias") if isinstance(inner.__dict__.get(n), Tensor)]:
+            return (
+                f"its {computed[0]} is no parameter but computed at every call (weight_norm, spectral_norm, pruning): "
+                "first make it one, with torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove"
+            )
+        if (problem := _away(inner)) is not None:
+            return problem
+    return None
+
+
+def _away(module: nn.Module) -> str | None:
+    """Why the weights of a module cannot be read: they are elsewhere, and brought in for a moment at every call."""
+    hooks = [hook := getattr(module, "_hf_hook", None), *getattr(hook, "hooks", ())]
+    meta = any(t.is_meta and not isinstance(t, FakeTensor) for t in module.parameters(recurse=False))
+    if meta or any(getattr(hook, "offload", False) for hook in hooks):
+        return (
+            "its weight is not in memory (the meta device, or offloaded by accelerate): load the model without "
+            "offloading this layer, in fewer bits if it is too large, or leave it out of targets"
+        )
+    return None
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
@@ -186,10 +245,19 @@ def shape_of(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+def folded(path: str) -> str:
+    """A path with its numbers as *: encoder.layer.3.attention.self.query -> encoder.layer.*.attention.self.query."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
+
+
 def summary(paths: Sequence[str]) -> str:
-    """Paths with layer numbers folded: encoder.layer.*.attention.self.query (12), ..."""
-    folded: dict[str, int] = {}
-    for path in paths:
-        key = re.sub(r"\.\d+\.", ".*.", path)
-        folded[key] = folded.get(key, 0) + 1
-    return ", ".join(f"{key} ({count})" for key, count in folded.items())
+    """Folded paths with counts: encoder.layer.*.attention.self.query (12), ..."""
+    return ", ".join(f"{path} ({count})" for path, count in Counter(map(folded, paths)).items())
+
+
+def kind(path: str) -> str:
+    """What a layer is in its block: encoder.layer.3.attention.self.query -> attention.self.query."""
+    return folded(path).rpartition("*.")[2]
