@@ -20,7 +20,7 @@ from loralab.data.batches import padded
 from loralab.fast import heap
 from loralab.recipe import NAMED
 from loralab.run import Settings, train
-from loralab.run.estimate import EstimateSettings, Meter, Step, estimate, largest_batch
+from loralab.run.estimate import BlankStep, EstimateSettings, Meter, estimate, largest_batch
 from loralab.run.memory import PURPOSES, by_layer, held, layer_of, ledger, of_adapter, saved_by_layer, tensor_bytes
 
 SETUPS = {
@@ -53,12 +53,12 @@ def plain(tiny, tmp_path_factory):
 def real(setup):
     """(bytes by layer, the most that tensors take at once) of a real step, the second."""
     model, _ = models.classifier(setup.model, setup.labels, False, torch.float32, seed=0)
-    step = Step(model, setup, setup.recipe())
+    step = BlankStep(model, settings, settings.recipe())
     step(setup)
     layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
     with Meter() as meter:
         for t in [*(t for _, t in held(model)), *(t for s in step.optimizer.state.values() for t in s.values())]:
-            meter.meet(t)
+            meter.count(t)
         step(setup)
     return layers, meter.most
 

@@ -1,7 +1,9 @@
 """Runs that share passes: each comes to what it comes to alone, whatever runs beside it."""
 
+import dataclasses
 import json
 import math
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -12,10 +14,11 @@ from loralab import UserError
 from loralab.active import Stream
 from loralab.data.batches import epoch_batches
 from loralab.fast import masks
-from loralab.run import Settings, passes, train, train_together
+from loralab.run import RunFailed, Settings, sharing, train, train_together
 from loralab.run import loop as loop_module
 from loralab.run.bar import Bar
 from loralab.run.sharing import alone, grouped
+from loralab.run.state import RunState
 
 
 def settings(tiny, own, out, task="class", **given):
@@ -121,25 +124,25 @@ def test_every_line_of_a_group_names_its_run(tiny, own, tmp_path, capsys):
     assert "alone:" not in capsys.readouterr().err
 
 
-def test_a_small_room_makes_many_passes_of_the_same_steps(tiny, own, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "ROOM", 1e6)  # about two of these batches
+def test_with_little_memory_for_a_pass_there_are_more_passes_and_the_same_steps(tiny, own, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharing, "PASS_BYTES", 1e6)  # about two of these batches
     check_as_alone(
         [plain(tiny, own, seed=i, method=m) for i, m in enumerate(("lora", "dora", "lora", "pissa"))], tmp_path
     )
 
 
-def test_passes_take_members_of_like_width_up_to_the_room(tiny, own, tmp_path, monkeypatch):
+def test_passes_take_runs_of_similar_width_up_to_their_memory(tiny, own, tmp_path, monkeypatch):
     taken, order = [], defaultdict(list)
-    forward = loop_module.Loop._pass
+    forward = loop_module.Loop._forward
 
-    def counted(self, going, parts):
-        taken.append([m.run.name for m in going])
-        for member, (rows, chosen) in zip(going, parts, strict=True):
-            if rows is member.run.train:
-                order[member.run.name].append(chosen)
-        return forward(self, going, parts)
+    def counted(self, states, parts):
+        taken.append([state.run.name for state in states])
+        for state, (rows, chosen) in zip(states, parts, strict=True):
+            if rows is state.run.train:
+                order[state.run.name].append(chosen)
+        return forward(self, states, parts)
 
-    monkeypatch.setattr(loop_module.Loop, "_pass", counted)
+    monkeypatch.setattr(loop_module.Loop, "_forward", counted)
     train_together([settings(tiny, own, tmp_path / str(i), seed=i, epochs=1) for i in range(3)])
     assert sorted(taken[:3]) == [["run-0"], ["run-1"], ["run-2"]]  # each is measured alone
     assert all(len(names) == 3 for names in taken[3:])
@@ -177,6 +180,73 @@ def test_a_run_that_diverges_ends_and_the_others_go_on(tiny, own, tmp_path):
     assert "loss is nan" in str(first)
     assert not (tmp_path / "a/result.json").exists()
     assert second["metric"] == train(settings(tiny, own, tmp_path / "alone"))["metric"]
+
+
+def boom(states, name):
+    if any(state.settings.folder.name == name for state in states):
+        raise MemoryError("no more")
+
+
+def check_that_only_b_failed(tiny, own, tmp_path, outcomes):
+    first, failed, third = outcomes
+    assert isinstance(failed, RunFailed)
+    assert re.fullmatch(r".*b failed: MemoryError: no more; its traceback is in .*b/traceback.txt", str(failed))
+    assert "boom" in failed.traceback == (tmp_path / "b/traceback.txt").read_text()
+    assert not (tmp_path / "b/result.json").exists()
+    for outcome, name, seed in ((first, "a", 0), (third, "c", 2)):
+        alone = train(settings(tiny, own, tmp_path / f"alone-{name}", seed=seed))
+        assert outcome["metric"] == alone["metric"]
+        a, b = tensors(tmp_path / name), tensors(tmp_path / f"alone-{name}")
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("where", "step"), [("pass", 1), ("pass", 13), ("step", 4), ("checkpoint", 9)])
+def test_an_exception_ends_its_run_keeps_its_traceback_and_the_others_go_on(
+    tiny, own, tmp_path, monkeypatch, where, step
+):
+    """In a pass that several share nobody knows whose it was, so they go on alone; else the others are not touched."""
+    owner, name = {
+        "pass": (loop_module.Loop, "_backward"),
+        "step": (RunState, "step"),
+        "checkpoint": (RunState, "save_checkpoint"),
+    }[where]
+    real = getattr(owner, name)
+
+    def broken(self, *given):
+        states = given[0] if where == "pass" else [self]
+        if max(state.progress.step for state in states) + 1 >= step:
+            boom(states, "b")
+        return real(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        outcomes = train_together([settings(tiny, own, tmp_path / name, seed=i) for i, name in enumerate("abc")])
+    check_that_only_b_failed(tiny, own, tmp_path, outcomes)
+    train(settings(tiny, own, tmp_path / "b", seed=1, resume=True))  # what was wrong is mended
+    assert not (tmp_path / "b/traceback.txt").exists()
+
+
+def test_a_run_that_cannot_be_prepared_does_not_keep_the_others_from_training(tiny, own, tmp_path):
+    many = [settings(tiny, own, tmp_path / name, seed=i) for i, name in enumerate("abc")]
+    many[1] = dataclasses.replace(many[1], rank=99)
+    first, refused, third = train_together(many)
+    assert "rank 99" in str(refused)
+    assert not (tmp_path / "b").exists()
+    assert first["time"]["together"] == third["time"]["together"] == 1
+
+
+def test_what_a_reporter_raises_ends_the_training(tiny, own, tmp_path):
+    """A search gives up a run this way, and later goes on with it."""
+
+    class Stop(Bar):
+        def epoch(self, *_):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(settings(tiny, own, tmp_path / "a"), Stop())
+    assert (tmp_path / "a/checkpoint/progress.json").is_file()
+    assert not (tmp_path / "a/.lock").exists()
 
 
 def test_finished_runs_of_a_group_are_read_and_not_run_again(tiny, own, tmp_path):

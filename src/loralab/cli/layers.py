@@ -1,6 +1,7 @@
 """The table of memory by layer, of a run or of a plan."""
 
-from loralab.cli.show import size, table
+from loralab.cli.show import table
+from loralab.disk import size_text
 from loralab.run.memory import PURPOSES, Layers
 
 
@@ -12,8 +13,8 @@ def show_layers(title: str, layers: Layers) -> None:
             rows[-1][0].append(name)
         else:
             rows.append(([name], sizes))
-    shown = [(_joined(names), *(size(sizes[purpose]) for purpose in PURPOSES)) for names, sizes in rows]
-    total = ("all layers", *(size(sum(layer[purpose] for layer in layers.values())) for purpose in PURPOSES))
+    shown = [(_joined(names), *(size_text(sizes[purpose]) for purpose in PURPOSES)) for names, sizes in rows]
+    total = ("all layers", *(size_text(sum(layer[purpose] for layer in layers.values())) for purpose in PURPOSES))
     table(title, ("layer", "weights", *PURPOSES[1:]), [*shown, total])
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from loralab.cli.layers import show_layers
-from loralab.cli.show import Json, as_bytes, as_json, pairs, size, table
+from loralab.cli.show import Json, as_bytes, as_json, pairs, table
+from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run.estimate import Estimate, EstimateSettings, estimate, largest_batch
 
@@ -48,7 +49,7 @@ def plan(
         f"{settings.model}, {settings.method}, {settings.batch_size} rows of {settings.max_length} tokens", found.layers
     )
     pairs("\nmost at once, beside what the imports take", _told(found))
-    rows = [(name, size(other.peak), f"{other.peak / found.peak - 1:+.0%}") for name, other in changes.items()]
+    rows = [(name, size_text(other.peak), f"{other.peak / found.peak - 1:+.0%}") for name, other in changes.items()]
     table("\nwhat would change it", ("change", "peak", ""), rows)
     if room is not None and most is not None:
         print(f"\n{_verdict(found, room, most, changes)}")
@@ -56,9 +57,9 @@ def plan(
 
 def _told(p: Estimate) -> dict[str, str]:
     return {
-        "while loading": size(p.loading),
-        "in a step": f"{size(p.training)} resident, {size(p.tensors)} of it tensors, temporaries among them",
-        "peak": size(p.peak),
+        "while loading": size_text(p.loading),
+        "in a step": f"{size_text(p.training)} resident, {size_text(p.tensors)} of it tensors, temporaries among them",
+        "peak": size_text(p.peak),
         "products of a step": f"{p.products / 1e9:,.3g} billion operations",
     }
 
@@ -91,14 +92,14 @@ def _changes(found: Estimate) -> dict[str, Estimate]:
 
 def _verdict(found: Estimate, room: int, most: int, changes: dict[str, Estimate]) -> str:
     if found.peak <= room:
-        return f"It fits: {size(found.peak)} of {size(room)}. The largest batch that does is about {most}."
+        return f"It fits: {size_text(found.peak)} of {size_text(room)}. The largest batch that does is about {most}."
     able = [name for name, other in changes.items() if other.peak <= room]
     able += (
         [f"--batch-size {most}, which in a run is --accumulate {-(-found.settings.batch_size // most)}"] if most else []
     )
-    short = f"It does not fit: {size(found.peak)}, and there is {size(room)}."
+    short = f"It does not fit: {size_text(found.peak)}, and there is {size_text(room)}."
     if able:
         return f"{short} Each of these alone does: {', or '.join(able)}."
     least = min((other.peak for other in changes.values()), default=found.peak)
-    best = f"No single change does, nor a batch of 1; the best needs {size(least)}"
+    best = f"No single change does, nor a batch of 1; the best needs {size_text(least)}"
     return f"{short} {best}. Try several at once, or a smaller model."

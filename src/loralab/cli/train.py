@@ -5,7 +5,8 @@ from typing import Annotated, Any
 from accelerate import PartialState
 from cyclopts import Parameter
 
-from loralab.cli.show import Json, as_json, pairs, size
+from loralab.cli.show import Json, as_json, pairs
+from loralab.disk import size_text
 from loralab.run import Settings
 from loralab.run import train as run
 from loralab.run.bar import Bar
@@ -41,5 +42,5 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
         **({"other metrics": others} if others else {}),
         "values that learn": f"{counts['adapter']:,} adapter + {counts['head']:,} head; base {counts['base']:,}",
         "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s",
-        "peak memory": f"{size(result['memory']['peak_bytes'])} above what the imports take",
+        "peak memory": f"{size_text(result['memory']['peak_bytes'])} above what the imports take",
     }

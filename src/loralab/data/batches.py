@@ -1,4 +1,4 @@
-"""Rows as token ids, and batches of rows of like length, so that little of a batch is padding."""
+"""Rows as token ids, and batches of rows of similar length, so that little of a batch is padding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralab.data import Split
 from loralab.errors import UserError
 
-OFFSET = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # positions start after the padding id: two fewer are usable
-POOL = 50  # batches whose rows are sorted by length together; more order, less padding
+POOL = 50  # batches whose rows are sorted by length together: more give less padding and less chance
+SPARE = 8  # rows that a table of positions may have above max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,34 @@ class Rows:
 
     @cached_property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each row (rows,), without padding."""
         return np.array([len(ids) for ids in self.columns["input_ids"]])
+
+    def tokens(self, chosen: Sequence[int]) -> int:
+        """Count the tokens of some rows, without padding."""
+        return int(self.lengths[list(chosen)].sum())
 
 
 def longest(model: Any) -> int | None:
-    """Tokens a model takes at most, or None if it sets no limit."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else positions - 2 * (config.model_type in OFFSET)
+    """Return the most tokens that a model takes, or None if it sets no limit.
+
+    The model's own table of positions decides. Where it has a padding row or an offset, the first token has the
+    position after it, so the model takes fewer tokens than its table has rows.
+    """
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        rows = getattr(module, "num_embeddings", 0)
+        if isinstance(module, nn.Embedding) and module is not words and limit <= rows <= limit + SPARE:
+            first = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            return rows - first
+    return limit
 
 
 def encode(split: Split, tokenizer: Any, max_length: int, regression: bool) -> Rows:
-    """Tokenizes a split; rows of more than `max_length` tokens are cut at the end, longest text first, and counted."""
+    """Tokenize a split. Rows of more than `max_length` tokens are cut at the end, longest text first, and counted."""
     texts = [list(column) for column in zip(*split.texts, strict=True)]
     free = tokenizer(*texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
     columns = dict(tokenizer(*texts, truncation=True, max_length=max_length, verbose=False))
@@ -50,16 +66,16 @@ def encode(split: Split, tokenizer: Any, max_length: int, regression: bool) -> R
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
-    """The chosen rows padded to the longest of them, or a little more (see `padded`): tensors (rows, t)."""
+    """Return the chosen rows, padded to the longest of them or a little more (see `padded`): tensors (rows, t)."""
     return collate_together([(rows, chosen)], tokenizer, device)[0]
 
 
 def collate_together(
     parts: Sequence[tuple[Rows, Sequence[int]]], tokenizer: Any, device: torch.device
 ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    """The chosen rows of K runs: tensors (K b, t) in K equal parts, and the (b, t) that each would have alone.
+    """Return the chosen rows of K runs: tensors (K b, t) in K equal parts, and the (b, t) of each part alone.
 
-    Short rows are padded, and a part with fewer rows than the largest has its first row again.
+    Short rows are padded; a part with fewer rows than the largest repeats its first row.
     """
     sizes = [(len(chosen), width(rows, chosen)) for rows, chosen in parts]
     b, t = (max(column) for column in zip(*sizes, strict=True))
@@ -73,18 +89,18 @@ def collate_together(
 
 
 def width(rows: Rows, chosen: Sequence[int]) -> int:
-    """Tokens to which a batch of the chosen rows is padded."""
+    """Return the tokens to which a batch of the chosen rows is padded."""
     return min(padded(int(rows.lengths[list(chosen)].max())), rows.max_length)
 
 
 def padded(length: int) -> int:
-    """The width of a batch: few different ones, as a product of a new shape takes milliseconds to prepare on CPU."""
+    """Return the width of a batch. There are few different ones: on CPU a new shape takes milliseconds to prepare."""
     step = 4 if length <= 32 else 8
     return -(-length // step) * step
 
 
 def epoch_batches(lengths: Sequence[int] | Any, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """All rows once, in batches of like length and in an order that seed and epoch alone decide."""
+    """Return all rows once, in batches of similar length. Seed and epoch alone decide the order. Raises UserError."""
     lengths = np.asarray(lengths)
     if not len(lengths):
         raise UserError("no rows to train on")
@@ -97,7 +113,7 @@ def epoch_batches(lengths: Sequence[int] | Any, batch_size: int, seed: int, epoc
 
 
 def sorted_batches(lengths: Sequence[int] | Any, batch_size: int) -> Iterator[list[int]]:
-    """All rows once, longest first: for evaluation, where the order does not matter."""
+    """Yield all rows once, longest first: for evaluation, where the order does not matter."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     for i in range(0, len(order), batch_size):
         yield order[i : i + batch_size]

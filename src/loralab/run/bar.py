@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar with rate and time left on stderr, and a line for each epoch."""
+"""Progress of a run on stderr: a bar with rate and time left, and a line for each epoch."""
 
 from typing import Any, Protocol
 
@@ -8,7 +8,10 @@ from rich.text import Text
 
 
 class Reporter(Protocol):
-    """What hears of one run or of several that go together; `of` is a run's folder, empty where there is one run."""
+    """Receives the progress of a run, or of several over one model; `of` names the run, and is empty for a single one.
+
+    What `epoch` raises ends the training; it goes on from there with --resume.
+    """
 
     def start(self, label: str, rows: int, done: int) -> None: ...
     def advance(self, rows: int, loss: float) -> None: ...
@@ -18,7 +21,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """Tells nothing: for tests, and for all processes but the first."""
+    """Reports nothing: for tests, and for all processes but the first."""
 
     def start(self, label: str, rows: int, done: int) -> None: ...
     def advance(self, rows: int, loss: float) -> None: ...
@@ -34,7 +37,7 @@ class _Rate(ProgressColumn):
 
 
 class Bar:
-    """A rich bar on stderr; where stderr is no terminal, only the lines."""
+    """A bar on stderr; only the lines if stderr is no terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -64,10 +67,12 @@ class Bar:
 
 
 def named(of: str, text: str) -> str:
+    """Return the text with the name of its run before it, if there is one."""
     return f"{of}: {text}" if of else text
 
 
 def epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
+    """Return the line of an epoch from its record in metrics.jsonl."""
     held_out = record["held_out"]
     parts = [f"epoch {record['epoch']}/{epochs}", f"loss {record['train_loss']:.4f}"]
     parts += [f"held-out {metric} {held_out[metric]:.4f}"] if held_out else []

@@ -1,7 +1,7 @@
-"""What a training step needs in memory, found by taking one without memory: the very code of a run on fake tensors.
+"""Estimate the memory of a training step by taking one on fake tensors, with the code of a real run.
 
-PyTorch's FakeTensorMode gives every operation tensors of the right size and no data. `Meter` sees each storage come and
-go, so its highest sum is the peak of a step: what is kept, what is saved for backward, and temporaries.
+PyTorch's FakeTensorMode gives every operation tensors of the right size without data. `Meter` sees each storage come
+and go. The highest sum is the peak of a step: weights and optimizer, what is saved for backward, and temporaries.
 
     from loralab.run.estimate import EstimateSettings, estimate
     estimate(EstimateSettings(model="minilm", batch_size=32, max_length=64)).peak
@@ -23,95 +23,101 @@ from torch.utils.flop_counter import flop_registry
 from loralab import fast, models
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters
-from loralab.data.batches import longest
 from loralab.errors import UserError
 from loralab.fast import heap
 from loralab.optimizers import adamw
 from loralab.recipe import Recipe
 from loralab.run.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
 from loralab.run.settings import StepSettings
+from loralab.run.setup import check_length
 from loralab.run.step import apply_gradients, forward_loss
 from loralab.stores import keep
 
-OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # what the registry has no word for -> its like
-BESIDE = 20_000_000  # bytes of what is no tensor: products that oneDNN prepared, its scratch (see docs/memory.md)
-WARM = 2  # steps
-STEPS = 1000  # for methods whose start depends on the length of training; what they need does not
+OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # operations that flop_registry lacks -> one it has
+NO_TENSORS = 20_000_000  # bytes besides tensors: what oneDNN prepares for products (see docs/memory.md)
+WARM = 2  # steps taken
+STEPS = 10**9  # of the run, for methods whose schedule depends on its length; their memory does not
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateSettings(StepSettings):
-    """What decides the memory of a step; the weights are not loaded. `batch_size` is the rows of one forward pass."""
+    """The settings that decide the memory of a step; weights are not loaded. `batch_size` is rows of a forward pass."""
 
     labels: int = 2
     """Outputs of the head."""
     checkpointing: bool = False
-    """Whether activations within a layer are made anew in backward (`activation_checkpointing_enable`); plain path."""
+    """Recompute the activations within a layer in backward (`activation_checkpointing_enable`); plain path only."""
 
     def recipe(self) -> Recipe:
+        """Make the recipe as a run begins with it. Raises UserError."""
         return ready(super().recipe())
 
 
-def ready(made: Recipe) -> Recipe:
-    """As a run begins with it; without a rank map that is still to be planned."""
-    made = made.for_steps(STEPS)
-    return made if made.ranks is not None else replace(made, policy=None)
+def ready(recipe: Recipe) -> Recipe:
+    """Return a recipe as a run begins with it. A policy that has made no rank map yet is left out."""
+    recipe = recipe.for_steps(STEPS)
+    return recipe if recipe.ranks is not None else replace(recipe, policy=None)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that a settings needs."""
+    """Bytes that a training step needs."""
 
     settings: EstimateSettings
-    loading: int  # the most before the first step: weights as loaded, beside those as kept where that differs
-    tensors: int  # the most that tensors take at once during a step, temporaries among them
-    training: int  # the most that is resident during a step
-    products: int  # operations of a step's products, two for a multiplication and its sum
+    loading: int  # peak before the first step: weights as loaded, and as stored where that differs
+    tensors: int  # peak of all tensors during a step, temporaries included
+    training: int  # peak of resident memory during a step
+    products: int  # floating-point operations of the products of a step
     layers: Layers
 
     @property
     def peak(self) -> int:
+        """The most that is resident while loading or training."""
         return max(self.loading, self.training)
 
     @property
     def ledger(self) -> dict[str, int]:
+        """Bytes by purpose."""
         return ledger(self.layers)
 
 
-def estimate(settings: EstimateSettings, made: Recipe | None = None) -> Estimate:
-    """Of a recipe of one's own, else of the settings's; raises UserError for what a run would refuse too."""
-    made = ready(made) if made else settings.recipe()  # its check looks at values
+def estimate(settings: EstimateSettings, recipe: Recipe | None = None) -> Estimate:
+    """Estimate the memory of a step, of `recipe` if it is given. Raises UserError for what a run would refuse too."""
+    recipe = ready(recipe) if recipe else settings.recipe()  # outside the fake mode: its check looks at values
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own copy.deepcopy does
-        if made.store:
-            keep(nn.Linear(8, 8), made.store)  # its library keeps tables, which later runs want with values
-        return _estimate(settings, made)
+        if recipe.store:
+            keep(nn.Linear(8, 8), recipe.store)  # its library caches tables, which later runs need with values
+        return _estimate(settings, recipe)
 
 
-def _estimate(settings: EstimateSettings, made: Recipe) -> Estimate:
+def _estimate(settings: EstimateSettings, recipe: Recipe) -> Estimate:
     with Sizes(allow_non_fake_inputs=True), Meter() as meter:
         model = models.blank(settings.model, settings.labels)
-        _check(model, settings)
+        check_length(model, settings)
         loaded = tensor_bytes([*model.parameters(), *model.buffers()])
-        step = Step(model, settings, made)
+        step = BlankStep(model, settings, recipe)
         for _, t in held(model):
-            meter.meet(t)  # shared constants, which are there before
+            meter.count(t)  # shared constants, which exist already
         kept = meter.restart()
-        for _ in range(WARM):  # the first leaves the optimizer's state, the second finds its holes
+        for _ in range(WARM):  # the first step makes the optimizer's state, the second finds the heap as it stays
             step(settings)
         layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
-    loading = loaded + (kept if kept < loaded else 0) + BESIDE
+    loading = loaded + (kept if kept < loaded else 0) + NO_TENSORS
     return Estimate(settings, loading, meter.most, _resident(meter, step.heap_kept), meter.products // WARM, layers)
 
 
 def _resident(meter: "Meter", kept: bool) -> int:
-    """Of the tensors that a meter saw: on a GPU PyTorch keeps blocks that fit again (not measured)."""
-    held = None if torch.cuda.is_available() else heap.resident(meter.events, kept)
-    return (meter.most if held is None else held) + BESIDE
+    """Return the peak of resident memory for the tensors that a meter saw (on a GPU, not measured, of the tensors)."""
+    resident = None if torch.cuda.is_available() else heap.resident(meter.events, kept)
+    return (meter.most if resident is None else resident) + NO_TENSORS
 
 
 def largest_batch(found: Estimate, memory: int) -> int:
-    """The largest batch, to 2 %, whose peak is at most `memory` bytes, 0 if none is: memory is nearly linear in it."""
+    """Return the largest batch, within 2 %, whose peak is at most `memory` bytes, or 0 if even one row needs more.
+
+    The search starts from the estimate `found` and uses that memory is nearly linear in the batch.
+    """
     least = estimate(replace(found.settings, batch_size=1)).peak
     if least > memory:
         return 0
@@ -127,18 +133,20 @@ def largest_batch(found: Estimate, memory: int) -> int:
         peak = estimate(replace(found.settings, batch_size=rows)).peak
 
 
-class Step:
-    """One optimizer step of a run after another, on zeros."""
+class BlankStep:
+    """A run without data: each call takes an optimizer step on constant inputs."""
 
-    def __init__(self, model: nn.Module, settings: EstimateSettings, made: Recipe | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: EstimateSettings, recipe: Recipe | None = None) -> None:
+        fake = recipe is not None  # an estimate passes the recipe that it has checked
         handle = Adapters(model)
-        if made is not None:  # of an estimate
+        if fake:
             handle._sha256 = "not known without weights"
-        handle.add("estimate", made or settings.recipe(), targets=settings.targets, head=True, filled=made is not None)
+        handle.add("estimate", recipe or settings.recipe(), targets=settings.targets, head=True, filled=fake)
         setattr(model, HANDLE, handle)
-        handle.active.names = ("estimate",)
-        how = "off" if settings.checkpointing else settings.speed  # the fast path keeps what it keeps
-        choices, self.autocast = fast.quicken(model, how, settings.precision)
+        handle.active.activate("estimate")
+        speed = "off" if settings.checkpointing else settings.speed  # the fast path recomputes nothing
+        choices = fast.enable(model, settings.precision, speed)
+        self.autocast = choices.autocast
         self.heap_kept = any(c.piece == "heap" and c.used for c in choices)
         if settings.checkpointing:
             _checkpoint(model, settings.model)
@@ -153,7 +161,7 @@ class Step:
         labels = torch.zeros(settings.batch_size, dtype=torch.long if settings.labels > 1 else torch.float32)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # some padding, as in a run
-        for name in self.steps.generators:  # nothing is drawn: of many ranks the largest needs most
+        for name in self.steps.generators:  # draw nothing: of many ranks the largest needs most
             self.steps.drawn[name] = max(self.steps.factors(name).ranks, default=None)
         with saved_by_layer(self.model) as self.kept:
             loss = forward_loss(self.model, {"input_ids": ids, "attention_mask": mask}, labels, self.autocast)
@@ -162,7 +170,7 @@ class Step:
 
 
 class Sizes(FakeTensorMode):
-    """Tensors of a size and without data. Asked for a value (a step's number, say) they answer 1, or False."""
+    """Tensors with a size and without data. Asked for a value (the number of a step, say) they answer 1, or False."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -174,17 +182,16 @@ class Sizes(FakeTensorMode):
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages that operations under it made and that are alive, the most there were at once, and the
-    operations of products."""
+    """Counts the bytes of living storages that operations under it made, their peak, and the operations of products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = self.products = 0
         self.alive: dict[int, int] = {}  # storage -> bytes
-        self.events: list[heap.Event] = []  # as they came and went
+        self.events: list[heap.Event] = []  # (storage, bytes) when one is made, (storage, 0) when it is freed
 
     def restart(self) -> int:
-        """From here on, with what is alive now, whose bytes this returns."""
+        """Forget peak and past events; return the bytes that are alive."""
         self.most, self.products, self.events = self.now, 0, list(self.alive.items())
         return self.now
 
@@ -192,12 +199,13 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                self.meet(t)
+                self.count(t)
         if operations := flop_registry.get(OUT_OF_PLACE.get(func._overloadpacket, func._overloadpacket)):
             self.products += operations(*args, **(kwargs or {}), out_val=out)
         return out
 
-    def meet(self, t: Tensor) -> None:
+    def count(self, t: Tensor) -> None:
+        """Count the storage of a tensor from now until it is freed."""
         storage = t.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if size and key not in self.alive:
@@ -214,11 +222,5 @@ class Meter(TorchDispatchMode):
 
 def _checkpoint(model: Any, name: str) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"checkpointing: {name} cannot make its activations anew")
+        raise UserError(f"checkpointing: {name} cannot recompute its activations")
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-
-
-def _check(model: Any, settings: EstimateSettings) -> None:
-    most = longest(model)
-    if most is not None and settings.max_length > most:
-        raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")

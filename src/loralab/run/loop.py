@@ -1,14 +1,18 @@
-"""The training loop: runs over one model, all of whose batches go through it in one pass. One run is a group of one.
+"""The training loop: runs over one model, whose batches share passes through it. A single run is a group of one.
 
-Each optimizer step of a run takes one batch of rows that its seed and epoch decide. Its loss is the mean over those
-rows however they are divided among processes and parts, so one process, many processes and accumulation take the same
+A step of a run takes one batch, which its seed and epoch decide. Its loss is the mean over the rows of the batch,
+however they are divided among processes and parts, so that one process, many processes and accumulation take the same
 step. Runs that share a pass share nothing else: head, optimizer, schedule, clipping, order of rows, dropout and
-stopping are each run's own, so a run comes to what it would come to alone, to rounding.
+stopping are each run's own, so a run gives the result that it gives alone, up to rounding.
+
+An exception in the work of one run ends that run and no other. In a pass of several runs nobody can say whose it was,
+so each of them goes on alone, from its last checkpoint.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,22 +24,27 @@ from torch import Tensor
 
 from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
+from loralab.disk import read_json
 from loralab.errors import UserError
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
-from loralab.run.memory import Peak, ledger, saved_by_layer
-from loralab.run.passes import forward, of_like_rows, passes
-from loralab.run.result import result_of
+from loralab.run.memory import Peak, ledger, saved_by_layer, trim
+from loralab.run.result import facts, result_of
 from loralab.run.settings import Settings
-from loralab.run.setup import Run, facts, prepare_together
-from loralab.run.state import Member
+from loralab.run.setup import PreparedRun, prepare_together
+from loralab.run.sharing import forward, passes, with_same_rows
+from loralab.run.state import RunState, failure
 from loralab.run.step import row_losses
 
 Outcome = dict[str, Any] | UserError  # the result of a run, or why there is none
 
 
 def train(settings: Settings, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Runs, resumes, or returns the finished run of `settings.folder`; the result is that of result.json."""
+    """Train, resume, or read the finished run of `settings.folder`; return the content of result.json.
+
+    Raises UserError for what a user can mend, RunInterrupted (one) if the run can be resumed later, and RunFailed (one)
+    after any other exception, whose traceback is then in the run folder.
+    """
     (outcome,) = train_together([settings], reporter)
     if isinstance(outcome, UserError):
         raise outcome
@@ -43,142 +52,221 @@ def train(settings: Settings, reporter: Reporter | None = None) -> dict[str, Any
 
 
 def train_together(many: Sequence[Settings], reporter: Reporter | None = None) -> list[Outcome]:
-    """The runs of all settings in one pass over one model, each as `train` would do it (see together.py for which may).
+    """Train runs over one model, each as `train` does it; return the outcome of each (sharing.py: which may share).
 
-    A run whose loss is no number ends with its UserError, and the others go on.
+    A run that fails has its UserError as its outcome, and the others go on.
     """
+    outcomes: dict[int, Outcome] = {}
     folders = [RunFolder(s.folder) for s in many]
-    outcomes: list[Outcome | None] = [f.check(s.to_json(), s.resume) for f, s in zip(folders, many, strict=True)]
-    left = [i for i, done in enumerate(outcomes) if done is None]
-    if left:
+    with ExitStack() as stack:
+        for i in sorted(range(len(many)), key=lambda i: many[i].folder):
+            try:
+                result = _open(folders[i], many[i])
+            except UserError as error:
+                outcomes[i] = error
+                continue
+            stack.callback(folders[i].close)
+            if result is not None:
+                outcomes[i] = result
+        left = [i for i in range(len(many)) if i not in outcomes]
+        runs = _train([many[i] for i in left], [folders[i] for i in left], reporter or Silent()) if left else []
+        outcomes |= zip(left, runs, strict=True)
+    return [outcomes[i] for i in range(len(many))]
+
+
+def _device_state() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _open(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
+    """Lock a folder and return its result if it is finished. Of several processes the first one locks it for all."""
+    if _device_state().is_main_process:
+        return folder.open(settings.to_json(), settings.resume)
+    return read_json(folder.result) if settings.resume and folder.result.is_file() else None
+
+
+def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Reporter) -> list[Outcome]:
+    """Train runs whose folders are open, together as far as that is possible."""
+    outcomes: list[Outcome | None] = [None] * len(many)
+    try:
         peak = Peak()
-        runs = prepare_together([many[i] for i in left])
-        loop = Loop(runs, [folders[i] for i in left], reporter or Silent(), peak)
-        for i, outcome in zip(left, loop.run(), strict=True):
-            outcomes[i] = outcome
+        loop = Loop(prepare_together(many), folders, reporter, peak)
+    except Exception as error:
+        if len(many) == 1:
+            if _device_state().num_processes > 1:
+                raise
+            outcomes = [failure(error, folders[0])]
+    else:
+        outcomes = loop.run()
+        del loop  # and its model
+    for i, outcome in enumerate(outcomes):
+        if outcome is None:  # alone it shows what is wrong with it, if it is this one
+            trim()
+            (outcomes[i],) = _train([replace(many[i], resume=True)], [folders[i]], reporter)
     return [outcome for outcome in outcomes if outcome is not None]
 
 
 class Loop:
-    """Takes runs over one model to their ends."""
+    """Trains runs over one model to their ends."""
 
-    def __init__(self, runs: Sequence[Run], folders: Sequence[RunFolder], reporter: Reporter, peak: Peak) -> None:
+    def __init__(
+        self, runs: Sequence[PreparedRun], folders: Sequence[RunFolder], reporter: Reporter, peak: Peak
+    ) -> None:
         s = runs[0].settings
         self.alone, self.peak = len(runs) == 1, peak
         self.adapters, model = runs[0].adapters, runs[0].model
         # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
         AcceleratorState._reset_state()
-        device = PartialState(cpu=not torch.cuda.is_available()).device
-        self.choices, autocast = fast.quicken(model.to(device), s.speed, s.precision)
+        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.speed)
         if not self.alone:
             _check_streams(self.choices)
-        self.accelerator = _accelerator(runs[0], autocast)
+        self.accelerator = _accelerator(runs[0], self.choices.autocast)
         self.reporter = reporter if self.accelerator.is_main_process else Silent()
         if self.alone:
             set_seed(s.seed)
+        self.adapters.synchronize(*(run.name for run in runs))
         self.model = self.accelerator.prepare(model)
-        self.members = [Member(r, f, self.accelerator, self._stream(r)) for r, f in zip(runs, folders, strict=True)]
+        self.states = [RunState(r, f, self.accelerator, self._stream(r)) for r, f in zip(runs, folders, strict=True)]
 
-    def _stream(self, run: Run) -> torch.Generator:
-        """Where a run's dropout comes from: alone it is torch's own generator, which the plain path draws from too."""
+    def _stream(self, run: PreparedRun) -> torch.Generator:
+        """Return the generator of a run's dropout. Alone it is torch's own, which the plain path draws from too."""
         return torch.default_generator if self.alone else torch.Generator().manual_seed(run.settings.seed)
 
-    def run(self) -> list[Outcome]:
-        first = self.members[0]
-        for member in self.members:
-            self._begin(member)
-        if first.settings.track:
+    def run(self) -> list[Outcome | None]:
+        """Train to the end; return the outcome of each run, None for one that has to go on alone."""
+        first = self.states[0]
+        for state in self.states:
+            with self._failing([state]):
+                self._begin(state)
+        if first.settings.track and not first.stopped:
             self.accelerator.init_trackers("loralab", {k: str(v) for k, v in first.settings.to_json().items()})
         self._introduce()
         try:
-            while self.step():
-                pass
+            with self.adapters.caching(training=True):
+                while self.step():
+                    pass
         finally:
             self.reporter.stop()
         self.accelerator.end_training()
-        return [member.problem or self._finish(member) for member in self.members]
+        return [self._outcome(state) for state in self.states]
 
     def step(self) -> bool:
-        """One optimizer step of every run that goes on, and the end of an epoch after its last; False if none does."""
-        going = [member for member in self.members if member.goes_on]
+        """Take a step of every run that goes on, and evaluate those at the end of an epoch; False if none goes on."""
+        going = [state for state in self.states if state.goes_on]
         if going:
             self._step(going)
-        if ended := [member for member in going if member.problem is None and member.ends_epoch]:
+        if ended := [state for state in going if not state.stopped and state.ends_epoch]:
             self._end_epochs(ended)
         return bool(going)
 
-    def _begin(self, member: Member) -> None:
-        if member.settings.resume:
-            found, p = member.load_checkpoint(), member.progress
-            there = f"going on at epoch {p.epoch + 1}, step {p.step + 1}"
-            self.reporter.say(named(self._name(member), there if found else "no checkpoint yet: the run starts anew"))
-        elif self.accelerator.is_main_process:
-            chosen = {"speed": [vars(choice) for choice in self.choices], "together": len(self.members)}
-            member.folder.begin(facts(member.run) | chosen)
+    @contextmanager
+    def _failing(self, states: Sequence[RunState]) -> Iterator[None]:
+        """End a run whose work in the block raises; of several runs each leaves the others, to go on alone.
+
+        Of several processes all have to take the same steps, so there the exception goes on.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.accelerator.num_processes > 1:
+                raise
+            for state in states:
+                if len(states) == 1:
+                    state.fail(error)
+                else:
+                    state.drop_gradients()
+                    state.leaves = True
+
+    def _say(self, state: RunState, text: str) -> None:
+        self.reporter.say(named(self._name(state), text))
+
+    def _name(self, state: RunState) -> str:
+        return "" if self.alone else state.settings.folder.name
+
+    # ---- the beginning -------------------------------------------------------------------------------------------
+
+    def _begin(self, state: RunState) -> None:
+        """Start a run in its folder, or go on with the one that is there. Raises UserError."""
+        folder, main = state.folder, self.accelerator.is_main_process
+        together = {"speed": [vars(choice) for choice in self.choices], "together": len(self.states)}
+        if not (state.settings.resume and folder.started):
+            if main:
+                folder.begin(facts(state.run) | together)
+            return
+        folder.check_same(facts(state.run))
+        found, p = state.load_checkpoint(lambda text: self._say(state, text)), state.progress
+        place = f"going on at epoch {p.epoch + 1}, step {p.step + 1}"
+        self._say(state, place if found else "no checkpoint yet: the run starts anew")
+        if main:
+            folder.write_metrics(p.history)
 
     def _introduce(self) -> None:
-        for member in self.members:
-            coverage = self.adapters.spec(member.run.name).coverage
-            told = [f"adapts {coverage}"] if coverage else []
-            for text in (*told, *(f"note: {note}" for note in member.run.notes)):
-                self.reporter.say(named(self._name(member), text))
-        rows = [len(m.run.train) for m in self.members]
-        done = [
-            m.progress.epoch * n + m.progress.batch * m.settings.batch_size
-            for m, n in zip(self.members, rows, strict=True)
-        ]
-        s = self.members[0].settings
-        label = f"{self.members[0].run.task.name} {s.method} seed {s.seed}"
-        more = "" if self.alone else f" and {len(self.members) - 1} more"
-        whole = sum(m.settings.epochs * n for m, n in zip(self.members, rows, strict=True))
-        self.reporter.start(label + more, whole, sum(done))
-
-    def _name(self, member: Member) -> str:
-        return "" if self.alone else member.settings.folder.name
+        """Tell the reporter what is trained, and how many rows are done."""
+        for state in self.states:
+            coverage = self.adapters.spec(state.run.name).coverage
+            for text in ([f"adapts {coverage}"] if coverage else []) + [f"note: {note}" for note in state.run.notes]:
+                self._say(state, text)
+        first, more = self.states[0], "" if self.alone else f" and {len(self.states) - 1} more"
+        label = f"{first.run.task.name} {first.settings.method} seed {first.settings.seed}{more}"
+        done = whole = 0
+        for state in self.states:
+            rows, p = len(state.run.train), state.progress
+            whole += state.settings.epochs * rows
+            done += p.epoch * rows + p.batch * state.settings.batch_size
+        self.reporter.start(label, whole, done)
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
-    def _step(self, going: Sequence[Member]) -> None:
-        """One optimizer step of each member, on its own next rows."""
-        started, n = time.perf_counter(), self.accelerator.num_processes
+    def _step(self, going: Sequence[RunState]) -> None:
+        """Take an optimizer step of each run, on its own next rows."""
+        started = time.perf_counter()
         if not self.model.training:
             self.model.train()
-        chosen = [member.next() for member in going]
-        mine = [rows[self.accelerator.process_index :: n] for rows in chosen]
-        parts = going[0].settings.accumulate
+        chosen = [state.next_rows() for state in going]
         total = torch.zeros(len(going), device=self.accelerator.device)
         for places in passes(going, chosen):
-            at = [going[i] for i in places]
-            for part in range(parts):
-                own = [mine[i][part::parts] for i in places]
-                with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.model):
-                    losses = self._losses(at, own, [chosen[i] for i in places])  # (members of the pass,)
-                    self.accelerator.backward(losses.sum() * n)  # processes average: n times the part is the sum
-                total[places] += losses.detach()
-        values = self.accelerator.reduce(total, "sum").tolist()
-        for member, loss, rows in zip(going, values, chosen, strict=True):
-            member.step(loss, rows)
+            states = [going[i] for i in places]
+            with self._failing(states):
+                total[places] = self._backward(states, [chosen[i] for i in places])
+        losses = self.accelerator.reduce(total, "sum").tolist()
+        for state, loss, rows in zip(going, losses, chosen, strict=True):
+            if not state.stopped:
+                with self._failing([state]):
+                    state.step(loss, rows)
         seconds = (time.perf_counter() - started) / len(going)
-        for member in going:
-            member.progress.seconds += seconds
-        self.reporter.advance(sum(map(len, chosen)), float(np.mean(values)))
-        for member in going:
-            every = member.settings.checkpoint_every
-            if every and member.progress.step % every == 0 and not member.ends_epoch and member.problem is None:
-                self._checkpoint(member)
+        for state in going:
+            state.progress.seconds += seconds
+        self.reporter.advance(sum(map(len, chosen)), float(np.mean(losses)))
+        for state in going:
+            every = state.settings.checkpoint_every
+            if every and state.progress.step % every == 0 and not state.ends_epoch and not state.stopped:
+                self._checkpoint(state)
 
-    def _losses(self, going: Sequence[Member], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
-        """(members,): of each the part of its mean loss that its own rows have in its chosen ones."""
+    def _backward(self, states: Sequence[RunState], chosen: Sequence[list[int]]) -> Tensor:
+        """Add up the gradients of a pass, part by part; return (runs,), this process's share of each mean loss."""
+        n, parts = self.accelerator.num_processes, states[0].settings.accumulate
+        mine = [rows[self.accelerator.process_index :: n] for rows in chosen]
+        total = torch.zeros(len(states), device=self.accelerator.device)
+        for part in range(parts):
+            own = [rows[part::parts] for rows in mine]
+            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.model):
+                losses = self._losses(states, own, chosen)  # (runs,)
+                self.accelerator.backward(losses.sum() * n)  # processes average: n times the part is the sum
+            total += losses.detach()
+        return total
+
+    def _losses(self, states: Sequence[RunState], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
+        """Return (runs,): the share that a run's own rows have in the mean loss of its chosen rows."""
         # a process without rows takes one, whose loss is then multiplied by 0
         taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]
-        first = going[0].progress
-        tokens = len(taken[0]) * width(going[0].run.train, taken[0]) if first.step == 0 else 0
+        first = states[0].progress
+        tokens = len(taken[0]) * width(states[0].run.train, taken[0]) if first.step == 0 else 0
         counting = tokens > first.counted
         with saved_by_layer(self.adapters.model, on=counting) as kept:
-            logits = self._pass(going, [(m.run.train, rows) for m, rows in zip(going, taken, strict=True)])
+            logits = self._forward(states, [(s.run.train, rows) for s, rows in zip(states, taken, strict=True)])
             losses = [
-                row_losses(out[:, : m.run.task.num_outputs], m.run.train.labels[rows].to(out.device)).sum()
-                for out, m, rows in zip(logits, going, taken, strict=True)
+                row_losses(out[:, : s.run.task.num_outputs], s.run.train.labels[rows].to(out.device)).sum()
+                for out, s, rows in zip(logits, states, taken, strict=True)
             ]
         if counting:
             first.activations, first.counted = kept, tokens
@@ -186,85 +274,106 @@ class Loop:
             [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
         )
 
-    def _pass(self, members: Sequence[Member], parts: Sequence[tuple[Rows, list[int]]]) -> list[Tensor]:
-        return forward(self.model, self.adapters, members, parts, self.accelerator.device)
+    def _forward(self, states: Sequence[RunState], parts: Sequence[tuple[Rows, list[int]]]) -> list[Tensor]:
+        return forward(self.model, self.adapters, states, parts, self.accelerator.device)
 
     # ---- after an epoch ------------------------------------------------------------------------------------------
 
-    def _end_epochs(self, ended: Sequence[Member]) -> None:
-        """Those with the same rows to predict do it together."""
-        for few in of_like_rows(ended):
-            held_out = self._logits(few, few[0].run.held_out)
-            validation = {key: self._logits(few, rows) for key, rows in few[0].run.validation.items()}
-            for i, member in enumerate(few):
-                self._end_epoch(member, held_out[i], {key: said[i] for key, said in validation.items()})
+    def _end_epochs(self, ended: Sequence[RunState]) -> None:
+        """Evaluate runs that have finished an epoch, those with the same rows together."""
+        for states in with_same_rows(ended):
+            with self._failing(states):
+                held_out = self._logits(states, states[0].run.held_out)
+                validation = {key: self._logits(states, rows) for key, rows in states[0].run.validation.items()}
+            for i, state in enumerate(states):
+                if not state.stopped:
+                    self._end_epoch(state, held_out[i], {key: logits[i] for key, logits in validation.items()})
 
-    def _end_epoch(self, member: Member, held_out: Any, validation: dict[str, Any]) -> None:
-        run, s, record = member.run, member.settings, member.end_epoch(held_out, validation)
-        if s.track:
-            values = {"train_loss": record["train_loss"], **record["validation"]}
-            self.accelerator.log(values, step=member.progress.step)
+    def _end_epoch(self, state: RunState, held_out: Any, validation: dict[str, Any]) -> None:
+        """Record an epoch of a run from its logits (rows, outputs) and write down how far it is."""
+        s, p, record = state.settings, state.progress, {}
+        with self._failing([state]):
+            record = state.end_epoch(held_out, validation)
+            if s.track:
+                values = {"train_loss": record["train_loss"], **record["validation"]}
+                self.accelerator.log(values, step=p.step)
+            if self.accelerator.is_main_process:
+                state.folder.write_metrics(p.history)
+        if state.problem is None and p.epoch < s.epochs:
+            self._checkpoint(state)
+        if record:  # last, because the reporter may end the run, which can go on
+            self.reporter.epoch(record, s.epochs, state.run.task.metrics[0], self._name(state))
+
+    def _checkpoint(self, state: RunState) -> None:
         if self.accelerator.is_main_process:
-            member.folder.write_metrics(member.progress.history)
-        if member.progress.epoch < s.epochs:
-            self._checkpoint(member)
-        # last, as it may end the run, which can go on
-        self.reporter.epoch(record, s.epochs, run.task.metrics[0], self._name(member))
+            with self._failing([state]):
+                state.save_checkpoint()
 
-    def _checkpoint(self, member: Member) -> None:
-        if self.accelerator.is_main_process:
-            member.save_checkpoint()
-
-    def _logits(self, members: Sequence[Member], rows: Rows | None) -> list[Any]:
-        """Of each member (rows, outputs) as a numpy array, in the order of `rows`; processes share the work."""
+    def _logits(self, states: Sequence[RunState], rows: Rows | None) -> list[Any]:
+        """Return each run's logits (rows, outputs) as a array, in the order of `rows`; processes share the work."""
         if rows is None:
-            return [None] * len(members)
+            return [None] * len(states)
         self.model.eval()
         mine, process = [], self.accelerator.process_index
-        with torch.no_grad():
-            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * members[0].settings.batch_size)):
+        with torch.no_grad(), self.adapters.caching():
+            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * states[0].settings.batch_size)):
                 if i % self.accelerator.num_processes == process:
-                    said = self._pass(members, [(rows, chosen)] * len(members))
-                    mine.append((chosen, torch.stack(said, 1).cpu().numpy()))  # (rows, members, outputs)
-        parts = gather_object(mine) if self.accelerator.num_processes > 1 else mine
-        logits = np.concatenate([part for _, part in parts])
-        out = np.empty_like(logits)
-        out[np.concatenate([chosen for chosen, _ in parts])] = logits
-        return [out[:, i, : m.run.task.num_outputs].copy() for i, m in enumerate(members)]
+                    parts = self._forward(states, [(rows, chosen)] * len(states))
+                    mine.append((chosen, torch.stack(parts, 1).cpu().numpy()))  # (rows, runs, outputs)
+        gathered = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        logits = np.concatenate([part for _, part in gathered])  # (rows, runs, outputs)
+        ordered = np.empty_like(logits)
+        ordered[np.concatenate([chosen for chosen, _ in gathered])] = logits
+        return [ordered[:, i, : state.run.task.num_outputs].copy() for i, state in enumerate(states)]
 
-    def _finish(self, member: Member) -> dict[str, Any]:
-        member.take_best()
-        run, p = member.run, member.progress
-        layers = member.layers()
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _outcome(self, state: RunState) -> Outcome | None:
+        """Finish a run that has not ended before; None for one that goes on alone."""
+        if state.leaves:
+            self._say(state, "a pass that it shared failed: it goes on alone from its last checkpoint")
+            return None
+        result: Outcome | None = None
+        if state.problem is None:
+            with self._failing([state]):
+                result = self._finish(state)
+        return state.problem or result
+
+    def _finish(self, state: RunState) -> dict[str, Any]:
+        """Save the adapter of the selected epoch and write the result. Raises RunInterrupted."""
+        state.restore_best()
+        run, p = state.run, state.progress
+        layers = state.layers()
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
-        result = result_of(run, vars(p), memory, together=len(self.members), by_rank=self._by_rank(member))
-        for warning in result["warnings"]:
-            self.reporter.say(named(self._name(member), f"warning: {warning}"))
+        result = result_of(run, vars(p), memory, together=len(self.states), by_rank=self._by_rank(state))
         if self.accelerator.is_main_process:
-            self.adapters.save(member.folder.path / "adapter", run.name, saved_as=run.adapter_name)
-            member.folder.finish(result, member.said)
+            with state.folder.writing():
+                self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
+            state.folder.finish(result, state.predictions)
+        for warning in result["warnings"]:
+            self._say(state, f"warning: {warning}")
         self.accelerator.wait_for_everyone()
         return result
 
-    def _by_rank(self, member: Member) -> dict[str, dict[str, float]]:
-        """The validation scores at each rank that the one training gives, where it gives several."""
-        run, found = member.run, {}
+    def _by_rank(self, state: RunState) -> dict[str, dict[str, float]]:
+        """Evaluate at each rank an adapter that was trained for many; empty for any other."""
+        run, scores = state.run, {}
         factors = self.adapters.spec(run.name).recipe.factors
         for rank in () if factors is None else factors.ranks:
             with self.adapters.active.changed(chosen={run.name: rank}):
-                said = {key: self._logits([member], rows)[0] for key, rows in run.validation.items()}
-            found[str(rank)] = member.scores(said)
-        return found
+                logits = {key: self._logits([state], rows)[0] for key, rows in run.validation.items()}
+            scores[str(rank)] = state.scores(logits)
+        return scores
 
 
 def _check_streams(choices: Sequence[fast.Choice]) -> None:
-    """Attention outside a block draws its dropout from torch's own generator, for all rows at once."""
+    """Refuse runs together where attention outside a block draws dropout for all rows from torch's own generator."""
     reasons = [choice.reason for choice in choices if choice.piece in ("block", "dropout") and not choice.used]
     if reasons:
         raise UserError(f"these runs cannot share passes: {reasons[0]}")
 
 
-def _accelerator(run: Run, autocast: bool) -> Accelerator:
+def _accelerator(run: PreparedRun, autocast: bool) -> Accelerator:
     settings = run.settings
     # full fine-tuning reaches tensors that a forward pass need not use (a pooler, say)
     unused = DistributedDataParallelKwargs(

@@ -1,6 +1,6 @@
-"""What a run's memory is made of, counted from its tensors, and the peak that the process really reached.
+"""The memory of a run: counted from its tensors, by layer and purpose, and the peak that the process reached.
 
-Each storage counts once, for the first tensor that has it. Purposes are weights (all that is kept of the model),
+Each storage counts once, for the first tensor that has it. The purposes are weights (all that the model holds),
 gradients, optimizer, and activations: what autograd keeps for the backward pass.
 """
 
@@ -26,12 +26,12 @@ Layers = dict[str, dict[str, int]]  # layer -> purpose -> bytes
 
 
 def tensor_bytes(tensors: Any) -> int:
-    """Bytes of the storages behind tensors, each storage once."""
+    """Return the bytes of the storages behind tensors, each storage once."""
     return sum({_key(t): _size(t) for t in tensors if isinstance(t, Tensor)}.values())
 
 
 def _key(t: Tensor) -> int:
-    return int(t.untyped_storage()._cdata)  # of tensors that have no data, too
+    return int(t.untyped_storage()._cdata)  # fake tensors have one too
 
 
 def _size(t: Tensor) -> int:
@@ -39,7 +39,7 @@ def _size(t: Tensor) -> int:
 
 
 def layer_of(path: str, model: nn.Module) -> str:
-    """bert.encoder.layer.3 of anything in it; else the part of the backbone, or of the model: bert.embeddings."""
+    """Return the layer that a path belongs to: bert.encoder.layer.3, or outside numbered layers bert.embeddings."""
     names = path.split(".")
     number = next((i for i, name in enumerate(names) if name.isdecimal()), None)
     if number is not None:
@@ -48,20 +48,20 @@ def layer_of(path: str, model: nn.Module) -> str:
 
 
 def held(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(path, tensor) of all that a model holds: parameters, buffers, constants and memories of methods."""
+    """Return (path, tensor) of all that a model holds: parameters, buffers, constants and memories of methods."""
     handle = getattr(model, HANDLE, None)
     return [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, handle.specs if handle else ())]
 
 
 def of_adapter(model: nn.Module, name: str, without: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
-    """What a model holds for one adapter; `without` the tensors that other adapters learn."""
+    """Return (path, tensor) of what a model holds for one adapter, `without` the tensors that other adapters learn."""
     others = {id(t) for t in without}
     kept = [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, {name})]
     return [(path, t) for path, t in kept if id(t) not in others]
 
 
 def _of_methods(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Constants, and what a method remembers from step to step (AdaLoRA's means)."""
+    """Yield (path, tensor) of constants and of what methods remember from step to step (AdaLoRA's means)."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted):
             yield from ((path, t) for name, kept in module.constants.items() if name in names for t in kept.values())
@@ -74,7 +74,7 @@ def _of_methods(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, 
 
 @contextmanager
 def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]]:
-    """Collects layer -> bytes of what autograd keeps for the backward pass, what the model holds left out."""
+    """Collect layer -> bytes that autograd keeps for the backward pass, without what the model holds."""
     kept: dict[str, int] = {}
     if not on:
         yield kept
@@ -100,7 +100,7 @@ def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]
 
 
 def _stacked(module: nn.Module, name: str, within: list[str]) -> tuple[Any, Any]:
-    """Hooks that tell that a module is being computed."""
+    """Register hooks that put `name` on the stack `within` while the module is computed."""
 
     def enter(*_: Any) -> None:
         within.append(name)
@@ -118,7 +118,7 @@ def by_layer(
     optimizer: torch.optim.Optimizer,
     activations: Mapping[str, int],
 ) -> Layers:
-    """Layer -> purpose -> bytes, of what is kept (path, tensor); gradients are as large as what is learned."""
+    """Return layer -> purpose -> bytes of the (path, tensor) in `kept`; gradients are as large as what learns."""
     out: Layers = {}
     counted: set[int] = set()
     learns = {id(t) for t in learned}
@@ -144,12 +144,21 @@ def by_layer(
 
 
 def ledger(layers: Layers) -> dict[str, int]:
-    """Bytes by purpose, of all layers."""
+    """Return bytes by purpose, summed over all layers."""
     return {purpose: sum(layer[purpose] for layer in layers.values()) for purpose in PURPOSES}
 
 
+def format_bytes(count: float) -> str:
+    """Return 1.2 MB for 1234567."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
 class Peak:
-    """Peak memory above what the process held when this was made: of the GPU where there is one, else resident."""
+    """The peak memory above what the process held when this was made: of the GPU if there is one, else resident."""
 
     def __init__(self) -> None:
         trim()
@@ -164,15 +173,17 @@ class Peak:
 
     @property
     def bytes(self) -> int:
+        """The peak above what there was before."""
         return max(0, self.reached - self.before)
 
     @property
     def reached(self) -> int:
+        """The peak itself."""
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
 
 
 def trim() -> None:
-    """Gives back what is free: malloc keeps it, and a run would be charged for what came before it."""
+    """Return free memory to the system. malloc keeps it, and the next run would be charged for it."""
     gc.collect()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc
@@ -180,7 +191,7 @@ def trim() -> None:
 
 
 def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) in bytes; where there is no /proc, the peak since the process began."""
+    """Return VmRSS (now) or VmHWM (peak) in bytes; without /proc the peak since the process began."""
     if not STATUS.exists():
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,9 +1,8 @@
-"""Plans: what a run does before its first step to get its rank map, with what that cost.
+"""Run a rank policy: how a run gets its rank map before its first step, and what that costs.
 
 `drop` is LoRA-drop: a short training on a sample stratified by label, the importance of every layer, the map. `alora`
-is ALoRA: rounds of an epoch over such a sample, the scores of all ranks on rows left out of it, and a move of ranks.
-The run then begins anew, on a fresh model and head. `error-spectrum` looks at the weights only,
-`groups` at paths and shapes.
+is ALoRA: rounds of one epoch over such a sample, the scores of all ranks on rows left out of it, and a move of ranks.
+The run itself then starts on a fresh model and head. `error-spectrum` uses the weights only, `groups` paths and shapes.
 """
 
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loralab import fast, models
 from loralab.adapters import Adapters, attach
@@ -33,14 +33,14 @@ from loralab.run.settings import Settings
 from loralab.run.step import step
 from loralab.targets import cover
 
-LEAST_ROWS, MOST_ROWS = 256, 1000  # of the sample, which is a tenth of the training rows between these
-EPOCHS = 3  # "a few", and LoRA-drop's text does not say more
+LEAST_ROWS, MOST_ROWS = 256, 1000  # limits of the sample, else a tenth of the training rows
+EPOCHS = 3  # the paper says "a few" and no more
 SCORED = 32  # rows of the sample that score ranks and do not train: the batch of ALoRA's section 3.3
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a plan may use."""
+class PolicyInput:
+    """What a policy may use."""
 
     settings: Settings
     recipe: Recipe
@@ -52,8 +52,11 @@ class Work:
     seen: Callable[[], Iterable[Mapping[str, Any]]]  # batches for a start that looks at data
 
 
-def planned(work: Work) -> tuple[Recipe, dict[str, Any] | None]:
-    """The recipe with its rank map, and what making it cost; a run that goes on has both in its run.json."""
+def with_ranks(work: PolicyInput) -> tuple[Recipe, dict[str, Any] | None]:
+    """(the recipe with the rank map of its policy, what making it cost); a resumed run has both in its run.json.
+
+    Raises UserError for several processes, and for a map that the policy can never change.
+    """
     recipe, s = work.recipe, work.settings
     if recipe.policy is None or recipe.ranks is not None:
         return recipe, None
@@ -65,15 +68,23 @@ def planned(work: Work) -> tuple[Recipe, dict[str, Any] | None]:
             f"policy={recipe.policy!r} runs in one process: make the map there, then give every process --ranks"
         )
     started = time.perf_counter()
-    ranks, steps, rows = POLICIES[recipe.policy](work)
+    ranks, steps, rows = MAKERS[recipe.policy](work)
     cost = {"name": recipe.policy, "seconds": time.perf_counter() - started, "steps": steps, "rows": rows}
     return replace(recipe, ranks=ranks), cost
 
 
-def drop(work: Work) -> tuple[RankMap, int, int]:
+def note(recipe: Recipe) -> str:
+    """The map that a policy gave, and whether it differs from having no policy."""
+    ranks = recipe.ranks
+    assert ranks is not None
+    text = f"policy {recipe.policy} gave {ranks}"
+    return f"{text}: no layer differs from another, as without a policy" if ranks.even else text
+
+
+def drop(work: PolicyInput) -> tuple[RankMap, int, int]:
     """(map, optimizer steps, rows of the sample) of LoRA-drop."""
     s, sample = work.settings, _sample(work)
-    with _begun(work) as adapters:
+    with _trial_adapter(work) as adapters:
         steps = _train(adapters, work, sample, range(EPOCHS), s.precision == torch.bfloat16)
         lengths = work.rows.lengths[sample]
         batches = (_batch(work, sample, places, adapters) for places in sorted_batches(lengths, 2 * s.batch_size))
@@ -82,17 +93,19 @@ def drop(work: Work) -> tuple[RankMap, int, int]:
     return drop_map(scores, shapes(adapters, "policy"), rank, s.keep), steps, len(sample)
 
 
-def moved(work: Work) -> tuple[RankMap, int, int]:
+def move_ranks(work: PolicyInput) -> tuple[RankMap, int, int]:
     """(map, optimizer steps, rows of the sample) of ALoRA; a few rows of the sample score and do not train."""
     s, sample, steps = work.settings, _sample(work), 0
-    trained, scored = _divided(work, sample, 0.5, SCORED)  # a half of a very small sample
+    trained, scored = _split(work, sample, 0.5, SCORED)  # at most a half of a very small sample
 
     def train_epoch(number: int) -> None:
         nonlocal steps
         steps += _train(adapters, work, trained, [number], autocast)
 
-    with _begun(work) as adapters:
-        _, autocast = fast.quicken(adapters.model, s.speed, s.precision)  # hundreds of passes score
+    with _trial_adapter(work) as adapters:
+        if len(adapters.layers) < 2:
+            raise UserError("policy='alora' with one adapted layer: ranks move between layers, so none can move")
+        autocast = fast.enable(adapters.model, s.precision, s.speed).autocast  # hundreds of passes score
         batch = _batch(work, scored, list(range(len(scored))), adapters)
         device = batch["input_ids"].device
         batch["labels"] = work.rows.labels[scored].to(device)
@@ -101,8 +114,8 @@ def moved(work: Work) -> tuple[RankMap, int, int]:
     return maps[-1], steps, len(sample)
 
 
-def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
-    """(map, 0, 0): the weights alone decide."""
+def error_spectrum(work: PolicyInput) -> tuple[RankMap, int, int]:
+    """(map, 0, 0) of the weights' rounding errors."""
     s, recipe, model = work.settings, work.recipe, work.fresh()
     heads = attach(model, "head", head=True).spec(None).heads
     assert recipe.store is not None
@@ -110,56 +123,57 @@ def error_spectrum(work: Work) -> tuple[RankMap, int, int]:
     return error_map(layers, recipe.store, recipe.factors.rank), 0, 0  # type: ignore[union-attr]
 
 
-def groups(work: Work) -> tuple[RankMap, int, int]:
-    """(map, 0, 0): the layers' paths and shapes alone decide."""
+def groups(work: PolicyInput) -> tuple[RankMap, int, int]:
+    """(map, 0, 0) of the layers' paths and shapes."""
     s = work.settings
-    with torch.device("meta"):  # sizes without weights
+    with torch.random.fork_rng(), FakeTensorMode():  # sizes without weights
         model = models.blank(s.model, len(work.labels))
     return layer_groups(model, s.targets, work.recipe.factors.rank, s.span), 0, 0  # type: ignore[union-attr]
 
 
-POLICIES: dict[str, Callable[[Work], tuple[RankMap, int, int]]] = {
+# name of a policy -> (map, optimizer steps, rows)
+MAKERS: dict[str, Callable[[PolicyInput], tuple[RankMap, int, int]]] = {
     "drop": drop,
-    "alora": moved,
+    "alora": move_ranks,
     "error-spectrum": error_spectrum,
     "groups": groups,
 }
 
 
 @contextmanager
-def _begun(work: Work) -> Iterator[Adapters]:
-    """A fresh model with a fresh adapter, "policy"; what is drawn meanwhile leaves torch's generator as it was."""
+def _trial_adapter(work: PolicyInput) -> Iterator[Adapters]:
+    """A fresh model with a fresh adapter named "policy"; torch's global generator is restored afterwards."""
     s = work.settings
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)  # dropout
         model = work.fresh().to("cuda" if torch.cuda.is_available() else "cpu")
-        given: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
-        yield attach(model, replace(work.recipe, policy=None), name="policy", head=True, **given)
+        common: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
+        yield attach(model, replace(work.recipe, policy=None), name="policy", head=True, **common)
 
 
-def _sample(work: Work) -> list[int]:
+def _sample(work: PolicyInput) -> list[int]:
     """A tenth of the training rows, stratified by label."""
-    every = list(range(len(work.rows)))
-    if len(every) <= LEAST_ROWS:
-        return every
-    return _divided(work, every, max(0.1, LEAST_ROWS / len(every)), MOST_ROWS)[1]
+    rows = list(range(len(work.rows)))
+    if len(rows) <= LEAST_ROWS:
+        return rows
+    return _split(work, rows, max(0.1, LEAST_ROWS / len(rows)), MOST_ROWS)[1]
 
 
-def _divided(work: Work, rows: list[int], fraction: float, most: int) -> tuple[list[int], list[int]]:
-    """(the others, a fraction of the rows but at most so many), both stratified by label."""
+def _split(work: PolicyInput, rows: list[int], fraction: float, most: int) -> tuple[list[int], list[int]]:
+    """(the other rows, a fraction of the rows but at most `most`), both stratified by label."""
     labels = work.rows.labels[rows]
     split = Split([()] * len(rows), labels.tolist())
     kept, out = held_out(split, work.sha256, not labels.is_floating_point(), fraction, most)
     return [rows[i] for i in kept], [rows[i] for i in out]
 
 
-def _batch(work: Work, sample: list[int], places: list[int], adapters: Adapters) -> dict[str, torch.Tensor]:
+def _batch(work: PolicyInput, sample: list[int], places: list[int], adapters: Adapters) -> dict[str, torch.Tensor]:
     device = next(adapters.model.parameters()).device
     return collate(work.rows, [sample[i] for i in places], work.tokenizer, device)
 
 
-def _train(adapters: Adapters, work: Work, sample: list[int], epochs: Iterable[int], autocast: bool) -> int:
-    """Passes over the sample with one optimizer at a constant learning rate; returns its steps."""
+def _train(adapters: Adapters, work: PolicyInput, sample: list[int], epochs: Iterable[int], autocast: bool) -> int:
+    """Train on the sample for some epochs with one optimizer at a constant learning rate; returns the steps."""
     s, steps = work.settings, 0
     groups = adapters.parameter_groups(lr=s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr)
     optimizer = adamw(groups)

@@ -1,16 +1,54 @@
-"""result.json: what a run came to, with all that a comparison must know about how."""
+"""What run.json and result.json say: all that a comparison must know about how a run was made and what it came to."""
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.run.setup import Run
+import accelerate
+import torch
+import transformers
+
+import loralab
+from loralab.fast.machine import hardware
+from loralab.recipe import to_json
+from loralab.run.setup import PreparedRun
+
+
+def facts(run: PreparedRun) -> dict[str, Any]:
+    """Return the content of run.json: everything needed to repeat the run, and what it ran on."""
+    spec = run.adapters.spec(run.name)
+    return {
+        "settings": run.settings.to_json(),
+        "recipe": to_json(spec.recipe),
+        "plan": run.plan,
+        "seed": run.settings.seed,
+        "versions": {
+            "loralab": loralab.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "hardware": hardware(),
+        "precision": str(run.settings.precision).removeprefix("torch."),
+        "data": {"sha256": run.task.sha256, "train": len(run.train), "held_out": len(run.held_out or ()),
+                 **{key: len(rows) for key, rows in run.validation.items()}},
+        "base_sha256": run.adapters.base_sha256,
+        "counts": run.adapters.counts(run.name),
+        "coverage": {key: len(paths) for key, paths in spec.coverage.matched.items()} if spec.coverage else {},
+        "notes": list(run.notes),
+    }  # fmt: skip
 
 
 def result_of(
-    run: Run, progress: Mapping[str, Any], memory: Mapping[str, Any], together: int, by_rank: Mapping[str, Any]
+    run: PreparedRun, progress: Mapping[str, Any], memory: Mapping[str, Any], together: int, by_rank: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The result of a finished run; `progress` is that of its member, `together` the runs that shared its passes."""
+    """Return the content of result.json.
+
+    `progress` holds the fields of state.Progress, `together` is the number of runs over the same model, and `by_rank`
+    the metrics at each rank of a training for many ranks.
+    """
     s, history = run.settings, progress["history"]
     name = run.task.metrics[0]
     selected, scores = history[progress["best"]], [record["validation"][name] for record in history]
@@ -28,13 +66,13 @@ def result_of(
         },
         "metrics": selected["validation"],
         "selected_epoch": selected["epoch"],
-        **({"by_rank": dict(by_rank)} if by_rank else {}),  # one training for many ranks: the metrics at each
+        **({"by_rank": dict(by_rank)} if by_rank else {}),
         "counts": run.adapters.counts(run.name),
         "time": {
             "train_s": progress["seconds"] + (run.plan or {}).get("seconds", 0.0),
             "examples_per_s": len(run.train) * progress["epoch"] / seconds,
             "tokens_per_s": progress["tokens"] / seconds,
-            "together": together,  # more than 1: seconds are an equal part of the passes, and memory is that of all
+            "together": together,  # if above 1: seconds are an equal share of the passes, memory is that of all
             **({} if run.plan is None else {"plan": run.plan}),  # its seconds are in train_s, its rows in no rate
         },
         "memory": dict(memory),
@@ -50,7 +88,7 @@ def result_of(
     }
 
 
-def _warnings(run: Run, selected: Mapping[str, Any]) -> list[str]:
+def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
     if not selected["one_class"]:
         return []
     return [

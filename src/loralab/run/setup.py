@@ -1,33 +1,27 @@
 """All that a run needs before its first step: the task, the model with its adapter, and tokenized rows."""
 
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import accelerate
 import torch
-import transformers
 from torch import Tensor, nn
 
-import loralab
 from loralab import data, models
 from loralab.adapters import Adapters, attach
 from loralab.data import Task
 from loralab.data.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.errors import UserError
-from loralab.fast.machine import hardware
-from loralab.recipe import to_json
-from loralab.run.policies import Work, planned
-from loralab.run.settings import SOURCE, Settings
+from loralab.run import policies
+from loralab.run.settings import SOURCE, Settings, StepSettings
 
-SEEN = 1024  # training rows are plenty for the directions of a few thousand inputs, and one look takes seconds
+START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts of a run; nothing here changes while it trains but the tensors inside `model`."""
+class PreparedRun:
+    """The parts of a run. While it trains, only the tensors inside `model` change."""
 
     name: str  # of its adapter in `model`, which other runs may share
     settings: Settings
@@ -51,104 +45,108 @@ class Run:
         return "".join(char if char.isalnum() or char in "-_" else "-" for char in self.task.name)
 
 
-def prepare(settings: Settings) -> Run:
-    """Loads everything and attaches the adapter; raises UserError before anything is written."""
+def prepare(settings: Settings) -> PreparedRun:
+    """Load everything and attach the adapter. Raises UserError; nothing is written."""
     return prepare_together([settings])[0]
 
 
-def prepare_together(many: Sequence[Settings]) -> list[Run]:
-    """Runs over one model: an adapter each, and the head that it would have alone (see together.py for which may)."""
-    runs: list[Run] = []
-    known: dict[Any, Any] = {}  # runs share what they read
-    for place, settings in enumerate(many):
-        runs.append(_prepare(settings, f"run-{place}", runs[0].adapters if runs else None, known))
+def prepare_together(many: Sequence[Settings]) -> list[PreparedRun]:
+    """Prepare runs over one model: each with its adapter, and with the head that it would have alone.
+
+    sharing.py says which runs may share a model. Raises UserError; nothing is written.
+    """
+    runs: list[PreparedRun] = []
+    cache: dict[Any, Any] = {}  # tasks and rows that several runs read
+    for i, settings in enumerate(many):
+        runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
     return runs
 
 
-def _prepare(settings: Settings, name: str, shared: Adapters | None, known: dict[Any, Any]) -> Run:
-    """A run on a model of its own, or on the one that has the adapters `shared`."""
+def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict[Any, Any]) -> PreparedRun:
+    """Prepare a run on a model of its own, or on the one that has the adapters `shared`."""
     recipe = settings.recipe()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    task = _task(settings, known)
+    task = _task(settings, cache)
     model, tokenizer = _model(settings, task)
-    _check_same_base(model, settings, known)
-    rows, notes = _rows(settings, task, model, tokenizer, known)
+    _check_same_base(model, settings, cache)
+    rows, notes = _rows(settings, task, model, tokenizer, cache)
     labels, train = task.labels or ("score",), rows["train"]
 
-    def seen() -> Iterator[dict[str, Tensor]]:
-        return _seen(train, settings, tokenizer)
+    def start_batches() -> Iterator[dict[str, Tensor]]:
+        return _start_batches(train, settings, tokenizer)
 
-    data = (train, task.sha256, labels)
-    recipe, plan = planned(Work(settings, recipe, *data, tokenizer, lambda: _model(settings, task)[0], seen))
-    recipe = recipe.for_steps(settings.steps(len(train)))
-    given: dict[str, Any] = {"targets": settings.targets, "labels": labels, "seed": settings.seed, "batches": seen()}
+    steps = settings.steps(len(train))
+    recipe = recipe.for_steps(steps)
+    notes += recipe.notes(steps)
+    data = (train, task.sha256, labels, tokenizer)
+    work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
+    recipe, plan = policies.with_ranks(work)
+    options: dict[str, Any] = {"targets": settings.targets, "labels": labels, "seed": settings.seed}
     if shared is None:
-        shared = attach(model, recipe, name=name, head=True, **given)
+        shared = attach(model, recipe, name=name, head=True, batches=start_batches(), **options)
     else:
-        shared.add(name, recipe, head=True, heads_of=model, **given)
-    notes += [] if plan is None else [f"policy {recipe.policy} gave {recipe.ranks}"]
+        shared.add(name, recipe, head=True, heads_of=model, batches=start_batches(), **options)
+    notes += [] if plan is None else [policies.note(recipe)]
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
-    return Run(name, *parts, tuple(notes), plan)
+    return PreparedRun(name, *parts, tuple(notes), plan)
 
 
-def _check_same_base(model: Any, settings: Settings, known: dict[Any, Any]) -> None:
-    """A checkpoint may lack a pooler, which is then drawn with the head, from the seed."""
+def _check_same_base(model: Any, settings: Settings, cache: dict[Any, Any]) -> None:
+    """Refuse a checkpoint without a pooler: it is drawn from the seed with the head, so each run would have its own."""
     prefix = f"{model.base_model_prefix}.pooler."
     pooler = {key: t.detach().clone() for key, t in model.named_parameters() if key.startswith(prefix)}
-    first = known.setdefault("pooler", pooler)
+    first = cache.setdefault("pooler", pooler)
     if new := [key for key, t in pooler.items() if not torch.equal(first[key], t)]:
         raise UserError(f"{settings.model} has no {new[0]} of its own, so runs of other seeds have other bases")
 
 
-def _task(settings: Settings, known: dict[Any, Any]) -> Task:
+def _task(settings: Settings, cache: dict[Any, Any]) -> Task:
     key = settings.only(SOURCE)
-    if key not in known:
-        known[key] = task_of(settings)
-    return known[key]  # type: ignore[no-any-return]
+    if key not in cache:
+        cache[key] = task_of(settings)
+    return cache[key]  # type: ignore[no-any-return]
 
 
 def task_of(s: Settings) -> Task:
-    """The task that a run's settings name."""
+    """Read the task that a run's settings name. Raises UserError."""
     regression = None if s.problem_type == "auto" else s.problem_type == "regression"
     return data.load(s.task, s.data, text=s.text, label=s.label, validation=s.validation, regression=regression)
 
 
 def _rows(
-    settings: Settings, task: Task, model: Any, tokenizer: Any, known: dict[Any, Any]
+    settings: Settings, task: Task, model: Any, tokenizer: Any, cache: dict[Any, Any]
 ) -> tuple[dict[str, Rows], list[str]]:
-    """(rows of each split as tokens, notes)."""
-    most = longest(model)
-    if most is not None and settings.max_length > most:
-        raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
+    """Return (tokenized rows of each split, notes)."""
+    check_length(model, settings)
     key = (id(task), settings.selection, settings.max_length, settings.train_rows, settings.validation_rows)
-    if key not in known:
-        found, sizes = splits(task, settings)
+    if key not in cache:
+        texts, sizes = splits(task, settings)
         regression = task.labels is None
-        rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in found.items()}
+        rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in texts.items()}
         over = f"rows are longer than {settings.max_length} tokens and were cut"
         cut = [f"{r.truncated} of {len(r)} {name} {over}" for name, r in rows.items() if r.truncated]
-        known[key] = rows, [*task.notes, *sizes, *cut]
-    rows, notes = known[key]
+        cache[key] = rows, [*task.notes, *sizes, *cut]
+    rows, notes = cache[key]
     return rows, list(notes)
 
 
 def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
-    """(model, tokenizer), the model as a run begins with it."""
+    """Return (model, tokenizer), the model as a run begins with it."""
     regression = task.labels is None
-    wanted = (task.num_outputs, regression, torch.float32, settings.seed, settings.attention)
-    model, tokenizer = models.classifier(settings.model, *wanted)
+    head = (task.num_outputs, regression, torch.float32, settings.seed, settings.attention)
+    model, tokenizer = models.classifier(settings.model, *head)
     if regression:
         _center(model, sum(task.train.labels) / len(task.train))
     return model, tokenizer
 
 
 def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[str]]:
-    """(train, held-out where that selects, and each validation split; notes)."""
+    """Return ({"train", "held-out" if that selects, and each validation split}, notes)."""
     notes: list[str] = []
 
-    def some(name: str, split: data.Split, rows: int | None) -> data.Split:
+    def sampled(name: str, split: data.Split, rows: int | None) -> data.Split:
         if rows is None or rows >= len(split):
             return split
         notes.append(f"{name}: {rows} of {len(split)} rows, drawn by the data's hash")
@@ -161,48 +159,29 @@ def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[
         train, held = train.take(kept), {"held-out": train.take(out)}
     elif settings.selection == "validation":
         notes.append("validation: chosen on the reported split, so results are optimistic")
-    reported = {name: some(name, split, settings.validation_rows) for name, split in task.validation.items()}
-    return {"train": some("train", train, settings.train_rows), **held, **reported}, notes
+    reported = {name: sampled(name, split, settings.validation_rows) for name, split in task.validation.items()}
+    return {"train": sampled("train", train, settings.train_rows), **held, **reported}, notes
 
 
-def _seen(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
-    """What a start that looks at data sees: batches of the first epoch, of SEEN training rows in all."""
+def check_length(model: Any, settings: StepSettings) -> None:
+    """Raise UserError if --max-length is more tokens than the model takes."""
+    most = longest(model)
+    if most is not None and settings.max_length > most:
+        raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
+
+
+def _start_batches(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of the first epoch, of START_ROWS rows in all, for a start that is computed from data."""
     batches = epoch_batches(rows.lengths, settings.batch_size, settings.seed, 0)
-    for chosen in batches[: math.ceil(SEEN / settings.batch_size)]:
+    for chosen in batches[: math.ceil(START_ROWS / settings.batch_size)]:
         yield collate(rows, chosen, tokenizer, torch.device("cpu"))
 
 
 def _center(model: Any, mean: float) -> None:
-    """Starts a regression head at the mean label; from 0 the first steps push the mean through the whole network,
-    which at LoRA's learning rates ruins it (docs/decisions.md)."""
+    """Start a regression head at the mean label. From 0 the first steps push the mean through the whole network, which
+    at LoRA's learning rates ruins it (docs/decisions.md)."""
     outputs = [
         m for child in model.children() for m in child.modules() if isinstance(m, nn.Linear) and m.out_features == 1
     ]
     if outputs and outputs[-1].bias is not None:
         nn.init.constant_(outputs[-1].bias, mean)
-
-
-def facts(run: Run) -> dict[str, Any]:
-    """What run.json holds: everything needed to repeat the run and to tell on what it ran."""
-    entry = run.adapters.spec(run.name)
-    return {
-        "settings": run.settings.to_json(),
-        "recipe": to_json(entry.recipe),
-        "plan": run.plan,
-        "seed": run.settings.seed,
-        "versions": {
-            "loralab": loralab.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        "hardware": hardware(),
-        "precision": str(run.settings.precision).removeprefix("torch."),
-        "data": {"sha256": run.task.sha256, "train": len(run.train), "held_out": len(run.held_out or ()),
-                 **{key: len(rows) for key, rows in run.validation.items()}},
-        "base_sha256": run.adapters.base_sha256,
-        "counts": run.adapters.counts(run.name),
-        "coverage": {key: len(paths) for key, paths in entry.coverage.matched.items()} if entry.coverage else {},
-        "notes": list(run.notes),
-    }  # fmt: skip

@@ -1,32 +1,45 @@
-"""Which runs can share the passes of one loop.
+"""Which runs share a model, which of them share a pass through it, and that pass.
 
-They share a model, so all that the model itself is must be one: its weights and how they are kept, the precision, the
-pieces that make it fast. What belongs to a row of the batch, or comes after it, may differ: method, rank, seed, task,
+What the model itself is must be the same for all runs over it: its weights and how they are stored, the precision, the
+fast pieces. What belongs to a row of the batch, or comes after the model, may differ: method, rank, seed, task,
 learning rate, epochs.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from loralab.active import Stream
+from loralab.adapters import Adapters
+from loralab.data.batches import Rows, collate_together, width
 from loralab.methods import starts
 from loralab.run.settings import Settings
+from loralab.run.state import RunState
 
-MOST = 16  # runs over one model: a pass takes as many as its room lets in (see loop.py)
-SMALL = 8  # ranks up to this go together; a larger one with its like, as short ones are padded with zeros to it
+MOST = 16  # runs over one model; how many share a pass depends on PASS_BYTES
+SMALL = 8  # ranks up to this share a model; a larger one only with its like, because shorter factors are zero-padded
+PASS_BYTES = 400e6  # bytes of activations of a shared pass; more gains no time (docs/benchmarks.md)
+EVALUATED = 8  # runs that are evaluated in one pass
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs over one model; `why` a run that cannot share is alone."""
+    """Runs over one model; `why` says why a run cannot share one."""
 
     runs: tuple[Settings, ...]
     why: str | None = None
 
 
 def grouped(many: Sequence[Settings], most: int = MOST) -> list[Group]:
-    """The runs in groups of at most `most`, those of like data and seed together: their batches are the same."""
+    """Divide runs into groups of at most `most`. Those with the same data and seed, and so the same batches, meet."""
     shares: dict[Any, list[Settings]] = {}
     for s in many:
         if not alone(s):
@@ -35,13 +48,13 @@ def grouped(many: Sequence[Settings], most: int = MOST) -> list[Group]:
     for runs in shares.values():
         runs.sort(key=lambda s: (s.task, str(s.data), s.seed, s.batch_size))
         count = -(-len(runs) // most)
-        places = [round(i * len(runs) / count) for i in range(count + 1)]  # groups of like size
+        places = [round(i * len(runs) / count) for i in range(count + 1)]  # groups of nearly equal size
         groups += [Group(tuple(runs[a:b])) for a, b in pairwise(places)]
     return [*groups, *(Group((s,), why) for s in many if (why := alone(s)))]
 
 
 def alone(settings: Settings) -> str | None:
-    """Why a run cannot share its passes, or None."""
+    """Return why a run cannot share a model, or None if it can."""
     r = settings.recipe()
     if r.learn_base is not None:
         return f"{settings.method} trains the base itself"
@@ -59,8 +72,58 @@ def alone(settings: Settings) -> str | None:
 
 
 def _base(s: Settings) -> Any:
-    """What must be the same."""
+    """Return what must be equal for runs to share a model."""
     r = s.recipe()
     rank = getattr(r.factors, "rank", 0) * (1 + bool(starts.added(r.start)))  # 0 where no layer is adapted
     like = rank and max(SMALL, 1 << (rank - 1).bit_length())
     return s.model, s.attention, s.precision, s.accumulate, s.threads, r.store, like
+
+
+# ---- a pass ----------------------------------------------------------------------------------------------------------
+
+
+def passes(states: Sequence[RunState], chosen: Sequence[list[int]]) -> list[list[int]]:
+    """Divide runs, by their places, into passes of similar width that take at most PASS_BYTES.
+
+    `chosen` holds each run's rows of this step. A run is alone in its first step, in which its memory is counted.
+    """
+    sizes = [(len(rows), width(state.run.train, rows)) for state, rows in zip(states, chosen, strict=True)]
+    groups: list[list[int]] = []
+    largest = 0.0  # bytes of the largest part of the last pass; 0 if no other run may join it
+    for i in sorted(range(len(states)), key=lambda i: sizes[i][::-1]):
+        progress = states[i].progress
+        needed = math.prod(sizes[i]) * progress.bytes_per_token
+        if progress.step == 0 or not largest or (len(groups[-1]) + 1) * max(largest, needed) > PASS_BYTES:
+            groups.append([])
+            largest = 0.0
+        groups[-1].append(i)
+        largest = 0.0 if progress.step == 0 else max(largest, needed)
+    return groups
+
+
+def with_same_rows(states: Sequence[RunState]) -> Iterator[list[RunState]]:
+    """Yield the runs that are evaluated on the same rows, at most EVALUATED at a time."""
+    same: dict[Any, list[RunState]] = {}
+    for state in states:
+        rows = [state.run.held_out, *state.run.validation.values()]
+        same.setdefault((*map(id, rows), state.settings.batch_size), []).append(state)
+    for runs in same.values():
+        yield from (runs[i : i + EVALUATED] for i in range(0, len(runs), EVALUATED))
+
+
+def forward(
+    model: nn.Module,
+    adapters: Adapters,
+    states: Sequence[RunState],
+    parts: Sequence[tuple[Rows, list[int]]],
+    device: torch.device,
+) -> list[Tensor]:
+    """Return for each run the logits (rows, outputs) of its rows, from one forward pass of the model."""
+    batch, sizes = collate_together(parts, states[0].run.tokenizer, device)  # (K b, t), and each run's own (b, t)
+    names, b = [state.run.name for state in states], len(batch["input_ids"]) // len(states)
+    ids = torch.arange(len(states)).repeat_interleave(b)  # (K b,)
+    streams = tuple(Stream(s.generator, *size) for s, size in zip(states, sizes, strict=True))
+    in_use = adapters.use(names, ids) if len(states) > 1 else adapters.use(names[0])
+    with in_use, adapters.active.changed(streams=streams):
+        logits = model(**batch).logits.float()  # (K b, outputs of the widest head)
+    return [out[:rows] for out, (rows, _) in zip(logits.split(b), sizes, strict=True)]

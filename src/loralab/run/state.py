@@ -1,6 +1,7 @@
-"""One run as it goes on: its optimizer, schedule, progress and best state so far, and how they are kept on disk."""
+"""The state of one run while it trains: optimizer, schedule, progress and best epoch so far; and its checkpoints."""
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,35 +17,54 @@ from loralab.errors import UserError
 from loralab.optimizers import adamw
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Layers, by_layer, of_adapter
-from loralab.run.setup import Run
+from loralab.run.setup import PreparedRun
 from loralab.run.step import apply_gradients
+
+
+class RunFailed(UserError):
+    """A run ended by an exception that is no fault of its settings; `traceback` is its text."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+def failure(error: Exception, folder: RunFolder) -> UserError:
+    """Return what a run that raised `error` comes to; the traceback of an unexpected one is kept in its folder."""
+    if isinstance(error, UserError):
+        return error
+    text = "".join(traceback.format_exception(error))
+    file = folder.write_traceback(text)
+    message = " ".join(str(error).split())
+    where = "its traceback cannot be written" if file is None else f"its traceback is in {file}"
+    return RunFailed(f"{folder.path} failed: {type(error).__name__}: {message[:300]}; {where}", text)
 
 
 @dataclass
 class Progress:
-    """How far a run has come; with the tensors beside it, all that a checkpoint holds."""
+    """How far a run has come. A checkpoint holds this and tensors."""
 
     epoch: int = 0  # epochs finished
-    batch: int = 0  # batches done in the epoch under way
+    batch: int = 0  # batches done in the current epoch
     step: int = 0  # optimizer steps
-    loss: float = 0.0  # sum of row losses in the epoch under way
-    seconds: float = 0.0  # of training, evaluation left out; of a pass that runs share, an equal part
-    tokens: int = 0  # padding left out
-    counted: int = 0  # tokens of the largest padded part of the first batch, in which
+    loss: float = 0.0  # sum of row losses in the current epoch
+    seconds: float = 0.0  # of training, without evaluation; of a shared pass an equal share
+    tokens: int = 0  # trained on, without padding
+    counted: int = 0  # tokens, with padding, of the largest part of the first batch, for which
     activations: dict[str, int] = field(default_factory=dict)  # these bytes were kept for backward, by layer
     best: int = -1  # index of the selected epoch in history
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def room(self) -> float:
+    def bytes_per_token(self) -> float:
         """Bytes of activations for each token of a padded batch."""
         return sum(self.activations.values()) / max(1, self.counted)
 
 
-class Member:
-    """A run among those that share a model; `generator` is the stream of its dropout."""
+class RunState:
+    """A run that trains, alone or beside others over the same model; its dropout draws from `generator`."""
 
-    def __init__(self, run: Run, folder: RunFolder, accelerator: Accelerator, generator: torch.Generator) -> None:
+    def __init__(self, run: PreparedRun, folder: RunFolder, accelerator: Accelerator, generator: torch.Generator):
         s = run.settings
         self.run, self.settings, self.folder, self.generator = run, s, folder, generator
         self.accelerator = accelerator
@@ -54,10 +74,11 @@ class Member:
         self.steps = s.steps(len(run.train))
         self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
         self.progress = Progress()
-        self.best: dict[str, Tensor] = {}  # state of the selected epoch
-        self.said: dict[str, Tensor] = {}  # by validation split, what the selected epoch says of each row
-        self.batches: list[list[int]] = []  # of the epoch under way
-        self.problem: UserError | None = None  # why it cannot go on
+        self.best: dict[str, Tensor] = {}  # adapter and head at the selected epoch
+        self.predictions: dict[str, Tensor] = {}  # at the selected epoch: SPLIT/logits (rows, outputs), SPLIT/labels
+        self.batches: list[list[int]] = []  # of the current epoch
+        self.problem: UserError | None = None  # why the run cannot go on
+        self.leaves = False  # whether it goes on alone, because a pass that it shared failed
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -65,25 +86,30 @@ class Member:
     def goes_on(self) -> bool:
         s, p = self.settings, self.progress
         patient = not 0 < s.patience < len(p.history) - p.best
-        return self.problem is None and p.epoch < s.epochs and patient
+        return not self.stopped and p.epoch < s.epochs and patient
 
-    def next(self) -> list[int]:
-        """The training rows of its next step."""
-        s, p = self.settings, self.progress
-        if not self.batches:
-            self.batches = epoch_batches(self.run.train.lengths, s.batch_size, s.seed, p.epoch)
-        return self.batches[p.batch]
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ended before its last epoch."""
+        return self.problem is not None or self.leaves
 
     @property
     def ends_epoch(self) -> bool:
         return self.progress.batch == len(self.batches)
 
+    def next_rows(self) -> list[int]:
+        """Return the training rows of the next step."""
+        s, p = self.settings, self.progress
+        if not self.batches:
+            self.batches = epoch_batches(self.run.train.lengths, s.batch_size, s.seed, p.epoch)
+        return self.batches[p.batch]
+
     def step(self, loss: float, chosen: list[int]) -> None:
-        """One optimizer step; gradients are there, and `loss` is the mean over the chosen rows."""
+        """Take an optimizer step with the gradients there are; `loss` is the mean over the chosen rows."""
         p = self.progress
         if not np.isfinite(loss):
             self.problem = UserError(self._not_finite(loss))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
             return
         apply_gradients(
             self.optimizer, self.learned, self.settings.clip, self.accelerator.clip_grad_norm_, self.schedule
@@ -91,43 +117,55 @@ class Member:
         p.step += 1
         p.batch += 1
         p.loss += loss * len(chosen)
-        p.tokens += int(self.run.train.lengths[chosen].sum())
+        p.tokens += self.run.train.tokens(chosen)
+
+    def fail(self, error: Exception) -> None:
+        """End the run because of an exception."""
+        self.drop_gradients()
+        self.problem = failure(error, self.folder)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _not_finite(self, loss: float) -> str:
-        p, there = self.progress, self.folder.checkpoint
+        p, checkpoint = self.progress, self.folder.checkpoint
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        last = f"the last good checkpoint is {there}" if there.exists() else "there is no checkpoint yet"
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         return f"loss is {loss} at step {p.step + 1} (epoch {p.epoch + 1}), lr {lr:.2g}; {last}: try a lower --lr"
 
     # ---- epochs --------------------------------------------------------------------------------------------------
 
     def end_epoch(self, held_out: Any, validation: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes down an epoch from its logits (rows, outputs): of the held-out rows or None, and of each split."""
+        """Record an epoch from its logits (rows, outputs), of the held-out rows or None and of each validation split.
+
+        The adapter is remembered if the epoch is the best so far. Returns the record, a line of metrics.jsonl.
+        """
         s, p, run = self.settings, self.progress, self.run
-        metrics = run.task.metrics
         record = {
             "epoch": p.epoch + 1,
             "step": p.step,
             "train_loss": p.loss / len(run.train),
-            "held_out": None if run.held_out is None else score(metrics, held_out, run.held_out.labels.numpy()),
+            "held_out": None
+            if run.held_out is None
+            else score(run.task.metrics, held_out, run.held_out.labels.numpy()),
             "validation": self.scores(validation),
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
         }
-        said: dict[str, Tensor] = {}
+        predictions: dict[str, Tensor] = {}
         for key, rows in run.validation.items():
-            logits = validation[key]
-            said |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}
+            logits = validation[key]  # (rows, outputs)
+            predictions |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}
             record["one_class"] = not run.regression and is_constant(logits)
         p.history.append(record)
         p.epoch, p.batch, p.loss, self.batches = p.epoch + 1, 0, 0.0, []
         if p.best < 0 or self._selecting(-1) > self._selecting(p.best) or s.selection == "last":
             p.best = len(p.history) - 1
-            self.best = {key: t.detach().clone() for key, t in self.state().items()}
-            self.said = said
+            self.best = {key: t.detach().clone() for key, t in self.tensors().items()}
+            self.predictions = predictions
         return record
 
     def scores(self, validation: Mapping[str, Any]) -> dict[str, float]:
-        """Every metric of the task, from the logits (rows, outputs) of each split; the first split's by its name."""
+        """Return every metric from the logits (rows, outputs) of each split; those of the first under their names."""
         found: dict[str, float] = {}
         for i, (key, rows) in enumerate(self.run.validation.items()):
             scores = score(self.run.task.metrics, validation[key], rows.labels.numpy())
@@ -135,31 +173,37 @@ class Member:
         return found
 
     def _selecting(self, index: int) -> float:
+        """Return the score of an epoch that selection compares."""
         record, metric = self.progress.history[index], self.run.task.metrics[0]
         return float((record["held_out"] or record["validation"])[metric])
 
-    def state(self) -> dict[str, Tensor]:
+    def restore_best(self) -> None:
+        """Set adapter and head to the selected epoch."""
+        self._set(self.best)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of adapter and head by name: they learn, and they are what `save` writes."""
         return self.run.adapters.state(self.run.name)
 
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, t in self.tensors().items():
+                t.copy_(values[key])
+
     def layers(self) -> Layers:
-        """What its memory is made of; of the model every tensor that is no other run's."""
+        """Return the memory of the run by layer: all that the model holds but other runs' tensors."""
         handle = self.run.adapters
         others = [t for name in handle.names if name != self.run.name for t in handle.state(name).values()]
         held = of_adapter(self.run.model, self.run.name, without=others)
         return by_layer(self.run.model, held, self.learned, self.optimizer, self.progress.activations)
 
-    def take_best(self) -> None:
-        """The adapter becomes what it was at the selected epoch."""
-        with torch.no_grad():
-            for key, t in self.state().items():
-                t.copy_(self.best[key])
-
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        tensors = {f"live/{key}": t for key, t in self.state().items()}
+        """Write all that the next step depends on. Raises RunInterrupted."""
+        tensors = {f"current/{key}": t for key, t in self.tensors().items()}
         tensors |= {f"best/{key}": t for key, t in self.best.items()}
-        tensors |= {f"said/{key}": t for key, t in self.said.items()}
+        tensors |= {f"predictions/{key}": t for key, t in self.predictions.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{key}": t for key, t in state.items()}
         tensors |= {f"steps/{key}": t for key, t in self.run.adapters.steps.state_dict(self.run.name).items()}
@@ -167,18 +211,28 @@ class Member:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.folder.write_checkpoint(vars(self.progress) | {"learning_rates": rates}, tensors)
 
-    def load_checkpoint(self) -> bool:
-        """Goes on where its folder says; False if there is no checkpoint."""
-        found = self.folder.read_checkpoint()
+    def load_checkpoint(self, say: Callable[[str], None] = lambda text: None) -> bool:
+        """Go on from the folder's newest whole checkpoint; False if there is none. `say` is told of damaged ones.
+
+        Raises UserError for a checkpoint that another version of loralab wrote.
+        """
+        found = self.folder.read_checkpoint(say)
         if found is None:
             return False
-        saved, tensors = found
+        try:
+            self._load(*found)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder.checkpoint} does not fit this run ({error}); another version may have written it: "
+                "remove it to start the run anew"
+            ) from error
+        return True
+
+    def _load(self, saved: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         rates = saved.pop("learning_rates")
         self.progress = Progress(**saved)
-        with torch.no_grad():
-            for key, t in self.state().items():
-                t.copy_(tensors[f"live/{key}"])
-        self.best, self.said = _under("best", tensors), _under("said", tensors)
+        self._set(_under("current", tensors))
+        self.best, self.predictions = _under("best", tensors), _under("predictions", tensors)
         self.run.adapters.steps.load_state_dict(_under("steps", tensors), self.run.name)
         state: dict[int, dict[str, Tensor]] = {}
         for key, t in _under("optimizer", tensors).items():
@@ -189,8 +243,8 @@ class Member:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.generator.set_state(tensors["random"])
-        return True
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
     return {key.removeprefix(prefix + "/"): t for key, t in tensors.items() if key.startswith(prefix + "/")}

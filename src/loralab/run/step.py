@@ -1,7 +1,7 @@
-"""The training step: the loss of every row, and one optimizer step. Every loop of the project takes this one.
+"""The training step: the loss of every row, and one optimizer step. Every training loop of the project uses it.
 
-The loss of a run's step is the mean over its rows; however the rows are divided among passes and processes, the sum of
-their parts is that mean (see loop.py).
+The loss of a step is the mean over its rows. Where the rows are divided among passes and processes (loop.py), the parts
+add up to that mean.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(rows,): cross-entropy for int64 labels, squared error for float labels; logits (rows, outputs)."""
+    """Return (rows,): cross-entropy for int64 labels, squared error for float labels; logits (rows, outputs)."""
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def forward_loss(model: nn.Module, batch: Mapping[str, Tensor], labels: Tensor, autocast: bool = False) -> Tensor:
-    """The mean loss of a batch, labels (rows,)."""
+    """Return the mean loss of a batch, labels (rows,)."""
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
         logits = model(**batch).logits  # (rows, outputs)
     return row_losses(logits.float(), labels).mean()
@@ -33,7 +33,7 @@ def apply_gradients(
     clip_norm: Callable[..., Any] = nn.utils.clip_grad_norm_,
     schedule: Any = None,
 ) -> None:
-    """Clip the gradients of what is learned (`clip` 0 does not), step the optimizer and the schedule, drop them."""
+    """Clip the gradients of `learned` (unless `clip` is 0), step the optimizer and the schedule, drop the gradients."""
     if clip:
         clip_norm(learned, clip)
     optimizer.step()
@@ -51,7 +51,7 @@ def step(
     clip: float = 1.0,
     autocast: bool = False,
 ) -> Tensor:
-    """One optimizer step of one run on one batch, labels (rows,); the mean loss, without its graph."""
+    """Take one optimizer step on one batch, labels (rows,); return the mean loss, without its graph."""
     loss = forward_loss(model, batch, labels, autocast)
     loss.backward()
     apply_gradients(optimizer, learned, clip)
