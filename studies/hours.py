@@ -17,9 +17,9 @@ def main(folders: list[str]) -> None:
     total = 0.0
     for folder in folders:
         study = load(folder)
-        runs = {run.planned.address: run for cell in study.cells().values() for run in (*cell.tuning, *cell.runs)}
+        runs = {run.scheduled.address: run for cell in study.cells().values() for run in (*cell.tuning, *cell.runs)}
         hours = sum(run.result["time"]["train_s"] for key, run in runs.items() if key not in seen) / 3600
-        tuning = sum(run.planned.role == "tune" for run in runs.values())
+        tuning = sum(run.scheduled.role == "tune" for run in runs.values())
         total += hours
         seen |= runs.keys()
         print(f"| {Path(folder).name} | {len(runs)} | {tuning} | {hours:.1f} |")

@@ -17,12 +17,12 @@ CLEAR = 0.02  # of a metric, above the head alone
 
 def search(study: Study) -> None:
     cells = study.cells()
-    points = {key: [p for p in study.planned if p.key == key and p.role == "tune"] for key in cells}
+    points = {key: [p for p in study.schedule if p.key == key and p.role == "tune"] for key in cells}
     most = max(map(len, points.values()))
     print("| method | " + "rate: score | " * most + "default | validation |")
     print("| --- | " + "---: | " * most + "---: | ---: |")
     for key, cell in cells.items():
-        tried = {run.planned.address: held_out(run.result, run.history) for run in cell.tuning}
+        tried = {run.scheduled.address: held_out(run.result, run.history) for run in cell.tuning}
         best = max(tried.values(), default=None)
         row = []
         for p in points[key]:

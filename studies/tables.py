@@ -65,7 +65,7 @@ def tuning(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
     tuned = [cell for cell in own if cell.tuning]
 
     def told(cell: Cell) -> list[str]:
-        return [f"{point(run.planned.tried)}: {held_out(run.result, run.history):.3f}" for run in cell.tuning]
+        return [f"{point(run.scheduled.tried)}: {held_out(run.result, run.history):.3f}" for run in cell.tuning]
 
     most = max((len(cell.tuning) for cell in tuned), default=0)
     return "held out", [f"try {i + 1}" for i in range(most)], ((cell.key[2], told(cell)) for cell in tuned)

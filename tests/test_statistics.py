@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from loralab.data import METRICS
-from loralab.study.statistics import Estimate, estimate, holm, mcnemar, resampled, seeds_needed
-from loralab.study.statistics.resample import COUNTS, NUMBERS, _of_classes, _of_numbers, _weights
+from loralab.study.statistics import Estimate, estimate, holm, mcnemar, resampled, smallest
+from loralab.study.statistics.resample import COUNTS, NUMBERS, RANGES, _drawn, _of_classes, _of_numbers, _weights
 
 LUCK = 1e-3
 ALPHA = 0.05
@@ -34,7 +34,7 @@ def draws(seeds, mean=0.0, sd=0.013, times=TIMES, seed=0):
 # ---- over seeds ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [3, 5, 12])
 @pytest.mark.parametrize("level", [0.95, 0.8])
 def test_the_interval_over_seeds_covers(seeds, level):
     mean = 0.87
@@ -50,29 +50,25 @@ def test_the_paired_test_is_the_t_test_and_errs_as_often_as_it_says(seeds):
     assert as_promised(p < ALPHA, ALPHA)
 
 
-@pytest.mark.parametrize("effect", [0.9, 1.7, 3.1, 8.0, 90.0])
-def test_as_many_seeds_as_it_asks_for_have_the_power_it_promises(effect):
-    sd = 0.013
-    seen = Estimate(mean=effect * sd, sd=sd, seeds=3)
-    needed = seeds_needed(seen)
-    assert needed is not None
-    powers = []
-    for seeds in (needed - 1, needed):
-        powers.append(np.array([estimate(x).p() < ALPHA for x in draws(seeds, effect * sd, sd, seed=seeds)]))
-    assert as_promised(powers[1], 0.8, "less")  # no less than 80 %
-    if needed > 2:
-        assert as_promised(powers[0], 0.8, "greater")
+@pytest.mark.parametrize("seeds", [3, 5, 12])
+@pytest.mark.parametrize("tests", [1, 5, 84])
+def test_the_smallest_difference_is_found_as_often_as_it_says(seeds, tests):
+    sd, alpha = 0.013, ALPHA / tests
+    least = smallest(Estimate(0.0, sd, seeds), alpha)
+    for times, rate, sides in ((1.0, 0.8, "two-sided"), (0.8, 0.8, "less"), (1.25, 0.8, "greater")):
+        p = np.array([estimate(x).p() < alpha for x in draws(seeds, times * least, sd, seed=seeds + tests)])
+        assert as_promised(p, rate) == (sides == "two-sided")
+        assert np.mean(p) < 0.8 or sides != "less"
 
 
-def test_no_number_of_seeds_finds_what_the_rows_hide():
-    assert seeds_needed(Estimate(0.01, 0.004, 5, of_rows=0.02**2, rows=300)) is None
-    assert seeds_needed(Estimate(0.0, 0.004, 5)) is None
-    assert seeds_needed(Estimate(0.01, 0.004, 1)) is None
-    sure = seeds_needed(Estimate(0.01, 0.004, 5))
-    with_rows = seeds_needed(Estimate(0.01, 0.004, 5, of_rows=0.003**2, rows=300))
-    assert sure is not None
-    assert with_rows is not None
-    assert sure < with_rows
+def test_what_could_have_been_found_depends_on_seeds_rows_and_the_level():
+    few, many = smallest(Estimate(0.01, 0.004, 5), ALPHA), smallest(Estimate(0.01, 0.004, 20), ALPHA)
+    with_rows = smallest(Estimate(0.01, 0.004, 5, of_rows=0.01**2, rows=300), ALPHA)
+    assert many < few < with_rows
+    assert smallest(Estimate(0.01, 0.004, 5), ALPHA / 84) > few
+    assert smallest(Estimate(0.3, 0.004, 5), ALPHA) == few  # what was seen does not matter
+    for unknown in (Estimate(0.01, math.nan, 1), Estimate(0.01, 0.004, 2), Estimate(0.01, 0.0, 5)):
+        assert math.isnan(smallest(unknown, ALPHA))
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -90,6 +86,8 @@ def test_equivalence_is_claimed_wrongly_no_more_often_than_alpha(seeds):
 def test_one_seed_says_nothing_and_equal_differences_say_little():
     alone = estimate([0.3])
     assert all(math.isnan(x) for x in (*alone.interval(), alone.p(), alone.p_equivalent(1)))
+    for spread in ([0.1, 0.2], [0.3, 0.3], [0.3] * 5):  # two seeds, or nothing that varies: no interval
+        assert all(math.isnan(x) for x in estimate(spread).interval())
     for seeds in (2, 3, 6):  # all signs alike happens in 2 of 2^seeds flips
         flips = np.array(list(itertools.product([-1, 1], repeat=seeds)))
         extreme = np.mean(abs((flips * 0.01).sum(1)) >= seeds * 0.01 - 1e-12)
@@ -210,7 +208,7 @@ def test_a_weight_is_a_row_repeated(metric):
 
 
 def test_every_metric_of_tasks_can_be_resampled():
-    assert sorted((*COUNTS, *NUMBERS)) == sorted(METRICS)
+    assert sorted((*COUNTS, *NUMBERS)) == sorted(METRICS) == sorted(RANGES)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -224,6 +222,19 @@ def test_resamples_spread_as_those_of_a_loop_do(metric):
         slow.append([METRICS[metric](x[rows], labels[rows]) for x in logits])
     np.testing.assert_allclose(fast.mean(0), np.mean(slow, 0), atol=0.03)
     np.testing.assert_allclose(np.cov(fast.T), np.cov(np.transpose(slow)), atol=0.3 * np.var(slow, 0).max())
+
+
+@pytest.mark.parametrize("patterns", [3, 60])  # drawn by their counts, and row by row
+def test_patterns_are_drawn_as_often_as_they_are_there(patterns):
+    counts = np.random.default_rng(patterns).integers(1, 30 if patterns < 10 else 5, patterns)
+    total, times = int(counts.sum()), 4000
+    drawn = _drawn(counts, times, np.random.default_rng(1))
+    assert drawn.shape == (times, patterns)
+    assert (drawn.sum(1) == total).all()
+    error = np.sqrt(counts * (1 - counts / total) / times)
+    assert (abs(drawn.mean(0) - counts) < 5 * error).all()
+    expected = np.diag(counts) - np.outer(counts, counts) / total  # the multinomial's
+    np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.15 * counts.max())
 
 
 def test_resamples_keep_the_classes_and_their_rows():

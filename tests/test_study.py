@@ -1,6 +1,7 @@
 """Studies: a file says all that is wrong with it, equal runs are one run, and what was done is not done again."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -15,22 +16,20 @@ import pytest
 from loralab import UserError
 from loralab.cli import main
 from loralab.data.batches import padded
-from loralab.fast.machine import fast_bfloat16
 from loralab.recipe import recipe
 from loralab.run import Settings
 from loralab.run import loop as loop_module
 from loralab.run.estimate import EstimateSettings
 from loralab.run.estimate import estimate as memory
 from loralab.run.setup import prepare
-from loralab.study import conduct as conduct_module
 from loralab.study import load
-from loralab.study.address import IN_HASHES, NOT_RESULT, address
 from loralab.study.bar import StudyBar
-from loralab.study.conduct import conduct
-from loralab.study.parse import define
-from loralab.study.plan import plan
+from loralab.study.on_ray import cause
 from loralab.study.results import outline
+from loralab.study.run_study import run_study
 from loralab.study.runners import runner
+from loralab.study.schedule import notes, schedule
+from loralab.study.toml import define
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 
@@ -59,7 +58,7 @@ def study(tiny, own, **given):
 
 
 def carried_out(definition, out="out", on="in-turn", **given):
-    return conduct(definition, Path(out), runner(on), StudyBar(), **given)
+    return run_study(definition, Path(out), runner(on), StudyBar(), **given)
 
 
 @pytest.fixture
@@ -68,9 +67,9 @@ def begun(monkeypatch) -> list[tuple[str, int]]:
     run, found = loop_module.Loop.run, []
 
     def counted(self):
-        for member in self.members:
-            progress = member.folder.read_checkpoint()
-            found.append((member.settings.folder.name, progress[0]["epoch"] if progress else 0))
+        for state in self.states:
+            progress = state.folder.read_checkpoint()
+            found.append((state.settings.folder.name, progress[0]["epoch"] if progress else 0))
         return run(self)
 
     monkeypatch.setattr(loop_module.Loop, "run", counted)
@@ -135,7 +134,7 @@ def test_a_tasks_settings_win_over_the_protocol_and_a_methods_over_both(tiny, ow
 
 def test_unequal_budgets_and_optimistic_selection_are_told(tiny, own):
     def told(**given):
-        return " ".join(conduct_module.notes(study(tiny, own, **given)))
+        return " ".join(notes(study(tiny, own, **given)))
 
     unlike = [{"method": "lora"}, {"method": "full", "tune": {"weight_decay": [0.0, 0.1, 0.3]}}]
     assert "budgets differ" in told(methods=unlike, tune={"rank": [1, 2]}, protocol={"epochs": 1})
@@ -153,52 +152,6 @@ def test_a_named_study_can_be_planned(file, tiny, here, capsys):
     assert not any(here.iterdir())  # a dry run writes nothing
 
 
-# ---- addresses -------------------------------------------------------------------------------------------------------
-
-OTHERWISE = {  # a value that no other row has, for every setting that can decide a result
-    "train_rows": 50, "validation_rows": 20,
-    "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
-    "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "policy": "drop", "keep": 0.5,
-    "rounds": 2,
-    "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
-    "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
-    "selection": "last", "patience": 3,
-}  # fmt: skip
-
-
-def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_path):
-    ranks = tmp_path / "ranks.json"
-    ranks.write_text(json.dumps({"adapted": {"encoder.layer.0.attention.self.query": {"rank": 3}}}))
-    base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny))
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
-    assert set(free) == NOT_RESULT
-    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "span"} >= fields
-    found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
-    found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
-    found += [address(dataclasses.replace(base, policy="groups", span=span)) for span in (None, 2)]
-    assert len(set(found)) == len(found)
-    assert address(dataclasses.replace(base, **free)) == address(base)
-
-
-def test_equal_runs_have_one_address_however_they_are_written(tiny, own, tmp_path):
-    def at(**given):
-        usual = {"task": str(own["class"]), "text": ("sentence",), "label": "label", "model": str(tiny)}
-        return address(Settings(**{**usual, **given}))
-
-    assert at(method="lora+") == at(method="lora", lr=recipe("lora+").lr, lr_ratio=16)
-    assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification")
-    assert at(method="full") == at(method="full", targets="mlp")
-    moved, copied = shutil.copy(own["class"], tmp_path / "other.csv"), shutil.copytree(tiny, tmp_path / "model")
-    assert at() == at(task=str(moved), model=str(copied))
-    with (tmp_path / "other2.csv").open("w") as more:
-        more.write(own["class"].read_text() + "the cat sees,cat\n")
-    assert at() != at(task=str(tmp_path / "other2.csv"))
-    (copied / "config.json").write_text((copied / "config.json").read_text() + " ")
-    conduct_module.data.__globals__["base"].cache_clear()
-    assert at() != at(model=str(copied))
-
-
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,22 +159,22 @@ def test_a_study_runs_everything_once_and_a_change_runs_what_changed(tiny, own, 
     done = carried_out(study(tiny, own))
     assert len(begun) == 4
     assert all(cell.pending == 0 and len(cell.runs) == 2 for cell in done.cells().values())
-    first = {run.planned.address: run.result for cell in done.cells().values() for run in cell.runs}
+    first = {run.scheduled.address: run.result for cell in done.cells().values() for run in cell.runs}
     again = carried_out(study(tiny, own))
     assert len(begun) == 4
-    assert first == {run.planned.address: run.result for cell in again.cells().values() for run in cell.runs}
+    assert first == {run.scheduled.address: run.result for cell in again.cells().values() for run in cell.runs}
     carried_out(study(tiny, own, seeds=[1, 2]))
     assert len(begun) == 6  # the seed 2 of both methods
     ranks = [{"method": "lora", "rank": 3}, {"name": "more", "rank": 4}]
     other = carried_out(study(tiny, own, name="other", methods=ranks), "other")
     assert len(begun) == 8  # rank 3 is shared with the first study
-    assert sorted(first) == sorted({p.address for p in done.planned})
-    assert {p.address for p in other.planned} & set(first)
-    assert load("out").planned == plan_as_read("out")
+    assert sorted(first) == sorted({p.address for p in done.schedule})
+    assert {p.address for p in other.schedule} & set(first)
+    assert load("out").schedule == plan_as_read("out")
 
 
 def plan_as_read(folder):
-    return tuple(load(folder).planned)
+    return tuple(load(folder).schedule)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +207,7 @@ def toml(tiny, own) -> str:
 
 def test_an_unfinished_run_whose_data_moved_starts_anew(tiny, own, here, begun):
     d = study(tiny, own, seeds=[0], methods=[{"method": "lora"}])
-    (planned,) = plan(d)
+    (planned,) = schedule(d)
     folder = d.store / planned.address
     shutil.copytree(carried_out(d).store / planned.address, here / "kept")
     (folder / "result.json").unlink()
@@ -283,6 +236,114 @@ def test_a_run_that_fails_is_told_kept_apart_and_run_again_when_asked(tiny, own,
     assert all(len(cell.runs) == 2 and not cell.failed for cell in load("runs/studies/x").cells().values())
 
 
+@pytest.fixture
+def broken(monkeypatch):
+    """`with broken(wrong, error):` raises the error in a pass with a run whose settings are `wrong`."""
+    step = loop_module.Loop.step
+
+    @contextmanager
+    def breaking(wrong, error):
+        def broken_step(self):
+            if any(wrong(state.settings) for state in self.states):
+                raise error
+            return step(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop_module.Loop, "step", broken_step)
+            yield
+
+    return breaking
+
+
+@pytest.mark.parametrize("on", ["in-turn", "together"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("layer.3"),
+        RuntimeError("CUDA out of memory.\nTried"),
+        MemoryError(),
+        AssertionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_exception_ends_its_run_alone_and_leaves_its_traceback(tiny, own, here, broken, capsys, on, error):
+    """The others go on, in its pass too; the same command reads the failure, and --retry runs it again."""
+    (here / "x.toml").write_text(toml(tiny, own))
+    with broken(lambda s: s.seed == 1 and s.method == "lora", error):
+        assert main(["study", "x.toml", "--on", on]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    first = " ".join(str(error).split())
+    assert type(error).__name__ in message
+    assert first in message
+    lora, head = load("runs/studies/x").cells().values()
+    assert [run.seed for run in lora.runs] == [0]
+    assert [run.seed for run in head.runs] == [0, 1]
+    assert (lora.pending, head.pending, len(lora.failed)) == (0, 0, 1)
+    (failed,) = Path("runs/store").glob("*/failed.json")
+    content = json.loads(failed.read_text())
+    assert "in broken_step" in content["traceback"]
+    assert type(error).__name__ in content["error"]
+    assert main(["study", "x.toml", "--on", on]) == 2  # it is told again, not run again
+    assert "in broken_step" in json.loads(failed.read_text())["traceback"]
+    assert main(["study", "x.toml", "--on", on, "--retry"]) == 0
+    assert not failed.exists()
+
+
+def test_an_exception_before_a_run_begins_ends_it_alone_too(tiny, own, here, monkeypatch):
+    prepared = loop_module.prepare_together
+
+    def broken(many, *rest, **named):
+        if any(s.seed == 1 for s in many):
+            raise ZeroDivisionError("of a bug")
+        return prepared(many, *rest, **named)
+
+    monkeypatch.setattr(loop_module, "prepare_together", broken)
+    done = carried_out(study(tiny, own), on="together")
+    for cell in done.cells().values():
+        assert len(cell.runs) == 1
+        (why,) = cell.failed
+        assert "ZeroDivisionError: of a bug" in why
+    monkeypatch.setattr(loop_module, "prepare_together", prepared)
+    again = carried_out(study(tiny, own), on="together", retry=True)
+    assert [len(cell.runs) for cell in again.cells().values()] == [2, 2]
+
+
+def test_a_full_disk_is_no_fault_of_a_run(tiny, own, here, broken, capsys):
+    (here / "x.toml").write_text(toml(tiny, own))
+    with broken(lambda s: True, OSError(errno.ENOSPC, "No space left on device")):
+        assert main(["study", "x.toml"]) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(Path("runs/store").glob("*/failed.json"))
+    assert main(["study", "x.toml"]) == 0
+
+
+@pytest.mark.parametrize("on", ["in-turn", "together"])
+@pytest.mark.parametrize("leftover", ["run.json.tmp", "run.json", "metrics.jsonl", "checkpoint.new/state.safetensors"])
+def test_what_a_killed_start_left_is_recovered(tiny, own, here, leftover, on):
+    """In run folders a file that was being written, or an empty one; in the study folder likewise."""
+    d = study(tiny, own)
+    for scheduled in schedule(d):
+        file = d.store / scheduled.address / leftover
+        file.parent.mkdir(parents=True)
+        file.write_text("" if leftover == "run.json" else '{"settings": {"ta')
+    Path("out").mkdir()
+    Path("out/study.json.tmp").write_text('{"name": "ani')
+    done = carried_out(d, on=on)
+    assert [len(cell.runs) for cell in done.cells().values()] == [2, 2]
+
+
+def test_a_registered_study_keeps_its_question(tiny, own, here):
+    small = {"seeds": [0], "methods": [{"method": "head"}]}
+    d = study(tiny, own, registered=True, **small)
+    assert carried_out(d).question == json.loads(Path("out/study.json").read_text())["question"]
+    carried_out(study(tiny, own, registered=True, about="in other words", adapters=False, **small))
+    for changed in ({"seeds": [0, 1]}, {"compare": {"alpha": 0.1}}, {"protocol": {"epochs": 1}}):
+        for registered in (True, False):
+            with pytest.raises(UserError, match=f"question has changed .*{next(iter(changed))}"):
+                carried_out(study(tiny, own, registered=registered, **small | changed))
+    carried_out(study(tiny, own, registered=True, **small | {"seeds": [1]}), "other")
+
+
 def test_tuning_chooses_by_held_out_rows_and_the_runs_use_its_choice(tiny, own, here, begun):
     methods = [{"method": "lora", "rank": 3}, {"method": "full"}]
     protocol = {"epochs": 3, "max_length": 32, "batch_size": 20, "selection": "last"}
@@ -295,9 +356,9 @@ def test_tuning_chooses_by_held_out_rows_and_the_runs_use_its_choice(tiny, own, 
         scores = {}
         for run in cell.tuning:
             held_out = [row["held_out"]["accuracy"] for row in run.history]
-            scores[run.planned.tried["lr"]] = held_out[run.result["selected_epoch"] - 1]
+            scores[run.scheduled.tried["lr"]] = held_out[run.result["selected_epoch"] - 1]
         best = max(scores, key=scores.get)
-        assert {run.planned.settings["lr"] for run in cell.runs} == {best}
+        assert {run.scheduled.settings["lr"] for run in cell.runs} == {best}
     assert len(begun) == 8
 
 
@@ -320,10 +381,10 @@ def test_weights_are_kept_unless_the_study_says_otherwise(tiny, own, here):
 
 def test_the_outline_counts_and_guesses_from_what_is_done(tiny, own, here):
     d = study(tiny, own)
-    before = outline(d, plan(d))
+    before = outline(d, schedule(d))
     assert (before["runs"], before["done"], before["estimate"]["guessed"]) == (4, 0, 0)
     carried_out(dataclasses.replace(d, seeds=(0,)))
-    after = outline(d, plan(d))
+    after = outline(d, schedule(d))
     guess = after["estimate"]
     assert (after["done"], guess["guessed"], guess["unknown"]) == (2, 2, 0)
     runs = [run for cell in load("out").cells().values() for run in cell.runs]
@@ -343,14 +404,14 @@ def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, h
     begun.clear()
     with cut_off(70), pytest.raises(KeyboardInterrupt):  # in the third trial
         carried_out(study(tiny, own, **given))
-    assert [p.address is None for p in load("out").planned].count(True) > 0
+    assert [p.address is None for p in load("out").schedule].count(True) > 0
     gone_on = carried_out(study(tiny, own, **given))
-    assert [p.address for p in gone_on.planned] == [p.address for p in whole.planned]
+    assert [p.address for p in gone_on.schedule] == [p.address for p in whole.schedule]
     (cell,), (other,) = gone_on.cells().values(), whole.cells().values()
     assert cell.trials == 7
-    assert [run.planned.tried for run in cell.tuning] == [run.planned.tried for run in other.tuning]
+    assert [run.scheduled.tried for run in cell.tuning] == [run.scheduled.tried for run in other.tuning]
     best = max(run.history[run.result["selected_epoch"] - 1]["held_out"]["accuracy"] for run in cell.tuning)
-    chosen = [r for r in cell.tuning if r.planned.tried["lr"] == cell.runs[0].planned.settings["lr"]]
+    chosen = [r for r in cell.tuning if r.scheduled.tried["lr"] == cell.runs[0].planned.settings["lr"]]
     assert chosen[0].history[chosen[0].result["selected_epoch"] - 1]["held_out"]["accuracy"] == best
     count = len(begun)
     carried_out(study(tiny, own, **given))
@@ -412,6 +473,16 @@ def test_when_ray_itself_is_killed_no_run_has_failed_and_the_same_command_goes_o
     assert len(cell.runs) == 1
 
 
+def test_a_worker_of_ray_tells_its_cause():
+    ray = pytest.importorskip("ray", reason="needs loralab[ray]")
+    task_error = ray.exceptions.RayTaskError("_work", "Traceback ...", KeyError("layer.3"))
+    assert cause(ray, task_error) == "KeyError: 'layer.3'"
+    assert cause(ray, ray.exceptions.RayTaskError("_work", "Traceback ...", UserError("no task"))) == "no task"
+    assert cause(ray, ray.exceptions.OutOfMemoryError("of 16 GB\nmore")).endswith("ran out of memory: of 16 GB")
+    assert "died 6 times" in cause(ray, ray.exceptions.WorkerCrashedError())
+    assert cause(ray, ray.exceptions.RuntimeEnvSetupError("no pip")).startswith("RuntimeEnvSetupError: ")
+
+
 @pytest.mark.parametrize(
     ("on", "told"),
     [
@@ -430,7 +501,7 @@ def test_an_unknown_runner_is_refused(on, told):
 
 def left(tiny, own, **given):
     definition = study(tiny, own, **given)
-    return outline(definition, plan(definition))["estimate"]
+    return outline(definition, schedule(definition))["estimate"]
 
 
 def test_runs_like_none_that_is_finished_are_planned(tiny, own, here):

@@ -10,16 +10,17 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from loralab.data import METRICS
-from loralab.study import Planned, comparisons, load, summaries
-from loralab.study.conduct import json_of
-from loralab.study.statistics import holm
+from loralab.study import ScheduledRun, comparisons, load, summaries
+from loralab.study.run_study import json_of
+from loralab.study.statistics import contrasts, holm, planned
+from loralab.study.statistics.planned import contrasts_of
 from loralab.study.statistics.table import verdict
 
 ROWS = 400
 SKILLS = {"good": 0.9, "same": 0.9, "bad": 0.6}
 
 
-def written(folder: Path, cells, against=None, margin=0.02, alpha=0.05) -> Path:
+def written(folder: Path, cells, against=None, margin=0.02, alpha=0.05, **compare) -> Path:
     """A study folder; `cells` gives for (task, method) the runs as (seed, selected, best, predictions or None)."""
     planned = []
     for number, ((task, method), runs) in enumerate(cells.items()):
@@ -35,8 +36,8 @@ def written(folder: Path, cells, against=None, margin=0.02, alpha=0.05) -> Path:
             if kept is not None:
                 tensors = {"validation/logits": kept[0].astype(np.float32), "validation/labels": kept[1]}
                 save_file(tensors, place / "predictions.safetensors")
-            planned.append(json_of(Planned(task, "tiny", method, seed, "final", {}, address, {})))
-    compare = {"alpha": alpha, "margin": {"default": margin}, "against": against}
+            planned.append(json_of(ScheduledRun(task, "tiny", method, seed, "final", {}, address, {})))
+    compare = {"alpha": alpha, "margin": {"default": margin}, "against": against, **compare}
     study = {
         "name": "s",
         "about": "",
@@ -142,6 +143,41 @@ def test_the_correction_is_over_all_tasks(tmp_path):
         assert twin.p_holm > c.p_holm or c.p_holm == 1
 
 
+def test_intervals_stay_within_what_a_metric_can_be(tmp_path):
+    scores = {"good": [0.99, 1.0, 0.9], "bad": [0.02, 0.0, 0.4]}
+    cells = {("t", method): [(i, x, x, None) for i, x in enumerate(own)] for method, own in scores.items()}
+    folder = written(tmp_path, cells)
+    found = {s.method: s for s in summaries(load(folder))}
+    assert (found["good"].high, found["bad"].low) == (1, 0)
+    assert found["good"].low < 0.9
+    (c,) = comparisons(load(folder))
+    assert (c.high, c.low < 0.6) == (1, True)
+
+
+def test_rows_of_one_class_and_two_seeds_have_no_interval(tmp_path):
+    """What does not vary among these rows and seeds is not known to be exact."""
+    labels = np.ones(ROWS, dtype=int)
+    logits = np.tile([0.0, 1.0], (ROWS, 1))
+    one_class = {("t", m): [(i, 1.0, 1.0, (logits, labels)) for i in range(4)] for m in ("a", "b")}
+    two_seeds = {("u", m): runs for (_, m), runs in predicted(seeds=2).items()}
+    folder = written(tmp_path, one_class | two_seeds)
+    for s in summaries(load(folder)):
+        assert np.isnan([s.low, s.high, s.seeds_low, s.seeds_high]).all()
+    for c in comparisons(load(folder)):
+        assert np.isnan([c.low, c.high, c.smallest]).all()
+
+
+def test_the_smallest_difference_is_that_of_holms_first_step(tmp_path):
+    """With what the table's own error and degrees of freedom are; only seeds here."""
+    cells = {key: [(*run[:3], None) for run in runs] for key, runs in predicted().items()}
+    found = comparisons(load(written(tmp_path, cells)))
+    for c in found:
+        a, b = (np.array([run[1] for run in cells["t", m]]) for m in (c.a, c.b))
+        error = (a - b).std(ddof=1) / np.sqrt(5)
+        limit = stats.t.ppf(1 - 0.05 / len(found) / 2, 4)
+        assert stats.nct.sf(limit, 4, c.smallest / error) == pytest.approx(0.8, abs=1e-3)
+
+
 def test_two_names_of_the_same_runs_are_not_tested(tmp_path):
     folder = written(tmp_path, predicted())
     alone = {(c.a, c.b): c for c in comparisons(load(folder))}
@@ -170,3 +206,102 @@ def test_predictions_of_other_rows_are_not_paired(tmp_path):
     cells["t", "bad"][0] = (seed, selected, best, (logits, 1 - labels))
     found = {(c.a, c.b): c for c in comparisons(load(written(tmp_path, cells)))}
     assert {key: c.rows for key, c in found.items()} == {("good", "same"): ROWS, ("good", "bad"): 0, ("same", "bad"): 0}
+
+
+# ---- planned contrasts -----------------------------------------------------------------------------------------------
+
+
+def of_two_tasks(predictions=True):
+    one = predicted()
+    cells = one | {("u", method): runs for (_, method), runs in predicted(seeds=4).items()}
+    return cells if predictions else {key: [(*run[:3], None) for run in runs] for key, runs in cells.items()}
+
+
+def test_the_first_family_is_on_the_mean_of_tasks_over_common_seeds(tmp_path):
+    cells = of_two_tasks(predictions=False)
+    mean, by_task = planned(load(written(tmp_path, cells, reference="bad", margin=0.03)))
+    assert (mean.name, by_task.name) == ("mean of tasks", "by task")
+    assert [c.method for c in mean.contrasts] == ["good", "same"]
+    assert [c.method for c in by_task.contrasts] == ["good on t", "same on t", "good on u", "same on u"]
+    assert (mean.seeds, by_task.seeds) == ((4, 4), (5, 5, 4, 4))
+
+    def difference(method, task):
+        return np.array([a[1] - b[1] for a, b in zip(cells[task, method], cells[task, "bad"], strict=True)])
+
+    expected = [np.mean([difference(m, "t")[:4], difference(m, "u")], axis=0) for m in ("good", "same")]
+    assert list(mean.contrasts) == contrasts.paired(["good", "same"], expected, 0.03)
+    of_u = [difference(m, task) for task in ("t", "u") for m in ("good", "same")]
+    assert [c.p_holm for c in by_task.contrasts] == [c.p_holm for c in contrasts.paired(["x"] * 4, of_u, 0.03)]
+    assert planned(load(written(tmp_path / "none", cells))) == []
+    (only,) = planned(load(written(tmp_path / "only", cells, reference="bad", family="by task")))
+    assert only.name == "by task"
+
+
+def with_hard_rows(predictions):
+    """Runs of two methods on two tasks: some rows are wrong in every seed of a method, some by luck of the seed."""
+    random, cells = np.random.default_rng(3), {}
+    for task in ("t", "u"):
+        labels = random.integers(0, 2, ROWS)
+        for method, share in (("a", 0.1), ("lora", 0.25)):
+            hard, runs = random.random(ROWS) < share, []
+            for seed in range(5):
+                said = np.where(hard | (random.random(ROWS) < 0.05), 1 - labels, labels)
+                logits = np.stack([1.0 - said, said], axis=1)
+                score = METRICS["accuracy"](logits, labels)
+                runs.append((seed, score, score, (logits, labels) if predictions else None))
+            cells[task, method] = runs
+    return cells
+
+
+def test_rows_make_a_planned_contrast_less_sure_and_nothing_else(tmp_path):
+    with_rows = planned(load(written(tmp_path / "a", with_hard_rows(True), reference="lora")))
+    without = planned(load(written(tmp_path / "b", with_hard_rows(False), reference="lora")))
+    for a, b in zip(with_rows, without, strict=True):
+        for x, y in zip(a.contrasts, b.contrasts, strict=True):
+            assert (x.method, x.difference, x.df) == (y.method, y.difference, y.df)
+            assert x.error > 1.1 * y.error
+            assert x.p > y.p
+            assert x.smallest > y.smallest
+    # rows of two tasks are independent: the mean has a quarter of the sum of their variances
+    of_rows = [[x.error**2 - y.error**2 for x, y in zip(a.contrasts, b.contrasts, strict=True)]
+               for a, b in zip(with_rows, without, strict=True)]  # fmt: skip
+    assert of_rows[0][0] == pytest.approx(sum(of_rows[1]) / 4, rel=1e-6)
+
+
+def test_a_collapsed_run_is_counted_and_not_averaged_in(tmp_path):
+    cells = {("t", m): [(i, x + 0.001 * i * i, x, None) for i in range(6)] for m, x in (("a", 0.8), ("lora", 0.7))}
+    cells["t", "a"][2] = (2, 0.1, 0.1, None)
+    folder = written(tmp_path, cells, reference="lora")
+    for address in ("0000000000000002", "0000000100000004"):
+        file = folder / "store" / address / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"warnings": ["one class"]}))
+    mean, _ = planned(load(folder))
+    assert mean.seeds == (4,)
+    assert mean.collapsed == (2,)
+    assert mean.contrasts[0].difference == pytest.approx(0.1)
+
+
+def test_endpoints_are_metrics_of_the_results(tmp_path):
+    cells = {("t", m): [(i, x + 0.01 * i, x, None) for i in range(3)] for m, x in (("a", 0.8), ("lora", 0.7))}
+    folder = written(tmp_path, cells, reference="lora", endpoints=["selected", "f1"])
+    for number, file in enumerate(sorted(folder.glob("store/*/result.json"))):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {"f1": 0.1 * number}}))
+    found = planned(load(folder))
+    assert [(f.name, f.endpoint) for f in found] == [
+        (name, endpoint) for endpoint in ("selected", "f1") for name in ("mean of tasks", "by task")
+    ]
+    assert found[2].contrasts[0].difference == pytest.approx(-0.3)  # a comes first, three seeds before lora
+
+
+@pytest.mark.parametrize("rows", [0.0, 0.004])
+def test_a_family_errs_as_often_as_it_says(rows):
+    """Seven methods that are the reference, spreads of one and of five sizes, 6 seeds: any claim in 5 % of studies."""
+    random = np.random.default_rng(7)
+    names, times = list("abcdefg"), 600
+    for spreads in (np.full(7, 0.01), np.linspace(0.004, 0.02, 7)):
+        wrong = 0
+        for _ in range(times):
+            d = [random.normal(random.normal(0, np.sqrt(rows) * 0.1), sd, 6) for sd in spreads]
+            found = contrasts_of(names, d, [rows * 0.01] * 7, [0.01] * 7, 0.05)
+            wrong += any(c.verdict in ("better", "worse") for c in found)
+        assert stats.binomtest(wrong, times, 0.05, alternative="greater").pvalue > 1e-3

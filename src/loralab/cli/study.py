@@ -7,15 +7,15 @@ from cyclopts import Parameter
 
 from loralab.cli.show import Json, as_json
 from loralab.cli.study_tables import show, show_outline
+from loralab.disk import write_json
 from loralab.errors import UserError
-from loralab.run.folder import write_json
 from loralab.study.bar import StudyBar
-from loralab.study.conduct import check_folder, conduct
-from loralab.study.parse import read
-from loralab.study.plan import plan
 from loralab.study.record import Study
 from loralab.study.results import as_data, outline
+from loralab.study.run_study import check_question, check_study_folder, run_study
 from loralab.study.runners import runner
+from loralab.study.schedule import schedule
+from loralab.study.toml import read
 
 
 def study(
@@ -59,30 +59,32 @@ def study(
         together (runs of like models share passes; together:8 for at most 8), in-turn, ray (on this machine) or
         ray:ADDRESS (a cluster that sees the same files).
     """
-    given = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
-    chosen, definition = runner(on), read(file, **given)
-    if dry_run:
-        told = outline(definition, plan(definition))
-        as_json(told) if json else show_outline(told)
-        return
+    flags = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
+    chosen, definition = runner(on), read(file, **flags)
     folder = out or Path("runs/studies") / definition.name
-    check_folder(folder)
-    done = conduct(definition, folder, chosen, StudyBar(), retry)
-    results = as_data(done)
+    if dry_run:
+        check_question(definition, folder)
+        content = outline(definition, schedule(definition))
+        as_json(content) if json else show_outline(content)
+        return
+    check_study_folder(folder)
+    finished = run_study(definition, folder, chosen, StudyBar(), retry)
+    results = as_data(finished)
     write_json(folder / "results.json", results)
-    as_json(results) if json else _shown(done, folder)
-    _complain(done)
+    if json:
+        as_json(results)
+    else:
+        show(finished)
+        print(f"study folder: {folder}")
+    _complain(finished)
 
 
-def _shown(done: Study, folder: Path) -> None:
-    show(done)
-    print(f"study folder: {folder}")
-
-
-def _complain(done: Study) -> None:
-    """A run that failed is an error, after all others are told."""
-    told = [f"{' '.join(key)}: {why}" for key, cell in done.cells().items() for why in cell.failed]
-    stuck = [" ".join(key) for key, cell in done.cells().items() if cell.pending]
-    if told or stuck:
-        never = [f"no tuning run worked for {', '.join(stuck)}"] if stuck else []
-        raise UserError("; ".join([*told, *never]) + "; --retry runs again what failed")
+def _complain(study: Study) -> None:
+    """Raise UserError for runs that failed, after everything else is printed."""
+    cells = study.cells()
+    failed = [f"{' '.join(key)}: {why}" for key, cell in cells.items() for why in cell.failed]
+    pending = [" ".join(key) for key, cell in cells.items() if cell.pending]
+    if pending:
+        failed.append(f"not run, as no tuning run worked or it could not start: {', '.join(pending)}")
+    if failed:
+        raise UserError("; ".join(failed) + "; --retry runs again what failed")

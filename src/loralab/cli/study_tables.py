@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.cli.show import size, table
-from loralab.study.estimate import clock
+from loralab.cli.show import table
+from loralab.disk import size_text
+from loralab.study.bar import clock
 from loralab.study.record import Study
-from loralab.study.statistics import Comparison, Summary, comparisons, summaries
+from loralab.study.statistics import Comparison, PlannedFamily, Summary, comparisons, planned, summaries
 
+PLANNED = ("method", "difference", "95 % interval", "p", "p equal", "verdict", "could find", "seeds", "collapsed")
 SHOWN = 20  # comparisons; of more, those that differ
 RESULTS = ("method", "mean", "sd", "95 % interval", "seeds", "inflation", "learns", "tuned")
-COMPARED = ("a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "needs")
+COMPARED = ("a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "could find")
 
 
 def show(study: Study) -> None:
@@ -32,7 +34,22 @@ def show(study: Study) -> None:
         if here := [c for c in differ if (c.task, c.model) == (task, model)]:
             table(f"{task}, {Path(model).name}: a against b", COMPARED, [_comparison(c) for c in here], 2)
             print()
+    for family in planned(study):
+        _planned(family, study)
     _footnotes(study, found)
+
+
+def _planned(family: PlannedFamily, study: Study) -> None:
+    """A family of planned contrasts."""
+    model, endpoint = Path(family.model).name, "" if family.endpoint == "selected" else f", {family.endpoint}"
+    title = f"planned: against {study.compare['reference']}, {family.name}, {model}{endpoint}"
+    rows = []
+    for c, seeds, lost in zip(family.contrasts, family.seeds, family.collapsed, strict=True):
+        tests = [f"{p:.3g}" if p == p else "" for p in (c.p_holm, c.p_equivalent_holm)]
+        rows.append((c.method, f"{c.difference:+.3f}", _interval(c.low, c.high), *tests, c.verdict, _number(c.smallest),
+                     str(seeds), str(lost)))  # fmt: skip
+    table(title, PLANNED, rows)
+    print()
 
 
 def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
@@ -43,15 +60,22 @@ def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
 def _states(s: Summary) -> None:
     """What is odd about a cell, in a line of its own."""
     states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: one class for every row"))
-    if told := "; ".join(f"{n} {what}" for n, what in states if n):
-        print(f"{s.method}: {told}")
+    if text := "; ".join(f"{n} {what}" for n, what in states if n):
+        print(f"{s.method}: {text}")
 
 
 def _comparison(c: Comparison) -> tuple[str, ...]:
     tested = not math.isnan(c.p_holm)
-    needed = str(c.seeds_needed or "> 1,024") if tested and c.difference else ""
     verdict = c.verdict + "*" * (c.within_margin and c.verdict in ("better", "worse"))
-    return c.a, c.b, f"{c.difference:+.3f}", _interval(c.low, c.high), f"{c.p_holm:.3g}" * tested, verdict, needed
+    return (
+        c.a,
+        c.b,
+        f"{c.difference:+.3f}",
+        _interval(c.low, c.high),
+        f"{c.p_holm:.3g}" * tested,
+        verdict,
+        _number(c.smallest),
+    )
 
 
 def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
@@ -64,7 +88,7 @@ def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
         rows = {c.rows > 0 for c in found}
         over = {True: "seeds and validation rows", False: "seeds alone, so they are about these rows"}
         print(f"intervals are over {' or '.join(over[x] for x in sorted(rows, reverse=True))}")
-        print("needs: seeds to find such a difference with 80 % power")
+        print("could find: the smallest true difference that this comparison finds with 80 % power, corrected")
     print("inflation: what choosing the epoch on the reported split would have added")
     for note in study.notes:
         print(f"note: {note}")
@@ -78,21 +102,21 @@ def _interval(low: float, high: float) -> str:
     return "" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}" if low < 0 else f"{low:.3f} to {high:.3f}"
 
 
-def show_outline(told: dict[str, Any]) -> None:
+def show_outline(outline: dict[str, Any]) -> None:
     rows = [
         (c["task"], Path(c["model"]).name, c["method"], str(c["tune"]), str(c["final"]), str(c["done"]))
-        for c in told["cells"]
+        for c in outline["cells"]
     ]
-    table(f"{told['name']}: the plan", ("task", "model", "method", "tuning", "runs", "done"), rows, 3)
-    shared = f" ({told['shared']} more are shared)" if told["shared"] else ""
-    print(f"{told['runs']} runs{shared}, {told['done']} done")
-    guess = told["estimate"]
+    table(f"{outline['name']}: the schedule", ("task", "model", "method", "tuning", "runs", "done"), rows, 3)
+    shared = f" ({outline['shared']} more are shared)" if outline["shared"] else ""
+    print(f"{outline['runs']} runs{shared}, {outline['done']} done")
+    guess = outline["estimate"]
     if guess["guessed"] or guess["planned"]:
-        print(f"left: about {clock(guess['seconds'])} of training; peak memory {size(guess['peak_bytes'])}")
+        print(f"left: about {clock(guess['seconds'])} of training; peak memory {size_text(guess['peak_bytes'])}")
     known = {
         "guessed": "by finished runs like them",
-        "planned": "roughly, by the planner",
-        "unknown": "not known: their model or rows are not on this machine, or the planner does not take them",
+        "planned": "roughly, by an estimate of a step",
+        "unknown": "not known: their model or rows are not on this machine, or a step of them cannot be estimated",
     }
     for key, how in known.items():
         if guess[key]:

@@ -5,33 +5,107 @@
 A setting at its default is left out, so a version that adds a setting keeps the addresses it had. How a method is
 written does not matter: `lora+` and `lora` with lr_ratio 16 and its rate are one recipe. Where data and model lie does
 not matter either, what is in them does.
+
+The tables below say by which key and from which default each setting counts. They are apart from the names and the
+defaults in the code, which may change: an address of an older version stays what it was. A method that computes
+something else than before has a `revision` above 1, which is a part of its addresses.
 """
 
-import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from loralab import models
 from loralab.data import glue
+from loralab.disk import sha256
 from loralab.recipe import FACTORS, Recipe, to_json
 from loralab.run import Settings
 from loralab.run.settings import NOT_RESULT, SOURCE
 from loralab.run.setup import task_of
 
-VERSION = 1  # raise it when a default changes what runs come to: old addresses then mean nothing
+VERSION = 1  # of the rule that makes addresses
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
 IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "policy", "store", "set"}
 IN_HASHES = {*SOURCE, "model"}
 HUB = "hub "  # before the name of a model that is still there, in the place of its hash
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
+# Name in the code -> (key in addresses, value at which it is left out). Add lines, and rename on the left side only:
+# another key or value on the right side gives every stored run another address.
+Frozen = Mapping[str, tuple[str, Any]]
+SETTINGS: Frozen = {
+    "targets": ("targets", "all-linear"),
+    "train_rows": ("train_rows", None),
+    "validation_rows": ("validation_rows", None),
+    "seed": ("seed", 0),
+    "head_lr": ("head_lr", None),
+    "epochs": ("epochs", 3),
+    "batch_size": ("batch_size", 32),
+    "accumulate": ("accumulate", 1),
+    "max_length": ("max_length", 128),
+    "keep": ("keep", 0.9),
+    "rounds": ("rounds", 1),
+    "span": ("span", None),
+    "dtype": ("dtype", "float32"),  # what it is on the machine, not `auto`
+    "speed": ("speed", "auto"),
+    "attention": ("attention", None),
+    "weight_decay": ("weight_decay", 0.01),
+    "schedule": ("schedule", "linear"),
+    "warmup": ("warmup", 0.06),
+    "clip": ("clip", 1.0),
+    "selection": ("selection", "held-out"),
+    "patience": ("patience", 0),
+}
+RECIPE: Frozen = {
+    "start": ("start", "kaiming"),
+    "gain": ("gain", False),
+    "exact_gain": ("exact_gain", False),
+    "store": ("store", None),
+    "train": ("train", None),
+    "lr": ("lr", 1e-3),
+    "lr_ratio": ("lr_ratio", 1.0),
+    "dropout": ("dropout", 0.0),
+    "ranks": ("ranks", None),
+    "policy": ("plan", None),
+}
+LORA: Frozen = {"rank": ("rank", 8), "alpha": ("alpha", 16.0), "stabilized": ("stabilized", False)}
+PROJECTION: Frozen = {"projection_seed": ("projection_seed", 0), "source": ("source", "philox-1")}
+OF_KIND: Mapping[str, Frozen] = {  # kind of factors -> its settings; the kinds are names of the file format
+    "lora": LORA,
+    "vera": {"rank": ("rank", 256), "d_start": ("d_start", 0.1), **PROJECTION},
+    "lora-fa-precond": {**LORA, "delta": ("delta", 1e-8)},
+    "dylora": {**LORA, "minimum": ("minimum", 1), "frozen": ("frozen", False)},
+    "delta-lora": {**LORA, "follow": ("follow", 2.0), "wait": ("wait", 500)},
+    "adalora": {
+        **LORA,
+        "rank": ("rank", 12),
+        "target_rank": ("target_rank", None),
+        "total_steps": ("total_steps", None),
+        "tinit": ("tinit", None),
+        "tfinal": ("tfinal", None),
+        "every": ("every", 1),
+        "beta1": ("beta1", 0.85),
+        "beta2": ("beta2", 0.85),
+        "orthogonality": ("orthogonality", 0.5),
+    },
+    "superlora": {
+        **LORA,
+        "split": ("split", 1),
+        "order": ("order", 2),
+        "core": ("core", False),
+        "fold": ("fold", False),
+        "ratio": ("ratio", 1.0),
+        **PROJECTION,
+    },
+}
+
 
 @dataclass(frozen=True)
-class Data:
+class DataIdentity:
     """What a task's rows are known by."""
 
     sha256: str
@@ -40,6 +114,7 @@ class Data:
 
 
 def address(settings: Settings) -> str:
+    """The 16 hex digits that name a run. Raises UserError for a method, task or model that does not exist."""
     text = json.dumps(_numbers(content(settings)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
@@ -48,25 +123,38 @@ def content(settings: Settings) -> dict[str, Any]:
     """What the address is the hash of."""
     recipe = settings.recipe()
     left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
-    own = {f.name: f.default for f in dataclasses.fields(Settings) if f.name not in left_out}
-    own["dtype"], given = "float32", {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
+    values = {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
+    defaults = {f.name: f.default for f in fields(Settings)}
     return {
         "version": VERSION,
-        "settings": {key: given[key] for key, default in own.items() if given[key] != default},
+        "settings": _changed({k: values[k] for k in defaults if k not in left_out}, SETTINGS, defaults),
         "recipe": _recipe(recipe),
         "data": data(settings).sha256,
         "base": base(settings.model),
     }
 
 
+def _changed(values: Mapping[str, Any], table: Frozen, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that differ from the table's, by its keys; what the table does not have counts by its own name."""
+    found = {}
+    for name, value in values.items():
+        key, default = table.get(name, (name, defaults.get(name)))
+        if value != default:
+            found[key] = value
+    return found
+
+
 def _recipe(recipe: Recipe) -> dict[str, Any]:
-    """Without what is at its default."""
-    own, usual = to_json(recipe), to_json(Recipe())
-    factors = own.pop("factors")
-    if recipe.factors is not None:
-        of_kind = dataclasses.asdict(FACTORS[recipe.factors.kind]())
-        factors = {key: value for key, value in factors.items() if key not in of_kind or value != of_kind[key]}
-    return {"factors": factors, **{key: value for key, value in own.items() if value != usual[key]}}
+    """The recipe without what is at its default."""
+    values = to_json(recipe)
+    values.pop("factors")
+    factors = None if recipe.factors is None else {"kind": recipe.factors.kind, **_factors(recipe.factors)}
+    return {"factors": factors, **_changed(values, RECIPE, to_json(Recipe()))}
+
+
+def _factors(factors: Any) -> dict[str, Any]:
+    found = _changed(asdict(factors), OF_KIND.get(factors.kind, {}), asdict(FACTORS[factors.kind]()))
+    return found if factors.revision == 1 else {**found, "revision": factors.revision}
 
 
 def _numbers(value: Any) -> Any:
@@ -78,7 +166,7 @@ def _numbers(value: Any) -> Any:
     return float(value) if type(value) is int else value
 
 
-def data(settings: Settings) -> Data:
+def data(settings: Settings) -> DataIdentity:
     """The hash of a task's rows; of a task that would come from the hub its name, as nothing is fetched to plan."""
     return _data(settings.only(SOURCE))
 
@@ -89,12 +177,12 @@ def is_here(settings: Settings) -> bool:
 
 
 @cache
-def _data(s: Settings) -> Data:
+def _data(s: Settings) -> DataIdentity:
     name = glue.canonical(s.task)
     if name is not None and s.data is None:
-        return Data(f"{glue.HUB} {name}", glue.TABLE[name].official["train"], here=False)
-    found = task_of(s)
-    return Data(found.sha256, len(found.train), here=True)
+        return DataIdentity(f"{glue.HUB} {name}", glue.TABLE[name].official["train"], here=False)
+    task = task_of(s)
+    return DataIdentity(task.sha256, len(task.train), here=True)
 
 
 @cache
@@ -104,4 +192,4 @@ def base(model: str) -> str:
     if not isinstance(place, Path):
         return f"{HUB}{place}"
     files = sorted({file for pattern in MODEL_FILES for file in place.glob(pattern)})
-    return hashlib.sha256(" ".join(f"{file.name} {models.sha256(file)}" for file in files).encode()).hexdigest()
+    return hashlib.sha256(" ".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()

@@ -1,26 +1,34 @@
-"""A study as values: tasks, models, methods, seeds, protocol, tuning and what is compared. `parse.py` makes it."""
+"""A study as values: tasks, models, methods, seeds, protocol, tuning and what is compared. `toml.py` reads it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from loralab import options
 from loralab.run import Settings
-from loralab.study.values import FREE
 
 RELATIVE = "lr_times"  # in a grid: the method's own learning rate times this
-GRID = (*FREE, RELATIVE)
 MARGIN = 0.01  # a difference nobody would change method for, on GLUE's scale of 0 to 1
+OF_RUN = frozenset(f.name for f in fields(Settings))  # every other setting belongs to a method
 
 
 @dataclass(frozen=True)
-class Row:
-    """A task or a method: its label and the settings it brings."""
+class StudyTask:
+    """A task of the study, with the settings that it brings."""
 
     label: str
     settings: Mapping[str, Any]
-    grid: Mapping[str, Any] | None = None  # of a method: what tuning varies; None is that of [tune]
+
+
+@dataclass(frozen=True)
+class StudyMethod:
+    """A method of the study, with the settings that it brings."""
+
+    label: str
+    settings: Mapping[str, Any]
+    grid: Mapping[str, Any] | None = None  # what tuning varies; None is that of [tune]
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Tune:
     grid: Mapping[str, Any] = field(default_factory=dict)  # setting -> values, or a range {low, high, log} for optuna
     search: Literal["grid", "optuna"] = "grid"
     trials: int = 8  # of optuna, for each method
-    seed: int = 1000  # of tuning runs: none of the reported ones, so none was chosen by its own luck
+    seed: int = 1000  # of tuning runs: no reported run has it, so none was chosen by its own luck
 
 
 @dataclass(frozen=True)
@@ -36,43 +44,50 @@ class Compare:
     alpha: float = 0.05
     margin: Mapping[str, float] = field(default_factory=dict)  # by metric
     against: str | None = None  # a label: each method against it; None: every two methods
+    reference: str | None = None  # a label: the planned contrasts are those of each method with it; None plans none
+    family: Literal["mean of tasks", "by task"] = "mean of tasks"  # the first family of planned contrasts
+    endpoints: tuple[str, ...] = ("selected",)  # of planned contrasts: the task's own metric, or metrics by name
 
 
 @dataclass(frozen=True)
 class Definition:
     name: str
-    tasks: tuple[Row, ...]
-    methods: tuple[Row, ...]
+    tasks: tuple[StudyTask, ...]
+    methods: tuple[StudyMethod, ...]
     models: tuple[str, ...] = ("minilm",)
-    seeds: tuple[int, ...] = (0, 1, 2)  # with fewer an interval says nothing
+    seeds: tuple[int, ...] = (0, 1, 2)  # with fewer an interval is too wide to use
     about: str = ""
     data: Path | None = None
     store: Path = Path("runs/store")
-    adapters: bool = True  # false: the weights of a finished run are not kept, only its numbers
+    adapters: bool = True  # false: the weights of a finished run are removed, its numbers stay
+    registered: bool = False  # true: the study folder refuses another question
     protocol: Mapping[str, Any] = field(default_factory=dict)
     tune: Tune = Tune()
     compare: Compare = Compare()
 
-    def grid(self, method: Row) -> Mapping[str, Any]:
+    def grid(self, method: StudyMethod) -> Mapping[str, Any]:
+        """What tuning varies for a method."""
         return self.tune.grid if method.grid is None else method.grid
 
-    def budget(self, method: Row) -> int:
+    def budget(self, method: StudyMethod) -> int:
         """Tuning runs of a method, on each task and model."""
         grid = self.grid(method)
         if not grid:
             return 0
-        return self.tune.trials if self.tune.search == "optuna" else len(trials(grid))
+        return self.tune.trials if self.tune.search == "optuna" else len(grid_points(grid))
 
-    def settings(self, task: Row, model: str, method: Row, seed: int, tried: Mapping[str, Any]) -> Settings:
-        """The run of a point; raises UserError for what no run can be."""
-        given = {**self.protocol, **task.settings, **method.settings, **tried}
-        times = given.pop(RELATIVE, None)
-        found = Settings(model=model, seed=seed, data=self.data, **given)
-        if times is not None:
-            return replace(found, lr=float(f"{found.recipe().lr * times:.6g}"))
-        return replace(found, lr=found.recipe().lr)  # written out: what decides a result is in its run.json
+    def settings(
+        self, task: StudyTask, model: str, method: StudyMethod, seed: int, tried: Mapping[str, Any]
+    ) -> Settings:
+        """The settings of one run, `tried` those that tuning varies. Raises UserError for what no run can be."""
+        chosen = {**self.protocol, **task.settings, **method.settings, **tried}
+        times = chosen.pop(RELATIVE, None)
+        own = {name: chosen.pop(name) for name in sorted(chosen.keys() - OF_RUN)}  # of the method, by its own names
+        run = Settings(model=model, seed=seed, data=self.data, set=options.texts(own), **chosen)
+        lr = run.recipe().lr  # written out: what decides a result is in its run.json
+        return replace(run, lr=lr if times is None else float(f"{lr * times:.6g}"))
 
 
-def trials(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every point of a grid."""
+def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every point of a grid; none for an empty one."""
     return [dict(zip(grid, point, strict=True)) for point in product(*grid.values())] if grid else []

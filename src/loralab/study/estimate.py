@@ -1,41 +1,76 @@
-"""What is left of a study in time and memory: from finished runs of the same model and task, else by the planner."""
+"""What is left of a study in time and memory: from finished runs of the same model and task, else an estimate.
+
+An estimate takes a step on tensors without data (run/estimate.py), and how fast this machine multiplies. Its seconds
+are rough: a step is not products alone, and starts, rank policies and loading are left out.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
+from loralab import data, models
+from loralab.data.batches import encode, epoch_batches, width
+from loralab.errors import UserError
+from loralab.fast.machine import rate
 from loralab.run import Settings
-from loralab.study.forecast import forecast
+from loralab.run.estimate import EstimateSettings
+from loralab.run.estimate import estimate as estimate_step
+from loralab.run.settings import SOURCE
+from loralab.run.setup import splits, task_of
+from loralab.study.address import is_here
 from loralab.study.record import Key, Run
+
+SAMPLE = 1000  # training rows whose lengths stand for all
+REACHED = 0.5  # of the rate of a large product, by a step; docs/benchmarks.md has 0.43 to 0.76
+EVALUATION = 0.5  # of the products of a step on the same rows, by evaluating them
+OF_ROWS = (*SOURCE, "model", "selection", "max_length", "batch_size", "train_rows", "validation_rows")
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StudyEstimate:
     seconds: float  # of training, of all runs but the unknown ones
     peak_bytes: int  # of the largest run
     guessed: int  # runs, by finished ones like them
-    planned: int  # runs, by the planner
+    planned: int  # runs, by an estimate of a step
     unknown: int  # runs whose model or rows are not on this machine
 
 
-def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> Estimate:
-    """Of runs: seconds an epoch of the same method, else of any, on the same task and model, else the planner's."""
+@dataclass(frozen=True)
+class RunEstimate:
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class EpochRows:
+    """What training and evaluation of an epoch go through."""
+
+    train: int
+    evaluated: int
+    labels: int  # outputs of the head
+    mean: float  # tokens that batches are padded to
+    widest: int
+
+
+def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> StudyEstimate:
+    """Of runs: seconds an epoch of the same method, else of any, on the same task and model, else an estimate."""
     pace: dict[tuple[str, ...], list[float]] = {}
     peak: dict[tuple[str, ...], int] = {}
     for run in finished:
-        for key in _like(run.planned.key):
+        for key in _like(run.scheduled.key):
             pace.setdefault(key, []).append(run.result["time"]["train_s"] / max(len(run.history), 1))
             peak[key] = max(peak.get(key, 0), run.result["memory"]["peak_bytes"])
     nearest = {k: next((x for x in _like(k) if x in pace), None) for k, _ in left}
     alike = [(near, s.epochs) for k, s in left if (near := nearest[k])]
-    forecasts = {k: forecast(s) for k, s in dict(left).items() if not nearest[k]}  # one for all seeds of a cell
-    planned = [made for k, _ in left if (made := forecasts.get(k))]
-    return Estimate(
-        seconds=sum(median(pace[key]) * epochs for key, epochs in alike) + sum(f.seconds for f in planned),
-        peak_bytes=max([*(peak[key] for key, _ in alike), *(f.peak_bytes for f in planned)], default=0),
+    by_cell = {k: estimate_run(s) for k, s in dict(left).items() if not nearest[k]}  # one for all seeds of a cell
+    estimated = [made for k, _ in left if (made := by_cell.get(k))]
+    return StudyEstimate(
+        seconds=sum(median(pace[key]) * epochs for key, epochs in alike) + sum(e.seconds for e in estimated),
+        peak_bytes=max([*(peak[key] for key, _ in alike), *(e.peak_bytes for e in estimated)], default=0),
         guessed=len(alike),
-        planned=len(planned),
-        unknown=len(left) - len(alike) - len(planned),
+        planned=len(estimated),
+        unknown=len(left) - len(alike) - len(estimated),
     )
 
 
@@ -44,11 +79,37 @@ def _like(key: Key) -> tuple[tuple[str, ...], ...]:
     return key, key[:2]
 
 
-def clock(seconds: float) -> str:
-    """75 -> 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes < 10 else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+def estimate_run(s: Settings) -> RunEstimate | None:
+    """Of a run alone; None where the model or the rows are still on the hub, and where a step cannot be estimated."""
+    if not is_here(s):
+        return None
+    rows = _rows(s.only(OF_ROWS))
+    batch = -(-s.batch_size // s.accumulate)
+    speed = "off" if s.speed == "compile" else s.speed
+    step = EstimateSettings(
+        model=s.model, targets=s.targets, batch_size=batch, max_length=rows.widest, labels=rows.labels,
+        dtype=s.dtype, speed=speed,
+    )  # fmt: skip
+    try:
+        found = estimate_step(step, s.recipe())
+    except UserError:
+        return None
+    a_row = found.products / batch * rows.mean / rows.widest  # products are nearly linear in the length
+    operations = s.epochs * a_row * (rows.train + EVALUATION * rows.evaluated)
+    return RunEstimate(operations / (REACHED * _rate(s.precision)), found.peak)
+
+
+_rate = cache(rate)
+
+
+@cache
+def _rows(s: Settings) -> EpochRows:
+    task = task_of(s)
+    found, _ = splits(task, s)
+    train = some = found["train"]
+    if len(train) > SAMPLE:
+        some = train.take(data.sample(train, task.sha256, task.labels is not None, SAMPLE))
+    tokens = encode(some, models.tokenizer(s.model), s.max_length, task.labels is None)
+    widths = [width(tokens, chosen) for chosen in epoch_batches(tokens.lengths, s.batch_size, 0, 0)]
+    evaluated = sum(len(split) for name, split in found.items() if name != "train")
+    return EpochRows(len(train), evaluated, task.num_outputs, sum(widths) / len(widths), max(widths))

@@ -1,6 +1,6 @@
-"""A study as it lies on disk: study.json names every planned run, and the runs lie in a store by their address.
+"""A study as it lies on disk: study.json names every scheduled run, and the runs lie in a store by their address.
 
-STUDY/study.json            name, definition, planned runs
+STUDY/study.json            name, definition, scheduled runs (under the key "planned")
 STORE/ADDRESS/              a run folder; STORE is runs/store unless the study says otherwise
 """
 
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from loralab.disk import read_header, read_tensors
 from loralab.errors import UserError
+from loralab.run.folder import FAILED
 
 Array = NDArray[Any]
 Key = tuple[str, str, str]  # task, model, label of the method
 Role = Literal["tune", "final"]
-FAILED = "failed.json"  # in a run folder: a run that cannot finish, and why
 
 
 @dataclass(frozen=True)
-class Planned:
+class ScheduledRun:
     """A run that a study wants."""
 
     task: str
@@ -43,7 +43,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run says of every row of a split, at its selected epoch."""
+    """Outputs of a run for every row of a split, at its selected epoch."""
 
     logits: Array  # (rows, outputs) float32
     labels: Array  # (rows,)
@@ -53,7 +53,7 @@ class Predictions:
 class Run:
     """A finished run."""
 
-    planned: Planned
+    scheduled: ScheduledRun
     folder: Path
     result: dict[str, Any]  # result.json
     history: list[dict[str, Any]]  # metrics.jsonl, a row an epoch
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.planned.seed
+        return self.scheduled.seed
 
     @property
     def selected(self) -> float:
@@ -121,36 +121,38 @@ class Study:
     store: Path
     definition: dict[str, Any]  # the study as it was asked for, flags included
     compare: dict[str, Any]  # alpha, margin by metric, against: a label or None for all pairs
-    planned: tuple[Planned, ...]
+    schedule: tuple[ScheduledRun, ...]
     notes: tuple[str, ...]  # what a reader should know: unequal budgets, optimistic selection, pruned trials
+    question: str | None = None  # hash of what a registered study asks
 
-    def run(self, planned: Planned) -> Run | None:
+    def run(self, scheduled: ScheduledRun) -> Run | None:
         """The finished run, or None."""
-        return read_run(self.store, planned)
+        return read_run(self.store, scheduled)
 
     def cells(self) -> dict[Key, Cell]:
         """By (task, model, label), in the order of the study."""
-        found: dict[Key, list[Planned]] = {}
-        for planned in self.planned:
-            found.setdefault(planned.key, []).append(planned)
-        return {key: self._cell(key, plans) for key, plans in found.items()}
+        found: dict[Key, list[ScheduledRun]] = {}
+        for scheduled in self.schedule:
+            found.setdefault(scheduled.key, []).append(scheduled)
+        return {key: self._cell(key, own) for key, own in found.items()}
 
-    def _cell(self, key: Key, plans: list[Planned]) -> Cell:
-        final = [p for p in plans if p.role == "final"]
-        runs = [run for p in final if (run := self.run(p))]
-        failed = [told for p in final if (told := failure(self.store, p))]
-        tuning = [run for p in plans if p.role == "tune" and (run := self.run(p))]
-        trials = sum(p.address is not None and (self.store / p.address).is_dir() for p in plans if p.role == "tune")
+    def _cell(self, key: Key, own: list[ScheduledRun]) -> Cell:
+        final = [s for s in own if s.role == "final"]
+        runs = [run for s in final if (run := self.run(s))]
+        failed = [why for s in final if (why := failure(self.store, s))]
+        tuning = [run for s in own if s.role == "tune" and (run := self.run(s))]
+        trials = sum(s.address is not None and (self.store / s.address).is_dir() for s in own if s.role == "tune")
         pending = len(final) - len(runs) - len(failed)
         return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), trials, pending, tuple(failed))
 
 
-def read_run(store: Path, planned: Planned) -> Run | None:
+def read_run(store: Path, scheduled: ScheduledRun) -> Run | None:
     """The finished run of the store, or None."""
-    if planned.address is None or not (store / planned.address / "result.json").is_file():
+    if scheduled.address is None or not (store / scheduled.address / "result.json").is_file():
         return None
-    folder = store / planned.address
-    return Run(planned, folder, read_header(folder / "result.json"), history(folder), read_header(folder / "run.json"))
+    folder = store / scheduled.address
+    result, facts = read_header(folder / "result.json"), read_header(folder / "run.json")
+    return Run(scheduled, folder, result, history(folder), facts)
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -159,25 +161,32 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def failure(store: Path, planned: Planned) -> str | None:
+def failure(store: Path, scheduled: ScheduledRun) -> str | None:
     """Why a run cannot finish, if it was found that it cannot."""
-    if planned.address is None:
+    if scheduled.address is None:
         return None
-    file = store / planned.address / FAILED
-    finished = (store / planned.address / "result.json").is_file()
-    return str(read_header(file)["error"]) if file.is_file() and not finished else None
+    file = store / scheduled.address / FAILED
+    finished = (store / scheduled.address / "result.json").is_file()
+    return str(read_header(file).get("error", "unknown")) if file.is_file() and not finished else None
+
+
+def done(store: Path, scheduled: ScheduledRun) -> bool:
+    """Whether there is nothing left to do for a run."""
+    if scheduled.address is None:
+        return False
+    return (store / scheduled.address / "result.json").is_file() or bool(failure(store, scheduled))
 
 
 def load(folder: Path | str) -> Study:
-    """The study of a folder that `loralab study` wrote."""
+    """The study of a folder that `loralab study` wrote. Raises UserError for a folder without one, or a damaged one."""
     folder = Path(folder)
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder} holds no study.json: expected the --out of a `loralab study`")
     data = read_header(folder / "study.json")
     try:
-        planned = tuple(Planned(**entry) for entry in data.pop("planned"))
+        schedule = tuple(ScheduledRun(**entry) for entry in data.pop("planned"))
         notes = tuple(data.pop("notes"))
-        return Study(folder=folder, planned=planned, notes=notes, store=_store(folder, data.pop("store")), **data)
+        return Study(folder=folder, schedule=schedule, notes=notes, store=_store(folder, data.pop("store")), **data)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'study.json'}: {error}; it may come from another version: run the study again"

@@ -1,4 +1,4 @@
-"""What a study has found so far, and before it runs what it will do, as data for machines."""
+"""The results of a study so far, and before it runs its outline, as data for machines."""
 
 import dataclasses
 import math
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from loralab.run import Settings
-from loralab.study.conduct import done
 from loralab.study.definition import Definition
 from loralab.study.estimate import estimate
-from loralab.study.plan import points
-from loralab.study.record import Key, Planned, Study, read_run
-from loralab.study.statistics import comparisons, summaries
+from loralab.study.record import Key, ScheduledRun, Study, done, read_run
+from loralab.study.schedule import cells
+from loralab.study.statistics import PlannedFamily, comparisons, planned, summaries
 
 
 def as_data(study: Study) -> dict[str, Any]:
@@ -21,36 +20,44 @@ def as_data(study: Study) -> dict[str, Any]:
         "folder": str(study.folder),
         "cells": [_plain(dataclasses.asdict(row)) for row in summaries(study)],
         "comparisons": [_plain(dataclasses.asdict(row)) for row in comparisons(study)],
+        "planned_contrasts": [_family(family) for family in planned(study)],
+        "question": study.question,
         "notes": list(study.notes),
     }
 
 
+def _family(family: PlannedFamily) -> dict[str, Any]:
+    rows = zip(family.contrasts, family.seeds, family.collapsed, strict=True)
+    contrasts = [_plain(dataclasses.asdict(c)) | {"seeds": seeds, "collapsed": lost} for c, seeds, lost in rows]
+    return {"name": family.name, "model": family.model, "endpoint": family.endpoint, "contrasts": contrasts}
+
+
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()}
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
 
 
-def outline(definition: Definition, planned: Sequence[Planned]) -> dict[str, Any]:
-    """What a dry run tells: runs by cell, how many are done, and a guess of time and memory."""
+def outline(definition: Definition, scheduled: Sequence[ScheduledRun]) -> dict[str, Any]:
+    """What a dry run prints: runs by cell, how many are done, and an estimate of time and memory."""
     store, usual = definition.store, _usual(definition)
-    unique = list({p.address or id(p): p for p in planned}.values())
-    left = [p for p in unique if not done(store, p)]
-    guess = estimate([(p.key, usual[p.key]) for p in left], [run for p in unique if (run := read_run(store, p))])
-    cells: dict[Key, dict[str, int]] = {}
-    for p in planned:
-        cell = cells.setdefault(p.key, {"tune": 0, "final": 0, "done": 0})
-        cell[p.role] += 1
-        cell["done"] += done(store, p)
+    unique = list({s.address or id(s): s for s in scheduled}.values())
+    left = [s for s in unique if not done(store, s)]
+    finished = [run for s in unique if (run := read_run(store, s))]
+    rows: dict[Key, dict[str, int]] = {}
+    for s in scheduled:
+        row = rows.setdefault(s.key, {"tune": 0, "final": 0, "done": 0})
+        row[s.role] += 1
+        row["done"] += done(store, s)
     return {
         "name": definition.name,
         "runs": len(unique),
         "done": len(unique) - len(left),
-        "shared": len(planned) - len(unique),
-        "cells": [dict(zip(("task", "model", "method"), key, strict=True)) | cell for key, cell in cells.items()],
-        "estimate": dataclasses.asdict(guess),
+        "shared": len(scheduled) - len(unique),
+        "cells": [dict(zip(("task", "model", "method"), key, strict=True)) | row for key, row in rows.items()],
+        "estimate": dataclasses.asdict(estimate([(s.key, usual[s.key]) for s in left], finished)),
     }
 
 
 def _usual(definition: Definition) -> dict[Key, Settings]:
     """The settings of each cell before tuning chose any."""
     seed = definition.seeds[0]
-    return {p.key: definition.settings(p.task, p.model, p.method, seed, {}) for p in points(definition)}
+    return {c.key: definition.settings(c.task, c.model, c.method, seed, {}) for c in cells(definition)}

@@ -1,25 +1,19 @@
-"""The tuning search by Optuna: its proposals are drawn from a seed, so the runs of the store are all its memory.
+"""How tuning chooses: the best point of a grid, or a search by Optuna.
 
-A search that goes on asks the same questions again, and answers those whose runs are there from their epochs. The same
-epochs prune the same trials. A pruned trial counts as one of the budget.
+Optuna's proposals are drawn from a seed, so the runs of the store are all the memory of a search. A search that goes on
+asks the same questions again, and answers those whose runs are there from their epochs. The same epochs prune the same
+trials. A pruned trial counts as one of the budget.
 """
 
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loralab.errors import UserError
-from loralab.run import Settings
-from loralab.study.record import failure, history, read_run
-
-if TYPE_CHECKING:
-    from loralab.study.plan import Point
 
 WORST = float("-inf")  # the score of a run that failed
 RANDOM = 4  # trials before the sampler trusts what it saw; as many before any is pruned
-Begin = Callable[[Settings, Any, Mapping[str, Any]], None]  # runs settings under a trial of these values
 INSTALL = "search = 'optuna' needs Optuna: pip install 'loralab[search]'"
 
 
@@ -27,53 +21,44 @@ class Pruned(Exception):
     """A trial that is given up: it is worse than half of those before it at the same epoch."""
 
 
+Outcome = Callable[[Any, Mapping[str, Any]], float | Pruned | None]  # of an Optuna trial and its values
+
+
 @dataclass
-class State:
-    """What a search has done."""
+class TuningState:
+    """How far the tuning of a cell is."""
 
-    tried: list[Mapping[str, Any] | None] = field(default_factory=list)
-    chosen: Mapping[str, Any] | None = None
+    tried: list[Mapping[str, Any] | None] = field(default_factory=list)  # None: the search has not come to this trial
+    chosen: Mapping[str, Any] | None = None  # None: not known yet, or nothing worked
     stuck: bool = False  # every trial failed
-    pruned: int = 0
 
 
-def score(epochs: list[dict[str, Any]], result: Mapping[str, Any]) -> float:
-    """Of the selected epoch on the rows that selected it."""
-    return of_epoch(epochs[result["selected_epoch"] - 1], result["metric"]["name"])
+def best_of_grid(points: Sequence[Mapping[str, Any]], scores: Sequence[float | None]) -> TuningState:
+    """The point with the best score, of equal ones the first, once all have one (None: not run yet)."""
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        return TuningState([*points])
+    best = max(known)
+    return TuningState([*points], None if best == WORST else points[known.index(best)], stuck=best == WORST)
 
 
-def of_epoch(record: Mapping[str, Any], metric: str) -> float:
-    return float((record["held_out"] or record["validation"])[metric])
-
-
-def library() -> ModuleType:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(INSTALL) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna  # type: ignore[no-any-return]
-
-
-def replay(point: "Point", run: Begin | None = None) -> State:
-    """The search as far as the store has it; with `run`, which runs settings under a trial, to its end."""
-    optuna, d, state = library(), point.definition, State()
-    seed = zlib.crc32(" ".join(point.key).encode())
+def search(grid: Mapping[str, Any], trials: int, seed: int, outcome: Outcome) -> TuningState:
+    """The search up to the first trial whose outcome is None (not run yet), or to its end."""
+    optuna, state, best = library(), TuningState(), WORST
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=RANDOM, n_warmup_steps=1),
     )
-    best = WORST
-    for _ in range(d.tune.trials):
+    for number in range(trials):
         trial = study.ask()
-        tried = {key: _suggest(trial, key, values) for key, values in point.grid.items()}
-        value = _outcome(point, tried, trial, run)
+        tried = {key: _suggest(trial, key, values) for key, values in grid.items()}
+        value = outcome(trial, tried)
         if value is None:
-            return state  # this trial is still to be run
+            state.tried += [None] * (trials - number)
+            return TuningState(state.tried)
         state.tried.append(tried)
         if isinstance(value, Pruned):
-            state.pruned += 1
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif value == WORST:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -84,29 +69,28 @@ def replay(point: "Point", run: Begin | None = None) -> State:
     return state
 
 
-def _outcome(point: "Point", tried: Mapping[str, Any], trial: Any, run: Begin | None) -> float | Pruned | None:
-    """The score of a trial, WORST if it failed, Pruned, or None if it has not been run."""
-    planned = point.planned("tune", point.definition.tune.seed, tried)
-    folder = point.store / str(planned.address)
-    try:
-        for record in history(folder):
-            report(trial, record, point.settings("tune", point.definition.tune.seed, tried).epochs)
-        if run is not None and not (folder / "result.json").is_file() and not failure(point.store, planned):
-            run(point.settings("tune", point.definition.tune.seed, tried), trial, tried)
-    except Pruned as pruned:
-        return pruned
-    if failure(point.store, planned):
-        return WORST
-    found = read_run(point.store, planned)
-    return None if found is None else score(found.history, found.result)
+def score(epochs: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> float:
+    """Score of the selected epoch on the rows that selected it."""
+    record = epochs[result["selected_epoch"] - 1]
+    return float((record["held_out"] or record["validation"])[result["metric"]["name"]])
 
 
 def report(trial: Any, record: Mapping[str, Any], epochs: int) -> None:
-    """Tells the trial of an epoch; Pruned if it is not worth going on."""
+    """Report an epoch to its trial. Raises Pruned if the run is not worth going on."""
     scores = record["held_out"] or record["validation"]
     trial.report(next(iter(scores.values())), record["epoch"])  # the first metric is the one that selects
     if record["epoch"] < epochs and trial.should_prune():
         raise Pruned
+
+
+def library() -> ModuleType:
+    """Import Optuna. Raises UserError where it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError(INSTALL) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna  # type: ignore[no-any-return]
 
 
 def _suggest(trial: Any, key: str, values: Any) -> Any:

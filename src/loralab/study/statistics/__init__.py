@@ -1,19 +1,22 @@
-"""What the runs of a study say, and how surely."""
+"""Statistics of the runs of a study."""
 
-from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar, seeds_needed
+from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar
+from loralab.study.statistics.planned import PlannedFamily, planned
 from loralab.study.statistics.resample import resampled
-from loralab.study.statistics.table import Comparison, Summary, Verdict, comparisons, summaries
+from loralab.study.statistics.table import Comparison, Summary, Verdict, comparisons, smallest, summaries
 
 __all__ = [
     "Comparison",
     "Estimate",
+    "PlannedFamily",
     "Summary",
     "Verdict",
     "comparisons",
     "estimate",
     "holm",
     "mcnemar",
+    "planned",
     "resampled",
-    "seeds_needed",
+    "smallest",
     "summaries",
 ]

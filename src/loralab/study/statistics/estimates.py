@@ -1,4 +1,4 @@
-"""A mean over seeds with all that is uncertain about it: its interval, its tests, and the seeds that would settle it.
+"""A mean over seeds with all that is uncertain about it: its interval and its tests.
 
 A score of seed s on a validation split of n rows is  mu + a_s + b + c_s:  a_s is luck of the seed, b of the rows that
 every seed is scored on, c_s of both. The spread of S seeds sees a and c, so  s^2 / S  is their part; b is the
@@ -10,9 +10,8 @@ Without predictions b is unknown: what is left is Student's t over seeds, and sp
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[Any]
-STEPS = tuple(2**k for k in range(1, 11))  # of seeds; beyond 1024 nobody runs them
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,11 @@ class Estimate:
         return (math.sqrt(self.of_seeds), self.seeds - 1), both
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Where the mean lies; (nan, nan) with one seed, which has no spread."""
-        if self.seeds < 2:
+        """Where the mean lies; (nan, nan) where that is unknown: with one seed or two, and where nothing varies.
+
+        Two seeds have one degree of freedom: their interval reaches 13 standard errors to each side.
+        """
+        if self.seeds < 3 or self.exact:
             return math.nan, math.nan
         half = max(stats.t.ppf((1 + level) / 2, df) * error for error, df in self.parts)
         return self.mean - half, self.mean + half
@@ -99,32 +100,9 @@ def shared_variance(replicates: Array) -> float:
     return max(0.0, float((covariance.sum() - np.trace(covariance)) / (n * (n - 1))))
 
 
-def seeds_needed(found: Estimate, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """Seeds at which a true difference as large as the one seen is found with that power, the spread being as seen.
-
-    None: more than the last of STEPS, as where the rows, of which there are no more, hide it.
-    """
-    if found.seeds < 2 or found.mean == 0:
-        return None
-
-    def enough(seeds: int) -> bool:
-        parts = replace(found, seeds=seeds).parts
-        return all(_power(abs(found.mean) / error, df, alpha) >= power for error, df in parts if error)
-
-    upper = next((n for n in STEPS if enough(n)), None)  # by doubling: far beyond it noncentral t has no digits left
-    if upper is None:
-        return None
-    between = range(max(2, upper // 2), upper)
-    return bisect_left(between, True, key=enough) + between.start if between else upper
-
-
-def _power(effect: float, df: float, alpha: float) -> float:
-    """Of the two-sided t-test, at an effect of so many standard errors (noncentral t)."""
-    limit = stats.t.ppf(1 - alpha / 2, df)
-    found = float(stats.nct.sf(limit, df, effect) + stats.nct.cdf(-limit, df, effect))
-    if math.isnan(found):  # an effect beyond scipy's series, so large that only the spread's own luck is left
-        return float(stats.chi2.cdf(df * (effect / limit) ** 2, df))
-    return found
+def within(interval: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    """The part of an interval in which a value can lie; nan stays nan."""
+    return max(interval[0], low), min(interval[1], high)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 Array = NDArray[Any]
-AT_ONCE = 2**24  # weights held at a time: 128 MB
+AT_ONCE = 2**22  # weights held at a time: 32 MB
+FEW = 8  # rows for each pattern, from which on patterns are drawn by their counts
 
 
 def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, generator: Generator) -> Array:
@@ -34,26 +35,38 @@ def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, g
 
 def _weights(counts: Array, strata: Array, times: int, generator: Generator) -> Iterator[Array]:
     """(some, patterns) at a time: how often each pattern is drawn, as many of each stratum as there are."""
-    block = max(1, AT_ONCE // len(counts))
+    block = max(1, AT_ONCE // int(counts.sum()))
     for start in range(0, times, block):
-        drawn = np.empty((min(block, times - start), len(counts)))
+        drawn = np.zeros((min(block, times - start), len(counts)))
         for stratum in np.unique(strata):
-            inside = strata == stratum
-            total = counts[inside].sum()
-            drawn[:, inside] = generator.multinomial(total, counts[inside] / total, size=len(drawn))
+            inside = np.flatnonzero(strata == stratum)
+            drawn[:, inside] = _drawn(counts[inside], len(drawn), generator)
         yield drawn
+
+
+def _drawn(counts: Array, times: int, generator: Generator) -> Array:
+    """(times, patterns): how often each is drawn in as many draws as there are rows.
+
+    Few patterns are drawn by their counts, many row by row, which is as random and faster there.
+    """
+    total = int(counts.sum())
+    if len(counts) * FEW < total:
+        return np.asarray(generator.multinomial(total, counts / total, size=times))
+    pattern = np.repeat(np.arange(len(counts)), counts)[generator.integers(0, total, (times, total))]  # (times, rows)
+    pattern += len(counts) * np.arange(times)[:, None]
+    return np.bincount(pattern.ravel(), minlength=times * len(counts)).reshape(times, len(counts))
 
 
 def _of_classes(metric: str, patterns: Array, classes: int) -> Callable[[Array], Array]:
     """Weights (times, patterns) -> scores (times, runs); a pattern is a label and a prediction of each run."""
-    label, predicted = patterns[:, 0], patterns[:, 1:]
+    label, predicted = patterns[:, :1], patterns[:, 1:]  # (patterns, 1), (patterns, runs)
+    runs = predicted.shape[1]
+    cells = np.eye(classes * classes)[label * classes + predicted]  # (patterns, runs, classes^2)
+    flat = cells.reshape(len(patterns), -1)
 
     def score(weights: Array) -> Array:
-        columns = []
-        for of_run in predicted.T:
-            cells = np.eye(classes * classes)[label * classes + of_run]  # (patterns, classes^2)
-            columns.append(COUNTS[metric]((weights @ cells).reshape(-1, classes, classes)))
-        return np.stack(columns, axis=1)
+        counts = (weights @ flat).reshape(-1, classes, classes)  # (times * runs, label, prediction)
+        return COUNTS[metric](counts).reshape(-1, runs)
 
     return score
 
@@ -113,3 +126,8 @@ COUNTS: dict[str, Callable[[Array], Array]] = {  # from counts (times, label, pr
     "f1_macro": _f1_macro,
 }
 NUMBERS = ("pearson", "spearman")
+UNBOUNDED = (-np.inf, np.inf)
+RANGES = {  # the values a metric can take
+    **dict.fromkeys(("accuracy", "f1", "f1_macro"), (0.0, 1.0)),
+    **dict.fromkeys(("matthews_correlation", "pearson", "spearman"), (-1.0, 1.0)),
+}

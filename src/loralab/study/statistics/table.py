@@ -1,19 +1,21 @@
-"""What a study found: a summary of every cell, and a verdict on every two methods, corrected over the whole table."""
+"""The results of a study: a summary of every cell, and a verdict on every two methods, corrected over the table."""
 
 import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from loralab.study.record import Array, Cell, Run, Study
-from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar, seeds_needed
-from loralab.study.statistics.resample import COUNTS, resampled
+from loralab.study.record import Array, Cell, Predictions, Run, Study
+from loralab.study.statistics.contrasts import smallest_difference
+from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar, within
+from loralab.study.statistics.resample import COUNTS, RANGES, UNBOUNDED, resampled
 
-TIMES = 1000  # resamples: the standard error of a variance of rows is then 5 % of it
+TIMES = 10_000  # resamples: the standard error of a variance of rows is then 1.4 % of it
 Verdict = Literal["better", "worse", "equivalent", "indistinguishable", "one seed", "same runs"]
 
 
@@ -64,44 +66,98 @@ class Comparison:
     p_equivalent_holm: float
     verdict: Verdict
     within_margin: bool  # equivalent in practice, whatever the verdict
-    seeds_needed: int | None  # for 80 % power at the difference seen; None: more than 1,024
+    smallest: float  # true difference that would have been found with 80 % power at Holm's first step
     mcnemar: tuple[float, ...]  # p for each pair of runs of a seed; classes only
 
 
 def summaries(study: Study, level: float = 0.95) -> list[Summary]:
     """Of every cell that has a finished run."""
-    return [_summary(cell, level) for cell in study.cells().values() if cell.runs]
+    return [_summary(cell, resamples, level) for cells, resamples in places(study) for cell in cells]
 
 
 def comparisons(study: Study, level: float = 0.95) -> list[Comparison]:
     """Of every two methods of a task and model that share a seed; with `against`, of each with that one."""
+    compare = study.compare
+    found = [
+        _compared(a, b, resamples, margin_of(compare["margin"], str(a.metric)), level)
+        for cells, resamples in places(study)
+        for a, b in _pairs(cells, compare["against"])
+        if {run.seed for run in a.runs} & {run.seed for run in b.runs}
+    ]
+    return corrected([c for c, _ in found], [e for _, e in found], compare["alpha"])
+
+
+def places(study: Study) -> list[tuple[list[Cell], "Resamples"]]:
+    """The cells with a finished run of each task and model, and their scores on resampled rows."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in study.cells().values():
         if cell.runs:
             groups.setdefault(cell.key[:2], []).append(cell)
-    compare = study.compare
-    found = [
-        _compared(a, b, compare["alpha"], margin_of(compare["margin"], str(a.metric)), level)
-        for cells in groups.values()
-        for a, b in _pairs(cells, compare["against"])
-        if {run.seed for run in a.runs} & {run.seed for run in b.runs}
-    ]
-    return corrected(found, compare["alpha"])
+    return [(cells, Resamples([run for cell in cells for run in cell.runs])) for cells in groups.values()]
+
+
+class Resamples:
+    """Scores of the runs of one task and model on resampled rows, the same for all runs of the same rows."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = {run.folder: run for run in runs}
+        self.scores: dict[bytes, dict[Path, Array]] = {}  # labels -> folder of a run -> (times,)
+
+    def of(self, runs: Sequence[Run]) -> Array | None:
+        """(times, runs); None unless all runs kept predictions of the same rows."""
+        splits = [_reported(run) for run in runs]
+        labels = {None if split is None else _bytes(split) for split in splits}
+        if len(labels) > 1 or None in labels:
+            return None
+        (key,) = labels
+        assert key is not None
+        if key not in self.scores:
+            self.scores[key] = self._scores(key)
+        return np.stack([self.scores[key][run.folder] for run in runs], axis=1)
+
+    def _scores(self, key: bytes) -> dict[Path, Array]:
+        found = {path: s for path, run in self.runs.items() if (s := _reported(run)) is not None and _bytes(s) == key}
+        metric = next(iter(self.runs.values())).result["metric"]["name"]
+        generator = np.random.default_rng(zlib.crc32(metric.encode()))  # one answer, however often it is asked
+        labels = next(iter(found.values())).labels
+        scores = resampled(metric, [s.logits for s in found.values()], labels, TIMES, generator)
+        return dict(zip(found, scores.T, strict=True))
+
+
+def _reported(run: Run) -> Predictions | None:
+    """The predictions of the split that is reported."""
+    return next(iter(run.predictions.values())) if run.predictions else None
+
+
+def _bytes(split: Predictions) -> bytes:
+    return bytes(split.labels.astype(np.float64).tobytes())
 
 
 def margin_of(margins: dict[str, float], metric: str) -> float:
     return margins.get(metric, margins["default"])
 
 
-def corrected(found: Sequence[Comparison], alpha: float) -> list[Comparison]:
-    """Holm over the table, for the tests of a difference and for those of equivalence, and the verdicts that remain."""
+def corrected(found: Sequence[Comparison], estimates: Sequence[Estimate], alpha: float) -> list[Comparison]:
+    """Holm over the table, for the tests of a difference and for those of equivalence, and what remains after it."""
     p = holm([c.p for c in found])
     same = holm([c.p_equivalent for c in found])
-    tested = [replace(c, p_holm=p[i], p_equivalent_holm=same[i]) for i, c in enumerate(found)]
-    return [
-        c if math.isnan(c.p) else replace(c, verdict=verdict(c.difference, c.p_holm, c.p_equivalent_holm, alpha))
-        for c in tested
-    ]
+    tests = sum(not math.isnan(c.p) for c in found)
+    out = []
+    for i, (c, difference) in enumerate(zip(found, estimates, strict=True)):
+        if not math.isnan(c.p):
+            c = replace(
+                c, p_holm=p[i], p_equivalent_holm=same[i], smallest=smallest(difference, alpha / tests),
+                within_margin=bool(c.p_equivalent < alpha), verdict=verdict(c.difference, p[i], same[i], alpha),
+            )  # fmt: skip
+        out.append(c)
+    return out
+
+
+def smallest(difference: Estimate, alpha: float, power: float = 0.8) -> float:
+    """The true difference that a test at `alpha` finds with that power, the spread being as seen; nan if unknown."""
+    if difference.seeds < 3 or difference.exact:
+        return math.nan
+    return max(smallest_difference(error, df, alpha, power) for error, df in difference.parts if error)
 
 
 def verdict(difference: float, p: float, p_equivalent: float, alpha: float) -> Verdict:
@@ -116,45 +172,48 @@ def _pairs(cells: list[Cell], against: str | None) -> Iterable[tuple[Cell, Cell]
     return [(a, b) for b in cells if b.key[2] == against for a in cells if a is not b]
 
 
-def _summary(cell: Cell, level: float) -> Summary:
+def _summary(cell: Cell, resamples: Resamples, level: float) -> Summary:
     metric, runs = str(cell.metric), list(cell.runs)
-    scores = _replicates(metric, runs)
+    scores = resamples.of(runs)
     over_seeds = estimate(cell.scores)
     over_both = over_seeds if scores is None else estimate(cell.scores, scores, _rows(runs[0]))
     mean = {key: float(np.mean([run.result["metric"][key] for run in runs])) for key in ("last", "best_on_validation")}
+    low, high = RANGES.get(metric, UNBOUNDED)
     task, model, method = cell.key
     return Summary(
         task, model, method, metric, len(runs), over_seeds.mean, over_seeds.sd,
-        *over_seeds.interval(level), *over_both.interval(level), over_both.rows,
+        *within(over_seeds.interval(level), low, high), *within(over_both.interval(level), low, high), over_both.rows,
         last=mean["last"], best_on_validation=mean["best_on_validation"], inflation=float(cell.inflation.mean()),
         pending=cell.pending, failed=len(cell.failed), tuning=cell.trials,
         unlearnt=sum(bool(run.result["warnings"]) for run in runs),
     )  # fmt: skip
 
 
-def _compared(a: Cell, b: Cell, alpha: float, margin: float, level: float) -> Comparison:
+def _compared(a: Cell, b: Cell, resamples: Resamples, margin: float, level: float) -> tuple[Comparison, Estimate]:
     """Without the correction, which needs the whole table."""
     metric = str(a.metric)
     of_a, of_b = ({run.seed: run for run in cell.runs} for cell in (a, b))
     seeds = sorted(of_a.keys() & of_b.keys())
     runs_a, runs_b = [of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds]
-    found, tests = paired(metric, runs_a, runs_b)
+    found, tests = _paired(metric, runs_a, runs_b, resamples)
     p, same = found.p(), found.p_equivalent(margin)
     untested: Verdict = "one seed"
     if [run.folder for run in runs_a] == [run.folder for run in runs_b]:  # two names of one method
         p, same, untested = math.nan, math.nan, "same runs"
-    return Comparison(
-        *a.key, b.key[2], metric, len(seeds), found.rows, found.mean, found.sd, *found.interval(level),
+    low, high = RANGES.get(metric, UNBOUNDED)
+    compared = Comparison(
+        *a.key, b.key[2], metric, len(seeds), found.rows, found.mean, found.sd,
+        *within(found.interval(level), low - high, high - low),
         p=p, p_holm=p, margin=margin, p_equivalent=same, p_equivalent_holm=same,
-        verdict=untested, within_margin=bool(same < alpha),
-        seeds_needed=seeds_needed(found, alpha), mcnemar=tests,
+        verdict=untested, within_margin=False, smallest=math.nan, mcnemar=tests,
     )  # fmt: skip
+    return compared, found
 
 
-def paired(metric: str, a: list[Run], b: list[Run]) -> tuple[Estimate, tuple[float, ...]]:
+def _paired(metric: str, a: list[Run], b: list[Run], resamples: Resamples) -> tuple[Estimate, tuple[float, ...]]:
     """The difference of runs of the same seeds, and McNemar's p of each seed."""
     difference = np.array([x.selected - y.selected for x, y in zip(a, b, strict=True)])
-    scores = _replicates(metric, [*a, *b])
+    scores = resamples.of([*a, *b])
     if scores is None:
         return estimate(difference), ()
     both = estimate(difference, scores[:, : len(a)] - scores[:, len(a) :], _rows(a[0]))
@@ -163,20 +222,13 @@ def paired(metric: str, a: list[Run], b: list[Run]) -> tuple[Estimate, tuple[flo
     return both, tuple(mcnemar(_right(x), _right(y)) for x, y in zip(a, b, strict=True))
 
 
-def _replicates(metric: str, runs: list[Run]) -> Array | None:
-    """(times, runs): scores on the same resampled rows; None unless all runs kept predictions of the same rows."""
-    kept = [run.predictions for run in runs]
-    first = [next(iter(p.values())) for p in kept if p]
-    if len(first) < len(runs) or any(not np.array_equal(p.labels, first[0].labels) for p in first):
-        return None
-    seed = zlib.crc32(metric.encode())  # one answer for one study, however often it is asked
-    return resampled(metric, [p.logits for p in first], first[0].labels, TIMES, np.random.default_rng(seed))
-
-
 def _rows(run: Run) -> int:
-    return len(next(iter((run.predictions or {}).values())).labels)
+    split = _reported(run)
+    return 0 if split is None else len(split.labels)
 
 
 def _right(run: Run) -> Array:
-    split = next(iter((run.predictions or {}).values()))
+    """(rows,): whether the run predicts the label."""
+    split = _reported(run)
+    assert split is not None
     return np.asarray(split.logits.argmax(1) == split.labels)

@@ -1,20 +1,18 @@
-"""Who does the runs of a study: a table of runners. One gets settings and yields each with its outcome, as they finish.
+"""Who does the runs of a study: a table of runners. A runner takes settings and yields each with its outcome.
 
 `wide` asks for all runs of a stage at once, not a task at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from loralab.errors import UserError
 from loralab.run import Outcome, Settings
+from loralab.run.sharing import MOST, grouped
+from loralab.study import on_ray
 from loralab.study.bar import StudyBar
-from loralab.study.runners.in_turn import InTurn
-from loralab.study.runners.on_ray import OnRay
-from loralab.study.runners.on_ray import library as ray_library
-from loralab.study.runners.together import Together
-
-__all__ = ["RUNNERS", "Outcome", "Runner", "runner"]
+from loralab.study.stored import run_stored, run_stored_together
 
 
 class Runner(Protocol):
@@ -24,6 +22,31 @@ class Runner(Protocol):
     def run(self, runs: Sequence[Settings], bar: StudyBar, adapters: bool) -> Iterator[tuple[Settings, Outcome]]: ...
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """Runs one after the other, in this process."""
+
+    wide: bool = False
+
+    def run(self, runs: Sequence[Settings], bar: StudyBar, adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
+        for settings in runs:
+            bar.begin(settings)
+            yield settings, run_stored(settings, bar, adapters)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Runs that share passes over one base, a group after the other, in this process."""
+
+    most: int = MOST  # runs over one model
+    wide: bool = False
+
+    def run(self, runs: Sequence[Settings], bar: StudyBar, adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
+        for group in grouped(runs, self.most):
+            bar.begin(group.runs[0], others=len(group.runs) - 1, why=group.why)
+            yield from zip(group.runs, run_stored_together(group.runs, bar, adapters), strict=True)
+
+
 def _in_turn(address: str | None) -> Runner:
     if address is not None:
         raise UserError(f"--on in-turn:{address}: in-turn is this process and has no address")
@@ -31,8 +54,8 @@ def _in_turn(address: str | None) -> Runner:
 
 
 def _on_ray(address: str | None) -> Runner:
-    ray_library()
-    return OnRay(address)
+    on_ray.library()
+    return on_ray.OnRay(address)
 
 
 def _together(most: str | None) -> Runner:
@@ -47,7 +70,7 @@ RUNNERS: dict[str, Callable[[str | None], Runner]] = {"together": _together, "in
 
 
 def runner(on: str) -> Runner:
-    """The runner of a flag: its name, or name:address."""
+    """The runner of a flag: its name, or name:address. Raises UserError for an unknown one."""
     name, _, address = on.partition(":")
     if name not in RUNNERS:
         raise UserError(f"--on {on}: expected {', '.join(RUNNERS)}, as in --on together:8 or --on ray:ADDRESS")

@@ -16,7 +16,7 @@ from loralab.errors import UserError
 from loralab.run import Outcome, Settings
 from loralab.run.sharing import MOST, grouped
 from loralab.study.bar import StudyBar
-from loralab.study.runners.one import run_together
+from loralab.study.stored import run_stored_together
 
 RETRIES = 5  # deaths of a worker that one run outlives; more is a broken machine or too little memory
 INSTALL = "--on ray needs Ray: pip install 'loralab[ray]'"
@@ -61,13 +61,14 @@ def _connect(ray: ModuleType, address: str | None) -> None:
 
 
 def _results(ray: ModuleType, runs: Sequence[Settings], adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
-    there = ray.cluster_resources()
-    gpus = 1 if there.get("GPU") else 0
+    resources = ray.cluster_resources()
+    gpus = 1 if resources.get("GPU") else 0
     task = ray.remote(max_retries=RETRIES)(_work)
     ready = [replace(s, out=s.folder.absolute(), threads=s.threads or 1) for s in runs]
-    asked = {at.folder: settings for at, settings in zip(ready, runs, strict=True)}
+    original = {at.folder: settings for at, settings in zip(ready, runs, strict=True)}
     left: dict[Any, tuple[Settings, ...]] = {}
-    for group in grouped(ready, min(MOST, math.ceil(len(runs) / max(1, there.get("GPU") or there.get("CPU", 1))))):
+    workers = max(1, resources.get("GPU") or resources.get("CPU", 1))
+    for group in grouped(ready, min(MOST, math.ceil(len(runs) / workers))):
         threads = group.runs[0].threads
         left[task.options(num_cpus=threads, num_gpus=gpus).remote(group.runs, adapters)] = group.runs
     while left:
@@ -78,10 +79,23 @@ def _results(ray: ModuleType, runs: Sequence[Settings], adapters: bool) -> Itera
         except ray.exceptions.LocalRayletDiedError as error:  # no fault of the runs
             raise UserError(f"Ray itself ended: {str(error).splitlines()[0]} The same command goes on.") from error
         except ray.exceptions.RayError as error:
-            told = UserError(f"the worker died {RETRIES + 1} times: {str(error).splitlines()[0]}")
-            outcomes = [told] * len(group_runs)
-        yield from zip((asked[s.folder] for s in group_runs), outcomes, strict=True)
+            outcomes = [UserError(cause(ray, error))] * len(group_runs)
+        yield from zip((original[s.folder] for s in group_runs), outcomes, strict=True)
 
 
 def _work(many: Sequence[Settings], adapters: bool) -> list[Outcome]:
-    return run_together(many, None, adapters)
+    return run_stored_together(many, None, adapters)
+
+
+def cause(ray: ModuleType, error: Exception) -> str:
+    """Why Ray has no outcome: what the task raised, or how its worker ended."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        raised = error.cause if isinstance(getattr(error, "cause", None), BaseException) else error
+        text = " ".join(str(raised).split())
+        return text if isinstance(raised, UserError) else f"{type(raised).__name__}: {text}"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return f"Ray ended the worker as its machine ran out of memory: {first}"
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return f"the worker died {RETRIES + 1} times: {first}"
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,118 @@
+"""What the stored runs say when they are asked again: `python studies/afterwards.py STUDY`, as Markdown.
+
+These questions were put after the runs were seen, so the tables are leads, no confirmation: planned contrasts against
+LoRA with what they could have found, AUC and likelihood from the stored predictions, losses of training, accuracy
+beside F1, and runs that did not learn.
+"""
+
+import math
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.special import log_softmax
+from sklearn.metrics import accuracy_score, roc_auc_score
+
+from loralab.study import load
+from loralab.study.statistics.contrasts import Contrast, paired, smallest_difference
+
+MARGIN = 0.01
+
+
+def main(folder: str) -> None:
+    study = load(folder)
+    cells = {key: cell for key, cell in study.cells().items() if cell.runs}
+    for model in dict.fromkeys(key[1] for key in cells):
+        own = {(key[0], key[2]): cell for key, cell in cells.items() if key[1] == model}
+        tasks, methods = (list(dict.fromkeys(key[i] for key in own)) for i in (0, 1))
+        print(f"## {folder}, {model}\n")
+        reference = next((m for m in ("LoRA", "lora") if m in methods), methods[0])
+        found_by_design(own, tasks, methods, study.compare["against"])
+        mean_of_tasks(own, tasks, methods, reference)
+        for task in tasks:
+            again(task, {m: own[task, m].runs for m in methods if (task, m) in own}, reference)
+
+
+def found_by_design(own, tasks, methods, against) -> None:
+    """What the study's own comparisons could find at Holm's first step, in standard deviations of a difference."""
+    there = [sum((t, m) in own for m in methods) for t in tasks]
+    pairs = sum(n - 1 if against is not None else math.comb(n, 2) for n in there)
+    seeds = min(len(cell.runs) for cell in own.values())
+    if seeds < 2 or not pairs:
+        return
+    least = smallest_difference(1 / math.sqrt(seeds), seeds - 1, 0.05 / pairs)
+    print(f"{pairs} comparisons, {seeds} seeds: the smallest difference found with 80 % power is {least:.1f} standard")
+    print("deviations of a paired difference.\n")
+
+
+def mean_of_tasks(own, tasks, methods, reference) -> None:
+    """Each method that learns through the layers, on the mean of tasks, against the reference."""
+    everywhere = [m for m in methods if all((t, m) in own for t in tasks) and m not in ("head", reference)]
+    if len(tasks) < 2 or not everywhere or not all((t, reference) in own for t in tasks):
+        return
+    scores = {(t, m): {r.seed: r.selected for r in own[t, m].runs} for t in tasks for m in [*everywhere, reference]}
+    seeds = sorted(set.intersection(*(set(s) for s in scores.values())))
+    differences = [
+        np.array([np.mean([scores[t, m][s] - scores[t, reference][s] for t in tasks]) for s in seeds])
+        for m in everywhere
+    ]
+    show(f"mean of {', '.join(tasks)}, against {reference}", paired(everywhere, differences, MARGIN))
+
+
+def show(title: str, contrasts: Iterable[Contrast]) -> None:
+    print(f"| {title} | difference | 95 % | p | Holm | equal within {MARGIN} (Holm) | could have found |")
+    print("| --- |" + " ---: |" * 6)
+    for c in contrasts:
+        numbers = f"{c.low:+.3f} to {c.high:+.3f} | {c.p:.3f} | {c.p_holm:.3f} | {c.p_equivalent_holm:.3f}"
+        print(f"| {c.method} | {c.difference:+.4f} | {numbers} | {c.smallest:.3f} |")
+    print()
+
+
+def again(task: str, runs, reference: str) -> None:
+    """One task: the mean (standard deviation over seeds) of what else the runs tell."""
+    columns = ("score", "AUC", "likelihood", "accuracy", "training loss, last epoch", "one class", "lowest seed")
+    print(f"| {task} | {' | '.join(columns)} |")
+    print("| --- |" + " ---: |" * len(columns))
+    aucs = {}
+    for method, own in runs.items():
+        kept = [predicted(run) for run in own]
+        if all(kept) and kept[0][0].shape[1] == 2:
+            aucs[method] = {r.seed: roc_auc_score(y, x[:, 1] - x[:, 0]) for r, (x, y) in zip(own, kept, strict=True)}
+        classes = all(kept) and kept[0][0].shape[1] > 1
+        nll = [-log_softmax(x, 1)[np.arange(len(y)), y.astype(int)].mean() for x, y in kept] if classes else []
+        right = [r.result["metrics"]["accuracy"] for r in own if "accuracy" in r.result["metrics"]]
+        right = right or ([accuracy_score(y, x.argmax(1)) for x, y in kept] if classes else [])
+        cells = [
+            spread(r.selected for r in own), spread(aucs.get(method, {}).values()), spread(nll), spread(right),
+            spread(r.history[-1]["train_loss"] for r in own), str(sum(bool(r.result["warnings"]) for r in own)),
+            f"{min(r.selected for r in own):.3f}",
+        ]  # fmt: skip
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+    if reference in aucs and len(next(iter(aucs.values()))) > 1:
+        others = [m for m in aucs if m not in (reference, "head")]
+        seeds = {m: sorted(aucs[m].keys() & aucs[reference].keys()) for m in others}
+        differences = [np.array([aucs[m][s] - aucs[reference][s] for s in seeds[m]]) for m in others]
+        if others and all(len(d) > 1 for d in differences):
+            show(f"{task}, AUC, against {reference}", paired(others, differences, MARGIN))
+
+
+def predicted(run):
+    """(logits (rows, outputs), labels (rows,)) of the reported split; None where a run kept none."""
+    splits = run.predictions
+    if not splits:
+        return None
+    first = next(iter(splits.values()))
+    return first.logits, first.labels
+
+
+def spread(values: Iterable[float]) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        main(name)
