@@ -27,9 +27,10 @@ test: lint types  ## lint, types, tests
 test-slow: $(VENV)/dev.stamp  ## tests that kill workers of Ray and the like, alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/dev.stamp  ## ruff: rules and format
+lint: $(VENV)/dev.stamp  ## ruff: rules and format; import-linter: imports run down
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/dev.stamp  ## mypy, strict
 	$(BIN)/mypy
@@ -46,7 +47,7 @@ models: $(GET)  ## fetch the larger real models (540 MB) into ~/.cache/loralab/m
 	$(PYTHON) $(GET) smollm2
 
 clean:  ## remove .venv, caches and builds; runs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(GET):

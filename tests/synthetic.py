@@ -1,4 +1,4 @@
-"""Run folders and studies with invented numbers, in the real format: for tests of what reads them."""
+"""Run folders and studies with invented numbers in the real format, for tests of what reads them."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ ROWS = 400
 
 
 def run(folder, task="cola", model="mpnet", method="lora", seed=0, epochs=4, selection="held-out", **settings):
-    """A finished run folder; the score is that of a table, more with rank, and luck."""
+    """Write a finished run folder. The score is that of GOOD, raised by the rank, with noise."""
     chance = np.random.default_rng([seed, sum(map(ord, f"{task}{model}{method}{sorted(settings.items())}"))])
     rank, targets = settings.get("rank") or 8, settings.get("targets", "all-linear")
     gain = 0.012 * np.log2(rank) - 0.03 * (targets == "attention-qv") if "rank" in settings else 0
@@ -66,7 +66,7 @@ def run(folder, task="cola", model="mpnet", method="lora", seed=0, epochs=4, sel
 
 
 def predictions(folder, score, seed):
-    """Predictions of two classes beside a run, right with that chance; the labels are those of every run."""
+    """Write the predictions of two classes beside a run, right with that chance; all runs have the same labels."""
     labels = np.random.default_rng(0).integers(0, 2, ROWS)
     right = np.random.default_rng([1, seed]).random(ROWS) < score
     logits = np.eye(2, dtype=np.float32)[np.where(right, labels, 1 - labels)]
@@ -75,7 +75,7 @@ def predictions(folder, score, seed):
 
 
 def study(folder: Path, seeds=3, tasks=("cola", "mrpc"), methods=tuple(GOOD), pending=1) -> Path:
-    """A study with its store: methods on tasks, ranks by targets of LoRA, and a run that is still to be made."""
+    """Write a study with its store: methods on tasks, LoRA at several ranks and targets, and runs still to be made."""
     planned = []
 
     def plan(label, task, seed, made=True, **given):

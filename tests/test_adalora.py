@@ -98,7 +98,7 @@ def literal_run(kind, every):
         ((sum((i + 1) * x @ W.T for i, W in enumerate(dense)) - y).pow(2).mean() + slow.penalty()).backward()
         for optimizer in optimizers:
             optimizer.step()
-        factors.after_step(layers, None, None)
+        factors.after_step(layers, None, None, t)
         slow.after(t)
         for mine, literal in zip(ours, theirs, strict=True):
             off = max(off, *(float((a - b).detach().abs().max()) for a, b in zip(mine, literal, strict=True)))
@@ -223,10 +223,10 @@ def test_defaults_follow_rank_and_length():
     assert AdaLoRA(total_steps=50_000).phases == (5_000, 25_000)
     for steps in range(1, 30):
         assert AdaLoRA(total_steps=steps).problems() == []
-    planned = recipe("adalora", rank=4).planned(30)
+    planned = recipe("adalora", rank=4).for_steps(30)
     assert planned.factors.total_steps == 30
-    assert recipe("adalora", total_steps=20).planned(30).factors.total_steps == 20
-    assert recipe("full").planned(30) == recipe("full")
+    assert recipe("adalora", total_steps=20).for_steps(30).factors.total_steps == 20
+    assert recipe("full").for_steps(30) == recipe("full")
 
 
 def test_what_a_budget_left_is_a_map_for_another_run(tmp_path):

@@ -1,6 +1,8 @@
 """The bench: its arithmetic, its count of products, that both sides do the same work, and the command end to end."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -14,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loralab
 from loralab import models
-from loralab.bench import conduct, products, told
-from loralab.bench.cases import Case, growth
-from loralab.bench.conduct import Bench, turn, workers
-from loralab.bench.sides import METHODS, batch, shorten, stepper, under_peft
-from loralab.bench.spread import ratio, spread
+from loralab.bench import Bench, Case, EpochCase, MixedCase, measure, mixed, profile, tables
+from loralab.bench.backends import Built, batch, shorten, stepper, under_peft
+from loralab.bench.cases import PEFT_METHODS, epochs, from_json, grid, growth, mixed_case
+from loralab.bench.flops import step_flops
+from loralab.bench.measure import NAMES, quartiles, ratio, turn, workers
 from loralab.cli import main
 from loralab.errors import UserError
 from loralab.fast.machine import rate
@@ -26,16 +28,16 @@ from loralab.run.estimate import EstimateSettings, estimate
 
 pytest.importorskip("peft")
 RANK = 3
-WITH_PEFT = [m for m in METHODS if m != "qlora" or find_spec("bitsandbytes")]
+WITH_PEFT = [m for m in PEFT_METHODS if m != "qlora" or find_spec("bitsandbytes")]
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 50])
-def test_spreads_and_ratios_are_those_of_numpy(n):
+def test_quartiles_and_ratios_are_those_of_numpy(n):
     a, b = np.random.default_rng(n).uniform(0.5, 9, (2, n))
-    for ours, values in ((spread(a.tolist()), a), (ratio(a.tolist(), b.tolist()), a / b)):
+    for ours, values in ((quartiles(a.tolist()), a), (ratio(a.tolist(), b.tolist()), a / b)):
         assert (ours.low, ours.median, ours.high) == pytest.approx(tuple(np.quantile(values, [0.25, 0.5, 0.75])))
         assert ours.n == n
 
@@ -43,25 +45,51 @@ def test_spreads_and_ratios_are_those_of_numpy(n):
 def test_turns_are_as_long_as_they_should_be():
     for step in (0.004, 0.07, 0.31, 0.6, 9.0):
         t = turn(step)
-        assert t["timed"] == conduct.MOST or t["timed"] * step >= min(conduct.TURN, step)
-        assert t["timed"] == 1 or (t["timed"] - 1) * step < conduct.TURN
+        assert t["timed"] == measure.MOST or t["timed"] * step >= min(measure.TURN, step)
+        assert t["timed"] == 1 or (t["timed"] - 1) * step < measure.TURN
 
 
 def test_growth_changes_one_thing_at_a_time():
-    base = Case(length=17, rank=5)
+    base = Case(max_length=17, rank=5)
     for axis, cases in growth(base, (1, 9), (1, 2), (4, 8)).items():
         assert [replace(case, **{axis: getattr(base, axis)}) for case in cases] == [base] * 2
         assert len({getattr(case, axis) for case in cases}) == 2
 
 
+def test_a_case_survives_json():
+    for case in (
+        Case(model="a", method="dora", max_length=9, rank=3, layers=2),
+        EpochCase(task="cola", together=4, train_rows=7),
+        mixed_case(Case(max_length=9, batch_size=5), 11),
+    ):
+        assert from_json(type(case), json.loads(json.dumps(case.to_json()))) == case
+
+
+def test_grids_are_every_combination(tiny):
+    cases = grid([str(tiny)], ["lora", "full"], ["attention"], [8, 9], ["float32"], 5)
+    assert {(c.method, c.max_length) for c in cases} == {(m, n) for m in ("lora", "full") for n in (8, 9)}
+    assert all((c.model, c.targets, c.batch_size) == (str(tiny), "attention", 5) for c in cases)
+    made = epochs(cases, ["cola", "rte"], None, 30, 48, (1, 4))
+    assert len(made) == 2 * 2 * 2  # the length of a case is none of an epoch's
+    assert {(e.task, e.method, e.together) for e in made} == {
+        (task, method, count) for task in ("cola", "rte") for method in ("lora", "full") for count in (1, 4)
+    }
+    assert all((e.train_rows, e.max_length, e.epochs, e.selection) == (30, 48, 1, "last") for e in made)
+
+
+@pytest.mark.parametrize("key", ["alpha", "lr_ratio", "dropout", "store"])
+def test_a_case_has_only_settings_that_peft_takes_too(key):
+    value = "int8" if key == "store" else 2.0
+    with pytest.raises(UserError, match=f"{key}={value}: bench measures a method with its own {key}"):
+        Case(**{key: value})
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def sides(kind, method, targets):
+def pair(kind, method, targets):
     """(PEFT's model, loralab's adapters) on the same weights."""
-    case = SimpleNamespace(
-        method=method, targets=targets, dtype="float32", rank=RANK if METHODS[method].config else None
-    )
+    case = Case(method=method, targets=targets, dtype="float32", rank=RANK if PEFT_METHODS[method].config else None)
     plain, theirs = build(kind), build(kind)
     for model in (plain, theirs):
         model.config._attn_implementation = "eager"  # its products are then seen one by one
@@ -104,9 +132,9 @@ def hidden_in_bitsandbytes(adapters, inputs):
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
 @pytest.mark.parametrize("method", WITH_PEFT)
 def test_products_needed_are_those_that_torch_counts(kind, method, targets):
-    theirs, adapters = sides(kind, method, targets)
+    theirs, adapters = pair(kind, method, targets)
     inputs = rows()
-    needed = products.needed(adapters, inputs)
+    needed = step_flops(adapters, inputs)
     more_theirs = extra_of_dora_in_peft(adapters) if method == "dora" else 0
     more_theirs -= hidden_in_bitsandbytes(adapters, inputs) if method == "qlora" else 0
     more_ours = extra_of_vera(adapters, inputs) if method == "vera" else 0
@@ -121,7 +149,7 @@ def test_a_plan_counts_the_products_that_a_step_needs(tiny, method):
     model, _ = models.classifier(str(tiny), 2, False, torch.float32, seed=0)
     adapters = loralab.attach(model, method, head=True)
     ids = torch.ones(5, 11, dtype=torch.long)
-    assert planned.products == products.needed(adapters, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert planned.products == step_flops(adapters, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def test_the_rate_is_no_faster_than_the_clock():
@@ -137,7 +165,7 @@ def test_the_rate_is_no_faster_than_the_clock():
 
 @pytest.mark.parametrize("method", WITH_PEFT)
 def test_both_sides_start_alike_and_train_as_many_values(method):
-    theirs, adapters = sides("bert", method, "all-linear")
+    theirs, adapters = pair("bert", method, "all-linear")
     inputs, model = rows(), adapters.model
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == adapters.counts()["trainable"]
     with torch.no_grad():
@@ -146,7 +174,7 @@ def test_both_sides_start_alike_and_train_as_many_values(method):
 
 
 def test_a_batch_is_a_quarter_padded_and_the_same_each_time():
-    case, config = Case(length=12, batch_size=8), SimpleNamespace(vocab_size=101, pad_token_id=1)
+    case, config = Case(max_length=12, batch_size=8), SimpleNamespace(vocab_size=101, pad_token_id=1)
     (inputs, labels), (again, _) = batch(case, config), batch(case, config)
     assert inputs["attention_mask"].sum(1).tolist() == [9, 9, *[12] * 6]
     assert ((inputs["input_ids"] == 1) == (inputs["attention_mask"] == 0)).all()
@@ -155,10 +183,10 @@ def test_a_batch_is_a_quarter_padded_and_the_same_each_time():
 
 
 def test_a_step_learns_what_it_should_and_no_more():
-    theirs, adapters = sides("bert", "lora-fa", "all-linear")
-    case = Case(length=7, batch_size=4)
+    theirs, adapters = pair("bert", "lora-fa", "all-linear")
+    case = Case(max_length=7, batch_size=4)
     for model in (theirs, adapters.model):
-        built = SimpleNamespace(model=model, learned=[p for p in model.parameters() if p.requires_grad], autocast=False)
+        built = Built(model, [p for p in model.parameters() if p.requires_grad], autocast=False)
         before = {key: p.detach().clone() for key, p in model.named_parameters()}
         stepper(built, *batch(case, model.config))()
         moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
@@ -176,6 +204,39 @@ def test_an_encoder_is_cut_to_its_first_layers():
         shorten(model, 5)
 
 
+def test_a_mixed_batch_has_every_ratio_and_rows_that_are_those_alone(tiny):
+    case = MixedCase(model=str(tiny), batch_size=3, max_length=6, dtype="float32", loaded=4)
+    found = mixed.measure(case, repeats=1)
+    assert set(found["seconds"]) == {
+        "merged", "merged, plain layers", "1 loaded", "3 loaded", "4 loaded", "PEFT, one adapter",
+        "PEFT, adapter_names",
+    }  # fmt: skip
+    assert found["largest_difference"] < 1e-5
+    assert found["ratios"]["4 over 1 loaded"] == found["seconds"]["1 loaded"] / found["seconds"]["4 loaded"]
+    title, columns, rows, _ = tables.tables({"mixed": {"case": case.to_json(), **found}})[0]
+    assert "3 rows of an adapter each" in title
+    assert {len(row) for row in rows} == {len(columns)} == {5}
+
+
+def test_a_profile_lists_the_operations_that_take_most(tiny, monkeypatch):
+    monkeypatch.setattr(profile, "STEPS", 2)
+    case = Case(model=str(tiny), batch_size=3, max_length=6, dtype="float32")
+    backends = {name: profile.measure(name, case) for name in NAMES}
+    for found in backends.values():
+        shares = [operation["share"] for operation in found["operations"]]
+        assert shares == sorted(shares, reverse=True)
+        assert 0 < sum(shares) <= 1
+    ((_, columns, rows, _),) = tables.tables({"profile": {"case": case.to_json(), "backends": backends}})
+    assert {len(row) for row in rows} == {len(columns)}
+    names = {operation["name"] for found in backends.values() for operation in found["operations"]}
+    assert {row[0] for row in rows} == names
+
+
+def test_the_library_of_the_bench_needs_no_command_line():
+    code = "import sys, loralab.bench, loralab.bench.worker; assert 'cyclopts' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
 
@@ -187,17 +248,17 @@ def test_a_bench_of_a_tiny_model(tiny, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "out/bench.json").read_text())
     (row,) = result["steps"]
-    for side in told.SIDES:
-        assert len(row["seconds"][side]["turns"]) == 2
-        assert row["memory"][side]["peak"] >= row["memory"][side]["training"] > 0
-        taken = row["seconds"][side]["median"] * row["rate"]
-        assert row["fraction"][side] == pytest.approx(row["operations"] / taken)
-    turns = [np.array(row["seconds"][side]["turns"]) for side in told.SIDES]
+    for name in NAMES:
+        assert len(row["seconds"][name]["turns"]) == 2
+        assert row["memory"][name]["peak"] >= row["memory"][name]["training"] > 0
+        taken = row["seconds"][name]["median"] * row["rate"]
+        assert row["fraction"][name] == pytest.approx(row["operations"] / taken)
+    turns = [np.array(row["seconds"][name]["turns"]) for name in NAMES]
     assert row["faster"]["median"] == pytest.approx(float(np.median(turns[0] / turns[1])))
     assert len(set(row["trainable"].values())) == 1
     assert {"loralab", "peft", "torch", "transformers", "python"} <= set(result["versions"])
     assert result["machine"]["threads"] == 1
-    (_, columns, cells, _), page = told.tables(result)[0], (tmp_path / "out/bench.md").read_text()
+    (_, columns, cells, _), page = tables.tables(result)[0], (tmp_path / "out/bench.md").read_text()
     assert f"| {' | '.join(cells[0])} |" in page
     assert len(columns) == len(cells[0])
     assert str(tmp_path) not in page
@@ -215,45 +276,72 @@ def test_an_epoch_of_a_tiny_model(tiny, own, tmp_path, capsys):
     assert row["rows"] == {"peft": 20, "loralab": 20}
 
 
+@pytest.mark.slow
+def test_mixed_and_profile_of_a_tiny_model(tiny, tmp_path, capsys):
+    argv = [
+        "bench",
+        "--models",
+        str(tiny),
+        "--lengths",
+        "9",
+        "--batch-size",
+        "4",
+        "--dtypes",
+        "float32",
+        "--repeats",
+        "2",
+    ]
+    argv += ["--methods", "lora", "--threads", "1", "--markdown", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--mixed", "--loaded", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 6 loaded |" in printed
+    assert "| PEFT, adapter_names |" in printed
+    assert main([*argv, "--profile"]) == 0
+    assert "| operation | PEFT calls | share | loralab calls | share |" in capsys.readouterr().out
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 WRONG = {
     "method": (["--methods", "lorra"], "--methods 'lorra' (did you mean 'lora'?): bench knows lora, dora, vera"),
     "model": (["--models", "./nowhere"], "no folder './nowhere'"),
     "dtype": (["--dtypes", "float16"], "--dtypes 'float16'"),
-    "length": (["--lengths", "0"], "--lengths 0: expected 1 or more"),
+    "length": (["--lengths", "0"], "--lengths 0: expected 4 or more"),
+    "batch": (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+    "rows": (["--epoch", "--rows", "0"], "--rows 0: expected 1 or more"),
+    "loaded": (["--mixed", "--loaded", "0"], "--loaded 0: expected 1 or more"),
     "repeats": (["--repeats", "0"], "--repeats 0: expected 1 or more"),
-    "both": (["--epoch", "--cost"], "--epoch and --cost are two benches"),
+    "both": (["--epoch", "--cost"], "--epoch and --cost are different measurements: choose one"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_mistake_is_one_line(what, tiny, tmp_path, capsys):
-    flags, told_line = WRONG[what]
+    flags, message = WRONG[what]
     models = [] if what == "model" else ["--models", str(tiny)]
     assert main(["bench", *models, *flags, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
-    assert told_line in err
+    assert message in err
     assert err.count("\n") == 1
 
 
 def test_nothing_but_a_bench_is_written_over(tiny, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["bench", "--models", str(tiny), "--out", str(tmp_path)]) == 2
-    assert "choose another folder" in capsys.readouterr().err
+    assert "choose an empty or a new folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_without_peft_the_install_line_is_told(monkeypatch):
-    monkeypatch.setattr(conduct, "find_spec", lambda name: None)
+def test_without_peft_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(measure, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"PEFT, which is not installed: pip install 'peft==0\.21"):
         Bench()
 
 
-def test_a_side_tells_a_users_error_and_goes_on(tiny):
+def test_a_worker_passes_on_a_users_error_and_serves_the_next_request(tiny):
     with workers("loralab", threads=1) as (worker,):
         with pytest.raises(UserError, match="--layers 9: BertForSequenceClassification has 2"):
-            worker.ask("build", case=vars(Case(model=str(tiny), layers=9)))
+            worker.ask("build", case=Case(model=str(tiny), layers=9).to_json())
         assert worker.ask("facts")["machine"]["threads"] == 1
         worker.process.kill()
         with pytest.raises(UserError, match="the process of loralab ended at 'facts'"):

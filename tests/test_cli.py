@@ -216,7 +216,7 @@ def test_a_folder_of_something_else_is_never_written_to(refused, tiny, own, adap
     assert "holds another run" in refused(*flags(tiny, own, out=adapter.parent))
     assert "epochs was 2, now 3" in refused(*flags(tiny, own, out=adapter.parent, epochs=3), "--resume")
     for command in ("merge", "export"):
-        assert "--out mine exists" in refused(command, adapter, "--model", tiny, "--out", "mine")
+        assert "--out mine holds other files" in refused(command, adapter, "--model", tiny, "--out", "mine")
 
 
 def test_a_disk_that_fails_is_one_line_and_leaves_no_model(refused, tiny, adapter, monkeypatch):
@@ -466,7 +466,7 @@ def test_an_interrupt_ends_with_one_line_and_the_run_goes_on_later(cli, tiny, ow
     run.send_signal(signal.SIGINT)
     rest = run.stderr.read().splitlines()
     assert run.wait(timeout=60) == 130
-    assert rest[-1] == "loralab: stopped; the run goes on from its last checkpoint with --resume"
+    assert rest[-1] == "loralab: stopped; --resume continues the run from its last checkpoint"
     assert all(line.startswith("epoch") for line in rest[:-1] if line)
     assert (tmp_path / "run/checkpoint/progress.json").is_file()
     assert not (tmp_path / "run/result.json").exists()

@@ -1,7 +1,10 @@
-"""Laws of tasks: the same rows from every layout, metrics that equal slow oracles, bad input told in one line."""
+"""Laws of tasks: the same rows from every layout, metrics that equal slow oracles, errors of one line."""
 
+import csv
+import hashlib
 import json
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -15,9 +18,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from sklearn.model_selection import train_test_split
 
 from loralab import data
-from loralab.data import Split, held_out, is_constant, score, tables
+from loralab.data import Split, held_out, is_constant, sample, score, tables
 from loralab.data.glue import TABLE
 from loralab.data.task import digest
 from loralab.errors import UserError
@@ -70,18 +74,18 @@ def write_msr(folder: Path, name: str, split: str, table: pa.Table) -> None:
     write_tsv(folder, name, split, table)
     home = folder / "MRPC"
     file, ids = home / "msr_paraphrase_train.txt", home / "dev_ids.tsv"
-    part = home / f"{split.replace('validation', 'dev')}.tsv"
-    lines = part.read_text(encoding="utf-8").split("\n")[:-1]
-    part.unlink()
+    tsv = home / f"{split.replace('validation', 'dev')}.tsv"
+    lines = tsv.read_text(encoding="utf-8").split("\n")[:-1]
+    tsv.unlink()
     file.write_text("\n".join([file.read_text(encoding="utf-8").rstrip("\n"), *lines[1:]] if file.exists() else lines))
     if split != "train":
         ids.write_text("".join("\t".join(line.split("\t")[1:3]) + "\n" for line in lines[1:]))
 
 
 def write_shards(folder: Path, name: str, split: str, table: pa.Table) -> None:
-    half = len(table) // 3
-    for number, part in enumerate((table[:half], table[half:])):
-        pa.parquet.write_table(part, made(folder, name) / f"{split}-0000{number}-of-00002.parquet")
+    third = len(table) // 3
+    for number, shard in enumerate((table[:third], table[third:])):
+        pa.parquet.write_table(shard, made(folder, name) / f"{split}-0000{number}-of-00002.parquet")
 
 
 def write_json(folder: Path, name: str, split: str, table: pa.Table) -> None:
@@ -308,6 +312,77 @@ def test_held_out_rows_of_a_regression_cover_the_quantiles() -> None:
     assert all(abs(counts[bin] - 10) <= 1 for bin in range(10))
 
 
+def drawn_by_sklearn(split: Split, sha256: str, classification: bool, fraction: float, at_most: int) -> list[int]:
+    """The held-out rows as rule 1 of docs/protocol.md has them, drawn by the library that the rule describes."""
+    size = min(at_most, max(1, round(len(split) * fraction)))
+    groups: list[float] = list(split.labels)
+    if not classification:
+        bins, order = min(10, size), sorted(range(len(split)), key=lambda row: split.labels[row])
+        for rank, row in enumerate(order):
+            groups[row] = rank * bins // len(split)
+    seen: set[float] = set()
+    spare = [row for row, group in enumerate(groups) if group in seen or seen.add(group)]
+    if size == len(spare):
+        return spare
+    times = Counter(groups[row] for row in spare)
+    many = [row for row in spare if times[groups[row]] > 1]
+    strata = [groups[row] for row in many]
+    seed = (int(sha256[:8], 16) + 20210617) % 2**32
+    stratified = len(set(strata)) <= min(size, len(many) - size)
+    rows, stratify = (many, strata) if stratified else (spare, None)
+    return sorted(train_test_split(rows, test_size=size, random_state=seed, stratify=stratify)[1])
+
+
+def test_held_out_and_sampled_rows_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(8)
+    for trial in range(400):
+        classification, rows = trial % 3 > 0, int(rng.integers(5, 300))
+        classes = rng.choice(int(rng.integers(1, 15)), rows, p=None) ** int(rng.integers(1, 4))
+        labels = classes.tolist() if classification else rng.normal(size=rows).round(int(rng.integers(0, 4))).tolist()
+        split, sha256 = Split([("",)] * rows, labels), rng.bytes(32).hex()
+        size = int(rng.integers(1, rows - min(rows - 1, len(set(labels)) if classification else 10) + 1))
+        fraction = float(rng.choice([0.1, 0.2, 0.5, 1.0]))
+        try:
+            inside, outside = held_out(split, sha256, classification, fraction, size)
+            assert outside == drawn_by_sklearn(split, sha256, classification, fraction, size)
+            assert sorted(inside + outside) == list(range(rows))
+            assert sample(split, sha256, classification, size) == drawn_by_sklearn(
+                split, sha256, classification, 1.0, size
+            )
+        except UserError:  # too few rows are spare
+            assert rows < 30
+
+
+STORED = {  # of the data that the stored runs were made with: start of the task's hash, and of its held-out rows' hash
+    "cola": ("b97d8ad0382e10ec", "2b384057782f7592"),
+    "mnli": ("289ba05340cb241d", "71511eea1e826d51"),
+    "mrpc": ("6770ef37e3d4875b", "81ecb2f6de083fe3"),
+    "qnli": ("5dbce91e6e0835a2", "fdb851930548ee31"),
+    "qqp": ("632e7f5e04eb22d6", "77aa1346c02c25ef"),
+    "rte": ("3725f2fd58c8d526", "b2a8608854df8a3e"),
+    "sst2": ("6720dfa83b71e1be", "dd8546048f16729d"),
+    "stsb": ("f345099ca1b8b927", "b3d3bee4f6a27116"),
+    "wnli": ("3f0462fa9f282af3", "4d46b9dd8019917e"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_runs_had_the_same_held_out_rows(glue: Path, name: str) -> None:
+    task = whole(name, glue)
+    classification = task.labels is not None
+    for fraction, at_most in ((0.1, 1000), (0.2, len(task.train))):
+        outside = held_out(task.train, task.sha256, classification, fraction, at_most)[1]
+        assert outside == drawn_by_sklearn(task.train, task.sha256, classification, fraction, at_most)
+    for split in (task.train, *task.validation.values()):
+        chosen = sample(split, task.sha256, classification, len(split) // 3)
+        assert chosen == drawn_by_sklearn(split, task.sha256, classification, 1.0, len(split) // 3)
+    sha256, rows = STORED[name]
+    if not task.sha256.startswith(sha256):
+        pytest.skip(f"the {name} in {glue} is not the one of the stored runs")
+    drawn = held_out(task.train, task.sha256, classification)
+    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest().startswith(rows)
+
+
 # --- own files ---
 
 
@@ -326,33 +401,46 @@ def write(path: Path, columns: dict[str, list[Any]]) -> Path:
     return path
 
 
-KINDS: list[tuple[list[Any], bool | None, tuple[str, ...] | None]] = [  # labels, asked, names
-    ([10, 9, 10, 9], None, ("9", "10")),
-    ([-1, 0, 1, 0], None, ("-1", "0", "1")),
-    (["pos", "neg", "mixed", "None"], None, ("None", "mixed", "neg", "pos")),
-    ([True, False, True, True], None, ("False", "True")),
-    ([0.5, 2.0, 1.25, 3.0], None, None),
-    ([1, 3, 2, 4], True, None),
-    ([1.0, 0.0, 1.0, 0.0], False, ("0", "1")),
+KINDS: list[tuple[list[Any], bool | None, int]] = [  # labels, whether a regression is asked for, classes
+    ([10, 9, 10, 9], None, 2),
+    ([-1, 0, 1, 0], None, 3),
+    (["pos", "neg", "mixed", "None"], None, 4),
+    ([True, False, True, True], None, 2),
+    ([0.5, 2.0, 1.25, 3.0], None, 0),
+    ([1, 3, 2, 4], True, 0),
+    ([1.0, 0.0, 1.0, 0.0], False, 2),
 ]
-METRICS = {None: ("pearson", "spearman"), 2: ("accuracy", "f1", "matthews_correlation")}
+METRICS = {0: ("pearson", "spearman"), 2: ("accuracy", "f1", "matthews_correlation")}
+
+
+def as_written(path: Path, labels: list[Any]) -> list[str]:
+    """The label texts of a file: its own text in a CSV or TSV, else the JSON of each label."""
+    if path.suffix in (".csv", ".tsv"):
+        with path.open(newline="") as file:
+            dialect: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            return [row["y"] for row in csv.DictReader(file, **dialect)][: len(labels)]
+    return [label if isinstance(label, str) else json.dumps(label) for label in labels]
 
 
 @pytest.mark.parametrize(("kind", "suffix"), list(product(KINDS, tables.READERS)), ids=str)
 def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, suffix: str) -> None:
-    labels, asked, names = kind
+    labels, asked, classes = kind
     texts = ['"say hi", twice "', "7", "ä b\u2028c", " spaced "] * 10  # a number is text where text is expected
     train = write(tmp_path / f"mine{suffix}", {"id": list(range(40)), "a": texts, "b": texts[::-1], "y": labels * 10})
     other = write(tmp_path / f"other{suffix}", {"y": labels[1:3], "a": ["new", "7"], "b": ["rows", "no"]})
     task = data.load(str(train), text=("a", "b"), label="y", validation=other, regression=asked)
+    shown = as_written(train, labels)
+    numeric = not any(isinstance(label, str | bool) for label in labels)
+    names = tuple(sorted(set(shown), key=float if numeric else str)) if classes else None
     assert (task.name, task.labels, list(task.validation)) == ("mine", names, ["validation"])
-    assert task.metrics == METRICS.get(names and len(names), ("accuracy", "f1_macro"))
+    assert task.num_outputs == max(classes, 1)
+    assert task.metrics == METRICS.get(classes, ("accuracy", "f1_macro"))
     assert task.train.texts == list(zip(texts, texts[::-1], strict=True))
     assert task.validation["validation"].texts == [("new", "rows"), ("7", "no")]
-    shown = task.train.labels if names is None else [names[int(label)] for label in task.train.labels]
-    assert (
-        shown == (labels if names is None else [str(int(v)) if isinstance(v, float) else str(v) for v in labels]) * 10
-    )
+    if names is None:
+        assert task.train.labels == labels * 10
+    else:
+        assert [names[int(label)] for label in task.train.labels] == shown * 10
     assert task.validation["validation"].labels == task.train.labels[1:3]
     task = data.load(str(train), text="a", label="y", regression=asked)
     assert (len(task.train), len(task.validation["validation"])) == (32, 8)
@@ -442,14 +530,17 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
         own(a=["one", None, *"cdefghijkl"], y=[0, 1, None, *[1] * 9]),
         ("'a': null in row 2", "'y': null in row 3", "mend or remove"),
     ),
-    "numbers for text": (own(a=list(range(12))), ("'a': int instead of text in 12 rows",)),
+    "numbers for text": (own(a=list(range(12))), ("'a': number instead of text in 12 rows",)),
     "nan label": (own(y=[0.5, math.nan, *[2.0] * 10]), ("'y': null in row 2",)),
     "infinite label": (own(y=[0.5, math.inf, *[2.0] * 10]), ("'y': inf instead of a finite number in row 2",)),
     "label of bytes": (own(y=[b"x"] * 12), ("'y': bytes instead of text",)),
-    "missing label in a CSV": (raw("own.csv", "a,y\none,pos\ntwo,\nthree,neg\n"), ("'y': null in row 2",)),
+    "missing label in a CSV": (raw("own.csv", "a,y\none,pos\ntwo,\nthree,neg\n"), ("'y': empty in row 2",)),
     "missing key in JSON": (raw("own.jsonl", '{"a":"x","y":1}\n{"a":"z"}\n{"y":1}'), ("'a': null in row 3", "row 2")),
     "half a character": (raw("own.json", '[{"a":"\\ud83d","y":1}]'), ("half of a surrogate pair in row 1",)),
-    "kinds of label": (raw("own.jsonl", '{"a":"x","y":1}\n{"a":"z","y":"1"}'), ("'y' mixes int and str",)),
+    "kinds of label": (
+        raw("own.jsonl", '{"a":"x","y":1}\n{"a":"z","y":"1"}'),
+        ("'y' mixes number (1) and text (\"1\")",),
+    ),
     "one class": (own(y=["good"] * 12), ("own.parquet: all labels are 'good' in 12 rows", "at least two")),
     "one score": (own(y=[2.5] * 12), ("all labels are 2.5", "at least two")),
     "one row": (own(a=["x"], y=[1]), ("own.parquet", "in 1 rows", "at least two")),
@@ -459,14 +550,17 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
         ("rte train: all labels are 'entailment' in 2 rows",),
     ),
     "test split": (own(y=[-1] * 12), ("'y' is -1", "test split")),
-    "words for scores": (asked(label="a", text="y", regression=True), ("needs numbers", "str", "leave it out")),
-    "new label": (validated(y=[0, 2] * 6), ("more.jsonl", "new value 2, which train lacks, in 6 rows (2, 4")),
+    "words for scores": (
+        asked(label="a", text="y", regression=True),
+        ("column 'a': 'one' instead of a number in 3 rows (1, 5, 9)", "needs numbers"),
+    ),
+    "new label": (validated(y=[0, 2] * 6), ("more.jsonl", "new value '2', which train lacks, in 6 rows (2, 4")),
     "no validation rows": (validated(a=[], y=[]), ("more.jsonl is empty",)),
     "no bytes": (raw("own.csv", ""), ("own.csv is empty",)),
     "no rows": (raw("own.csv", "a,y\n"), ("own.csv has no rows",)),
     "no objects": (raw("own.json", "[]"), ("own.json has no rows",)),
     "ragged CSV": (raw("own.csv", "a,y\nx,1\nz,1,2\n"), ("own.csv", "Row #3: Expected 2 columns")),
-    "Latin-1": (raw("own.csv", "a,y\nd\u00e9j\u00e0,1\n".encode("latin-1")), ("own.csv", "UTF8")),
+    "Latin-1": (raw("own.csv", "a,y\nd\u00e9j\u00e0,1\n".encode("latin-1")), ("own.csv", "UTF-8")),
     "cut parquet": (raw("own.parquet", b"PAR1 and no more"), ("own.parquet cannot be read as parquet",)),
     "not JSON": (raw("own.jsonl", '{"a":"x","y":1}\n{"a":\n[1]\n'), ("own.jsonl", "not JSON in row 2")),
     "JSON without names": (
@@ -490,6 +584,43 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
         ),
         ("1 of 2 shards of train",),
     ),
+    "a pipe": (lambda tmp: os.mkfifo(tmp / "own.csv") or load_own(tmp / "own.csv"), ("own.csv is a pipe or a device",)),
+    "a device": (
+        lambda tmp: (tmp / "own.tsv").symlink_to("/dev/zero") or load_own(tmp / "own.tsv"),
+        ("own.tsv is a pipe or a device",),
+    ),
+    "a pipe for validation": (
+        lambda tmp: os.mkfifo(tmp / "v.csv") or asked(validation=tmp / "v.csv")(tmp),
+        ("v.csv is a pipe or a device",),
+    ),
+    "a pipe of GLUE": (
+        lambda tmp: (
+            made(tmp, "rte") and [os.mkfifo(tmp / f"rte/{x}.tsv") for x in ("train", "dev")] and data.load("rte", tmp)
+        ),
+        ("train.tsv is a pipe or a device",),
+    ),
+    "UTF-16": (raw("own.csv", "a,y\nx,1\n".encode("utf-16")), ("own.csv", "save it as UTF-8 text")),
+    "UTF-16 without its mark": (raw("own.csv", "a,y\nx,1\n".encode("utf-16-le")), ("NUL characters in the names",)),
+    "UTF-16 JSON": (raw("own.json", '[{"a":"x","y":1}]'.encode("utf-16")), ("own.json", "save it as UTF-8 text")),
+    "NUL in a text": (raw("own.csv", "a,y\nx\0z,1\nb,0\n"), ("column 'a': a NUL character in row 1",)),
+    "NUL in a label": (
+        raw("own.jsonl", '{"a":"x","y":"\\u0000"}\n{"a":"x","y":"z"}'),
+        ("'y': a NUL character in row 1",),
+    ),
+    "NUL in a parquet": (own(a=["x\0", *["z"] * 11]), ("column 'a': a NUL character in row 1",)),
+    "deep JSON": (raw("own.json", "[" * 200_000), ("own.json cannot be read: it is nested too deeply",)),
+    "deep line of JSON": (
+        raw("own.jsonl", '{"a":"x","y":1}\n{"a":"x","y":' + "[" * 100_000 + "]" * 100_000 + "}\n"),
+        ("own.jsonl: nested too deeply in row 2",),
+    ),
+    "a key twice": (raw("own.jsonl", '{"a":"x","y":1,"y":2}\n{"a":"x","y":1}\n'), ("'y' twice in an object in row 1",)),
+    "a number of 5,000 digits": (raw("own.jsonl", '{"a":"x","y":' + "1" * 5000 + "}"), ("not JSON in row 1",)),
+    "unclosed quote": (raw("own.csv", 'a,y\n"x,1\nz,2\n'), ("own.csv cannot be read as csv", "Row #2")),
+    "unclosed quote in the header": (raw("own.csv", '"a,y\nx,1\nz,2\n'), ("own.csv",)),
+    "no column of a parquet": (
+        lambda tmp: load_own(write(tmp / "own.parquet", GOOD), text="b"),
+        ("no column 'b'; columns there: a, y",),
+    ),
     "no rows in TSV": (folder("rte", RTE__train_dot_tsv=RTE, RTE__dev_dot_tsv=RTE + LINE), ("train.tsv is empty",)),
     "no header in TSV": (folder("rte", RTE__train_dot_tsv=LINE * 2, RTE__dev_dot_tsv=RTE), ("no column", "It rains.")),
     "cut TSV": (
@@ -508,13 +639,53 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_one_line(tmp_path: Path, case: str) -> None:
-    run, said = BAD[case]
+def test_bad_input_is_one_line(tmp_path: Path, case: str) -> None:
+    run, parts = BAD[case]
     with pytest.raises(UserError) as caught:
         run(tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(part in message for part in said), message
+    assert all(part in message for part in parts), message
+
+
+def repeated(path: Path) -> None:
+    """A text of 1,000 characters, 10 million times: 10 GB from a file of about a megabyte."""
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000_000, np.int32)), pa.array(["x" * 1000]))
+    pa.parquet.write_table(pa.table({"a": text, "y": np.arange(10_000_000) % 2 == 0}), path)
+
+
+def compressed(path: Path) -> None:
+    """The same from pages that compress well."""
+    table = pa.table({"a": ["x" * 100_000] * 1000, "y": [0, 1] * 500})
+    with pa.parquet.ParquetWriter(path, table.schema, use_dictionary=False, compression="zstd") as writer:
+        for _ in range(25):
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("bomb", [repeated, compressed])
+def test_a_small_parquet_of_many_gigabytes_is_refused_before_it_is_read(
+    tmp_path: Path, bomb: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "own.parquet"
+    bomb(path)
+    assert path.stat().st_size < 2e6
+    before = pa.total_allocated_bytes()
+    pool = pa.default_memory_pool()
+    with pytest.raises(UserError, match=r"own\.parquet takes [0-9.]+ GB .* the limit is 2 GB: .* LORALAB_DATA_GB="):
+        load_own(path)
+    assert pool.max_memory() - before < 1e9
+
+
+def test_the_limit_of_a_file_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [write(tmp_path / f"own{suffix}", GOOD) for suffix in tables.READERS]
+    for limit, refusal in (("1e-9", "LORALAB_DATA_GB=1"), ("much", "a number of gigabytes was expected"), ("1", "")):
+        monkeypatch.setenv("LORALAB_DATA_GB", limit)
+        for path in paths:
+            if not refusal:
+                load_own(path)
+                continue
+            with pytest.raises(UserError, match=refusal):
+                load_own(path)
 
 
 @pytest.mark.parametrize("problem", [PermissionError("denied\nhere"), OSError("bad\nblock"), pa.ArrowInvalid("a\nb")])
@@ -542,9 +713,9 @@ def test_without_network_the_message_says_how_to_go_on(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("metric", "logits", "said"),
+    ("metric", "logits", "message"),
     [("f1", np.eye(3), "f1_macro"), ("bleu", np.eye(3), "accuracy"), ("accuracy", np.eye(3) * math.nan, "diverged")],
 )
-def test_scores_that_make_no_sense(metric: str, logits: np.ndarray, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_scores_that_make_no_sense(metric: str, logits: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         score([metric], logits, [0, 1, 1])

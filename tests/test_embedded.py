@@ -13,8 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import matthews_corrcoef
 
 from loralab.data import Split, embedded
-from loralab.data.embedded import PAIRS
-from loralab.data.lexicon import CLOSED, PATTERNS, WORDS
+from loralab.data.embedded import CLOSED, PAIRS, PATTERNS, WORDS
 
 REPO = Path(__file__).parents[1]
 PAGE = (REPO / "docs/embedded-task.md").read_text()
@@ -75,7 +74,7 @@ def test_a_content_word_stands_in_one_row_and_a_class_has_rows_of_one_length(spl
     rows = [row.split("/") for text in WORDS[split].values() for row in text.split()]
     times = Counter(form for row in rows for form in set(row))
     assert [form for form, count in times.items() if count > 1] == []
-    assert all(len({len(row) for row in rows}) == 1 for rows in embedded.rows(split).values())
+    assert all(len({len(row) for row in rows}) == 1 for rows in embedded.word_forms(split).values())
 
 
 def test_a_pair_differs_in_one_place() -> None:
@@ -84,7 +83,8 @@ def test_a_pair_differs_in_one_place() -> None:
 
 def test_agreement_changes_the_form_and_not_the_word() -> None:
     families = {
-        split: [set(words(" ".join(row))) for rows in embedded.rows(split).values() for row in rows] for split in SPLITS
+        split: [set(words(" ".join(row))) for rows in embedded.word_forms(split).values() for row in rows]
+        for split in SPLITS
     }
     for pair in ALL:
         if pair.phenomenon not in ("argument structure", "filler-gap"):

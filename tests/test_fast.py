@@ -8,7 +8,8 @@ from archs import build, rows, shake
 from torch.nn import functional as F
 
 import loralab
-from loralab.fast import block, masks, prepare, put_back
+from loralab.active import Stream
+from loralab.fast import encoder_layer, masks, prepare, put_back
 from loralab.fast.encoders import layers_of
 from loralab.recipe import NAMED
 
@@ -83,7 +84,7 @@ def test_a_block_takes_every_low_rank_method(method):
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
-@pytest.mark.parametrize("tokens", [7, block.SHORT + 3])
+@pytest.mark.parametrize("tokens", [7, encoder_layer.SHORT + 3])
 def test_a_block_is_the_layer_with_the_same_dropout(kind, tokens, monkeypatch):
     monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
     results = []
@@ -168,6 +169,116 @@ def test_masks_repeat_with_torchs_seed_and_pass_gradients():
     first.sum().backward()
     torch.testing.assert_close(x.grad * x, first)
     assert masks.dropout(x, 0.4, training=False) is x
+
+
+@pytest.mark.parametrize("p", [1.0, 0.999, 0.997])
+def test_masks_that_keep_less_than_a_byte_can_say_have_the_mean_that_they_should(p):
+    torch.manual_seed(2)
+    drawn = masks.mask(torch.empty(1000, 1000), p)
+    assert abs((drawn != 0).float().mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p)) / 1000
+    kept = drawn[drawn != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / max(1 - p, 1e-9)))
+
+
+def test_torchs_own_masks_come_from_one_generator_and_their_seeds_from_the_cpu(monkeypatch):
+    made = []
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: made.append(device) or generator(device))
+    masks._generator.cache_clear()
+    like = torch.empty(40, 50, dtype=torch.bfloat16)
+    drawn = [masks._drawn_by_torch(like, (400, 50), 0.3, seed) for seed in (1, 2, 1)]
+    assert made == [like.device]
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert abs((drawn[0] == 0).float().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 20000)
+    masks._generator.cache_clear()
+
+
+def test_another_device_draws_dropout_by_itself(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(F, "dropout", lambda x, p: drawn.append(p) or x)
+    masks.dropout(torch.empty(2, 3, device="meta"), 0.3)
+    masks.dropout(torch.empty(2, 3), 0.4)
+    assert drawn == [0.3]
+
+
+def gained(kind, gains, quick, dtype=torch.float64):
+    """A model with DoRA whose first gains are given, ready to train."""
+    model, adapters = adapted(kind, "dora")
+    double(model, adapters)
+    for layer in adapters.layers.values():
+        u, m = layer.lower("default"), layer.roles("default")["m"]
+        with torch.no_grad():
+            m[: len(gains)] *= torch.tensor(gains, dtype=m.dtype) / u.gain[: len(gains)]
+    model.to(dtype)
+    if quick:
+        prepare(model)
+    return model, adapters
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_a_gain_of_zero_or_near_it_is_the_plain_path(kind):
+    gains = [0.0, 1e-3, -1e-3, 1e-12, -1.0, 1.0]
+    results = [pass_through(*gained(kind, gains, quick), rows()) for quick in (False, True)]
+    same(*results)
+    assert any(grad.abs().max() > 0 for key, grad in results[0][1].items() if key.endswith(".m"))
+    model, _ = gained(kind, gains, True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**rows()).logits, results[0][0].detach(), rtol=0, atol=1e-9)
+
+
+def test_gradients_of_small_gains_keep_their_digits_in_bfloat16():
+    gains = [1e-3, -2e-3, 3e-3, 0.0]
+    _, exact = pass_through(*gained("bert", gains, False), rows())
+    found = {}
+    for quick in (False, True):
+        _, found[quick] = pass_through(*gained("bert", gains, quick, torch.bfloat16), rows())
+    for key in [key for key in exact if key.endswith(".m")]:
+        expected, plain, fast = (grads[key][: len(gains)].double() for grads in (exact, found[False], found[True]))
+        assert (fast - expected).norm() < 2 * (plain - expected).norm() + 0.02 * expected.norm(), key
+
+
+@pytest.mark.parametrize(
+    ("methods", "used"), [(["lora"], False), (["vera"], False), (["dora"], True), (["lora", "lora"], True)]
+)
+def test_another_device_than_the_cpu_takes_the_block_where_it_pays(methods, used):
+    model = build("bert")
+    adapters = loralab.attach(model, methods[0], name="a0", rank=3)
+    for i, method in enumerate(methods[1:], 1):
+        adapters.add(f"a{i}", method, rank=3)
+    model.to("meta").train()
+    choices = {choice.piece: choice for choice in prepare(model)}
+    assert choices["block"].used == used
+    assert ("on meta" in choices["block"].reason) != used
+    assert not choices["heap"].used
+    x = torch.empty(5, 7, 24, device="meta")
+    with adapters.use(adapters.names, ids=[0, 1, 0, 1, 0]) if len(methods) > 1 else adapters.use("a0"):
+        out = layers_of(model)[1](x)
+    assert out.shape == x.shape
+    assert ("EncoderLayer" in out.grad_fn.name()) == used
+
+
+def own_streams(adapters, count=1):
+    return adapters.active.changed(streams=tuple(Stream(torch.Generator(), 5, 7) for _ in range(count)))
+
+
+def test_runs_that_share_a_pass_never_share_dropout_silently():
+    model, adapters = adapted("bert")
+    prepare(model.train())
+    for module in model.modules():
+        if type(module) is torch.nn.Dropout:
+            module.p = 0.3
+    with own_streams(adapters):
+        model(**rows())
+        layer = layers_of(model)[1]
+        hook = layer.output.dense.register_forward_hook(lambda *_: None)
+        with pytest.raises(loralab.UserError, match=r"cannot share a pass .* has a hook"):
+            model(**rows())
+        hook.remove()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with pytest.raises(loralab.UserError, match="draw their own dropout"):
+            model(**rows())
+    model(**rows())
 
 
 def kept_shapes(model, batch):

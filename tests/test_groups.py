@@ -8,7 +8,7 @@ import torch
 from archs import build, check_mixed, rows, shake
 from literal import superlora
 from safetensors.torch import load_file
-from test_speed import double, pass_through, same
+from test_fast import double, pass_through, same
 from test_superlora import ALPHA, CASES, IDS, N_IN, N_OUT, by_heart, shaken
 from test_superlora import tensor as normal
 from torch.func import functional_call

@@ -1,5 +1,6 @@
 """Laws of the way in: a name becomes one folder or one clear error, and a seed becomes one head."""
 
+import copy
 import json
 import logging
 import shutil
@@ -11,12 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from archs import shake
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, DistilBertConfig, GPT2Config, PreTrainedTokenizerFast, RobertaConfig
 
+import loralab
+from loralab.cli import main
 from loralab.errors import UserError
-from loralab.models import ALIASES, classifier, find, resolve
+from loralab.models import ALIASES, architecture, classifier, find, pretrained, resolve
+from loralab.peft_format import LABELLED, task_type
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]", "a", "good", "bad", "film", "very"]
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
@@ -199,6 +205,148 @@ def test_a_gguf_folder_is_a_decoder_under_a_head_of_the_seed(tmp_path: Path) -> 
     assert same(head(model), head(again))
     assert not same(head(model), head(other))
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id == 4
+
+
+# Other tasks than classification
+
+
+CLASSES = {  # model class -> (architecture of BASES, task of PEFT)
+    transformers.BertForSequenceClassification: ("bert", "SEQ_CLS"),
+    transformers.DistilBertForTokenClassification: ("distilbert", "TOKEN_CLS"),
+    transformers.RobertaForQuestionAnswering: ("roberta", "QUESTION_ANS"),
+    transformers.GPT2LMHeadModel: ("gpt2", "CAUSAL_LM"),
+    transformers.GPT2ForSequenceClassification: ("gpt2", "SEQ_CLS"),
+    transformers.BertModel: ("bert", "FEATURE_EXTRACTION"),
+}
+
+
+@pytest.fixture(params=CLASSES, ids=lambda kind: kind.__name__)
+def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any, str]:
+    """(folder of a checkpoint with its head, the model, its task)."""
+    kind, task = CLASSES[request.param]
+    folder = save(tmp_path / "base", kind)
+    config = copy.deepcopy(BASES[kind])
+    config.num_labels = 3 if task in LABELLED else 2
+    model = request.param(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return folder, model, task
+
+
+def test_the_head_of_a_checkpoint_is_kept_for_its_task(trained: tuple[Path, Any, str]) -> None:
+    folder, model, task = trained
+    again, _, drawn = pretrained(str(folder), task)
+    assert type(again) is type(model)
+    assert drawn == []
+    assert same(again.state_dict(), model.state_dict())
+    assert architecture(str(folder)) == type(model).__name__
+    assert task_type(type(model).__name__) == task
+
+
+def test_a_head_that_the_checkpoint_lacks_is_told_and_drawn_from_the_seed(bert: Path) -> None:
+    for task, lacks in (("SEQ_CLS", "classifier"), ("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")):
+        one, _, drawn = pretrained(str(bert), task, seed=3)
+        assert drawn == [f"{lacks}.bias", f"{lacks}.weight"]
+        assert same(head(one), head(pretrained(str(bert), task, seed=3).model))
+    model, _, drawn = pretrained(str(bert), "TOKEN_CLS", 5)
+    assert (model.config.num_labels, drawn) == (5, ["classifier.bias", "classifier.weight"])
+
+
+def run(*argv: object) -> int:
+    return main([str(part) for part in argv])
+
+
+def outputs(model: Any) -> torch.Tensor:
+    ids = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 5, 9, 3]])
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids)[0]
+    return found
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_an_adapter_is_merged_and_exported_as_the_class_it_was_made_on(
+    trained: tuple[Path, Any, str], with_head: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model, task = trained
+    own_head = with_head and task not in ("FEATURE_EXTRACTION", "CAUSAL_LM")
+    labels = ["x", "y", "z"] if own_head and task in LABELLED else []
+    base, _, _ = pretrained(str(folder), task)
+    adapters = loralab.attach(base, "lora", rank=2, targets="attention-qv" if task != "SEQ_CLS" else "all-linear",
+                              head=own_head, labels=labels)  # fmt: skip
+    shake(adapters, "default")
+    adapters.save(tmp_path / "adapter")
+    for source in ("adapter", "exported"):
+        assert run("merge", tmp_path / source, "--model", folder, "--out", tmp_path / f"{source}-merged") == 0
+        merged = type(model).from_pretrained(tmp_path / f"{source}-merged")
+        assert merged.config.architectures == [type(model).__name__]
+        torch.testing.assert_close(outputs(merged), outputs(base), rtol=1e-4, atol=1e-5)
+        if labels:
+            assert merged.config.id2label == dict(enumerate(labels))
+            assert merged.config.label2id == {label: i for i, label in enumerate(labels)}
+        if source == "adapter":
+            assert run("verify", tmp_path / source, "--model", folder) == 0
+            assert run("export", tmp_path / source, "--model", folder, "--out", tmp_path / "exported") == 0
+            assert ("vLLM refuses a head" in capsys.readouterr().err) == own_head
+    config = json.loads((tmp_path / "exported/adapter_config.json").read_text())
+    assert config["task_type"] == task
+
+
+def test_a_folder_of_0_1_0_without_a_class_is_merged_as_its_base_was_saved(
+    trained: tuple[Path, Any, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model, task = trained
+    base = pretrained(str(folder), task).model
+    adapters = loralab.attach(base, "lora", rank=2, targets="attention-qv")
+    shake(adapters, "default")
+    adapters.save(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter.json"
+    header = json.loads(file.read_text())
+    del header["base"]["class"], header["base"]["task_type"], header["tensors"], header["sha256"]
+    header["labels"] = header["labels"] or ["LABEL_0", "LABEL_1"]  # which 0.1.0 wrote for any model
+    file.write_text(json.dumps(header | {"version": 1}))
+    code = run("merge", tmp_path / "adapter", "--model", folder, "--out", tmp_path / "merged")
+    if task == "FEATURE_EXTRACTION":  # it may as well belong to a classifier, whose layers have other paths
+        assert code == 2
+        return
+    assert code == 0
+    assert capsys.readouterr().err.count("without checksums") == 1
+    torch.testing.assert_close(
+        outputs(type(model).from_pretrained(tmp_path / "merged")), outputs(base), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_merge_never_has_a_random_head(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = classifier(str(bert), 3, False, torch.float32, 0)
+    loralab.attach(model, "lora", rank=2).save(tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", "--model", bert, "--out", tmp_path / "merged") == 2
+    assert "the head would be random" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert run("verify", tmp_path / "adapter", "--model", bert) == 0
+
+
+def test_another_architecture_than_the_adapters_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bert, roberta = save(tmp_path / "bert", "bert"), save(tmp_path / "roberta", "roberta")
+    model, _ = classifier(str(bert), 3, False, torch.float32, 0)
+    loralab.attach(model, "lora", rank=2, head=True).save(tmp_path / "adapter")
+    assert run("verify", tmp_path / "adapter", "--model", roberta) == 2
+    assert "belongs to a BertForSequenceClassification" in capsys.readouterr().err
+
+
+def test_a_name_may_be_given_everywhere(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = classifier(str(bert), 3, False, torch.float32, 0)
+    loralab.attach(model, "lora", rank=2, head=True).save(tmp_path / "a", saved_as="v1.0")
+    assert run("verify", tmp_path / "a", "--name", "mine") == 0
+    assert run("verify", tmp_path / "a", "--model", bert) == 0
+    assert run("verify", tmp_path / "a", "--model", bert, "--name", "mine") == 0
+    assert run("merge", tmp_path / "a", "--model", bert, "--out", tmp_path / "m", "--name", "mine") == 0
+    assert run("export", tmp_path / "a", "--model", bert, "--out", tmp_path / "e", "--name", "mine") == 0
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "a", "--name", "mine", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "mine"
+    assert run("verify", tmp_path / "a", "--model", bert, "--name", "v1.0") == 2
+    assert "adapter name 'v1.0'" in capsys.readouterr().err
 
 
 # Folders that are no base

@@ -1,13 +1,19 @@
 """PEFT as a second oracle: same parameters and data in, same outputs, gradients, losses and merged weights out."""
 
+import contextlib
 import json
+import time
 
 import pytest
 import torch
-from archs import build, rows
+from archs import build, rows, shake
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import loralab
+from loralab import peft_format
+from loralab.files import adapter_name
 
 peft = pytest.importorskip("peft")
 from deviations import DEVIATIONS  # noqa: E402
@@ -132,13 +138,29 @@ def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
         ({"init_lora_weights": "olora", "fan_in_fan_out": True}, "init_lora_weights='olora' changes the base"),
         ({"rank_pattern": {"query": 2}}, "expected (2, 24)"),
         ({"rank_pattern": {"(query": 2}}, "not a config of PEFT"),
-        ({"rank_pattern": [2]}, "not a config of PEFT"),
-        ({"r": "eight"}, "rank='eight': expected a whole number"),
-        ({"r": None}, "rank=None"),
-        ({"lora_alpha": None}, "not a config of PEFT"),
+        ({"rank_pattern": [2]}, "not a config of PEFT: rank_pattern=a list of 1: expected an object or null"),
+        (
+            {"rank_pattern": {"query": "two"}},
+            "not a config of PEFT: rank_pattern['query']='two': expected a whole number",
+        ),
+        ({"r": "eight"}, "not a config of PEFT: r='eight': expected a whole number"),
+        ({"r": None}, "not a config of PEFT: r=None"),
+        ({"r": True}, "not a config of PEFT: r=True"),
+        ({"r": 10**8}, "rank 100000000: no side of a tensor in the file is longer than 37"),
+        ({"r": 0}, "rank=0"),
+        ({"lora_alpha": None}, "not a config of PEFT: lora_alpha=None"),
+        ({"lora_alpha": 1e400}, "not a config of PEFT: lora_alpha=inf"),
+        ({"lora_dropout": "half"}, "not a config of PEFT: lora_dropout='half'"),
+        ({"use_dora": "yes"}, "not a config of PEFT: use_dora='yes'"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": "classifier"}, "not a config of PEFT: modules_to_save='classifier'"),
+        ({"peft_type": ["LORA"]}, "peft_type a list of 1 is not read here"),
+        ({"base_model_name_or_path": 7}, "not a config of PEFT: base_model_name_or_path=7"),
+        ({"rank_pattern": {"x" * 1001: 2}}, "a pattern has 1001 characters"),
     ],
 )
 def test_a_folder_that_would_be_another_function_is_refused(changed, told, tmp_path):
+    told = "missing tensors: bert.encoder.layer.0" if told == "lora_magnitude_vector" else told
     saved(tmp_path, "lora")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
@@ -149,11 +171,137 @@ def test_a_folder_that_would_be_another_function_is_refused(changed, told, tmp_p
 
 
 def test_a_projection_that_its_seed_does_not_draw_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     peft.get_peft_model(build("bert"), CONFIGS["vera"]()).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors["base_model.vera_A"] += 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(loralab.UserError, match="projection"):
         loralab.load(build("bert"), tmp_path)
+
+
+# ---- what is hostile, nested or without a place in PEFT's format -----------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [r"(.|.)*!", r"(.?){60}(.){60}!", r"((.*)*)*!", r"(\w|\w\w)*!", r"(?:(?:.|\.)+)+!"])
+def test_a_pattern_that_never_ends_is_refused_in_time(pattern, tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_format, "PATTERN_SECONDS", 0.5)
+    saved(tmp_path, "lora")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {pattern: 2}}))
+    start = time.monotonic()
+    # some of them the engine can match in time; that it ends is what counts
+    with contextlib.suppress(loralab.UserError):
+        loralab.load(lively("bert"), tmp_path)
+    assert time.monotonic() - start < 20
+
+
+def test_the_limit_of_time_is_for_all_patterns_together(monkeypatch):
+    patterns = {f"(.|..|...)*{i}!": 2 for i in range(1000)}
+    with pytest.raises(loralab.UserError, match="take longer than"):
+        peft_format._first_match(patterns, ["bert.encoder." * 20], time.monotonic() + 0.3)
+
+
+@pytest.mark.parametrize("who", ["loralab", "PEFT"])
+def test_heads_below_the_top_level_are_read_back(who, tmp_path):
+    kind = {"target_modules": ["query"], "modules_to_save": ["pooler", "classifier"]}
+    if who == "PEFT":
+        theirs = peft.get_peft_model(lively("bert"), peft.LoraConfig(r=2, **kind)).eval()
+        with torch.no_grad():
+            for key, p in theirs.named_parameters():
+                if "modules_to_save" in key or "lora_B" in key:
+                    p.add_(0.1)
+        theirs.save_pretrained(tmp_path)
+        expected = theirs(**rows()).logits
+    else:
+        model = lively("bert")
+        adapters = loralab.attach(model, "lora", rank=2, targets=["query"], head=["bert.pooler", "classifier"])
+        shake(adapters, "default")
+        with torch.no_grad():
+            for key, t in adapters.state().items():
+                if key.startswith(("bert.pooler", "classifier")):
+                    t.add_(0.1)
+        expected = model.eval()(**rows()).logits
+        adapters.export(tmp_path)
+        theirs = quiet(peft.PeftModel.from_pretrained, lively("bert"), tmp_path).eval()
+        torch.testing.assert_close(theirs(**rows()).logits, expected, rtol=1e-5, atol=1e-6)
+    ours = lively("bert")
+    adapters = loralab.load(ours, tmp_path)
+    assert sorted(adapters.spec().heads) == ["bert.pooler", "classifier"]
+    torch.testing.assert_close(ours.eval()(**rows()).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_embedding_as_a_head_learns_and_comes_back(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **sizes)
+
+    def causal():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+    model, ids = causal(), torch.randint(3, 40, (2, 5))
+    adapters = loralab.attach(model, "lora", rank=2, targets=["q_proj"], head=["model.embed_tokens"])
+    model(ids, labels=ids).loss.backward()
+    assert adapters.state()["model.embed_tokens.weight"].grad.abs().sum() > 0
+    shake(adapters, "default")
+    with torch.no_grad():
+        adapters.state()["model.embed_tokens.weight"].add_(0.1)
+    expected = model(ids).logits
+    adapters.save(tmp_path / "own")
+    adapters.export(tmp_path / "peft")
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    for folder in ("own", "peft"):
+        again = causal()
+        loralab.load(again, tmp_path / folder)
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["plain", "lora-v1.0", "qwen2.5 run", "keys", "v1.0.", "größe"])
+def test_a_folder_of_any_name_loads_by_itself(folder, tmp_path):
+    saved(tmp_path / folder, "lora")
+    names = loralab.load(lively("bert"), tmp_path / folder).names
+    assert names == [adapter_name(folder)]
+    assert loralab.load(lively("bert"), tmp_path / folder, name="mine").names == ["mine"]
+
+
+def test_labels_and_class_go_with_an_export(tmp_path):
+    adapters = loralab.attach(lively("bert"), "lora", rank=2, head=True, labels=["no", "yes", "so"])
+    adapters.export(tmp_path)
+    file = peft_format.read(tmp_path)
+    assert file.labels == ["no", "yes", "so"]
+    assert (file.base["class"], file.base["task_type"]) == ("BertForSequenceClassification", "SEQ_CLS")
+    assert loralab.load(lively("bert"), tmp_path).spec().labels == ("no", "yes", "so")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "notes"),
+    [
+        ("lora", {}, []),
+        ("lora", {"rank": 20}, ["vLLM needs --max-lora-rank 20"]),
+        ("dora", {}, ["vLLM refuses DoRA"]),
+        ("lora", {"head": True}, ["vLLM refuses a head"]),
+        ("dora", {"head": True, "rank": 20}, ["vLLM refuses DoRA", "vLLM refuses a head"]),
+    ],
+)
+def test_what_vllm_refuses_is_said(method, given, notes, tmp_path):
+    loralab.attach(lively("bert"), method, **{"rank": 4, **given}).export(tmp_path)
+    found = peft_format.vllm_notes(tmp_path)
+    assert len(found) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(found, notes, strict=True))
+
+
+def test_a_key_with_and_without_prefix_is_refused(tmp_path):
+    saved(tmp_path, "lora")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(iter(tensors))
+    save_file(
+        tensors | {key.removeprefix(peft_format.PREFIX): tensors[key] + 1}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(loralab.UserError, match="given twice"):
+        loralab.load(lively("bert"), tmp_path)
+
+
+def test_lora_of_an_embedding_is_refused_by_name(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query", "word_embeddings"])
+    peft.get_peft_model(lively("bert"), config).save_pretrained(tmp_path)
+    with pytest.raises(loralab.UserError, match=r"word_embeddings\.lora_embedding_A is not read here"):
+        loralab.load(lively("bert"), tmp_path)

@@ -15,8 +15,9 @@ from test_cli import adapter, cli, refused  # noqa: F401  (fixtures)
 import loralab
 from loralab import models
 from loralab.fast import prepare, put_back
+from loralab.layer import Adapted
 from loralab.recipe import NAMED
-from loralab.serve import Answer, Pool, Predictor, Row, known
+from loralab.serve import Answer, Pool, Predictor, Request, adapter_folders
 
 ADAPTS = [name for name, (row, _) in NAMED.items() if row.factors is not None]
 EQUAL = [("ab", [0, 0, 1, 1]), ("ba", [0, 0, 1, 1]), ("a", [0] * 4), ("ab", [1] * 4)]
@@ -41,11 +42,11 @@ def test_a_row_of_a_mixed_batch_is_the_row_alone(method, store):
     if store == "nf4" or own:
         pytest.importorskip("bitsandbytes")
     model, batch, ids = build("bert"), rows(), [1, 0, 2, 1, 0]
-    kept = {"store": own or store}
-    first = settings(method, model) | ({} if own else kept)
+    stored = {"store": own or store}
+    first = settings(method, model) | ({} if own else stored)
     adapters = loralab.attach(model, method, name="a", head=True, batches=[rows(seed=8)], **first)
-    adapters.add("b", rank=5, targets="attention-qv", head=True, labels=["x", "y"], **kept)
-    adapters.add("c", "dora", rank=2, targets="mlp", head=True, labels=["score"], **kept)
+    adapters.add("b", rank=5, targets="attention-qv", head=True, labels=["x", "y"], **stored)
+    adapters.add("c", "dora", rank=2, targets="mlp", head=True, labels=["score"], **stored)
     for seed, name in enumerate("abc"):
         shake(adapters, name, seed, 0.1)
     expected = list(alone(model, adapters, "abc", ids, batch))
@@ -144,30 +145,31 @@ def test_a_changed_tensor_is_never_served_stale(quick, change, key):
     if quick:
         prepare(model)
 
-    def said():
+    def outputs():
         with torch.no_grad(), adapters.use(["a", "b"], ids):
             mixed = model(**batch).logits
         with torch.no_grad(), adapters.use("a"):
             return mixed, model(**batch).logits
 
-    before = said()
+    before = outputs()
     change(adapters, key)
-    for mixed, single in (said(), said()):
+    for mixed, single in (outputs(), outputs()):
         assert_rows(mixed, list(alone(model, adapters, "ab", ids, batch)))
         assert_rows(single, list(alone(model, adapters, "a", [0] * 5, batch)))
         assert (single - before[1]).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_an_update_is_lowered_once(monkeypatch):
+def test_an_update_is_lowered_once_where_a_loop_keeps_it(monkeypatch):
     model, calls = build("bert"), []
     adapters = loralab.attach(model, "dora", name="a", rank=3, head=True)
     adapters.add("b", rank=2, head=True)
-    lower = loralab.layer.lower
-    monkeypatch.setattr(loralab.layer, "lower", lambda *given: calls.append(given) or lower(*given))
-    for names, ids in (("ab", [0, 1, 1, 0, 0]), ("ab", [0, 1, 1, 0, 0]), ("ba", [0, 0, 0, 0, 1]), ("b", [0] * 5)):
-        with adapters.use(list(names), ids):
-            model(**rows())
+    lower = Adapted.lower
+    monkeypatch.setattr(Adapted, "lower", lambda layer, *given: calls.append(given) or lower(layer, *given))
+    with adapters.caching():
+        for names, ids in (("ab", [0, 1, 1, 0, 0]), ("ab", [0, 1, 1, 0, 0]), ("ba", [0, 0, 0, 0, 1]), ("b", [0] * 5)):
+            with adapters.use(list(names), ids):
+                model(**rows())
     assert len(calls) == 2 * len(adapters.layers)
 
 
@@ -225,7 +227,7 @@ def predictor(tiny, folders):
 
     def make(budget=None, fast=True, given=folders, **more):
         return Predictor(
-            Pool(lambda: fresh(tiny), budget, fast), tokenizer, known(list(map(str, given.values()))), **more
+            Pool(lambda: fresh(tiny), budget, fast), tokenizer, adapter_folders(list(map(str, given.values()))), **more
         )
 
     return make
@@ -234,7 +236,7 @@ def predictor(tiny, folders):
 def some_rows(count, names=tuple(KINDS), seed=3):
     chance = random.Random(seed)
     texts = [" ".join(chance.choices(WORDS, k=chance.randint(1, 9))) for _ in range(count)]
-    return [Row(chance.choice(names), (text, "a cat") if chance.random() < 0.2 else (text,)) for text in texts]
+    return [Request(chance.choice(names), (text, "a cat") if chance.random() < 0.2 else (text,)) for text in texts]
 
 
 @torch.no_grad()
@@ -271,7 +273,7 @@ def test_a_budget_is_kept_and_changes_no_answer(predictor, monkeypatch, share):
     asked = some_rows(60)
     free = predictor(batch_size=7)
     expected = free.answer(asked)
-    sizes = [held.size for held in free.pool.loaded.values()]
+    sizes = [each.size for each in free.pool.loaded.values()]
     assert len(sizes) == len(KINDS)
     budget = max(max(sizes), int(share * sum(sizes)))
     tight, seen = predictor(budget, batch_size=7), []
@@ -286,7 +288,7 @@ def test_a_budget_is_kept_and_changes_no_answer(predictor, monkeypatch, share):
     assert max(seen) <= budget
     assert tight.pool.count > len(KINDS)  # some were dropped and loaded again
     on_models = [name for kind in tight.pool.models for name in tight.pool.handle(kind).names if tight.pool.loaded]
-    assert sorted(on_models) == sorted(held.slot for held in tight.pool.loaded.values())
+    assert sorted(on_models) == sorted(each.slot for each in tight.pool.loaded.values())
 
 
 def test_the_least_recently_used_goes_first(predictor, folders):
@@ -305,16 +307,16 @@ def test_the_least_recently_used_goes_first(predictor, folders):
     assert predictor(10).pool.used == 0
 
 
-def test_what_is_counted_is_what_is_held(predictor, folders):
+def test_the_size_of_an_adapter_is_that_of_its_tensors(predictor, folders):
     """Tensors that the update is lowered to count too, and what several layers share counts once."""
     free = predictor()
     for name in ("pets", "score", "dense", "delta"):
-        held = free.pool.admit(folders[name])
-        handle = free.pool.handle(held.kind)
-        own = sum(t.numel() * t.element_size() for _, t in handle.tensors(held.slot).values())
-        lowered = [handle.layers[p].lower(held.slot) for p in handle.specs[held.slot].paths]
+        loaded = free.pool.admit(folders[name])
+        handle = free.pool.handle(loaded.kind)
+        own = sum(t.numel() * t.element_size() for _, t in handle.tensors(loaded.slot).values())
+        lowered = [handle.layers[p].lower(loaded.slot) for p in handle.specs[loaded.slot].paths]
         more = sum(t.numel() * t.element_size() for u in lowered for t in u if t is not None)
-        assert own < held.size <= own + more
+        assert own < loaded.size <= own + more
 
 
 def test_every_fault_of_every_row_and_the_good_rows_answered(tiny, folders, predictor, tmp_path):
@@ -322,27 +324,39 @@ def test_every_fault_of_every_row_and_the_good_rows_answered(tiny, folders, pred
     header = json.loads((given["many"] / "adapter.json").read_text())
     header["base"]["sha256"] = "0" * 64
     (given["many"] / "adapter.json").write_text(json.dumps(header))
-    asked = [Row("pets", ("a cat",)), Row("nobody", ("a cat",)), Row("many", ("a dog",)), Row("size", ("red",)),
-             Row("pets", (" ",)), Row("pets", (None,)), Row("many", ("",)), Row("score", ("a dog", "")),
-             Row("pets", ("the dog",))]  # fmt: skip
+    asked = [
+        Request("pets", ("a cat",)),
+        Request("nobody", ("a cat",)),
+        Request("many", ("a dog",)),
+        Request("size", ("red",)),
+        Request("pets", (" ",)),
+        Request("pets", (None,)),
+        Request("many", ("",)),
+        Request("score", ("a dog", "")),
+        Request("pets", ("the dog",)),
+        Request("pets", ("a \ud83d dog",)),
+        Request("pets", (7,)),
+    ]
     predictor = predictor(given=given)
     shutil.rmtree(given["size"])
     answers = predictor.answer(asked)
-    told = {1: "no adapter 'nobody'", 2: "another base", 3: "size is no adapter folder", 4: "no text", 5: "no text",
-            6: "another base", 7: "no text"}  # fmt: skip
+    messages = {1: "no adapter 'nobody'", 2: "another base", 3: "size is no adapter folder", 4: "no text", 5: "no text",
+            6: "another base", 7: "no text", 9: "half of a surrogate pair", 10: "number instead of text"}  # fmt: skip
     for i, answer in enumerate(answers):
-        assert isinstance(answer, loralab.UserError) == (i in told), i
-        assert told.get(i, "") in str(answer)
+        assert isinstance(answer, loralab.UserError) == (i in messages), i
+        assert messages.get(i, "") in str(answer)
     assert "no text" in str(answers[6])
     assert_same([answers[0], answers[8]], [literal(tiny, folders, asked[i]) for i in (0, 8)])
 
 
 def test_a_rank_is_refused_for_the_rows_that_have_none(predictor):
-    answers = predictor(rank=2).answer([Row("many", ("a cat",)), Row("pets", ("a cat",)), Row("head", ("a cat",))])
+    answers = predictor(rank=2).answer(
+        [Request("many", ("a cat",)), Request("pets", ("a cat",)), Request("head", ("a cat",))]
+    )
     assert isinstance(answers[0], Answer)
     assert "rank=2" in str(answers[1])
     assert "no rank" in str(answers[2])
-    full = predictor().answer([Row("many", ("a cat",))])
+    full = predictor().answer([Request("many", ("a cat",))])
     assert full[0].probabilities != pytest.approx(answers[0].probabilities, abs=1e-4)
 
 
@@ -387,12 +401,12 @@ def command(folders, tiny, path, *more):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_file_comes_back_with_label_and_probabilities(cli, tiny, folders, asked, tmp_path, suffix):  # noqa: F811
     path, out = written(asked, tmp_path / f"in{suffix}"), tmp_path / f"out{suffix}"
-    code, said, err = cli(*command(folders, tiny, path, "--adapter-column", "who", "--out", out, "--memory", "1MB"))
-    assert (code, said) == (0, "")
+    code, printed, err = cli(*command(folders, tiny, path, "--adapter-column", "who", "--out", out, "--memory", "1MB"))
+    assert (code, printed) == (0, "")
     assert f"{len(asked['id'])} rows" in err
     for i, row in enumerate(read_back(out)):
         assert {key: row[key] for key in asked} == {key: column[i] for key, column in asked.items()}
-        expected = literal(tiny, folders, Row(asked["who"][i], (asked["text"][i],)))
+        expected = literal(tiny, folders, Request(asked["who"][i], (asked["text"][i],)))
         if expected.probabilities is None:
             assert float(row["label"]) == pytest.approx(expected.label, abs=1e-4)
             continue
@@ -408,7 +422,7 @@ def test_one_adapter_needs_no_column(cli, tiny, folders, asked, tmp_path):  # no
     assert code == 0
     records = json.loads(out)
     assert [record["label"] for record in records] == [
-        literal(tiny, folders, Row("pets", (text,))).label for text in asked["text"]
+        literal(tiny, folders, Request("pets", (text,))).label for text in asked["text"]
     ]
     assert cli(*command(one, tiny, path))[1].splitlines()[0] == "id,who,text,label,probabilities"
 
@@ -427,7 +441,7 @@ def test_an_adapter_of_a_run_knows_its_columns_and_its_base(cli, tiny, own, adap
 
 
 @pytest.mark.parametrize(
-    ("change", "more", "told"),
+    ("change", "more", "message"),
     [
         ({"who": {0: "nobody", 2: "nobody", 3: "nobody"}}, (), "rows 1, 3-4: no adapter 'nobody'"),
         ({"text": {1: ""}, "who": {2: "x"}}, (), "row 2: no text; row 3: no adapter 'x'"),
@@ -442,12 +456,12 @@ def test_an_adapter_of_a_run_knows_its_columns_and_its_base(cli, tiny, own, adap
         ({}, ("--adapters", "nowhere"), "nowhere is no adapter folder"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(refused, tiny, folders, asked, tmp_path, change, more, told):  # noqa: F811
+def test_bad_input_is_one_line_and_writes_nothing(refused, tiny, folders, asked, tmp_path, change, more, message):  # noqa: F811
     for column, values in change.items():
         for row, value in values.items():
             asked[column][row] = value
     path = written(asked, tmp_path / "in.csv")
-    assert told in refused(*command(folders, tiny, path, "--adapter-column", "who", *more))
+    assert message in refused(*command(folders, tiny, path, "--adapter-column", "who", *more))
 
 
 def test_other_mistakes_are_one_line(refused, tiny, folders, asked, tmp_path):  # noqa: F811

@@ -14,10 +14,10 @@ from loralab import LayerRank, RankMap, UserError
 from loralab.policies import POLICIES
 from loralab.ranks.alora import alora, divide, reallocate, scores
 from loralab.ranks.drop import drop_map, importance, parent, shapes
-from loralab.ranks.groups import kind
-from loralab.ranks.spectrum import error_map, error_spectrum, spread
+from loralab.targets import folded
+from loralab.ranks.spectrum import allocate, error_map, error_spectrum
 from loralab.recipe import NAMED, from_json, recipe, to_json
-from loralab.run import policies as plan_module
+from loralab.run import policies as making
 from loralab.run import train
 from loralab.stores import STORES, keep
 
@@ -219,7 +219,8 @@ def test_the_scaling_is_that_of_pefts_rank_pattern():
 def test_methods_with_work_in_each_step_take_shares(method):
     """A step on a shared B was scaled once for each of its layers, when it should be once."""
     same = RankMap({Q0: LayerRank(3, share="q"), Q1: LayerRank(3, share="q"), V0: 3, V1: 0, UP0: 0, UP1: 0})
-    model, adapters = adapted(method, same, rank=3, alpha=5.0)
+    more = {"wait": 2} if method == "delta-lora" else {}
+    model, adapters = adapted(method, same, rank=3, alpha=5.0, **more)
     assert torch.equal(logits(model), logits(build("bert")))
     move(adapters)
     B = adapters.layers[Q0].roles("a")["B"]
@@ -235,7 +236,7 @@ def test_methods_with_work_in_each_step_take_shares(method):
     if method == "delta-lora":
         for path in (Q0, Q1):
             p = adapters.layers[path].roles("a")
-            assert torch.equal(p["Bk"], p["B"])  # before `start` the snapshot follows
+            assert torch.equal(p["Bk"], p["B"])  # during the wait the snapshot follows
 
 
 OWN = RankMap({Q0: 4, Q1: 2, V0: 2, V1: 6, UP0: 0, UP1: 4})  # even, as an orthogonal start wants it
@@ -439,7 +440,7 @@ def test_the_smallest_prefix_keeps_its_own_and_the_rest_shares_by_kind():
     assert all(part.share for part in alone.layers.values())
     with pytest.raises(UserError, match="keep=1.5"):
         drop_map(values, sizes, keep=1.5)
-    assert (parent(Q0), kind(Q0)) == (f"{L}.0.attention.self", f"{L}.*.attention.self.query")
+    assert (parent(Q0), folded(Q0)) == (f"{L}.0.attention.self", f"{L}.*.attention.self.query")
 
 
 @pytest.mark.parametrize("arch", ["bert", "gpt2", "llama"])
@@ -458,8 +459,8 @@ def test_a_map_of_drop_fits_the_model_it_came_from(arch):
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-def test_every_plan_of_the_table_can_run():
-    assert plan_module.POLICIES.keys() == POLICIES.keys()
+def test_every_policy_of_the_table_can_run():
+    assert making.MAKERS.keys() == POLICIES.keys()
 
 
 @pytest.mark.parametrize(
@@ -476,21 +477,21 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
 
     s = settings(tiny, own, tmp_path / "r", lr=1e-2, **more)
     result = train(s)
-    plan = result["time"]["plan"]
-    assert plan["name"] == (more.get("policy") or NAMED[more["method"]][0].policy)
+    cost = result["time"]["plan"]
+    assert cost["name"] == (more.get("policy") or NAMED[more["method"]][0].policy)
     seconds = sum(row["seconds"] for row in metrics(tmp_path / "r"))
-    assert result["time"]["train_s"] == pytest.approx(plan["seconds"] + seconds, abs=1e-3)
-    assert result["time"]["train_s"] > plan["seconds"] > 0
-    assert (plan["steps"] > 0) == ("method" in more)
-    assert any(note.startswith(f"plan {plan['name']} gave") for note in result["notes"])
+    assert result["time"]["train_s"] == pytest.approx(cost["seconds"] + seconds, abs=1e-3)
+    assert result["time"]["train_s"] > cost["seconds"] > 0
+    assert (cost["steps"] > 0) == ("method" in more)
+    assert any(note.startswith(f"policy {cost['name']} gave") for note in result["notes"])
     run = json.loads((tmp_path / "r/run.json").read_text())
     ranks = RankMap.from_json(run["recipe"]["ranks"])
-    assert bool(ranks.shares) == POLICIES[plan["name"]].shares
+    assert bool(ranks.shares) == POLICIES[cost["name"]].shares
     assert loralab.files.read(tmp_path / "r/adapter").recipe.ranks == ranks
     again = train(settings(tiny, own, tmp_path / "s", lr=1e-2, **more))
     assert again["metrics"] == result["metrics"]
 
-    # a run that was interrupted does not plan again, and ends as the other
+    # a resumed run takes its map from run.json, and ends as the other
     from loralab.run import loop
 
     real, calls = loop.Loop._end_epochs, []
@@ -504,7 +505,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     monkeypatch.setattr(loop.Loop, "_end_epochs", once)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny, own, tmp_path / "t", lr=1e-2, **more))
-    monkeypatch.setattr(plan_module, "POLICIES", {})
+    monkeypatch.setattr(making, "MAKERS", {})
     resumed = train(settings(tiny, own, tmp_path / "t", lr=1e-2, resume=True, **more))
     assert resumed["metrics"] == result["metrics"]
     assert resumed["counts"] == result["counts"]
@@ -690,7 +691,7 @@ def test_no_other_division_of_the_budget_leaves_less_error():
         "b": torch.tensor([4.0, 0.5]),
         "c": torch.tensor([2.0, 1.5, 1.2, 0.1]),
     }
-    made = spread(spectra, 5)
+    made = allocate(spectra, 5)
 
     def left(ranks):
         return sum(float(spectra[path][k:].square().sum()) for path, k in ranks.items())
@@ -699,9 +700,9 @@ def test_no_other_division_of_the_budget_leaves_less_error():
         {"a": a, "b": b, "c": 5 - a - b} for a in range(4) for b in range(3) if 0 <= 5 - a - b <= 4
     ]  # every division of 5 ranks
     assert left({path: part.rank for path, part in made.layers.items()}) == min(map(left, ways))
-    assert {path: part.rank for path, part in spread(spectra, 5, least=1).layers.items()} == {"a": 2, "b": 1, "c": 2}
+    assert {path: part.rank for path, part in allocate(spectra, 5, least=1).layers.items()} == {"a": 2, "b": 1, "c": 2}
     with pytest.raises(UserError, match="0 to 9"):
-        spread(spectra, 10)
+        allocate(spectra, 10)
     with pytest.raises(UserError, match="keeps every bit"):
         error_map({"a": nn.Linear(5, 3)}, "float32")
 

@@ -14,9 +14,10 @@ import synthetic
 
 import loralab
 from loralab.cli import main
-from loralab.report import content, rows, slugs, source, write
+from loralab.disk import size_text
+from loralab.report import charts as ch
+from loralab.report import findings, rank_charts, slugs, tables, write
 from loralab.report import numbers as n
-from loralab.report.charts import charts, costs, parts, ranks, scores, styles_of
 from loralab.report.tables import to_csv, to_latex, to_markdown
 from loralab.study import comparisons, load, summaries
 
@@ -105,25 +106,27 @@ def test_statistics_are_those_of_the_study_and_each_verdict_is_of_its_own_method
 
 def test_a_comparison_seen_from_the_other_side_is_mirrored(study):
     c = comparisons(load(study))[1]
-    other = rows.toward(c, c.b)
+    other = findings.with_first(c, c.b)
     assert (other.a, other.b, other.difference, other.low, other.high) == (c.b, c.a, -c.difference, -c.high, -c.low)
     assert {c.verdict, other.verdict} in ({"better", "worse"}, {c.verdict})
-    assert rows.toward(other, c.a) == c
-    assert rows.toward(c, c.a) is c
+    assert findings.with_first(other, c.a) == c
+    assert findings.with_first(c, c.a) is c
 
 
 def test_the_pareto_front_is_what_nothing_beats():
     points = [(1, 0.5), (2, 0.7), (2, 0.6), (3, 0.7), (4, 0.9), (1, 0.5), (5, 0.1)]
-    assert rows.pareto(points) == [True, True, False, False, True, True, False]
+    assert findings.pareto(points) == [True, True, False, False, True, True, False]
 
 
 def test_numbers_read_as_people_write_them():
-    assert n.spread(0.12345, 0.01) == "0.123 ± 0.010"
-    assert n.spread(0.12345, math.nan) == "0.123"
+    assert n.mean_sd(0.12345, 0.01) == "0.123 ± 0.010"
+    assert n.mean_sd(0.12345, math.nan) == "0.123"
     assert n.interval(-0.0123, 0.2) == "−0.012 to 0.200"
     assert [n.signed(math.nan), n.chance(math.nan), n.interval(math.nan, math.nan)] == ["–"] * 3
     assert [n.chance(1e-9), n.chance(0.0312)] == ["< 0.001", "0.031"]
-    assert [n.count(887042), n.size(1.5e9), n.duration(90), n.duration(5400)] == ["887 k", "1.5 GB", "90 s", "90 min"]
+    assert [n.count(887042), n.duration(90), n.duration(5400)] == ["887 k", "90 s", "90 min"]
+    sizes = {0: "0 B", 999: "999 B", 999_600: "1 MB", 45_450_000: "45.5 MB", 1.5e9: "1.5 GB", 2.5e12: "2.5 TB"}
+    assert {count: size_text(count) for count in sizes} == sizes
     assert n.spans((5, 0, 2, 1)) == "0–2, 5"
     assert n.spans([3, 5, 6, 7, 9], "-") == "3, 5-7, 9"
 
@@ -132,7 +135,7 @@ def test_numbers_read_as_people_write_them():
 
 
 def test_a_plain_folder_mixes_no_two_settings(plain):
-    study = source.read(plain)
+    study = findings.read(plain)
     cells = {key[2]: [run.seed for run in cell.runs] for key, cell in study.cells().items()}
     assert cells == {"lora lr=0.001": [0, 1], "lora lr=0.002": [0, 1], "full": [0]}
     assert [note.split()[:2] for note in study.notes] == [["1", "run"], ["1", "run"]]
@@ -150,11 +153,11 @@ def test_runs_on_other_rows_or_another_base_are_never_one_cell(tmp_path):
         if key:
             data[key] = {**data["data"], "sha256": "f00d00f00d"} if key == "data" else "beefbeef"
         facts.write_text(json.dumps(data))
-    keys = {key[:2] for key in source.read(tmp_path).cells()}
+    keys = {key[:2] for key in findings.read(tmp_path).cells()}
     assert len(keys) == 3
     assert "cola (data f00d00)" in {task for task, _ in keys}
     assert "mpnet (base beefbe)" in {model for _, model in keys}
-    assert rows.findings(source.read(tmp_path)).comparisons == []
+    assert findings.findings(findings.read(tmp_path)).comparisons == []
 
 
 def test_what_holds_no_run_is_refused(tmp_path):
@@ -176,23 +179,23 @@ def test_published_numbers_are_apart_and_keep_their_protocol(study, written):
     assert rows[0]["metric"] == "matthews, best epoch"
     assert rows[0]["epochs"] == "80"
     page = (written / "index.html").read_text()
-    results, _, rest = page.partition('<section id="published" class="foreign">')
-    assert "63.4" not in results
+    before, _, rest = page.partition('<section id="published" class="foreign">')
+    assert "63.4" not in before
     assert "63.4 ± 1.2" in rest
-    assert "no verdict is drawn" in rest
+    assert "are not compared with the results above" in rest
     for file in ("results", "comparisons", "runs"):
         assert "RoBERTa" not in (written / f"{file}.csv").read_text()
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [(None, "cannot be read"), ("a,b\n1,2\n", "no column paper_or_seed"), (PUBLISHED[:70], "no row is about cola")],
 )
-def test_published_numbers_that_cannot_be_used_are_refused(study, tmp_path, text, told):
+def test_published_numbers_that_cannot_be_used_are_refused(study, tmp_path, text, message):
     file = tmp_path / "p.csv"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(loralab.UserError, match=told):
+    with pytest.raises(loralab.UserError, match=message):
         write(study, tmp_path / "out", file)
     assert not (tmp_path / "out").exists()
 
@@ -226,7 +229,7 @@ def test_file_names_are_each_their_own():
 
 @pytest.mark.parametrize("writer", [to_csv, to_markdown, to_latex])
 def test_every_table_has_a_line_for_every_row(study, writer):
-    for made in content.tables(rows.findings(source.read(study))):
+    for made in tables.tables(findings.findings(findings.read(study))):
         lines = {
             to_csv: lambda text: len(text.splitlines()) - 1,
             to_markdown: lambda text: sum(line.startswith("| ") for line in text.splitlines()) - 2,
@@ -241,8 +244,8 @@ def test_every_table_has_a_line_for_every_row(study, writer):
 def test_pictures_are_there_when_the_data_has_them(study, written, plain):
     names = {file.stem for file in (written / "plots").iterdir()}
     assert {"bars-speed-mpnet", "bars-memory-mpnet"} <= names
-    for what in ("scores-score", "scores-learning-curve", "ranks-rank-curve",
-                 "ranks-rank-and-targets-of-lora", "costs-score-against-values-that-learn", "costs-score-against-time",
+    for what in ("scores-score", "scores-learning-curve", "ranks-rank-curve", "ranks-rank-and-targets-of-lora",
+                 "costs-score-against-trainable-parameters", "costs-score-against-time",
                  "costs-score-against-memory"):  # fmt: skip
         assert f"{what}-cola-mpnet" in names
     assert "ranks-rank-curve-stsb-mpnet" not in names
@@ -251,8 +254,8 @@ def test_pictures_are_there_when_the_data_has_them(study, written, plain):
 
 def test_one_training_of_many_ranks_is_a_line_of_the_rank_curve(tmp_path):
     made = synthetic.study(tmp_path, seeds=3, tasks=("cola",), methods=("full", "dylora"))
-    found = rows.findings(source.read(made))
-    _, figure = ranks.curve(rows.points(found.results), found.results)
+    found = findings.findings(findings.read(made))
+    _, figure = rank_charts.curve(findings.points(found.results), found.results)
     (line,) = [drawn for drawn in figure.axes[0].lines if drawn.get_label() == "dylora, one training"]
     (cell,) = [r.cell for r in found.results if r.label == "dylora"]
     for rank, mean in zip(*line.get_data(), strict=True):
@@ -261,14 +264,41 @@ def test_one_training_of_many_ranks_is_a_line_of_the_rank_curve(tmp_path):
     assert list(line.get_xdata()) == [1, 2, 3, 4]
 
 
+def test_results_of_one_rank_have_lines_of_their_own(tmp_path):
+    for rank in (2, 8):
+        for lr in (1e-3, 2e-3):
+            for seed in (0, 1):
+                synthetic.run(tmp_path / f"{rank}-{lr}-{seed}", seed=seed, rank=rank, lr=lr)
+    found = findings.findings(findings.read(tmp_path))
+    placed = findings.points(found.results)
+    assert len(placed) == len(found.results) == 4
+    caption, figure = rank_charts.curve(placed, found.results)
+    assert "lines of their own" in caption
+    drawn = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in figure.axes[0].lines}
+    assert set(drawn) == {"lora lr=0.001", "lora lr=0.002"}
+    for r in found.results:
+        settings = r.cell.runs[0].facts["settings"]
+        assert drawn[f"lora lr={settings['lr']}"][settings["rank"]] == r.summary.mean
+
+
+def test_settings_that_change_with_the_rank_split_no_line(tmp_path):
+    for rank in (2, 8):
+        synthetic.run(tmp_path / str(rank), rank=rank, alpha=2.0 * rank, lr=1e-3 / rank)
+    placed = findings.points(findings.findings(findings.read(tmp_path)).results)
+    assert {(point.rank, point.variant) for point in placed} == {(2, ""), (8, "")}
+
+
+def all_charts(found):
+    return [*ch.charts(found), *rank_charts.rank_charts(found)]
+
+
 def charts_of(folder):
-    found = rows.findings(source.read(folder))
-    return [chart.name for chart in charts(found)]
+    return [chart.name for chart in all_charts(findings.findings(findings.read(folder)))]
 
 
 def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_them(study):
-    found = rows.findings(source.read(study))
-    (chart,) = [c for c in charts(found) if (c.section, c.title) == ("scores", "cola, mpnet: learning curve")]
+    found = findings.findings(findings.read(study))
+    (chart,) = [c for c in all_charts(found) if (c.section, c.title) == ("scores", "cola, mpnet: learning curve")]
     (ax,) = chart.fig.axes
     runs = load(study).cells()["cola", "mpnet", "lora"].runs
     values = np.array([[row["validation"]["matthews_correlation"] for row in run.history] for run in runs])
@@ -280,14 +310,14 @@ def test_a_curve_is_the_mean_of_the_seeds_in_a_band_of_them(study):
 
 def test_every_metric_that_was_taken_has_a_curve(tmp_path):
     study = synthetic.study(tmp_path, tasks=("mrpc", "cola"), methods=("full", "lora"))
-    drawn = {c.title: c.fig.axes[0] for c in charts(rows.findings(source.read(study))) if "curve" in c.title}
-    told = {title: ax.get_ylabel() for title, ax in drawn.items() if "learning" in title}
-    assert told == {
+    drawn = {c.title: c.fig.axes[0] for c in all_charts(findings.findings(findings.read(study))) if "curve" in c.title}
+    labels = {title: ax.get_ylabel() for title, ax in drawn.items() if "learning" in title}
+    assert labels == {
         "mrpc, mpnet: learning curve": "F1",
         "mrpc, mpnet: learning curve, accuracy": "accuracy",
         "cola, mpnet: learning curve": "Matthews",
     }
-    of_f1, of_accuracy = (drawn[title].lines[0].get_ydata() for title in list(told)[:2])
+    of_f1, of_accuracy = (drawn[title].lines[0].get_ydata() for title in list(labels)[:2])
     np.testing.assert_allclose(of_accuracy, of_f1 - synthetic.ACCURACY)
 
 
@@ -298,27 +328,27 @@ def test_of_many_methods_the_best_and_the_reference_have_lines(tmp_path):
     for planned in data["planned"]:
         planned["method"] = renamed.get(planned["method"], planned["method"])
     (study / "study.json").write_text(json.dumps(data | {"compare": data["compare"] | {"against": "vera"}}))
-    found = rows.findings(source.read(study))
-    assert len(found.results) > parts.MANY
-    drawn = {c.title.partition(": ")[2]: c for c in charts(found)}
-    best = sorted(found.results, key=lambda r: -r.summary.mean)[: parts.BEST]
+    found = findings.findings(findings.read(study))
+    assert len(found.results) > ch.MANY
+    drawn = {c.title.partition(": ")[2]: c for c in all_charts(found)}
+    best = sorted(found.results, key=lambda r: -r.summary.mean)[: ch.BEST]
     lines = [line.get_label() for line in drawn["learning curve"].fig.axes[0].lines]
     assert set(lines) == {r.label for r in best} | {"vera"}
-    assert f"The {parts.BEST} best of {len(found.results)}" in drawn["learning curve"].caption
-    cost = drawn["score against values that learn"].fig
+    assert f"The {ch.BEST} best of {len(found.results)}" in drawn["learning curve"].caption
+    cost = drawn["score against trainable parameters"].fig
     points = [(r.cost.trainable, r.summary.mean) for r in found.results]
-    front = [r.label for r, on in zip(found.results, rows.pareto(points), strict=True) if on]
+    front = [r.label for r, on in zip(found.results, findings.pareto(points), strict=True) if on]
     assert [text.get_text() for text in cost.legends[0].get_texts()] == front
 
 
 def test_pictures_of_memory_are_of_one_runs_step(study):
-    found = rows.findings(source.read(study))
-    drawn = {c.title: c.fig.axes[0] for c in charts(found)}
+    found = findings.findings(findings.read(study))
+    drawn = {c.title: c.fig.axes[0] for c in all_charts(found)}
     main = [r for r in found.results if " " not in r.label]
-    told = [text.get_text() for text in drawn["mpnet: memory"].texts]
+    texts = [text.get_text() for text in drawn["mpnet: memory"].texts]
     for r in main:
-        assert n.size(r.cost.step_bytes) in told
-        assert n.size(r.cost.peak_bytes) not in told
+        assert size_text(r.cost.step_bytes) in texts
+        assert size_text(r.cost.peak_bytes) not in texts
     points = {line.get_label(): line.get_xdata()[0] for line in drawn["cola, mpnet: score against memory"].lines}
     assert {r.label: points[r.label] for r in main} == {
         r.label: r.cost.step_bytes for r in main if r.place[0] == "cola"
@@ -326,10 +356,10 @@ def test_pictures_of_memory_are_of_one_runs_step(study):
 
 
 def test_what_shared_passes_is_said_wherever_time_is_shown(study, written):
-    shared = "In passes with other runs, an equal part of their time: lora, head"
-    drawn = {c.title: c.caption for c in charts(rows.findings(source.read(study)))}
-    told = {title for title, caption in drawn.items() if shared in caption}
-    assert told == {"cola, mpnet: score against time", "stsb, mpnet: score against time", "mpnet: speed"}
+    shared = "Runs of lora, head shared passes; each has an equal part of their time."
+    drawn = {c.title: c.caption for c in all_charts(findings.findings(findings.read(study)))}
+    titles = {title for title, caption in drawn.items() if shared in caption}
+    assert titles == {"cola, mpnet: score against time", "stsb, mpnet: score against time", "mpnet: speed"}
     assert "in 16 of 18 results runs shared passes" in (written / "index.html").read_text()
 
 
@@ -339,26 +369,26 @@ def test_what_shared_passes_is_said_wherever_time_is_shown(study, written):
 def test_a_result_far_below_does_not_press_the_others_together(tmp_path, monkeypatch, head, cut):
     monkeypatch.setitem(synthetic.GOOD, "head", head)
     study = synthetic.study(tmp_path, tasks=("mrpc",), methods=("full", "lora", "dora", "head"))
-    results = [r for r in rows.findings(source.read(study)).results if " " not in r.label]
-    near, far = parts.apart(results)
+    shown = [r for r in findings.findings(findings.read(study)).results if " " not in r.label]
+    near, far = ch.outliers(shown)
     assert [r.label for r in far] == ["head"] * cut
     assert [r.label for r in near] == ["full", "lora", "dora", "head"][: 4 - cut]
-    styles = styles_of([r.label for r in results])
-    low, high = results[-1].summary.low, results[-1].summary.high
+    styles = ch.styles_of([r.label for r in shown])
+    low, high = shown[-1].summary.low, shown[-1].summary.high
     for draw, limits in (
-        (scores.intervals, "get_xlim"),
-        (scores.by_epoch("f1"), "get_ylim"),
-        (costs.against("time"), "get_ylim"),
+        (ch.intervals, "get_xlim"),
+        (ch.by_epoch("f1"), "get_ylim"),
+        (ch.against("time"), "get_ylim"),
     ):
-        _, _, caption, fig = draw(results, styles)
+        _, _, caption, fig = draw(shown, styles)
         (ax,) = fig.axes
         bottom, top = getattr(ax, limits)()
         assert (high < bottom) == cut
         assert (bottom < low and high < top) == (not cut)
         assert all(bottom < r.summary.mean < top for r in near)
-        assert ("Arrow" in caption or "Below the picture: head" in caption) == cut
-        assert (n.score(results[-1].summary.mean) in {text.get_text() for text in ax.texts}) == (
-            cut and draw is scores.intervals
+        assert ("Arrow" in caption or "Off the scale: head" in caption) == cut
+        assert (n.score(shown[-1].summary.mean) in {text.get_text() for text in ax.texts}) == (
+            cut and draw is ch.intervals
         )
 
 
@@ -389,8 +419,8 @@ def test_the_command_says_where_the_page_is(study, tmp_path, capsys):
     assert main(["report", str(study), "--out", str(tmp_path / "out")]) == 0
     assert f"report: {tmp_path / 'out/index.html'}" in capsys.readouterr().out
     assert main(["report", str(study), "--out", str(tmp_path / "out"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["files"]) == {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["files"]) == {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
     assert main(["report", str(tmp_path / "nowhere")]) == 2
 
 

@@ -20,7 +20,7 @@ from loralab.stores import keep
 
 N_OUT, N_IN, RANK = 13, 17, 4
 PLAIN = LoRA(rank=RANK, alpha=10.0)  # scaling 2.5
-AWAY = [name for name, start in STARTS.items() if start.away]
+AWAY = [name for name, start in STARTS.items() if start.subtracted]
 QUERY = "bert.encoder.layer.1.attention.self.query"
 DENSE = "bert.encoder.layer.0.output.dense"  # 24 x 37
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 import loralab
-from loralab.hooks import WATCHING
+from loralab.hooks import LISTENING
 from loralab.recipe import FACTORS, NAMED
 from loralab.run import Settings, train
 
@@ -52,7 +52,7 @@ def ranks(model, adapters, optimizer, count=12):
 
 
 def listening():
-    return len(WATCHING)
+    return len(LISTENING)
 
 
 def test_every_stepped_method_is_here():
@@ -287,17 +287,17 @@ def test_hooks_come_and_go():
     gc.collect()  # models of other tests
     none = listening()
     model, adapters = adapted("lora")
-    assert (listening(), len(model._forward_pre_hooks)) == (none, 0)
+    assert (listening(), len(model._forward_pre_hooks)) == (none, 1)  # one hook of the handle
     adapters.add("a", "dylora", rank=2)
     adapters.add("b", "delta-lora", rank=2)
-    assert (listening(), len(model._forward_pre_hooks)) == (none + 1, 1)
+    assert (listening(), len(model._forward_pre_hooks)) == (none + 1, 2)
     adapters.remove("a")
     assert listening() == none + 1
     adapters.remove("b")
-    assert (listening(), len(model._forward_pre_hooks)) == (none, 0)
+    assert (listening(), len(model._forward_pre_hooks)) == (none, 1)
     adapters.add("c", "dylora", rank=2)
     assert len(adapters.merge("c")._forward_pre_hooks) == 0
-    assert (listening(), len(model._forward_pre_hooks)) == (none + 1, 1)
+    assert (listening(), len(model._forward_pre_hooks)) == (none + 1, 2)
     adapters.detach()
     assert (listening(), len(model._forward_pre_hooks)) == (none, 0)
 

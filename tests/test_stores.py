@@ -15,7 +15,7 @@ from loralab.optimizers import adamw
 from loralab.run.memory import tensor_bytes
 from loralab.stores import STORES, nf4
 from loralab.stores.int2 import EDGE, LEVELS
-from loralab.stores.report import quantization_report
+from loralab.stores.quantized import quantization_report
 
 QUANTIZED = ["int8", "nf4", "nf4-dq", "int2"]
 SIZES = [(13, 11), (37, 24), (64, 128)]  # less than three blocks and odd; blocks across rows; whole blocks

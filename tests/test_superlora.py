@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import loralab
 from loralab.methods.lora import LoRA
-from loralab.methods.superlora import SuperLoRA, balanced, parts, shuffle, spread
+from loralab.methods.superlora import SuperLoRA, balanced, kronecker_factors, project, shuffle
 from loralab.recipe import NAMED, Recipe, recipe
 from loralab.stores.float import Float
 from loralab.update import Dense, Update, apply, merged, stack, take
@@ -162,22 +162,22 @@ def test_pairs_are_those_of_peft_and_any_number_splits():
 
 
 def test_a_projected_update_is_factored_at_sides_of_the_root_of_the_ratio():
-    assert parts(SuperLoRA(ratio=0.25), 768, 3072)[0].matrix == (384, 1536)
-    assert parts(SuperLoRA(ratio=0.25, split=2), 768, 3072)[1].matrix == (24, 48)
-    assert parts(SuperLoRA(ratio=1e-9), 7, 5)[0].matrix == (1, 1)
+    assert kronecker_factors(SuperLoRA(ratio=0.25), 768, 3072)[0].matrix == (384, 1536)
+    assert kronecker_factors(SuperLoRA(ratio=0.25, split=2), 768, 3072)[1].matrix == (24, 48)
+    assert kronecker_factors(SuperLoRA(ratio=1e-9), 7, 5)[0].matrix == (1, 1)
 
 
 @pytest.mark.parametrize(("n", "count"), [(6, 24), (6, 30), (10, 12), (1, 7)])
 def test_the_projection_gives_every_number_as_many_places_and_both_signs(n, count):
     P = shuffle(4, count)
-    F_ = torch.stack([spread(column, P, len(P)) for column in torch.eye(n, dtype=torch.float64)], 1)
+    F_ = torch.stack([project(column, P, len(P)) for column in torch.eye(n, dtype=torch.float64)], 1)
     assert torch.equal(F_, projection(4, n, count))
     used = F_.abs().sum(0)
     assert used.max() - used.min() <= 1
     assert F_.sum(0).abs().max() <= 1
     assert not torch.equal(P, shuffle(5, count))
     v, w = tensor(n, seed=1), tensor(n, seed=2)
-    torch.testing.assert_close(spread(2 * v - w, P, len(P)), 2 * spread(v, P, len(P)) - spread(w, P, len(P)))
+    torch.testing.assert_close(project(2 * v - w, P, len(P)), 2 * project(v, P, len(P)) - project(w, P, len(P)))
 
 
 def test_the_projection_is_one_for_layers_of_one_size_and_not_in_the_file():

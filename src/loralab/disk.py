@@ -1,17 +1,35 @@
-"""Read and write JSON and safetensors files: written whole or not at all, read strictly."""
+"""Read and write JSON and safetensors files and folders: written whole or not at all, read strictly and within limits.
 
+Reading takes regular files only, and checks every size that a file claims before memory is taken for it.
+"""
+
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralab.errors import UserError
+
+MAX_JSON = 32 * 2**20  # bytes of a JSON file, or of the JSON header in a safetensors file
+MAX_DEPTH = 64  # levels of nesting in JSON
+METADATA = "__metadata__"  # the one key of a safetensors header that names no tensor: text -> text
+ITEM_BYTES = {  # dtype as safetensors spells it -> bytes of one value
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -31,6 +49,42 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, then rename it to `path`, which must not exist: it appears whole or not at all.
+
+    What a killed process left half-filled is removed first. Raises OSError.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for place in (*partial.rglob("*"), partial):
+            _sync(place)
+        replace_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename a folder to `target`, which must be missing or empty. Raises OSError."""
+    os.replace(source, target)
+    _sync(target.parent)
+
+
+def check_output_folder(path: Path, belongs: Callable[[Path], bool] = lambda path: False) -> None:
+    """Raise UserError unless files can be written to a folder that is new, empty, or `belongs` to who asks."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file, expected a folder")
+    if path.exists() and any(path.iterdir()) and not belongs(path):
+        raise UserError(f"--out {path} holds other files: choose an empty or a new folder")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {path}: no permission to write in {there}; choose another folder")
+
+
 def _sync(path: Path) -> None:
     if os.name != "posix":  # a folder cannot be opened elsewhere
         return
@@ -41,33 +95,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError for a file that is missing, unreadable or something else."""
-    try:
-        header = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} is no adapter folder: it has no {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(header).__name__}")
-    return header
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises UserError if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises OSError."""
     copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     with replacing(path) as temporary:
         try:
-            save_file(copies, temporary)
+            save_file(copies, temporary, None if metadata is None else dict(metadata))
         except SafetensorError as error:  # a full disk, say
             raise OSError(str(error)) from error
 
@@ -80,4 +113,169 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all. Raises OSError."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the JSON header of an adapter or run folder. Raises UserError as `read_json` does, and if it is missing."""
+    if not path.exists():
+        raise UserError(f"{path.parent} is no adapter folder: it has no {path.name}")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises UserError for a file that is missing, unreadable, no regular file, larger than MAX_JSON, nested deeper than
+    MAX_DEPTH, or that gives a key twice.
+    """
+    with _opened(path) as stream:
+        text = stream.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise UserError(f"{path} cannot be read: it is larger than {MAX_JSON:,} bytes, the most that is read here")
+    return _parse(text, str(path))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises UserError as `tensor_headers` does."""
+    tensor_headers(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+class TensorHeader(NamedTuple):
+    """What a safetensors file says of one tensor."""
+
+    dtype: str  # as safetensors spells it: F32, BF16, ...
+    shape: tuple[int, ...]
+
+
+def tensor_headers(path: Path) -> dict[str, TensorHeader]:
+    """Read the header of a safetensors file without its tensors.
+
+    Raises UserError if the file is missing, no regular file or damaged: the tensors that the header lists must fill the
+    rest of the file, without gap or overlap.
+    """
+    header, size = _header(path)
+    header.pop(METADATA, None)
+    headers, spans = {}, []
+    for key, entry in header.items():
+        if wrong := _entry_problem(entry):
+            raise UserError(f"{path} cannot be read: tensor {key!r} {wrong}")
+        headers[key] = TensorHeader(entry["dtype"], tuple(entry["shape"]))
+        spans.append(entry["data_offsets"])
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise UserError(f"{path} cannot be read: its tensors overlap or leave a gap at byte {end}")
+        end = stop
+    if end != size:
+        raise UserError(f"{path} cannot be read: its tensors take {end:,} bytes, the file has {size:,} for them")
+    return headers
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the texts that a safetensors file holds beside its tensors. Raises UserError for a damaged file."""
+    metadata = _header(path)[0].get(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path} cannot be read: its metadata are not texts")
+    return metadata
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(JSON header of a safetensors file, bytes of the file after it)."""
+    with _opened(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_JSON):
+            raise UserError(f"{path} cannot be read: it is no safetensors file, or cut off")
+        return _parse(stream.read(length), f"the header of {path}"), size - 8 - length
+
+
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with the header of one tensor."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "is not described by dtype, shape and data_offsets"
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return f"has dtype {str(dtype)[:20]!r}: expected one of {', '.join(ITEM_BYTES)}"
+    numbers = isinstance(shape, list) and isinstance(span, list) and len(span) == 2
+    if not numbers or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *span)):
+        return "has a shape or data_offsets that are not whole numbers"
+    if span[1] - span[0] != prod(shape) * ITEM_BYTES[dtype]:
+        return f"of shape {tuple(shape[:8])} does not take the {span[1] - span[0]:,} bytes given to it"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; UserError for anything else, such as a pipe, which would never end."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} cannot be read: it is no regular file")
+        with path.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(text: bytes, source: str) -> dict[str, Any]:
+    """A JSON object, strictly; `source` is for errors."""
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+        _check_depth(data)
+        if b"\\ud" in text.lower():  # half of a surrogate pair is no character: it could not even be printed
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise UserError(f"{source} cannot be read: it is nested deeper than {MAX_DEPTH} levels") from error
+    except ValueError as error:  # of JSON or of Unicode
+        raise UserError(f"{source} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{source}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:80]!r} is given twice")
+    return data
+
+
+def _check_depth(data: Any) -> None:
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people, in powers of 1000 and three digits: 1234567 -> 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:  # above, three digits round to 1000
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

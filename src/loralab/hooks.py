@@ -1,7 +1,7 @@
 """The work that some methods do at every optimizer step, hooked into any training loop; a missing hook is an error.
 
-The draw of a step is made before the model's first training forward of that step; before_step and after_step run around
-the step of whichever torch optimizer holds the adapter's parameters.
+The draw of a step is made before the model's first training forward of that step. `before_step` and `after_step` of the
+method run around the step of the torch optimizer that holds the adapter's parameters.
 """
 
 import weakref
@@ -16,91 +16,100 @@ from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
 from loralab.methods.base import Factors
 
-WATCHING: "weakref.WeakSet[StepHooks]" = weakref.WeakSet()  # those that hear of every optimizer's step while they live
-HOOKS: list[Any] = []  # the one pair of hooks that tells them
+LISTENING: "weakref.WeakSet[StepHooks]" = weakref.WeakSet()  # those called at every optimizer's step while they live
+REGISTERED: list[Any] = []  # the one pair of torch hooks that calls them
 
 
-def watch(steps: "StepHooks") -> None:
-    """The hooks stay once they are there: torch walks over them, so nothing may be taken off when a model is freed."""
-    WATCHING.add(steps)
-    if not HOOKS:
-        HOOKS.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _tell(StepHooks.before_step, optimizer)))
-        HOOKS.append(register_optimizer_step_post_hook(lambda optimizer, *_: _tell(StepHooks.after_step, optimizer)))
+def listen(steps: "StepHooks") -> None:
+    """Call `steps` at the steps of all torch optimizers.
+
+    The torch hooks are registered once and stay: torch iterates over them, so none may be removed when a model is freed.
+    """
+    LISTENING.add(steps)
+    if not REGISTERED:
+        REGISTERED.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _call(StepHooks.before_step, optimizer)))
+        REGISTERED.append(register_optimizer_step_post_hook(lambda optimizer, *_: _call(StepHooks.after_step, optimizer)))
 
 
-def _tell(what: Callable[["StepHooks", torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
-    for steps in list(WATCHING):
-        what(steps, optimizer)
+def _call(method: Callable[["StepHooks", torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
+    for steps in list(LISTENING):
+        method(steps, optimizer)
 
 
 class StepHooks:
-    """Hooks of one handle, for its adapters whose factors are `stepped`, and what these keep from step to step."""
+    """The hooks of one handle, for its adapters whose method is `stepped`, and their state from step to step."""
 
     def __init__(self, handle: AdaptedModel) -> None:
         self.handle = handle
         self.generators: dict[str, torch.Generator] = {}  # adapter -> the stream its draws come from
-        self.begun: dict[str, Tensor] = {}  # adapter -> state of that stream before the draw of the step under way
-        self.drawn: dict[str, Any] = {}  # adapter -> the draw of the step under way; none: its next forward draws
-        self.memories: dict[str, dict[str, dict[str, Tensor]]] = {}  # adapter -> path -> what its factors keep
+        self.before_draw: dict[str, Tensor] = {}  # adapter -> state of that stream before the draw of the current step
+        self.drawn: dict[str, Any] = {}  # adapter -> the draw of the current step; absent: its next forward draws
+        self.memories: dict[str, dict[str, dict[str, Tensor]]] = {}  # adapter -> path -> `Factors.memory`
+        self.counts: dict[str, tuple[int, int | None]] = {}  # adapter -> its steps, and the version of its counter
         self.marks: dict[str, tuple[int, list[Tensor]]] = {}  # adapter -> its tensors at the last training forward
-        self.seen: set[str] = set()  # adapters whose steps are known to arrive here
-        self.under_way: dict[str, tuple[torch.optim.Optimizer, Any]] = {}  # between before_step and after_step
+        self.hooked: set[str] = set()  # adapters with a step that these hooks have seen
+        self.current: dict[str, tuple[torch.optim.Optimizer, Any]] = {}  # between before_step and after_step
         self.on_model: Any = None
 
     def add(self, name: str, seed: int) -> None:
+        """Begin to serve a fresh adapter; `seed` decides its draws."""
         self.generators[name] = torch.Generator().manual_seed(seed)
+        self.counts[name] = 0, self._counter_version(name)
         self.connect()
 
     def remove(self, name: str) -> None:
-        for held in (self.generators, self.memories, self.handle.active.drawn):
-            held.pop(name, None)
-        self._anew(name)
-        self.seen.discard(name)
+        """Forget an adapter; with the last one the hook on the model goes too."""
+        for state in (self.generators, self.memories, self.counts, self.handle.active.drawn):
+            state.pop(name, None)
+        self._restart_step(name)
+        self.hooked.discard(name)
         if not self.generators:
             self.disconnect()
 
-    def _anew(self, name: str) -> None:
-        """The step under way, if there is one, counts as not begun."""
-        for held in (self.begun, self.drawn, self.marks, self.under_way):
-            held.pop(name, None)
+    def _restart_step(self, name: str) -> None:
+        """Forget the current step of an adapter, so that its next training forward draws."""
+        for state in (self.before_draw, self.drawn, self.marks, self.current):
+            state.pop(name, None)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """The model's hook is a bound method, so a deep copy of the model calls the copy of this object."""
+        """Hook the model. The hook is a bound method, so a deep copy of the model calls the copy of this object."""
         if self.on_model is None:
             self.on_model = self.handle.model.register_forward_pre_hook(self.before_forward)
-        watch(self)
+        listen(self)
 
     def disconnect(self) -> None:
+        """Take the hook off the model."""
         if self.on_model is not None:
             self.on_model.remove()
         self.on_model = None
-        WATCHING.discard(self)
+        LISTENING.discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "marks": {}, "under_way": {}}
+        return {**vars(self), "marks": {}, "current": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.on_model is not None:
-            watch(self)
+            listen(self)
 
     def before_forward(self, *_: Any) -> None:
+        """Draw for the active adapters in a training forward; in any other, no draw is in effect."""
         handle = self.handle
-        handle.active.drawn.clear()
+        handle.active.drawn = {}
         if not handle.model.training or not torch.is_grad_enabled():
             return
         for name in handle.active.names:
             if name in self.generators:
-                self._begin_or_go_on(name)
+                self._draw_or_continue(name)
 
-    def _begin_or_go_on(self, name: str) -> None:
+    def _draw_or_continue(self, name: str) -> None:
         if name in self.handle.active.chosen:
             raise UserError(f"adapter {name!r} is used at a chosen rank, which is for evaluation: call model.eval()")
-        self.under_way.pop(name, None)  # of a step that failed
+        self.current.pop(name, None)  # of a step that failed
         if name not in self.drawn:
-            self.begun[name] = self.generators[name].get_state()
+            self.before_draw[name] = self.generators[name].get_state()
             self.drawn[name] = self.factors(name).draw(self.generators[name])
         elif self._changed(name):
             raise UserError(
@@ -111,9 +120,12 @@ class StepHooks:
         self._mark(name)
 
     def _mark(self, name: str) -> None:
+        """Record the state of an adapter's tensors, to notice a step that is not hooked.
+
+        Writing to t.data leaves no trace in a tensor's version, so until a step was seen here the values are compared.
+        """
         learned = self.learned(name)
-        # writing to t.data leaves no trace in the version, so until a step has arrived here the values count too
-        copies = [] if name in self.seen else [t.detach().clone() for t in learned]
+        copies = [] if name in self.hooked else [t.detach().clone() for t in learned]
         self.marks[name] = sum(t._version for t in learned), copies
 
     def _changed(self, name: str) -> bool:
@@ -125,26 +137,27 @@ class StepHooks:
         )
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        """Run `Factors.before_step` of the adapters that this optimizer is about to step."""
+        in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name in self.generators:
-            moved = [t for t in self.learned(name) if t.grad is not None]
-            mine = [id(t) in held for t in moved]
-            if name in self.under_way or not any(mine):  # an optimizer may wrap another, and may hold other adapters
+            with_gradient = [t for t in self.learned(name) if t.grad is not None]
+            held = [id(t) in in_optimizer for t in with_gradient]
+            if name in self.current or not any(held):  # an optimizer may wrap another, and may hold other adapters
                 continue
-            if name not in self.drawn and not any(bool(t.grad.any()) for t in moved):  # type: ignore[union-attr]
+            if name not in self.drawn and not any(bool(t.grad.any()) for t in with_gradient):  # type: ignore[union-attr]
                 continue
             if getattr(optimizer, "found_inf", None):  # it will skip this step by itself
                 self.marks.pop(name, None)
                 continue
-            self._refuse(name, optimizer, mine)
-            kept = self.factors(name).before_step(self.parts(name), self.drawn[name])
-            self.under_way[name] = (optimizer, kept)
+            self._refuse(name, optimizer, held)
+            before = self.factors(name).before_step(self.layers(name), self.drawn[name])
+            self.current[name] = (optimizer, before)
 
-    def _refuse(self, name: str, optimizer: torch.optim.Optimizer, mine: list[bool]) -> None:
-        """Raises UserError for a step that the method of an adapter cannot follow."""
-        if not all(mine):
+    def _refuse(self, name: str, optimizer: torch.optim.Optimizer, held: list[bool]) -> None:
+        """Raise UserError for a step that the method of an adapter cannot follow."""
+        if not all(held):
             raise UserError(
-                f"this optimizer holds {sum(mine)} of {len(mine)} tensors of adapter {name!r} that have gradients; "
+                f"this optimizer holds {sum(held)} of {len(held)} tensors of adapter {name!r} that have gradients; "
                 "its method acts on whole steps: put them all into one optimizer"
             )
         if name not in self.drawn:
@@ -156,59 +169,96 @@ class StepHooks:
             raise UserError(f"gradients of adapter {name!r} are still scaled: call scaler.unscale_(optimizer) first")
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for name, (began, kept) in list(self.under_way.items()):
-            if began is optimizer:
-                self.factors(name).after_step(self.parts(name), self.drawn[name], kept)
-                self._anew(name)
+        """Run `Factors.after_step` of the adapters that this optimizer has stepped, and count the step."""
+        for name, (stepping, before) in list(self.current.items()):
+            if stepping is optimizer:
+                step = self._count_step(name)
+                self.factors(name).after_step(self.layers(name), self.drawn[name], before, step)
+                self._restart_step(name)
                 self.handle.active.drawn.pop(name, None)
-                self.seen.add(name)
+                self.hooked.add(name)
 
-    # ---- what there is of an adapter -----------------------------------------------------------------------------
+    # ---- steps so far --------------------------------------------------------------------------------------------
+
+    def _counters(self, name: str) -> list[Tensor]:
+        """The tensor () of each layer that counts the steps, for a method that keeps one in the adapter file."""
+        role = self.factors(name).counter
+        layers = (self.handle.layers[path] for path in self.handle.specs[name].paths)
+        return [] if role is None else [layer.roles(name)[role] for layer in layers]
+
+    def _counter_version(self, name: str) -> int | None:
+        return next((counter._version for counter in self._counters(name)), None)
+
+    def count(self, name: str) -> int:
+        """Optimizer steps of an adapter so far.
+
+        The count is kept here, as reading a tensor of the model waits for the device. Only after somebody else wrote to
+        the counter of the method, such as a load, is that read.
+        """
+        count, version = self.counts[name]
+        if version != (now := self._counter_version(name)):
+            count = int(self._counters(name)[0])
+            self.counts[name] = count, now
+        return count
+
+    def _count_step(self, name: str) -> int:
+        step = self.count(name) + 1
+        if counters := self._counters(name):
+            with torch.no_grad():
+                torch._foreach_add_(counters, 1)
+        self.counts[name] = step, self._counter_version(name)
+        return step
+
+    # ---- the tensors of an adapter -------------------------------------------------------------------------------
 
     def factors(self, name: str) -> Factors:
+        """The method of an adapter."""
         factors = self.handle.specs[name].recipe.factors
         assert factors is not None
         return factors
 
     def learned(self, name: str) -> list[Tensor]:
-        """Tensors of its layers that learn; the head is left out, as it may have an optimizer of its own."""
+        """The tensors of its layers that learn; without the head, which may have an optimizer of its own."""
         layers = (self.handle.layers[path] for path in self.handle.specs[name].paths)
         return [t for layer in layers for t in layer.roles(name).values() if t.requires_grad]
 
-    def parts(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """path -> role, or key of the factors' memory -> tensor."""
+    def layers(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Path -> role, or key of the method's memory -> tensor."""
         roles = {path: self.handle.layers[path].roles(name) for path in self.handle.specs[name].paths}
         if name not in self.memories:
             self.memories[name] = {path: self.factors(name).memory(p) for path, p in roles.items()}
         return {path: {**p, **self.memories[name][path]} for path, p in roles.items()}
 
     def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
-        """All that the next step depends on beside the adapters' own tensors; a step under way begins anew.
+        """All that the next step depends on beside the adapters' own tensors; an unfinished step will start anew.
 
-        Of one adapter its own, by keys without its name.
+        With a name, the state of that adapter alone, by keys without its name.
         """
         if name is None:
             return {f"{n}/{key}": t for n in self.generators for key, t in self.state_dict(n).items()}
         if name not in self.generators:
             return {}
-        self.parts(name)
-        out = {"random": self.begun[name] if name in self.drawn else self.generators[name].get_state()}
+        self.layers(name)
+        random = self.before_draw[name] if name in self.drawn else self.generators[name].get_state()
+        state = {"random": random, "steps": torch.tensor(self.count(name))}
         for path, memory in self.memories[name].items():
-            out |= {f"{path}/{key}": t for key, t in memory.items()}
-        return out
+            state |= {f"{path}/{key}": t for key, t in memory.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], name: str | None = None) -> None:
         """The inverse of `state_dict`; raises UserError, with nothing changed, for the state of other adapters."""
-        mine = self.state_dict(name)
-        if wrong := [key for key in mine.keys() | state.keys() if key not in mine or key not in state]:
-            told = ", ".join(sorted(wrong)[:4])
-            raise UserError(f"the state of the steps is that of other adapters: {len(wrong)} keys differ ({told})")
-        if wrong := [key for key, t in mine.items() if t.shape != state[key].shape]:
+        own = self.state_dict(name)
+        if wrong := [key for key in own.keys() | state.keys() if key not in own or key not in state]:
+            some = ", ".join(sorted(wrong)[:4])
+            raise UserError(f"the state of the steps is that of other adapters: {len(wrong)} keys differ ({some})")
+        if wrong := [key for key, t in own.items() if t.shape != state[key].shape]:
             raise UserError(f"the state of the steps is that of adapters of another size: {', '.join(wrong[:4])}")
-        for key, t in mine.items():
+        for key, t in own.items():
             owner, rest = (name, key) if name is not None else key.split("/", 1)
             if rest == "random":
                 self.generators[owner].set_state(state[key].cpu())
-                self._anew(owner)
+                self._restart_step(owner)
+            elif rest == "steps":
+                self.counts[owner] = int(state[key]), self._counter_version(owner)
             else:
                 t.copy_(state[key])

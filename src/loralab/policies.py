@@ -1,4 +1,4 @@
-"""Rank policies: the ways to make a rank map before a run, and what each asks of a recipe (run/policies.py)."""
+"""Rank policies: the ways to make a rank map before a run, and which recipes each fits. run/policies.py runs them."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,15 @@ from loralab.methods.starts import STARTS
 
 @dataclass(frozen=True)
 class Policy:
-    does: str
+    """One way to make a rank map."""
+
+    meaning: str
     shares: bool = False
     """Layers of its maps may share one A and B."""
     moves: bool = False
     """Ranks move from layer to layer while the adapter trains."""
     stored: bool = False
-    """It goes by what a store of few bits rounds away."""
+    """It needs the rounding error of a store of few bits."""
 
 
 POLICIES = {
@@ -34,15 +36,15 @@ def problems(policy: str | None, factors: Factors | None, gain: bool, start: str
         return [f"policy={policy!r}: choose one of {', '.join(POLICIES)}"]
     if factors is None:
         return [f"policy={policy!r} with factors=None: no layer is adapted"]
-    row = POLICIES[policy]
-    wrong = [f"policy={policy!r} with {reason}" for reason in fixed_ranks(factors, gain, start)] if row.moves else []
-    if row.stored and store is None:
-        wrong.append(f"policy={policy!r} with store=None: no weight is rounded, so there is no error to go by")
+    wanted = POLICIES[policy]
+    wrong = [f"policy={policy!r} with {reason}" for reason in fixed_ranks(factors, gain, start)] if wanted.moves else []
+    if wanted.stored and store is None:
+        wrong.append(f"policy={policy!r} with store=None: no weight is rounded, so there is no rounding error to measure")
     return wrong
 
 
 def fixed_ranks(factors: Factors | None, gain: bool, start: str) -> list[str]:
-    """Why ranks of such a recipe cannot move: only s B A, from B = 0 on, acts as before when a rank is added."""
+    """Why the ranks of a recipe cannot move: only s B A with B = 0 at the start stays the same when a rank is added."""
     wrong = []
     if factors is None or type(factors).lower is not LoRA.lower or factors.stepped:
         wrong.append(f"factors={type(factors).__name__}: only the ranks of plain s B A move")

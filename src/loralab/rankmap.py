@@ -1,8 +1,8 @@
-"""Rank maps: layer -> its own or shared factors, of which rank, with which gates. A policy returns one.
+"""Rank maps: the rank of every layer, and whether it has gates or shares its factors. A policy makes one.
 
-y = W x + b + s B diag(gates) A x with s = alpha / r or alpha / sqrt(r), r the layer's own rank (as PEFT's rank_pattern
-does), and alpha its own where the map says so (PEFT's alpha_pattern). Layers of one share hold the very same parameters
-of the roles that the method says (`Factors.shared`: A and B); a gain m and gates stay each layer's own.
+y = W x + b + s B diag(gates) A x with s = alpha / r or alpha / sqrt(r). r is the layer's own rank (as with PEFT's
+rank_pattern), and alpha its own where the map gives one (PEFT's alpha_pattern). The layers of a share hold the very same
+parameters of the roles in `Factors.shared` (A and B); a gain m and gates stay each layer's own.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ FORMAT = "loralab rank map"
 
 @dataclass(frozen=True)
 class LayerRank:
-    """What one layer gets."""
+    """The rank of one layer, and what else the map gives it."""
 
     rank: int
     """Rank r of the layer; 0 leaves the layer without an adapter."""
@@ -42,57 +42,63 @@ class RankMap:
     layers: Mapping[str, LayerRank]
 
     def __init__(self, layers: Mapping[str, LayerRank | int]) -> None:
-        parts = {path: part if isinstance(part, LayerRank) else LayerRank(part) for path, part in layers.items()}
-        if wrong := _problems(parts):
+        full = {path: row if isinstance(row, LayerRank) else LayerRank(row) for path, row in layers.items()}
+        if wrong := _problems(full):
             raise UserError("rank map: " + "; ".join(wrong))
-        object.__setattr__(self, "layers", parts)
+        object.__setattr__(self, "layers", full)
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.layers.items(), key=lambda item: item[0])))
 
     def __str__(self) -> str:
-        """31 of 37 layers, ranks 2 to 8, 21 of them in 5 shares."""
-        ranks = [part.rank for part in self.adapted.values()]
+        """A summary such as "31 of 37 layers, ranks 2 to 8, 21 of them in 5 shares"."""
+        ranks = [layer.rank for layer in self.adapted.values()]
         low, high = min(ranks), max(ranks)
-        parts = [
+        phrases = [
             f"{len(ranks)} of {len(self.layers)} layers",
             f"rank {low}" if low == high else f"ranks {low} to {high}",
         ]
         if shares := self.shares:
-            parts.append(f"{sum(map(len, shares.values()))} of them in {len(shares)} share" + "s" * (len(shares) > 1))
-        return ", ".join(parts)
+            phrases.append(f"{sum(map(len, shares.values()))} of them in {len(shares)} share" + "s" * (len(shares) > 1))
+        return ", ".join(phrases)
 
     @property
     def adapted(self) -> dict[str, LayerRank]:
         """The layers that get an adapter."""
-        return {path: part for path, part in self.layers.items() if part.rank}
+        return {path: layer for path, layer in self.layers.items() if layer.rank}
+
+    @property
+    def even(self) -> bool:
+        """Whether every layer has the same rank and factors of its own, as without a map."""
+        return len(set(self.layers.values())) == 1 and not self.shares and not next(iter(self.layers.values())).gates
 
     @property
     def shares(self) -> dict[str, list[str]]:
         """Share -> its layers."""
         out: dict[str, list[str]] = {}
-        for path, part in self.adapted.items():
-            if part.share is not None:
-                out.setdefault(part.share, []).append(path)
+        for path, layer in self.adapted.items():
+            if layer.share is not None:
+                out.setdefault(layer.share, []).append(path)
         return out
 
     def to_json(self) -> dict[str, Any]:
         """Path -> what differs from the defaults."""
         return {
-            path: {key: value for key, value in dataclasses.asdict(part).items() if value is not None}
-            for path, part in self.layers.items()
+            path: {key: value for key, value in dataclasses.asdict(layer).items() if value is not None}
+            for path, layer in self.layers.items()
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RankMap":
         """The inverse of `to_json`; a bare number is a rank. Raises UserError for anything else."""
         try:
-            parts = {path: LayerRank(p) if isinstance(p, int) else LayerRank(**_tuples(p)) for path, p in data.items()}
+            rows = {path: LayerRank(p) if isinstance(p, int) else LayerRank(**_tuples(p)) for path, p in data.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"rank map: {error}; expected layer -> rank, or -> rank, share, gates, alpha") from error
-        return cls(parts)
+        return cls(rows)
 
     def save(self, file: Path | str) -> Path:
+        """Write the map as JSON. Raises UserError if the file cannot be written."""
         file = Path(file)
         try:
             file.write_text(json.dumps({"format": FORMAT, "version": 1, "layers": self.to_json()}, indent=1) + "\n")
@@ -102,6 +108,7 @@ class RankMap:
 
     @classmethod
     def load(cls, file: Path | str) -> "RankMap":
+        """Read a map that `save` wrote. Raises UserError for any other file."""
         try:
             data = json.loads(Path(file).read_text())
         except (OSError, ValueError) as error:
@@ -111,54 +118,58 @@ class RankMap:
         return cls.from_json(data.get("layers", {}))
 
 
-def _tuples(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if key == "gates" else value for key, value in part.items()}
+def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a layer, with gates as a tuple, as JSON has lists only."""
+    return {key: tuple(value) if key == "gates" else value for key, value in row.items()}
 
 
-def _problems(parts: Mapping[str, LayerRank]) -> list[str]:
+def _problems(layers: Mapping[str, LayerRank]) -> list[str]:
+    """What is wrong with a map, whatever the method and the model."""
     wrong: list[str] = []
     ranks: dict[str, tuple[str, int]] = {}  # share -> its first layer and that one's rank
-    for path, part in parts.items():
-        if type(part.rank) is not int or part.rank < 0:
-            wrong.append(f"rank={part.rank!r} for {path}: expected a whole number, 0 or more")
+    for path, layer in layers.items():
+        if type(layer.rank) is not int or layer.rank < 0:
+            wrong.append(f"rank={layer.rank!r} for {path}: expected a whole number, 0 or more")
             continue
-        if part.gates is not None:
-            if len(part.gates) != part.rank:
-                wrong.append(f"{len(part.gates)} gates for {path}: expected one for each of its {part.rank} ranks")
-            if out := [gate for gate in part.gates if not (_number(gate) and 0 <= gate <= 1)]:
+        if layer.gates is not None:
+            if len(layer.gates) != layer.rank:
+                wrong.append(f"{len(layer.gates)} gates for {path}: expected one for each of its {layer.rank} ranks")
+            if out := [gate for gate in layer.gates if not (_number(gate) and 0 <= gate <= 1)]:
                 wrong.append(f"gates out of range for {path}: {out[0]!r}, expected 0 to 1")
-        if part.alpha is not None and not (_number(part.alpha) and part.alpha > 0):
-            wrong.append(f"alpha={part.alpha!r} for {path}: expected above 0")
-        if part.share is not None:
-            first = ranks.setdefault(part.share, (path, part.rank))
-            if part.rank == 0 or first[1] != part.rank:
-                told = f"{path} has rank {part.rank}, {first[0]} has rank {first[1]}"
-                wrong.append(f"share {part.share!r}: {told}; expected one rank, 1 or more")
-    return wrong if any(part.rank for part in parts.values() if type(part.rank) is int) or wrong else ["no layer in it"]
+        if layer.alpha is not None and not (_number(layer.alpha) and layer.alpha > 0):
+            wrong.append(f"alpha={layer.alpha!r} for {path}: expected above 0")
+        if layer.share is not None:
+            first = ranks.setdefault(layer.share, (path, layer.rank))
+            if layer.rank == 0 or first[1] != layer.rank:
+                both = f"{path} has rank {layer.rank}, {first[0]} has rank {first[1]}"
+                wrong.append(f"share {layer.share!r}: {both}; expected one rank, 1 or more")
+    if not wrong and not any(layer.rank for layer in layers.values()):
+        return ["no layer in it"]
+    return wrong
 
 
-def _number(gate: Any) -> bool:
-    return isinstance(gate, float | int) and math.isfinite(gate)
+def _number(value: Any) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)
 
 
 def own(factors: Factors, ranks: RankMap | None, path: str) -> Factors:
-    """The factors of one layer: those of the recipe at the layer's own rank and alpha, and its place in its share."""
+    """The factors of one layer: those of the recipe, at the layer's own rank and alpha and its place in its share."""
     if ranks is None:
         return factors
-    part = ranks.layers[path]
-    if part.share is None:
-        return sized(factors, part)
-    layers = sorted(ranks.shares[part.share], key=in_order)  # maps that are equal may list them in other orders
-    return sized(factors, part).placed(layers.index(path), len(layers))
+    layer = ranks.layers[path]
+    if layer.share is None:
+        return sized(factors, layer)
+    paths = sorted(ranks.shares[layer.share], key=natural)  # equal maps may list them in different orders
+    return sized(factors, layer).placed(paths.index(path), len(paths))
 
 
-def sized(factors: Factors, part: LayerRank) -> Factors:
+def sized(factors: Factors, layer: LayerRank) -> Factors:
     """The factors at the rank and alpha of a layer."""
-    return replace(factors, rank=part.rank, **({} if part.alpha is None else {"alpha": part.alpha}))  # type: ignore
+    return replace(factors, rank=layer.rank, **({} if layer.alpha is None else {"alpha": layer.alpha}))  # type: ignore
 
 
-def in_order(path: str) -> str:
-    """What sorts paths with their numbers as numbers: layer.2 before layer.10."""
+def natural(path: str) -> str:
+    """A key that sorts paths with their numbers as numbers: layer.2 before layer.10."""
     return re.sub(r"\d+", lambda number: number[0].zfill(9), path)
 
 
@@ -172,41 +183,44 @@ def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
     if rank is None:
         return [f"ranks with {name}: it has no rank"]
     wrong: dict[str, None] = {}
-    parts = ranks.adapted.values()
-    if _one_rank(factors) and (others := {part.rank for part in parts} - {rank}):
+    layers = ranks.adapted.values()
+    if _one_rank(factors) and (others := {layer.rank for layer in layers} - {rank}):
         wrong[f"ranks with {name}: its layers have one rank, {rank}, not {min(others)}; 0 leaves a layer out"] = None
     if ranks.shares and not factors.shared:
         wrong[f"shares with {name}: it has no A and B of its own, its roles are {', '.join(factors.roles)}"] = None
     elif ranks.shares and type(factors).memory is not Factors.memory:
         wrong[f"shares with {name}: it decides layer by layer, so each needs its own A and B"] = None
-    if any(part.gates for part in parts) and (type(factors).lower is not LoRA.lower or "gates" in factors.roles):
+    if any(layer.gates for layer in layers) and (type(factors).lower is not LoRA.lower or "gates" in factors.roles):
         wrong[f"gates with {name}: only s B A, one gate for a row of A, takes gates from a map"] = None
-    if any(part.alpha is not None for part in parts) and not hasattr(factors, "alpha"):
+    if any(layer.alpha is not None for layer in layers) and not hasattr(factors, "alpha"):
         wrong[f"alpha of a layer with {name}: it has no alpha"] = None
-    for k in sorted({part.rank for part in parts}):
+    for k in sorted({layer.rank for layer in layers}):
         wrong |= dict.fromkeys(replace(factors, rank=k).problems())  # type: ignore[call-arg]
     return list(wrong)
 
 
 def _one_rank(factors: Factors) -> bool:
-    """Whether something is made for all layers together, or done in each step, at the one rank of the method."""
+    """Whether the method needs one rank in all layers: for shared constants, or for its work at each step."""
     return factors.stepped or type(factors).constants is not Factors.constants
 
 
 def example(shares: bool, rank: int) -> RankMap:
-    """A map as a policy makes them, with or without shares, to see before it runs whether a method can take one."""
+    """A map like those of a policy, with or without shares, to check early whether a method can take one."""
     shared = {"a": LayerRank(rank, "a"), "b": LayerRank(rank, "a")}
     return RankMap(shared if shares else {"a": rank, "b": rank + 1, "c": 0})
 
 
 def misfits(ranks: RankMap, shapes: Mapping[str, tuple[int, int]], left: Iterable[str]) -> list[str]:
-    """Why a map does not fit the layers that the targets give, path -> (out, in); `left` are the other layers."""
-    spare = set(left)
+    """Why a map does not fit a model, one phrase each.
+
+    `shapes` maps the layers that the targets match to (out, in); `left` are the model's other linear layers.
+    """
+    others = set(left)
     missing = [path for path in shapes if path not in ranks.layers]
-    unknown = [p for p, part in ranks.layers.items() if p not in shapes and not (part.rank == 0 and p in spare)]
+    unknown = [p for p, row in ranks.layers.items() if p not in shapes and not (row.rank == 0 and p in others)]
     wrong = []
     if missing:
-        wrong.append(f"it says nothing of {_some(missing)}, which targets match: give a rank, 0 for no adapter")
+        wrong.append(f"it has no {_some(missing)}, which targets match: give a rank, 0 for no adapter")
     if unknown:
         wrong.append(f"targets do not match {_some(unknown)}")
     for share, paths in ranks.shares.items():

@@ -1,6 +1,8 @@
-"""A recipe is a point on the axes; a published name is a row of NAMED, and any other point works too."""
+"""Recipes: a recipe is one value on each axis (factors, start, gain, store, ...). Published methods are rows of NAMED.
+"""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,64 +28,68 @@ from loralab.rankmap import problems as rank_problems
 from loralab.stores import STORES
 from loralab.update import Dense, Update
 
-OLD_FIELDS = {"plan": "policy"}  # fields of 0.1.0 that have another name now
-BASE_ROLES = ("bias", "all")  # tensors of the base that can learn in place: every bias, or everything
+OLD_FIELDS = {"plan": "policy"}  # old name of a field in files of 0.1.0 -> its name now
+BASE_ROLES = ("bias", "all")  # roles of the base that can learn in place: every bias, or every tensor
+WITHOUT_LAYERS = ("train", "lr")  # the settings of a recipe that adapts no layer
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """All that defines a method and its settings, apart from the model. `recipe` makes and checks one."""
+
     factors: Factors | None = field(default_factory=LoRA)
-    """Where A and B come from; None adapts no layer."""
+    """The method that gives A and B; None adapts no layer."""
     start: str = "kaiming"
-    """How A and B begin: kaiming, gaussian, orthogonal, pissa, pissa-fast, olora, loftq or eva."""
+    """Starting values of A and B (docs/starts.md)."""
     gain: bool = False
     """DoRA: also learn the length of each row of the weight."""
     exact_gain: bool = False
     """Let gradients through the norm of a gain; the paper holds it constant."""
     store: str | None = None
-    """How the frozen weight is kept; None leaves it as the model has it."""
+    """How the frozen weight is kept (docs/quantization.md); None leaves it as it was loaded."""
     train: tuple[str, ...] | None = None
-    """Roles that learn: A, B, ..., or of the base: bias, all. None means those of the factors."""
+    """Roles that learn: A, B, ..., or of the base: bias, all. None means the method's own."""
     lr: float = 1e-3
-    """Learning rate, of a named method from a small search (docs/methods.md); a real comparison tunes its own."""
+    """Learning rate; for a named method from a small search (docs/methods.md), and a real comparison tunes its own."""
     lr_ratio: float = 1.0
-    """LoRA+: learning rate of B over that of A."""
+    """LoRA+: learning rate of B divided by that of A."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in training."""
     ranks: RankMap | None = None
-    """Rank, share and gates of every layer; None gives each layer its own factors of the method's rank."""
+    """Rank, share and gates of every layer; None gives each layer its own factors at the method's rank."""
     policy: str | None = None
-    """What makes the rank map before a run, one of POLICIES; without a run, `ranks` must hold the map."""
+    """What makes the rank map before a run (docs/rank-maps.md). Without a run, give `ranks`."""
 
     @property
     def learn(self) -> tuple[str, ...]:
         """Roles of the adapted layers that learn."""
-        own = () if self.factors is None else (*self.factors.learn, *(["m"] if self.gain else []))
-        return own if self.train is None else tuple(role for role in self.train if role not in BASE_ROLES)
+        if self.train is not None:
+            return tuple(role for role in self.train if role not in BASE_ROLES)
+        return () if self.factors is None else (*self.factors.learn, *(["m"] if self.gain else []))
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles that a layer holds."""
+        """Roles of the tensors of a layer."""
         if self.factors is None:
             return ()
         return (*self.factors.roles, *starts.added(self.start), *(["m"] if self.gain else []))
 
     @property
     def low_rank(self) -> bool:
-        """Whether the update of a layer is a low-rank product, with a gain or not, which other tools can read."""
+        """Whether the update of a layer is a low-rank product, with or without a gain, which other tools can read."""
         return self.factors is not None and self.factors.low_rank
 
     @property
     def learn_base(self) -> str | None:
-        """Which tensors of the base learn in place: None, "bias" or "all"."""
+        """The tensors of the base that learn in place: None, "bias" or "all"."""
         return next((role for role in self.train or () if role in BASE_ROLES), None)
 
     def lower(self, p: Roles, base: Any, drawn: Any = None) -> Update | Dense:
-        """The update of one layer with parameters `p` over `base`: the axes meet here, and nowhere else.
+        """The update of one layer with tensors `p` over `base`. All axes are combined here, and nowhere else.
 
-        Beside the roles of its factors a layer may hold m (a gain), gates (r,) on the rows of A, and A0, B0: what a
-        start off zero must take away, so that the base keeps its own W and the adapter is portable. `drawn` is what
-        the method drew for this training step.
+        Beside the roles of its method a layer may have m (a gain), gates (r,) on the rows of A, and A0, B0, which take
+        away a start with s B A not zero, so that the adapter fits the original model. `drawn` is the method's draw of
+        this training step.
         """
         assert self.factors is not None
         u: Update | Dense
@@ -94,7 +100,7 @@ class Recipe:
         return u._replace(gain=gain(p["m"], base, u, self.exact_gain)) if "m" in p else u
 
     def lower_low_rank(self, p: Roles, drawn: Any = None) -> Update:
-        """The update of one layer without its gain, which needs no base."""
+        """The update of one layer without its gain; needs no base."""
         assert self.factors is not None
         A, B = self.factors.lower(p, drawn)  # (..., r, in), (..., out, r)
         if "gates" in p:
@@ -109,15 +115,23 @@ class Recipe:
         return replace(self, factors=own(self.factors, self.ranks, path), ranks=None, policy=None)
 
     def for_steps(self, total_steps: int) -> "Recipe":
-        """The recipe with what depends on the length of training filled in."""
+        """The recipe for a run of that many steps, with the settings that depend on the length filled in.
+
+        Raises UserError if the run is so short that the method would be another one.
+        """
         return self if self.factors is None else replace(self, factors=self.factors.for_steps(total_steps))
 
+    def notes(self, total_steps: int) -> list[str]:
+        """What a user should know before a run of that many steps; call it on the result of `for_steps`."""
+        return [] if self.factors is None else self.factors.notes(total_steps)
+
     def count(self, out_features: int, in_features: int) -> int:
-        """Values of one adapted layer that learn, in closed form."""
+        """Number of values of one adapted layer that learn, in closed form."""
         sizes = {"m": out_features} | ({} if self.factors is None else self.factors.sizes(out_features, in_features))
         return sum(sizes[role] for role in self.learn)
 
 
+# name -> recipe, equation; adding a method means a file in methods/ and a row here
 NAMED: dict[str, tuple[Recipe, str]] = {
     "lora": (Recipe(), "W x + b + (alpha/r) B A x"),
     "rslora": (Recipe(factors=LoRA(stabilized=True)), "W x + b + (alpha/sqrt(r)) B A x"),
@@ -154,14 +168,14 @@ NAMED: dict[str, tuple[Recipe, str]] = {
 }
 
 
-# what files call a method -> its class
+# kind in files -> class
 FACTORS = {r.factors.kind: type(r.factors) for r, _ in NAMED.values() if r.factors is not None}
 
 
 def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
-    """The recipe of a name, with settings changed by their own names: `recipe("lora", rank=4, dropout=0.1)`.
+    """The recipe of a named method, with settings changed by their own names: `recipe("lora", rank=4, dropout=0.1)`.
 
-    A setting belongs to the recipe or to its factors. Raises UserError for an unknown name, setting or combination.
+    A setting is a field of the recipe or of its factors. Raises UserError for an unknown name, setting or combination.
     """
     if isinstance(method, Recipe):
         base = method
@@ -169,34 +183,36 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
         base = NAMED[method][0]
     else:
         raise UserError(f"method {method!r} is unknown{hint(str(method), NAMED)}: choose one of {', '.join(NAMED)}")
-    own = {f.name for f in dataclasses.fields(Recipe)}
+    of_recipe = {f.name for f in dataclasses.fields(Recipe)}
     of_factors = set() if base.factors is None else {f.name for f in dataclasses.fields(base.factors)}
-    if unknown := sorted(set(settings) - own - of_factors):
-        allowed = ", ".join(sorted(own | of_factors))
-        raise UserError(f"method {method!r} has no setting {', '.join(map(repr, unknown))}: it has {allowed}")
+    if unknown := sorted(set(settings) - of_recipe - of_factors):
+        known = sorted(of_recipe | of_factors)
+        subject = f"method {method!r}" if isinstance(method, str) else "this recipe"
+        some = ", ".join(f"{key!r}{hint(key, known)}" for key in unknown)
+        raise UserError(f"{subject} has no setting {some}: it has {', '.join(known)}")
     inner = {key: value for key, value in settings.items() if key in of_factors}
-    changed = replace(base, **{key: value for key, value in settings.items() if key in own})
+    changed = replace(base, **{key: value for key, value in settings.items() if key in of_recipe})
     if inner and changed.factors is not None:
         changed = replace(changed, factors=replace(changed.factors, **inner))
     return check(changed)
 
 
 def check(r: Recipe) -> Recipe:
-    """The recipe itself, or one UserError with every problem and both fields of a nonsense combination."""
+    """The recipe itself. Raises one UserError with every problem, and with all fields of a wrong combination."""
     problems = []
     if r.store is not None and r.store not in STORES:
         problems.append(f"store={r.store!r}: choose one of {', '.join(STORES)}")
     if not 0 <= r.dropout < 1:
         problems.append(f"dropout={r.dropout}: expected 0 <= dropout < 1")
-    if not r.lr > 0 or not r.lr_ratio > 0:
+    if not 0 < r.lr < math.inf or not 0 < r.lr_ratio < math.inf:
         problems.append(f"lr={r.lr}, lr_ratio={r.lr_ratio}: expected both above 0")
     shared = (r.policy in POLICIES and POLICIES[r.policy].shares) or bool(getattr(r.ranks, "shares", None))
     problems += starts.problems(r.start, r.factors, r.store, shared)
     problems += policies.problems(r.policy, r.factors, r.gain, r.start, r.store)
     if r.learn_base and r.store:
         problems.append(f"train={r.learn_base!r} with store={r.store!r}: a stored weight is frozen")
-    if r.factors is None and (r.dropout or r.learn or r.gain or r.lr_ratio != 1):
-        given = f"dropout={r.dropout}, gain={r.gain}, train={r.train}, lr_ratio={r.lr_ratio}"
+    if r.factors is None and (r.dropout or r.learn or r.gain or r.store or r.lr_ratio != 1):
+        given = f"dropout={r.dropout}, gain={r.gain}, store={r.store}, train={r.train}, lr_ratio={r.lr_ratio}"
         problems.append(f"factors=None with {given}: no layer is adapted")
     if r.factors is None and r.ranks:
         problems.append("factors=None with ranks: no layer is adapted")
@@ -214,14 +230,15 @@ def check(r: Recipe) -> Recipe:
 
 
 def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
-    """Why the roles that a recipe trains cannot be trained, or not move."""
-    name = factors.kind
-    able = [role for role in r.roles if role not in starts.added(r.start)]
-    wrong = []
-    if strange := sorted(set(r.learn) - set(able)):
-        wrong.append(f"train={r.train} with {name}: its roles are {', '.join(able)}, not {', '.join(strange)}")
-    elif r.train is not None and not factors.problems() and not _moves(factors, r):
-        wrong.append(f"train={r.train} with {name}: what is frozen is zero at the start, so none of these ever moves")
+    """Why the roles that a recipe trains cannot be trained, or would never change."""
+    name, wrong = factors.kind, []
+    if not factors.problems():
+        counted = factors.sizes(8, 8)  # the roles that can learn; no snapshot, counter or gates of a map
+        known = [role for role in r.roles if role == "m" or role in counted]
+        if unknown := sorted(set(r.learn) - set(known)):
+            wrong.append(f"train={r.train} with {name}: its roles are {', '.join(known)}, not {', '.join(unknown)}")
+        elif r.train is not None and not _moves(factors, r):
+            wrong.append(f"train={r.train} with {name}: what is frozen is zero at the start, so none of these ever moves")
     if r.lr_ratio != 1 and "B" not in r.learn:
         learned = ", ".join(r.learn) or "none"
         wrong.append(f"lr_ratio={r.lr_ratio} with {name}: no role B learns (those that do: {learned}); leave it at 1")
@@ -231,12 +248,12 @@ def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
 def _moves(factors: Factors, r: Recipe) -> bool:
     """Whether the roles that learn have a gradient at the start, tried on a square layer.
 
-    What a dense update has of its roles depends on the layer's size, so nothing is said of it.
+    True without a trial for a dense update, whose roles depend on the size of the layer.
     """
     if "m" in r.learn or r.start not in starts.STARTS or not starts.STARTS[r.start].zero or not factors.low_rank:
         return True
     n = max(getattr(factors, "rank", 1), 8)
-    # an adapter may be loaded where no gradients are wanted, or planned where tensors have no values
+    # also where gradients are off (loading) or tensors have no values (an estimate of memory)
     with torch.enable_grad(), _disable_current_modes():
         p = factors.init(n, n, Generator().manual_seed(0))
         learned = [p[role].requires_grad_() for role in r.learn]
@@ -247,7 +264,7 @@ def _moves(factors: Factors, r: Recipe) -> bool:
 
 
 def _map_problems(factors: Factors, r: Recipe) -> list[str]:
-    """Why the recipe cannot have its rank map; a start must suit the rank of every layer."""
+    """Why the recipe cannot have its rank map, such as a start that does not fit the rank of a layer."""
     ranks = r.ranks
     if r.policy in POLICIES and ranks is None and not factors.problems():
         ranks = example(POLICIES[r.policy].shares, getattr(factors, "rank", 1))
@@ -255,14 +272,15 @@ def _map_problems(factors: Factors, r: Recipe) -> list[str]:
         return []
     if wrong := rank_problems(factors, ranks):
         return wrong if r.ranks is not None else [f"policy={r.policy!r} makes {problem}" for problem in wrong]
-    at_rank = {part.rank: sized(factors, part) for part in ranks.adapted.values()}
-    told = [problem for f in at_rank.values() for problem in starts.problems(r.start, f, r.store)]
-    if starts.added(r.start) and any(part.gates for part in ranks.adapted.values()):
-        told.append(f"start={r.start!r} with gates: what a start off zero takes away has none")
-    return told
+    at_rank = {layer.rank: sized(factors, layer) for layer in ranks.adapted.values()}
+    wrong = [problem for f in at_rank.values() for problem in starts.problems(r.start, f, r.store)]
+    if starts.added(r.start) and any(layer.gates for layer in ranks.adapted.values()):
+        wrong.append(f"start={r.start!r} with gates: A0 and B0, which the start subtracts, have no gates")
+    return wrong
 
 
 def to_json(r: Recipe) -> dict[str, Any]:
+    """The recipe as JSON has it, with the kind of its factors."""
     factors = None if r.factors is None else {"kind": r.factors.kind, **dataclasses.asdict(r.factors)}
     ranks = None if r.ranks is None else r.ranks.to_json()
     return {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}, "factors": factors, "ranks": ranks}

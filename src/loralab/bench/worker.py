@@ -1,6 +1,6 @@
-"""The process of one side: it builds a model and does what each line of its stdin asks, one line of JSON back.
+"""The process of one backend: it builds a model and does what each line of its stdin asks, one line of JSON back.
 
-Between two lines it is blocked in a read, so it takes no part of the machine while the other side measures.
+Between two lines it is blocked in a read, so it takes no part of the machine while the other process measures.
 """
 
 import gc
@@ -18,19 +18,24 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer  # noqa: F401  (not counted later)
 
 import loralab
-from loralab.bench import epoch, products
-from loralab.bench.cases import Case, EpochCase
-from loralab.bench.sides import SIDES, adapted, batch, stepper
+from loralab.bench import mixed, profile
+from loralab.bench.backends import BACKENDS, adapted, batch, stepper
+from loralab.bench.cases import Case, EpochCase, MixedCase, from_json
+from loralab.bench.epoch import EPOCHS
+from loralab.bench.flops import step_flops
 from loralab.errors import UserError
 from loralab.fast.machine import hardware, rate, units
 from loralab.run.memory import Peak
 
+REQUESTS = ("facts", "build", "steps", "memory", "flops", "rate", "epoch", "mixed", "profile")  # methods of Worker
+Json = dict[str, Any]
 
-class Side:
-    """What one process holds between two requests."""
 
-    def __init__(self, side: str, threads: int | None) -> None:
-        self.side = side
+class Worker:
+    """What one process holds between two requests. The methods answer in what JSON can hold."""
+
+    def __init__(self, backend: str, threads: int | None) -> None:
+        self.backend = backend
         if threads:
             torch.set_num_threads(threads)
         torch.manual_seed(0)
@@ -39,24 +44,25 @@ class Side:
         self.before_training = 0
         self.step: Callable[[], None] | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Machine and versions."""
         versions = {"loralab": loralab.__version__, "torch": torch.__version__, "python": platform.python_version()}
         versions["transformers"] = transformers.__version__
-        if self.side == "peft":
+        if self.backend == "peft":
             import peft
 
             versions["peft"] = peft.__version__
         return {"machine": {"name": cpu_name(), **hardware(), **units()}, "versions": versions}
 
-    def build(self, case: dict[str, Any]) -> dict[str, Any]:
-        c = Case(**case)
-        built = SIDES[self.side](c)
+    def build(self, case: Json) -> Json:
+        """Build the model of a case; the requests after it are about that model."""
+        c = from_json(Case, case)
+        built = BACKENDS[self.backend](c)
         self.step = stepper(built, *batch(c, built.model.config))
         gc.collect()
         self.before_training, self.training = self.peak.bytes, Peak()
         return {
-            "trainable": sum(p.numel() for p in built.learned),
+            "trainable": sum(p.numel() for p in built.trainable),
             "choices": [vars(choice) for choice in built.choices],
         }
 
@@ -77,53 +83,58 @@ class Side:
         training = self.training.bytes + self.training.before - self.peak.before
         return {"peak": max(self.before_training, training), "training": training}
 
-    def products(self, case: dict[str, Any]) -> int:
-        """Operations of a step; of a model of its own, without the fast path, so it is asked for last."""
-        c = Case(**case)
+    def flops(self, case: Json) -> int:
+        """Operations that a step needs. Asked for last, as it makes a model of its own without the fast path."""
+        c = from_json(Case, case)
         adapters = adapted(c)
-        return products.needed(adapters, batch(c, adapters.model.config)[0])
+        return step_flops(adapters, batch(c, adapters.model.config)[0])
 
     def rate(self, dtype: str) -> float:
+        """Operations a second of a large product."""
         return rate(getattr(torch, dtype))
 
-    def epoch(self, case: dict[str, Any]) -> dict[str, Any]:
+    def epoch(self, case: Json) -> Json:
         """A whole epoch; its peak includes loading."""
-        rows, seconds = epoch.SIDES[self.side](EpochCase(**case))
+        rows, seconds = EPOCHS[self.backend](from_json(EpochCase, case))
         return {"rows": rows, "seconds": seconds, "peak": self.peak.bytes}
 
+    def mixed(self, case: Json, repeats: int) -> Json:
+        """Batches whose rows have an adapter each; PEFT's too, whichever backend this is."""
+        return mixed.measure(from_json(MixedCase, case), repeats)
 
-DOES = ("facts", "build", "steps", "memory", "products", "rate", "epoch")
+    def profile(self, case: Json) -> Json:
+        """The operations that take most of a step."""
+        return profile.measure(self.backend, from_json(Case, case))
 
 
 def cpu_name() -> str:
+    """The processor's name where Linux tells it, else the machine type."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def serve(side: Side, requests: TextIO, answers: TextIO) -> None:
-    """Answers each line {"do": ..., ...} with {"answer": ...} or, for a user's error, {"error": ...}."""
+def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
+    """Answer each line {"do": ..., ...} with {"answer": ...} or, for a user's error, {"error": ...}."""
     for line in requests:
-        given = json.loads(line)
-        do = given.pop("do")
-        assert do in DOES
+        arguments = json.loads(line)
+        request = arguments.pop("do")
+        assert request in REQUESTS
         try:
-            told = {"answer": getattr(side, do)(**given)}
+            reply = {"answer": getattr(worker, request)(**arguments)}
         except UserError as error:
-            told = {"error": str(error)}
-        print(json.dumps(told), file=answers, flush=True)
+            reply = {"error": str(error)}
+        print(json.dumps(reply), file=answers, flush=True)
 
 
 def main() -> None:
+    """Serve until stdin ends; arguments are the backend and the number of threads, 0 for torch's own choice."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    side, threads = sys.argv[1:]
-    if side == "peft":
+    backend, threads = sys.argv[1:]
+    if backend == "peft":
         import peft  # noqa: F401  (not counted later)
-    from loralab.cli import _quiet
-
-    _quiet()
-    serve(Side(side, int(threads) or None), sys.stdin, answers)
+    serve(Worker(backend, int(threads) or None), sys.stdin, answers)
 
 
 if __name__ == "__main__":

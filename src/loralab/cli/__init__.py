@@ -1,4 +1,7 @@
-"""The command line: `main` parses, calls one function, and turns a user's error into one line and exit code 2."""
+"""The command line: `main` parses, calls a command's function, and turns a user's error into one line and exit code 2.
+
+Nothing slow is imported before a command is known.
+"""
 
 import logging
 import os
@@ -12,9 +15,9 @@ from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, Unuse
 from loralab.cli.headings import Headed
 from loralab.errors import UserError, hint, near
 
-COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is imported when it is called
+COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when it is called
     "demo": (
-        "Fine-tune a real small encoder on an embedded task: full, head-only and LoRA. Offline.",
+        "Fine-tune a small encoder on an embedded task with three methods and write their report. Works offline.",
         "loralab demo",
     ),
     "train": (
@@ -22,39 +25,43 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "loralab train --task reviews.csv --text title body --label stars --out runs/reviews",
     ),
     "plan": (
-        "What a training step needs in memory, without loading weights, and what would make it need less.",
+        "Estimate the memory of a training step without loading weights, and what would reduce it.",
         "loralab plan --model minilm --method lora --batch-size 32 --max-length 64 --memory 1GB",
     ),
     "study": (
-        "Many runs that answer one question, compared with corrected tests.",
+        "Run many trainings that answer one question and compare them with corrected tests.",
         "loralab study studies/utaustin.toml --model minilm --data DIR",
     ),
     "report": (
-        "The page, pictures and tables of a study or a folder of runs.",
+        "Write the page, pictures and tables of a study or a folder of runs.",
         "loralab report runs",
     ),
+    "judge": (
+        "Test which methods of a table of results differ from one of them, corrected for multiple comparisons.",
+        "loralab judge results.csv --method method --score accuracy --seed seed --task task",
+    ),
     "bench": (
-        "Time and memory of training, PEFT and loralab turn and turn about.",
+        "Measure time and memory of training, PEFT and loralab alternating.",
         "loralab bench --methods lora dora --lengths 16 64 --repeats 5",
     ),
     "methods": (
-        "The table of methods: equation, what learns, how many values.",
+        "List the methods: equation, what is trained, number of parameters.",
         "loralab methods --json",
     ),
     "inspect": (
-        "What an adapter folder holds, and what it learned.",
+        "Show what an adapter folder contains and what the adapter learned.",
         "loralab inspect runs/reviews/adapter",
     ),
     "verify": (
-        "Check an adapter folder, and that it fits a base.",
+        "Check that an adapter folder is complete and fits a base model.",
         "loralab verify runs/reviews/adapter --model minilm",
     ),
     "predict": (
-        "Answer the rows of a file with one adapter, or each row with its own.",
+        "Predict the rows of a file with one adapter, or each row with its own.",
         "loralab predict --adapters runs/*/adapter --input rows.csv --adapter-column task --out answers.csv",
     ),
     "merge": (
-        "Write a plain model with an adapter merged in.",
+        "Write a plain model with an adapter merged into its weights.",
         "loralab merge runs/reviews/adapter --model minilm --out merged",
     ),
     "export": (
@@ -62,61 +69,67 @@ COMMANDS = {  # name -> what it does, an example; loralab.cli.NAME:NAME is impor
         "loralab export runs/reviews/adapter --model minilm --out exported",
     ),
 }
-STOPPED = {  # what to say when the user stops it
-    "train": "; the run goes on from its last checkpoint with --resume",
-    "study": "; the same command goes on where it was",
+STOPPED = {  # command -> how to go on after an interrupt
+    "train": "; --resume continues the run from its last checkpoint",
+    "study": "; the same command continues the study",
 }
-CHATTY = ("bitsandbytes", "transformers")  # they log about themselves at import and while loading
+CHATTY = ("bitsandbytes", "transformers")  # libraries that log at import and while loading
 
 
 def app() -> App:
+    """The parser of all commands."""
     flags = Parameter(negative="", consume_multiple=True, show_default=_shown)
     top = App(
         name="loralab", help="One equation, every LoRA, and comparisons that are evidence.", version=_version,
         default_parameter=flags, help_formatter=Headed(), config=_whole_numbers,
         result_action="return_value", suppress_keyboard_interrupt=False,
     )  # fmt: skip
-    top["--help"].help, top["--version"].help = "This list, or the flags of a command.", "The version."
-    for place, (name, (told, example)) in enumerate(COMMANDS.items()):
+    top["--help"].help, top["--version"].help = "Show this list, or the flags of a command.", "Show the version."
+    for place, (name, (text, example)) in enumerate(COMMANDS.items()):
         path = f"loralab.cli.{name}:{name}"
-        top.command(path, name=name, help=told, help_epilogue=f"Example: {example}", sort_key=place)
+        top.command(path, name=name, help=text, help_epilogue=f"Example: {example}", sort_key=place)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 if nobody read on, 2 for a user's error, 130 when interrupted."""
-    given = sys.argv[1:] if argv is None else list(argv)
+    """Run a command and return the exit code.
+
+    0: done; 1: the reader of stdout went away; 2: a user's error, in one line on stderr; 130: interrupted.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
     _quiet()
     try:
-        app()(given, exit_on_error=False, print_error=False)
+        app()(words, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except BrokenPipeError:  # `loralab methods --json | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, CycloptsError, OSError) as error:
-        print(f"loralab: {' '.join(_told(error, given).split())}", file=sys.stderr)
+        print(f"loralab: {' '.join(_message(error, words).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"loralab: stopped{STOPPED.get(given[0], '') if given else ''}", file=sys.stderr)
+        print(f"loralab: stopped{STOPPED.get(words[0], '') if words else ''}", file=sys.stderr)
         return 130
     return 0
 
 
 def _quiet() -> None:
-    """Leaves stderr to this project's own words."""
+    """Keep other libraries from writing to stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported; the level is for when it was
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it when it is imported
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _shown(default: Any) -> Any:
-    """What help tells of a default; that a flag is off or a list empty goes without saying."""
-    return None if default is False or default in ((), "") else default
+    """The default as help shows it: not that a flag is off or a list empty."""
+    if default is False or default in ((), ""):
+        return None
+    return " ".join(map(str, default)) if isinstance(default, tuple) else default
 
 
 def _whole_numbers(app: App, commands: tuple[str, ...], arguments: Any) -> None:
-    """Refuses 8.5 where a whole number belongs; cyclopts would round it."""
+    """Refuse 8.5 for a whole number, which cyclopts would round. Raises UserError."""
     for argument in arguments:
         if argument.hint in (int, int | None):
             for token in argument.tokens:
@@ -124,19 +137,19 @@ def _whole_numbers(app: App, commands: tuple[str, ...], arguments: Any) -> None:
                     raise UserError(f"{token.keyword} {token.value}: expected a whole number")
 
 
-def _told(error: Exception, given: Sequence[str]) -> str:
-    """What was wrong, and what to do; cyclopts' own words where they say it."""
+def _message(error: Exception, words: Sequence[str]) -> str:
+    """What was wrong and what to do, in cyclopts' own words where they are clear."""
     if isinstance(error, UnknownCommandError):
-        meant = hint(given[0], COMMANDS)
-        return f"no command {given[0]!r}{meant}: there are {', '.join(COMMANDS)}; loralab --help tells what they do"
+        meant = hint(words[0], COMMANDS)
+        return f"no command {words[0]!r}{meant}: there are {', '.join(COMMANDS)}; see loralab --help"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.argument.name
-        wrong = near(name, [t for t in given if t.startswith("-")])
-        needs = f"{given[0]} needs {name}" + (f", not {wrong}" if wrong else "")
-        needs = f"{name} needs a value" if name in given else needs
-        return f"{needs}; see loralab {given[0]} --help"
+        wrong = near(name, [t for t in words if t.startswith("-")])
+        needs = f"{words[0]} needs {name}" + (f", not {wrong}" if wrong else "")
+        needs = f"{name} needs a value" if name in words else needs
+        return f"{needs}; see loralab {words[0]} --help"
     if isinstance(error, UnusedCliTokensError):
-        return f"{given[0]} cannot use {' '.join(error.unused_tokens or ())!r}; see loralab {given[0]} --help"
+        return f"{words[0]} cannot use {' '.join(error.unused_tokens or ())!r}; see loralab {words[0]} --help"
     if isinstance(error, OSError):
         return f"{error.filename or 'cannot read or write'}: {error.strerror or error}"
     return str(error)

@@ -1,44 +1,73 @@
-"""A base that wears the adapter of a folder, for the commands that need both."""
+"""A base and the adapter of a folder on it, for the commands that need both."""
 
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loralab import adapters, models
-from loralab.adapters import Adapters
+from loralab.adapters import Adapters, put
 from loralab.errors import UserError
-from loralab.files import AdapterFile
+from loralab.files import AdapterFile, FolderNote, inside
+from loralab.peft_format import LABELLED, task_type
+from loralab.schema import listed
 
 
-def load(model: str, folder: Path) -> tuple[Adapters, Any]:
-    """(adapters, tokenizer)."""
-    base, tokenizer = plain(model, folder)
-    return adapters.load(base, folder), tokenizer
-
-
-def plain(model: str, folder: Path) -> tuple[Any, Any]:
-    """(base, tokenizer), with the head that the adapter of `folder` needs."""
+def read(folder: Path, name: str | None = None) -> AdapterFile:
+    """Read an adapter folder and print its notes; `name` replaces the adapter's own. Raises UserError."""
+    warnings.simplefilter("ignore", FolderNote)  # its notes are printed here
     file = adapters.read(folder)
-    outputs = _outputs(file)
-    base, tokenizer = models.classifier(model, outputs, outputs == 1, torch.float32, seed=0)
-    if file.labels:
-        base.config.id2label = dict(enumerate(file.labels))
-        base.config.label2id = {label: i for i, label in enumerate(file.labels)}
-    if not file.heads:
-        print(f"note: {folder} has no head, so that of the model is random", file=sys.stderr)
-    return base, tokenizer
+    for note in file.notes:
+        print(f"note: {folder}: {note}", file=sys.stderr)
+    return replace(file, name=name or file.name, notes=())
 
 
-def absent(out: Path) -> Path:
-    """The folder to write, which must not be there: nothing is overwritten."""
-    if out.exists():
-        raise UserError(f"--out {out} exists: choose a new folder")
-    return out
+def load(model: str, folder: Path, name: str | None = None, whole: bool = False) -> tuple[Adapters, Any]:
+    """(adapters, tokenizer): the adapter of a folder on its base, as the model class that it was made on.
+
+    Raises UserError for what does not fit, and with `whole` where a part of the head would be random.
+    """
+    file = read(folder, name)
+    base = plain(model, file, folder, whole)
+    return put(base.model, file, folder, name), base.tokenizer
+
+
+def plain(model: str, file: AdapterFile, folder: Path, whole: bool = False) -> models.Pretrained:
+    """Load the base of an adapter, with a head for it. Raises UserError as `load` does.
+
+    The model class is the one that the folder names; a folder that names none is taken to belong to a classifier if it
+    has a head, else to the class that the base was saved from.
+    """
+    task = _task(file, model)
+    outputs = (_outputs(file) or None) if task in LABELLED else None
+    found = models.pretrained(model, task, outputs)
+    wanted, kind = file.base.get("class"), type(found.model).__name__
+    if wanted != kind and wanted is not None and task_type(wanted) == task:
+        raise UserError(f"{folder} belongs to a {wanted}, and {model} is a {kind}: name the base it was trained on")
+    if task in LABELLED and len(file.labels) == found.model.config.num_labels:
+        found.model.config.id2label = dict(enumerate(file.labels))
+        found.model.config.label2id = {label: i for i, label in enumerate(file.labels)}
+    if random := [key for key in found.drawn if inside(key, file.heads) is None]:
+        lack = f"neither {folder} nor {model} has {listed(random, 3)}"
+        if whole:
+            raise UserError(
+                f"{lack}: the head would be random; train the adapter with one (head=True), or name a base that has it"
+            )
+        print(f"note: {lack}, so the head is random", file=sys.stderr)
+    return found
+
+
+def _task(file: AdapterFile, model: str) -> str:
+    """The task of an adapter's base, as PEFT calls it."""
+    named = file.base.get("task_type") or task_type(file.base.get("class") or "")
+    if named in models.AUTO_CLASSES:
+        return str(named)
+    saved_from = None if file.heads else task_type(models.architecture(model) or "")
+    return saved_from if saved_from not in (None, "FEATURE_EXTRACTION") else "SEQ_CLS"
 
 
 def _outputs(file: AdapterFile) -> int:
-    """Outputs of the head: one a label, or where a folder names no labels the narrowest matrix of its head."""
-    head = [t for key, t in file.tensors.items() if key.startswith(tuple(f"{path}." for path in file.heads))]
-    return len(file.labels) or min((len(t) for t in head if t.ndim == 2), default=2)
+    """Outputs of the head: one a label, or where a folder names no labels the narrowest matrix of its head; 0: none."""
+    head = [t for key, t in file.tensors.items() if inside(key, file.heads)]
+    return len(file.labels) or min((len(t) for t in head if t.ndim == 2), default=0)

@@ -1,6 +1,5 @@
 """`loralab bench`: speed and memory against PEFT, in one run."""
 
-import json as encoder
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,14 +12,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loralab.bench import Bench, Case, EpochCase, told
-from loralab.bench.cases import DTYPES, LAYERS, LENGTHS, RANKS, epochs, grid, growth
-from loralab.bench.spread import spread
+from loralab.bench import Bench, Case, EpochCase, MixedCase, tables
+from loralab.bench.cases import DTYPES, LAYERS, LENGTHS, RANKS, epochs, grid, growth, mixed_case
+from loralab.bench.measure import quartiles
 from loralab.cli.show import Json, as_json, table
+from loralab.disk import check_output_folder, write_json, write_text
 from loralab.errors import UserError
 from loralab.fast.machine import fast_bfloat16
 
-EPOCHS = 3  # of each side at most: an epoch is long, and averages over hundreds of steps by itself
+EPOCHS = 3  # repeats of --epoch at most: an epoch is long, and averages over hundreds of steps by itself
+REPEATS, REPEATS_MIXED = 7, 15
+LENGTH, LENGTH_MIXED = 64, 32  # tokens
 
 
 def bench(
@@ -31,7 +33,7 @@ def bench(
     lengths: tuple[int, ...] = (),
     dtypes: tuple[str, ...] = (),
     batch_size: int = 32,
-    repeats: int = 7,
+    repeats: int | None = None,
     threads: int | None = None,
     epoch: bool = False,
     tasks: tuple[str, ...] = ("cola", "mrpc"),
@@ -42,11 +44,14 @@ def bench(
     cost: bool = False,
     ranks: tuple[int, ...] = RANKS,
     layers: tuple[int, ...] = LAYERS,
+    mixed: bool = False,
+    loaded: int = 1000,
+    profile: bool = False,
     out: Path = Path("runs/bench"),
     markdown: bool = False,
     json: Json = False,
 ) -> None:
-    """Time and memory of training steps, PEFT and loralab turn and turn about, each in a process of its own.
+    """Measure time and memory of training steps, PEFT and loralab in alternating turns, each in a process of its own.
 
     Writes bench.json, bench.md and pictures. What is measured and how: docs/benchmarks.md.
 
@@ -55,63 +60,81 @@ def bench(
     models: tuple
         Local folders, hub names, or aliases.
     methods: tuple
-        Of lora, dora, vera, lora-fa, qlora, full.
+        Any of lora, dora, vera, lora-fa, qlora, full.
     targets: tuple
         Which layers are adapted: presets or regular expressions.
     lengths: tuple
-        Tokens of a row: 64 by default, with --cost 16 to 256.
+        Tokens of a row; 64 by default, 16 to 256 with --cost, 32 with --mixed.
     dtypes: tuple
-        bfloat16 (PEFT under autocast, as Trainer's bf16=True), float32; by default bfloat16 where it is fast here.
+        bfloat16 (PEFT under autocast, as with Trainer's bf16=True) or float32; bfloat16 by default where this machine
+        multiplies it fast.
     batch_size: int
-        Rows of a step.
+        Rows of a step; with --mixed also the number of adapters in a batch.
     repeats: int
-        Turns of each side; with --epoch at most 3.
+        Turns of each side; 7 by default, 15 with --mixed, at most 3 with --epoch.
     threads: int
-        Threads of each side; torch's own choice by default.
+        Threads of each process; torch's own choice by default.
     epoch: bool
-        Whole epochs of --tasks end to end instead of steps, PEFT in Hugging Face's Trainer.
+        Measure whole epochs of --tasks instead of steps, PEFT in Hugging Face's Trainer.
     tasks: tuple
-        GLUE names, or minimal-pairs, which is embedded.
+        With --epoch: GLUE names, or minimal-pairs, which is embedded.
     data: Path
-        Folder with the GLUE tasks; without it the hub's.
+        With --epoch: folder with the GLUE tasks; without it they come from the hub.
     rows: int
-        With --epoch: only so many training rows.
+        With --epoch: train on so many rows, drawn by the data's hash.
     max_length: int
         With --epoch: tokens at which a row is cut.
     together: tuple
         With --epoch: runs of loralab that share passes, as in a study; PEFT has one.
     cost: bool
-        How a step's cost grows with rank, layers and length, for the first of models, methods, targets and dtypes.
+        Measure how the cost of a step grows with rank, layers and length, for the first of --models, --methods,
+        --targets and --dtypes.
     ranks: tuple
-        With --cost.
+        With --cost: the ranks.
     layers: tuple
-        With --cost: the encoder's first so many.
+        With --cost: the numbers of encoder layers, counted from the first.
+    mixed: bool
+        Measure inference on a batch whose rows have an adapter each, for the first of --models, --methods, --targets,
+        --lengths and --dtypes: against one merged adapter, and for lora against PEFT's adapter_names.
+    loaded: int
+        With --mixed: adapters in the largest case.
+    profile: bool
+        List the operations that take most of a step, for the first of --models, --methods, --targets, --lengths and
+        --dtypes.
     out: Path
         Folder to write; an earlier bench there is replaced.
     markdown: bool
         Print the tables as Markdown.
     """
-    if not all((models, methods, targets, tasks, ranks, layers)):
-        raise UserError("a flag that names several things got none: give one or more")
-    if epoch and cost:
-        raise UserError("--epoch and --cost are two benches: choose one")
+    if not all((models, methods, targets, tasks, ranks, layers, together)):
+        raise UserError("a flag that takes several values got none: give one or more")
+    wanted = [name for name, on in {"epoch": epoch, "cost": cost, "mixed": mixed, "profile": profile}.items() if on]
+    if len(wanted) > 1:
+        raise UserError(f"{' and '.join(f'--{name}' for name in wanted)} are different measurements: choose one")
     chosen = dtypes or (DTYPES[0] if fast_bfloat16() else DTYPES[1],)
-    cases = grid(models, methods, targets, lengths or (64,), chosen, batch_size)
-    run = Bench(min(repeats, EPOCHS) if epoch else repeats, threads)
-    _folder(out)
+    default = LENGTH_MIXED if mixed else LENGTH
+    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size)
+    turns = (REPEATS_MIXED if mixed else REPEATS) if repeats is None else repeats
+    run = Bench(min(turns, EPOCHS) if epoch else turns, threads)
+    check_output_folder(out, lambda folder: (folder / "bench.json").is_file())
+    out.mkdir(parents=True, exist_ok=True)
     if epoch:
         measured = _epochs(run, epochs(cases, tasks, data, rows, max_length, together))
     elif cost:
         measured = _growth(run, growth(cases[0], ranks, layers, lengths or LENGTHS))
+    elif mixed:
+        measured = _mixed(run, mixed_case(cases[0], loaded))
+    elif profile:
+        measured = _profile(run, cases[0])
     else:
         measured = _steps(run, cases)
-    rates = {dtype: asdict(spread(values)) for dtype, values in run.rates.items()}
+    rates = {dtype: asdict(quartiles(values)) for dtype, values in run.rates.items()}
     result = {"command": _command(), "repeats": run.repeats, **run.facts, "rates": rates, **measured}
     _write(result, out)
     if json:
         as_json(result)
     elif markdown:
-        print(told.markdown(result), end="")
+        print(tables.markdown(result), end="")
     else:
         _show(result, out)
 
@@ -134,16 +157,26 @@ def _growth(run: Bench, axes: dict[str, list[Case]]) -> dict[str, Any]:
     return {"growth": {axis: [found[case] for case in grown] for axis, grown in axes.items()}}
 
 
+def _mixed(run: Bench, case: MixedCase) -> dict[str, Any]:
+    with _bar(run, "mixed", 1):
+        return {"mixed": run.mixed(case)}
+
+
+def _profile(run: Bench, case: Case) -> dict[str, Any]:
+    with _bar(run, "profile", 2):
+        return {"profile": run.profile(case)}
+
+
 @contextmanager
-def _bar(run: Bench, what: str, turns: int) -> Iterator[None]:
-    """A bar on stderr, which moves between turns only, so that drawing it takes no part of one."""
+def _bar(run: Bench, title: str, turns: int) -> Iterator[None]:
+    """A bar on stderr. It moves between turns only, so that drawing it takes no time from one."""
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("turns, left"))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False)
-    counted = bar.add_task(what, total=turns)
+    task = bar.add_task(title, total=turns)
 
     def done() -> None:
-        bar.advance(counted)
+        bar.advance(task)
         bar.refresh()
 
     if console.is_terminal:
@@ -156,35 +189,26 @@ def _bar(run: Bench, what: str, turns: int) -> Iterator[None]:
         bar.stop()
 
 
-def _folder(out: Path) -> None:
-    """Made before minutes of measuring; nothing but an earlier bench is written over."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: choose a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "bench.json").is_file():
-        raise UserError(f"--out {out} holds something else than a bench: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def _command() -> str:
-    """What was typed, for a page, without places on this machine."""
+    """The command line for a page, without paths of this machine."""
     words = sys.argv[1:] if sys.argv[1:2] == ["bench"] else ["bench"]
     return shlex.join(["loralab", *("DIR" if Path(word).is_absolute() else word for word in words)])
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    (out / "bench.json").write_text(encoder.dumps(result, indent=1) + "\n")
-    (out / "bench.md").write_text(told.markdown(result))
+    write_json(out / "bench.json", result)
+    write_text(out / "bench.md", tables.markdown(result))
     if find_spec("matplotlib"):
-        from loralab.bench.draw import draw
+        from loralab.bench.plots import draw
 
         draw(result, out)
 
 
 def _show(result: dict[str, Any], out: Path) -> None:
-    for title, columns, rows, texts in told.tables(result):
+    for title, columns, rows, texts in tables.tables(result):
         table(title, columns, rows, texts)
         print()
-    print(told.note(result))
-    print(told.machine(result))
+    print(tables.note(result))
+    print(tables.machine(result))
     drawn = "" if find_spec("matplotlib") else " (pictures need pip install 'loralab[report]')"
     print(f"written: {out}{drawn}")

@@ -1,23 +1,27 @@
-"""A command with many flags shows them under headings; which flags there are comes from the settings alone."""
+"""Help of a command with many flags, under headings."""
 
 from typing import Any
 
 from cyclopts.help import DefaultFormatter, HelpPanel
 from rich.console import Console, ConsoleOptions
 
-HEADINGS = {
-    "Task, data and model": "task data text label problem-type validation train-rows validation-rows max-length model",
-    "Method": "method set rank alpha targets ranks policy keep rounds span dropout lr-ratio store",
+HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/test_cli.py)
+    "Task, data and model": "task tasks data text label problem-type validation train-rows rows validation-rows "
+    "max-length lengths model models",
+    "Method": "method methods set rank alpha targets ranks layers policy keep rounds span dropout lr-ratio store",
     "Optimization": "epochs batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "selection patience seed",
-    "Run": "out resume checkpoint-every dtype speed attention threads track json",
+    "Measurement": "epoch together cost mixed loaded profile repeats",
+    "Run": "out resume checkpoint-every dtype dtypes speed attention threads track markdown json",
 }
 MANY = 15  # flags
 
 
 class Headed(DefaultFormatter):
+    """cyclopts' help, with a panel for each heading where a command has many flags."""
+
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        """Prints one panel, or several if it holds many flags; a flag of no heading comes last."""
+        """Print one panel, or several if it holds many flags; flags without a heading come last."""
         rest = list(panel.entries)
         for heading, names in HEADINGS.items() if len(rest) > MANY else ():
             flags = [f"--{name}" for name in names.split()]

@@ -10,8 +10,8 @@ from loralab.adapters import read
 from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
 from loralab.cli.layers import show_layers
-from loralab.cli.show import Json, as_json, folder_size, number, pairs, size, table
-from loralab.disk import read_header
+from loralab.cli.show import Json, as_json, folder_size, number, pairs, table
+from loralab.disk import read_json, size_text
 from loralab.errors import UserError
 from loralab.files import AdapterFile
 from loralab.rankmap import RankMap
@@ -31,6 +31,7 @@ def inspect(
     top: int = TOP,
     plot: Path | None = None,
     memory: bool = False,
+    name: str | None = None,
     json: Json = False,
 ) -> None:
     """What an adapter folder holds: recipe, layers, labels, the base it belongs to, sizes; and what it learned.
@@ -52,12 +53,14 @@ def inspect(
         Picture to write: .png, .svg or .pdf.
     memory: bool
         Instead, of the folder of a finished run: what its memory was made of, layer by layer, and its peak.
+    name: str
+        Another name for the adapter than its own.
     """
     if memory:
         _show_memory(folder, json)
         return
     _check(top, plot)
-    file = read(folder)
+    file = base.read(folder, name)
     data = facts(file, folder)
     other = None if against is None else _updates(against, model)
     found = _updates(folder, model) if other or plot else _updates_or_note(folder, model)
@@ -81,6 +84,7 @@ def inspect(
 
 
 def facts(file: AdapterFile, folder: Path) -> dict[str, Any]:
+    """What a folder holds, for --json."""
     return {
         "name": file.name,
         "recipe": to_json(file.recipe),
@@ -101,11 +105,11 @@ def _check(top: int, plot: Path | None) -> None:
 
 
 def _updates(folder: Path, model: str | None) -> dict[str, Layer]:
-    return analysis.updates(folder, None if model is None else base.plain(model, folder)[0])
+    return analysis.updates(folder, None if model is None else base.plain(model, read(folder), folder).model)
 
 
 def _updates_or_note(folder: Path, model: str | None) -> dict[str, Layer]:
-    """Without the update the rest is still worth showing."""
+    """The updates, or none and a note where they need a base: the rest is still worth showing."""
     try:
         return _updates(folder, model)
     except UserError as error:
@@ -118,22 +122,22 @@ def _updates_or_note(folder: Path, model: str | None) -> dict[str, Layer]:
 def _draw(spectra: list[Spectrum], overlaps: list[Overlap], plot: Path) -> None:
     if not spectra:
         raise UserError(f"--plot {plot}: the adapter changes no weight of a linear layer, so there is nothing to draw")
-    from loralab.report import learned
+    from loralab.report import adapter_charts
 
-    learned.save(learned.overlaps(overlaps) if overlaps else learned.spectra(spectra), plot)
+    adapter_charts.save(adapter_charts.overlaps(overlaps) if overlaps else adapter_charts.spectra(spectra), plot)
 
 
 def _show_memory(folder: Path, json: bool) -> None:
-    """Of a run; `loralab plan` tells it without one."""
+    """Print the memory of a finished run; `loralab plan` estimates it without one."""
     place = next((at for at in (folder, folder.parent) if (at / "result.json").exists()), None)
-    found = {} if place is None else read_header(place / "result.json")["memory"]
-    if "layers" not in found:
+    found = {} if place is None else read_json(place / "result.json").get("memory")
+    if not isinstance(found, dict) or "layers" not in found:
         raise UserError(f"--memory: {folder} is no folder of a finished run with memory by layer; try loralab plan")
     if json:
         as_json(found)
         return
     show_layers(f"{place}: activations are those of the first batch", found["layers"])
-    print(f"\npeak of the whole run {size(found['peak_bytes'])} above what was there when it began")
+    print(f"\npeak of the whole run {size_text(found['peak_bytes'])} above what was there when it began")
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def show_overlaps(overlaps: list[Overlap], title: str) -> None:
 
 
 def spark(values: list[float]) -> str:
-    """A bar a value, the largest full."""
+    """One character for each value; the largest is a full block."""
     most = max(values, default=0.0) or 1.0
     return "".join(BLOCKS[round((len(BLOCKS) - 1) * value / most)] for value in values)
 
@@ -198,15 +202,20 @@ def _json(o: Overlap) -> dict[str, Any]:
 
 def _show_facts(folder: Path, file: AdapterFile, data: dict[str, Any]) -> None:
     shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in data.items()}
-    shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _told(data["recipe"]).items())
+    shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _changed_settings(data["recipe"]).items())
     shown["layers"] = summary(file.paths)
     shown["base"] = f"{file.base.get('name')}, sha256 {str(file.base.get('sha256') or 'not stored')[:16]}"
-    shown["values"], shown["bytes"] = f"{data['values']:,}", size(data["bytes"])
-    pairs(str(folder), {key: value or "none" for key, value in shown.items()})
+    shown["values"], shown["bytes"] = f"{data['values']:,}", size_text(data["bytes"])
+    pairs(str(folder), {key: _printable(value or "none") for key, value in shown.items()})
 
 
-def _told(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are on, those of the factors first."""
+def _printable(text: str) -> str:
+    """A text of a file as a terminal may show it: what would control the terminal is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def _changed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not off or none, those of the method first."""
     flat = {**(recipe["factors"] or {}), **recipe}
     del flat["factors"]
     if recipe["ranks"]:

@@ -1,7 +1,6 @@
 """`loralab merge`: a plain model with an adapter merged in."""
 
-import os
-import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +8,20 @@ from transformers.utils import logging
 
 from loralab.analysis import merge_errors
 from loralab.cli import base
+from loralab.disk import check_output_folder, new_folder
 from loralab.errors import UserError
 
 PROBE = ["The cat that the dogs chase sleeps.", "A longer line, so that the rows differ in length and in words."]
 
 
 def merge(
-    folder: Path, /, *, model: str, out: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    folder: Path,
+    /,
+    *,
+    model: str,
+    out: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    name: str | None = None,
 ) -> None:
     """Write a plain model with an adapter merged in, and print how far its outputs are from the adapted model's.
 
@@ -26,26 +32,40 @@ def merge(
     model: str
         The base: a local folder, a hub name, or an alias.
     out: Path
-        Folder to write; must not exist.
+        Folder to write, new or empty.
     dtype: str
         What the merged weights are kept in.
+    name: str
+        Another name for the adapter than its own.
     """
-    base.absent(out)
-    adapters, tokenizer = base.load(model, folder)
-    errors = merge_errors(adapters, None, tokenizer(PROBE, padding=True, return_tensors="pt"))
+    check_output_folder(out)
+    adapters, tokenizer = base.load(model, folder, name, whole=True)
+    probe = _probe(adapters.model, tokenizer)
+    errors = merge_errors(adapters, None, probe)
     _write(adapters.merge(dtype=dtype), tokenizer, out)
-    print(f"merged into {out} as {dtype}; largest difference of an output on {len(PROBE)} probe rows, by dtype:")
+    print(
+        f"merged into {out} as {dtype}; largest difference of an output on {len(probe['input_ids'])} probe rows, by dtype:"
+    )
     print(", ".join(f"{route} {error:.1g}" for route, error in errors.items()))
 
 
+def _probe(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """A batch that the model takes, of one row where rows cannot be padded."""
+    batch = tokenizer(
+        PROBE if tokenizer.pad_token else PROBE[:1], padding=tokenizer.pad_token is not None, return_tensors="pt"
+    )
+    takes = signature(model.forward).parameters
+    if "decoder_input_ids" in takes and model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return {key: tensor for key, tensor in batch.items() if key in takes}
+
+
 def _write(plain: Any, tokenizer: Any, out: Path) -> None:
-    """The folder, whole or not at all."""
-    partial = out.with_name(out.name + ".partial")
+    """Write the folder, whole or not at all. Raises UserError."""
     logging.disable_progress_bar()
     try:
-        for part in (plain, tokenizer):
-            part.save_pretrained(partial)
-        os.replace(partial, out)
+        with new_folder(out) as folder:
+            plain.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except OSError as problem:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {out}: {problem.strerror or problem}") from problem

@@ -11,12 +11,12 @@ from torch import nn
 
 from loralab import models
 from loralab.cli.show import Json, as_bytes
-from loralab.data import tables
+from loralab.data import checks, tables
 from loralab.errors import UserError
 from loralab.report.numbers import spans
-from loralab.serve import Answer, Known, Pool, Predictor, Row, known, table
+from loralab.serve import AdapterFolder, Answer, Pool, Predictor, Request, adapter_folders
 
-USUAL = (("text",), ("sentence",))  # columns of text to look for where neither flag nor adapter names them
+USUAL = (("text",), ("sentence",))  # columns of text to try where neither flag nor adapter names them
 
 
 def predict(
@@ -68,19 +68,19 @@ def predict(
         What the new columns' names begin with.
     """
     _check(batch_size, max_length, rank, out)
-    budget, there = as_bytes(memory), known(adapters)
-    columns = table.read(input)
+    budget, folders = as_bytes(memory), adapter_folders(adapters)
+    columns = tables.read_all(input)
     added = [prefix + name for name in ("label", "probabilities", *(["error"] if keep_going else []))]
     if doubled := [name for name in added if name in columns]:
         raise UserError(f"{input}: column {', '.join(doubled)} is there already; --prefix renames the new ones")
-    rows = _rows(input, columns, there, adapter_column, text or [])
-    predictor = _predictor(model, there, budget, (batch_size, rank, max_length))
+    requests = _requests(input, columns, folders, adapter_column, text or [])
+    predictor = _predictor(model, folders, budget, (batch_size, rank, max_length))
     before = time.perf_counter()
-    answers = predictor.answer(rows)
+    answers = predictor.answer(requests)
     _refuse(input, answers, keep_going)
     _deliver({**columns, **dict(zip(added, _columns(answers), strict=False))}, input, out, json)
-    used, took = len({row.adapter for row in rows}), time.perf_counter() - before
-    print(f"{len(rows)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
+    used, took = len({request.adapter for request in requests}), time.perf_counter() - before
+    print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
 
 
 def _check(batch_size: int, max_length: int | None, rank: int | None, out: Path | None) -> None:
@@ -93,72 +93,81 @@ def _check(batch_size: int, max_length: int | None, rank: int | None, out: Path 
         raise UserError(f"--out {out}: a name ending in {', '.join(tables.READERS)} was expected")
 
 
-def _rows(
-    path: Path, columns: Mapping[str, Sequence[Any]], there: Mapping[str, Known], column: str | None, text: list[str]
-) -> list[Row]:
-    """Adapter and texts of every row; a row whose adapter is unknown has none, which is told later."""
-    tables.require(path, list(columns), [*([column] if column else []), *text])
+def _requests(
+    path: Path,
+    columns: tables.Columns,
+    folders: Mapping[str, AdapterFolder],
+    adapter_column: str | None,
+    text: list[str],
+) -> list[Request]:
+    """Return adapter and texts of every row; a row whose adapter is unknown has no texts and is refused later."""
+    tables.require(path, list(columns), [*([adapter_column] if adapter_column else []), *text])
     if len(text) > 2:
         raise UserError(f"--text {' '.join(text)}: expected one column or two")
-    folders = {adapter.folder for adapter in there.values()}
-    if column is None and len(folders) > 1:
-        raise UserError(f"{len(folders)} adapters: name the column that tells each row's with --adapter-column")
-    count = len(next(iter(columns.values())))
-    asked = [next(iter(there))] * count if column is None else ["" if v is None else str(v) for v in columns[column]]
-    names = {name: tuple(text) or _text(path, list(columns), there[name]) for name in set(asked) & set(there)}
-    return [Row(name, tuple(columns[key][i] for key in names.get(name, text))) for i, name in enumerate(asked)]
+    different = {adapter.folder for adapter in folders.values()}
+    if adapter_column is None and len(different) > 1:
+        raise UserError(f"{len(different)} adapters: name the column that holds each row's with --adapter-column")
+    if adapter_column is None:
+        asked = [next(iter(folders))] * len(next(iter(columns.values())))
+    else:
+        asked = ["" if cell is None else checks.literal(cell) for cell in columns[adapter_column]]
+    of_adapter = {name: tuple(text) or _text(path, list(columns), folders[name]) for name in set(asked) & set(folders)}
+    return [Request(name, tuple(columns[key][i] for key in of_adapter.get(name, text))) for i, name in enumerate(asked)]
 
 
-def _text(path: Path, columns: list[str], adapter: Known) -> tuple[str, ...]:
+def _text(path: Path, columns: list[str], adapter: AdapterFolder) -> tuple[str, ...]:
     for names in (adapter.text, *USUAL):
         if names and set(names) <= set(columns):
             return names
-    wanted = f" (it was trained on {', '.join(adapter.text)})" if adapter.text else ""
+    trained = f" (it was trained on {', '.join(adapter.text)})" if adapter.text else ""
     raise UserError(
-        f"{path}: which column is text for {adapter.name}{wanted}? name it with --text: {', '.join(columns)}"
+        f"{path}: which column is text for {adapter.name}{trained}? name it with --text: {', '.join(columns)}"
     )
 
 
 def _predictor(
-    model: str | None, there: Mapping[str, Known], budget: int | None, rest: tuple[int, int | None, int | None]
+    model: str | None,
+    folders: Mapping[str, AdapterFolder],
+    budget: int | None,
+    rest: tuple[int, int | None, int | None],
 ) -> Predictor:
-    bases = sorted({adapter.base for adapter in there.values() if adapter.base})
+    bases = sorted({adapter.base for adapter in folders.values() if adapter.base})
     if model is None and len(bases) != 1:
         raise UserError(f"the adapters name {', '.join(bases) or 'no base'}: say which base with --model")
     name = model or bases[0]
     first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
     spare: list[nn.Module] = [first]
 
-    def fresh() -> nn.Module:
+    def new_base() -> nn.Module:
         return spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
 
-    return Predictor(Pool(fresh, budget), tokenizer, there, *rest)
+    return Predictor(Pool(new_base, budget), tokenizer, folders, *rest)
 
 
 def _refuse(path: Path, answers: Sequence[Answer | UserError], keep_going: bool) -> None:
-    """Tells every row that has no answer."""
-    faults: tables.Faults = {}
+    """Name every row that has no answer."""
+    faults: checks.Faults = {}
     for row, answer in enumerate(answers, 1):
         if isinstance(answer, UserError):
             faults.setdefault(str(answer), []).append(row)
     if not faults:
         return
-    told = "; ".join(f"row{'s' * (len(rows) > 1)} {spans(rows, '-')}: {what}" for what, rows in faults.items())
+    listed = "; ".join(f"row{'s' * (len(rows) > 1)} {spans(rows, '-')}: {what}" for what, rows in faults.items())
     if not keep_going:
-        raise UserError(f"{path}: {told}; mend or remove these rows, or answer the others with --keep-going")
-    print(f"note: no answer for {told}", file=sys.stderr)
+        raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
+    print(f"note: no answer for {listed}", file=sys.stderr)
 
 
 def _columns(answers: Sequence[Answer | UserError]) -> tuple[list[Any], list[Any], list[str | None]]:
-    """Labels, probabilities and errors."""
+    """Return the columns of labels, probabilities and errors."""
     good = [None if isinstance(answer, UserError) else answer for answer in answers]
     errors = [str(answer) if isinstance(answer, UserError) else None for answer in answers]
     return [a and a.label for a in good], [a and a.probabilities for a in good], errors
 
 
-def _deliver(columns: Mapping[str, Sequence[Any]], path: Path, out: Path | None, json: bool) -> None:
+def _deliver(columns: tables.Columns, path: Path, out: Path | None, json: bool) -> None:
     if out is not None:
-        table.write(columns, out)
+        tables.write(columns, out)
     if out is None or json:
         suffix = ".json" if json else path.suffix.lower()
-        print(table.text(columns, suffix if suffix in table.WRITERS else ".jsonl"), end="")
+        print(tables.render(columns, suffix if suffix in tables.WRITERS else ".jsonl"), end="")

@@ -1,4 +1,4 @@
-"""Tables on stdout, for people or, with --json, for machines."""
+"""Results on stdout: tables for people or, with --json, JSON for machines."""
 
 import json
 import re
@@ -19,7 +19,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """The first `texts` columns are text, the others are numbers, which are never broken."""
+    """Print a table. The first `texts` columns are text, the others are numbers, which are never wrapped."""
     shown = _plain()
     for i, column in enumerate(columns):
         number = i >= texts
@@ -30,7 +30,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], tex
 
 
 def pairs(title: str, data: Mapping[str, str]) -> None:
-    """A name and its value a line."""
+    """Print a name and its value on each line."""
     shown = _plain()
     shown.show_header = False
     shown.add_column(no_wrap=True)
@@ -45,27 +45,19 @@ def _plain() -> Table:
 
 
 def _print(title: str, shown: Table) -> None:
-    """As it is: a bracket in a path or an equation is no markup."""
+    """Print without markup, as a path or an equation may have brackets."""
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="bold", soft_wrap=True)  # a table would wrap its title to its own width
     console.print(shown)
 
 
 def as_json(data: Any) -> None:
+    """Print JSON."""
     print(json.dumps(data, indent=1))
 
 
-def size(count: float) -> str:
-    """1234567 bytes -> 1.2 MB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def as_bytes(memory: str | None) -> int | None:
-    """The value of --memory: 2GB -> 2000000000."""
+    """The value of --memory in bytes: 2GB -> 2000000000. Raises UserError for what is no size."""
     if memory is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)", memory.strip())
@@ -75,9 +67,10 @@ def as_bytes(memory: str | None) -> int | None:
 
 
 def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder and below."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def number(value: float | None) -> str:
-    """Three digits; - for what is not known."""
+    """A number with three digits; - if it is not known."""
     return "-" if value is None else f"{value:.3g}"

@@ -1,9 +1,9 @@
-"""Tasks: GLUE, the embedded one, a user's own file; and their metrics and held-out rows."""
+"""Tasks: GLUE, the embedded one, a user's own file; with their metrics and held-out rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from loralab.data import files, glue, tables
+from loralab.data import embedded, glue, own_files, tables
 from loralab.data.metrics import METRICS, is_constant, score
 from loralab.data.selection import held_out, sample
 from loralab.data.task import Split, Task, build
@@ -15,7 +15,7 @@ EMBEDDED = ("minimal-pairs", "demo", "embedded")  # its name and its aliases
 
 
 def names() -> tuple[str, ...]:
-    """Every task that has a name."""
+    """Return the names of all tasks that have one."""
     return (EMBEDDED[0], *glue.TABLE)
 
 
@@ -28,24 +28,25 @@ def load(
     validation: Path | str | None = None,
     regression: bool | None = None,
 ) -> Task:
-    """A task by name, or of a file. `data` is where GLUE lies; the keywords are for files only."""
+    """Load a task by its name, or from a file of one's own.
+
+    `data` is the folder of GLUE; the keywords are for own files only: the text columns, the label column, a validation
+    file, and whether the labels are scores (None: guess from how they look). Raises UserError.
+    """
     path = Path(task)
     if path.suffix.lower() in tables.READERS:
         columns = (text,) if isinstance(text, str) else tuple(text)
-        return files.load(path, None if validation is None else Path(validation), columns, label, regression)
-    given = {"--text": text, "--label": label, "--validation": validation, "regression": regression is not None}
+        return own_files.load(path, None if validation is None else Path(validation), columns, label, regression)
+    options = {"--text": text, "--label": label, "--validation": validation, "--problem-type": regression is not None}
     if path.is_file():
         raise UserError(f"{task}: a file ending in {', '.join(tables.READERS)} was expected")
-    if task.lower() not in EMBEDDED and glue.canonical(task) is None:
+    is_embedded = task.lower() in EMBEDDED
+    if not is_embedded and glue.canonical(task) is None:
         raise UserError(_unknown(task))
-    if any(given.values()):
-        used = ", ".join(name for name, value in given.items() if value)
+    if any(options.values()):
+        used = ", ".join(name for name, value in options.items() if value)
         raise UserError(f"{used} given, but {task} knows its columns: leave it out, it is for a file of your own")
-    if task.lower() not in EMBEDDED:
-        return glue.load(task, None if data is None else Path(data))
-    from loralab.data import embedded
-
-    return embedded.load()
+    return embedded.load() if is_embedded else glue.load(task, None if data is None else Path(data))
 
 
 def _unknown(task: str) -> str:

@@ -1,4 +1,4 @@
-"""Scores from logits (rows, outputs) and labels (rows,): GLUE's and those of own tasks."""
+"""Metrics from logits (rows, outputs) and labels (rows,): those of GLUE and of own tasks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,35 +18,35 @@ def _constant(values: Array) -> bool:
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """Share of rows whose largest logit is the label's."""
+    """Return the share of rows whose largest logit is the label's."""
     return float(accuracy_score(labels, logits.argmax(1)))
 
 
 def matthews_correlation(logits: Array, labels: Array) -> float:
-    """Correlation of predicted and true class; 0.0 when either is constant, where the formula is 0/0."""
+    """Return the correlation of predicted and true class; 0.0 when either is constant, where the formula is 0/0."""
     predicted = logits.argmax(1)
     return 0.0 if _constant(predicted) or _constant(labels) else float(matthews_corrcoef(labels, predicted))
 
 
 def f1(logits: Array, labels: Array) -> float:
-    """GLUE's F1: of the class with id 1, of two; 0.0 when nobody has or predicts it."""
+    """Return GLUE's F1: of the class with id 1, of two; 0.0 when no row has it or is predicted to."""
     if logits.shape[1] != 2:
         raise UserError(f"f1 is for 2 classes, the logits have {logits.shape[1]} outputs: use f1_macro")
     return float(f1_score(labels, logits.argmax(1), labels=[1], average=None, zero_division=0)[0])
 
 
 def f1_macro(logits: Array, labels: Array) -> float:
-    """Plain mean of the F1 of every class that is a label or a prediction of some row."""
+    """Return the plain mean of the F1 of every class that is a label or a prediction of some row."""
     return float(f1_score(labels, logits.argmax(1), average="macro", zero_division=0))
 
 
 def pearson(logits: Array, labels: Array) -> float:
-    """Linear correlation of the one output with the labels; 0.0 when either is constant, where the formula is 0/0."""
+    """Return the linear correlation of output and label; 0.0 when either is constant, where the formula is 0/0."""
     return _correlation(stats.pearsonr, logits, labels)
 
 
 def spearman(logits: Array, labels: Array) -> float:
-    """Rank correlation of the one output with the labels; 0.0 when either is constant, where the formula is 0/0."""
+    """Return the rank correlation of output and label; 0.0 when either is constant, where the formula is 0/0."""
     return _correlation(stats.spearmanr, logits, labels)
 
 
@@ -66,7 +66,7 @@ METRICS: dict[str, Callable[[Array, Array], float]] = {
 
 
 def score(metrics: Sequence[str], logits: Array, labels: Sequence[float] | Array) -> dict[str, float]:
-    """Every named metric. Correlations of constant predictions are 0.0, not NaN; logits that are not finite raise."""
+    """Return every named metric. Raises UserError for an unknown name and for logits that are not finite."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UserError(f"unknown metric {', '.join(unknown)}: there are {', '.join(METRICS)}")
@@ -84,5 +84,5 @@ def score(metrics: Sequence[str], logits: Array, labels: Sequence[float] | Array
 
 
 def is_constant(logits: Array) -> bool:
-    """True when a classifier predicts one class for every row (or a regression one value): it has learnt nothing."""
+    """Tell whether one class is predicted for every row, or one value by a regression: nothing was learned."""
     return _constant(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1))

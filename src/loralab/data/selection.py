@@ -1,9 +1,16 @@
-"""Rows of train held out to choose the epoch: by the data's hash and a fixed seed, so the same for every method."""
+"""Rows drawn by the data's hash: those held out of train to choose the epoch, and samples.
+
+The draw is rule 1 of docs/protocol.md. It uses numpy's legacy generator, whose values numpy has frozen, so the same
+data give the same rows with every version of every library. The rows are those of scikit-learn's `train_test_split`,
+with which the first runs were made; a test compares the two.
+"""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
-from sklearn.model_selection import train_test_split
+from numpy.random import RandomState
+from numpy.typing import NDArray
 
 from loralab.data.task import Split
 from loralab.errors import UserError
@@ -11,13 +18,17 @@ from loralab.errors import UserError
 SEED = 20210617  # any fixed number; this is the day LoRA appeared
 BINS = 10  # quantile bins that stratify a regression
 
+Ints = NDArray[np.int64]
+
 
 def held_out(
     split: Split, sha256: str, classification: bool, fraction: float = 0.1, at_most: int = 1000
 ) -> tuple[list[int], list[int]]:
-    """(indices to train on, indices held out), both sorted; stratified by label, for regression by quantile.
+    """Divide the rows of a split by the hash of its task.
 
-    The first row of each class always stays in train, so no class vanishes from it.
+    Returns (indices to train on, indices held out), both sorted; stratified by label, for a regression by quantile. The
+    first row of each class always stays in train, so no class vanishes from it. Raises UserError where too few rows are
+    left for that.
     """
     rows = len(split)
     size = min(at_most, max(1, round(rows * fraction)))
@@ -34,12 +45,12 @@ def held_out(
 
 
 def sample(split: Split, sha256: str, classification: bool, rows: int) -> list[int]:
-    """Indices of so many rows, sorted and stratified like those held out."""
+    """Return the indices of so many rows, sorted, and drawn and stratified like those held out."""
     return held_out(split, sha256, classification, 1.0, rows)[1]
 
 
 def _quantiles(labels: list[int] | list[float], bins: int) -> list[float]:
-    """The quantile bin of every row, by rank; ties are split in file order."""
+    """Return the quantile bin of every row, by rank; ties are divided in file order."""
     order = np.argsort(labels, kind="stable")
     ranks = np.empty(len(labels), dtype=int)
     ranks[order] = np.arange(len(labels))
@@ -47,14 +58,41 @@ def _quantiles(labels: list[int] | list[float], bins: int) -> list[float]:
 
 
 def _draw(rows: list[int], groups: list[float], size: int, seed: int) -> list[int]:
-    """`size` of the rows: stratified over groups of two rows and more, or plainly random if too many groups."""
+    """Draw `size` of the rows: stratified over groups of two rows or more, or plainly where the groups are too many."""
     if size == len(rows):
         return rows
     counts = Counter(groups)
     many = [row for row, group in zip(rows, groups, strict=True) if counts[group] > 1]
     strata = [group for group in groups if counts[group] > 1]
+    random = RandomState(seed)
     if len(set(strata)) <= min(size, len(many) - size):
-        _, out = train_test_split(many, test_size=size, random_state=seed, stratify=strata)
-    else:
-        _, out = train_test_split(rows, test_size=size, random_state=seed)
-    return sorted(out)
+        return sorted(many[place] for place in _stratified(strata, size, random))
+    return sorted(rows[place] for place in random.permutation(len(rows))[:size])
+
+
+def _stratified(groups: list[float], size: int, random: RandomState) -> list[int]:
+    """Return the places of `size` rows, of each group as large a share as of all rows."""
+    _, group_of_row, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    stay = _shares(counts, len(groups) - size, random)  # (groups,) rows of each group that are not drawn
+    drawn = _shares(counts - stay, size, random)  # (groups,)
+    places: list[int] = []
+    for group, count in enumerate(counts):
+        shuffled = np.flatnonzero(group_of_row == group)[random.permutation(count)]
+        places += shuffled[stay[group] : stay[group] + drawn[group]].tolist()
+    return places
+
+
+def _shares(counts: Ints, total: int, random: RandomState) -> Ints:
+    """Divide `total` in proportion to `counts`: whole parts first, then the largest remainders, equal ones by lot."""
+    exact: NDArray[Any] = counts / counts.sum() * total
+    whole = np.floor(exact)
+    missing, remainder = int(total - whole.sum()), exact - whole
+    for value in np.unique(remainder)[::-1]:
+        if missing <= 0:
+            break
+        equal = np.flatnonzero(remainder == value)
+        chosen = random.choice(equal, size=min(len(equal), missing), replace=False)
+        whole[chosen] += 1
+        missing -= len(chosen)
+    shares: Ints = whole.astype(np.int64)
+    return shares

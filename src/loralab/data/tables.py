@@ -1,51 +1,80 @@
-"""Columns of a CSV, TSV, JSON or parquet file, and checks of their values: all problems of a file in one message."""
+"""Read and write CSV, TSV, JSON and parquet files as columns of values.
 
+A CSV or TSV cell is text, exactly as the file has it: nothing is taken for a number or a date. A number of a JSON file
+keeps how it was written. Only regular files are read, and none that would take more memory than a limit.
+"""
+
+import csv
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
+from loralab.data.checks import (
+    Faults,
+    convert,
+    kind,
+    literal,
+    one_line,
+    raise_faults,
+    shown,
+    written_float,
+    written_int,
+)
+from loralab.disk import replacing
 from loralab.errors import UserError
 
 Columns = dict[str, list[Any]]
-Faults = dict[str, list[int]]  # what is wrong -> the rows, counted from 1
-Value = TypeVar("Value")
 
-SHOWN = 5  # rows, and kinds of fault, that a message spells out
+LIMIT = "LORALAB_DATA_GB"  # environment variable: most gigabytes that a data file may take once it is read
+DEFAULT_GB = 2.0
+CELL = 64  # bytes that Python needs for a value beside its content
+BATCH = 1024  # rows of a parquet file that are decoded at once
+UNTYPED = (".csv", ".tsv")  # formats in which every cell is text
 
 
-def read(path: Path, wanted: Sequence[str], text: Sequence[str] = ()) -> Columns:
-    """The wanted columns of a file; those of `text` are strings even where a CSV looks like numbers."""
-    there, columns = _open(path, wanted, text)
-    require(path, there, wanted)
+def read(path: Path, wanted: Sequence[str]) -> Columns:
+    """Read the wanted columns of a file. Raises UserError for a file without them, or without rows."""
+    present, columns = _open(path, wanted)
+    require(path, present, wanted)
     if not columns[wanted[0]]:
         raise UserError(f"{path} has no rows: at least one was expected")
     return columns
 
 
+def read_all(path: Path) -> Columns:
+    """Read every column of a file."""
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: a file ending in {', '.join(READERS)} was expected")
+    return read(path, names(path))
+
+
 def names(path: Path) -> list[str]:
-    """All columns of a file."""
-    return _open(path, (), ())[0]
+    """Return the names of all columns of a file."""
+    return _open(path, ())[0]
 
 
-def _open(path: Path, wanted: Sequence[str], text: Sequence[str]) -> tuple[list[str], Columns]:
+def _open(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
     with reading(path):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: a file was expected")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty: a header and rows were expected")
-        return READERS[path.suffix.lower()](path, wanted, text)
+        check_file(path)
+        present, columns = READERS[path.suffix.lower()](path, wanted)
+    if any("\0" in name for name in present):
+        raise UserError(f"{path} has NUL characters in the names of its columns: save it as UTF-8 text")
+    return present, columns
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong while reading a file into one line."""
+    """Turn whatever goes wrong while reading a file into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -54,80 +83,171 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} does not exist: check the path") from None
     except PermissionError:
         raise UserError(f"{path} may not be read: permission denied, change its rights or copy it") from None
-    except (OSError, ValueError, pa.ArrowException) as problem:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {one_line(problem)}; is it whole?") from problem
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError, OverflowError, MemoryError, csv.Error, pa.ArrowException) as problem:
+        encoding = isinstance(problem, UnicodeDecodeError) or "UTF8" in str(problem)
+        advice = "save it as UTF-8 text" if encoding else "is it whole?"
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {one_line(problem)}; {advice}") from problem
 
 
-def one_line(problem: object, at_most: int = 200) -> str:
-    """A foreign message without its line breaks and its tail."""
-    line = " ".join(str(problem).split())
-    return line if len(line) <= at_most else line[:at_most] + "..."
+def check_file(path: Path) -> None:
+    """Raise for what is no regular file, is empty, or is larger than the limit."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path} is a folder: a file was expected")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is a pipe or a device: a regular file was expected, copy it into one")
+    if status.st_size == 0:
+        raise UserError(f"{path} is empty: a header and rows were expected")
+    check_size(path, status.st_size)
+
+
+def check_size(path: Path, size: float) -> None:
+    """Raise where a file takes more bytes than the limit."""
+    given = os.environ.get(LIMIT) or DEFAULT_GB
+    try:
+        limit = float(given) * 1e9
+    except ValueError:
+        raise UserError(f"{LIMIT}={given}: a number of gigabytes was expected") from None
+    if size > limit:
+        raise UserError(
+            f"{path} takes {size / 1e9:.1f} GB or more once it is read, and the limit is {limit / 1e9:g} GB: "
+            f"use fewer rows, or raise the limit with {LIMIT}={size / 1e9 + 1:.0f}"
+        )
 
 
 def require(where: object, names: Sequence[str], wanted: Iterable[str]) -> None:
-    """Raises when a wanted column is not there exactly once."""
+    """Raise where a wanted column is not there exactly once."""
     absent = [name for name in wanted if name not in names]
     doubled = [name for name in wanted if list(names).count(name) > 1]
-    said = [f"no column {', '.join(map(repr, absent))}"] * bool(absent)
-    said += [f"more than one column {', '.join(map(repr, doubled))}"] * bool(doubled)
-    if said:
-        raise UserError(f"{where}: {' and '.join(said)}; columns there: {', '.join(map(one_line, names))}")
+    problems = [f"no column {', '.join(map(repr, absent))}"] * bool(absent)
+    problems += [f"more than one column {', '.join(map(repr, doubled))}"] * bool(doubled)
+    if problems:
+        raise UserError(f"{where}: {' and '.join(problems)}; columns there: {', '.join(map(one_line, names))}")
 
 
 # --- readers: (all column names, the wanted columns that are there once) ---
 
 
-def _picked(table: Any, wanted: Sequence[str]) -> Columns:
-    names = table.column_names
-    return {name: table.column(name).to_pylist() for name in wanted if names.count(name) == 1}
+def _read_csv(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    return _delimited(path, wanted, pa.csv.ParseOptions(newlines_in_values=True), {})
 
 
-def _read_csv(path: Path, wanted: Sequence[str], text: Sequence[str]) -> tuple[list[str], Columns]:
-    return _delimited(path, wanted, text, pa.csv.ParseOptions(newlines_in_values=True))
+def _read_tsv(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read without quoting: a lone quote mark in a text would swallow the lines up to the next one."""
+    parse = pa.csv.ParseOptions(delimiter="\t", quote_char=False)
+    return _delimited(path, wanted, parse, {"delimiter": "\t", "quoting": csv.QUOTE_NONE})
 
 
-def _read_tsv(path: Path, wanted: Sequence[str], text: Sequence[str]) -> tuple[list[str], Columns]:
-    """Without quoting: TSV files of text hold lone quote marks, which would swallow the lines up to the next one."""
-    return _delimited(path, wanted, text, pa.csv.ParseOptions(delimiter="\t", quote_char=False))
-
-
-def _delimited(path: Path, wanted: Sequence[str], text: Sequence[str], parse: Any) -> tuple[list[str], Columns]:
-    whole = min(path.stat().st_size + 1, 2**31 - 1)  # one block: types inferred from all rows
+def _delimited(path: Path, wanted: Sequence[str], parse: Any, dialect: Any) -> tuple[list[str], Columns]:
+    """Read the header for the names, then all cells as text; pyarrow would take some for numbers and dates."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = next((row for row in csv.reader(file, **dialect) if row), [])
+    picked = [name for name in wanted if names.count(name) == 1]
+    if not picked:
+        return names, {}
     table = pa.csv.read_csv(
         path,
-        read_options=pa.csv.ReadOptions(block_size=whole, use_threads=False),  # one thread: errors carry the row
-        parse_options=parse,
-        convert_options=pa.csv.ConvertOptions(column_types={name: pa.string() for name in text}),
+        read_options=pa.csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1), use_threads=False),
+        parse_options=parse,  # one thread: errors name the row
+        convert_options=pa.csv.ConvertOptions(column_types={name: pa.string() for name in names}),
     )
-    return table.column_names, _picked(table, wanted)
+    if table.column_names != names:
+        raise ValueError("the header is not clear: quote its names, or leave quotes and line breaks out of them")
+    return names, {name: table.column(name).to_pylist() for name in picked}
 
 
-def _read_parquet(path: Path, wanted: Sequence[str], text: Sequence[str]) -> tuple[list[str], Columns]:
-    with pa.parquet.ParquetFile(path) as file:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read only after the decoded size is known: a small file may repeat one long text a million times."""
+    metadata = pa.parquet.read_metadata(path)
+    leaves = map(metadata.schema.column, range(metadata.num_columns))
+    texts = [leaf.path for leaf in leaves if leaf.path in wanted and leaf.physical_type == "BYTE_ARRAY"]
+    with pa.parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts) as file:  # repeated texts stay small
         names = file.schema_arrow.names
-        return names, _picked(file.read(columns=[name for name in wanted if names.count(name) == 1]), wanted)
+        picked = [name for name in wanted if names.count(name) == 1]
+        if not picked:
+            return names, {}
+        check_size(path, _recorded_bytes(metadata, picked))
+        check_size(
+            path, sum(_decoded_bytes(array) for batch in file.iter_batches(BATCH, columns=picked) for array in batch)
+        )
+        columns: Columns = {name: [] for name in picked}
+        for batch in file.iter_batches(BATCH, columns=picked):
+            for name, values in columns.items():
+                values += _cells(batch.column(name))
+        return names, columns
 
 
-def _read_json(path: Path, wanted: Sequence[str], text: Sequence[str]) -> tuple[list[str], Columns]:
-    """One object a line, or one list of objects; the standard parser keeps 1, 1.0, true and "1" apart."""
+def _cells(array: Any) -> list[Any]:
+    cells: list[Any] = array.to_pylist()
+    return [cell and dict(cell) for cell in cells] if pa.types.is_map(array.type) else cells
+
+
+def _recorded_bytes(metadata: Any, picked: Sequence[str]) -> int:
+    """Return the bytes that the columns take at least, by what the file says of its row groups."""
+    size = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if any(column.path_in_schema == name or column.path_in_schema.startswith(name + ".") for name in picked):
+                size += column.total_uncompressed_size + CELL * column.num_values
+    return size
+
+
+def _decoded_bytes(array: Any) -> int:
+    """Return the bytes that the values of an array take as Python objects."""
+    size: int = array.nbytes
+    if pa.types.is_dictionary(array.type):
+        lengths = pa.compute.binary_length(array.dictionary) if _is_bytes(array.type.value_type) else None
+        size = 0 if lengths is None else pa.compute.sum(lengths.take(array.indices)).as_py() or 0
+    return size + CELL * len(array)
+
+
+def _is_bytes(type_: Any) -> bool:
+    return any(check(type_) for check in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string))
+
+
+class _DoubledKey(ValueError):
+    pass
+
+
+def _read_json(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read one object a line, or one list of objects; 1, 1.0, true and "1" stay different values."""
     content = path.read_text(encoding="utf-8-sig")
     faults: Faults = {}
     if content.lstrip().startswith("["):
-        rows = json.loads(content)
+        rows = _parse(content)
     else:
         lines = [line for line in content.split("\n") if line.strip()]  # splitlines would cut texts at U+2028
-        rows = convert(lines, _parsed, "", faults)
+        rows = convert(lines, _parse_line, "", faults)
     convert([] if faults else rows, _object, "", faults)
     raise_faults(path, faults)
     names = list(dict.fromkeys(name for row in rows for name in row)) if rows else list(wanted)
     return names, {name: [row.get(name) for row in rows] for name in wanted}
 
 
-def _parsed(line: str) -> Any:
+def _parse(content: str) -> Any:
+    return json.loads(content, parse_int=written_int, parse_float=written_float, object_pairs_hook=_unique)
+
+
+def _parse_line(line: str) -> Any:
     try:
-        return json.loads(line)
+        return _parse(line)
+    except _DoubledKey:
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     except ValueError:
         raise ValueError("not JSON") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its members; the standard parser drops all but the last of equal names."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DoubledKey(f"{next(name for name in made if names.count(name) > 1)!r} twice in an object")
+    return made
 
 
 def _object(row: Any) -> dict[str, Any]:
@@ -136,7 +256,7 @@ def _object(row: Any) -> dict[str, Any]:
     return row
 
 
-READERS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], tuple[list[str], Columns]]] = {
+READERS: dict[str, Callable[[Path, Sequence[str]], tuple[list[str], Columns]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_json,
@@ -145,62 +265,87 @@ READERS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], tuple[list[str
 }
 
 
-# --- values: each raises ValueError with what is wrong ---
+# --- writers ---
+
+Table = Mapping[str, Sequence[Any]]
 
 
-def convert(values: Iterable[Any], change: Callable[[Any], Value], where: str, faults: Faults) -> list[Value]:
-    """`change` of every value; what it refuses goes to `faults`, under its reason and with the row."""
-    changed = []
-    for row, value in enumerate(values, 1):
-        try:
-            changed.append(change(value))
-        except ValueError as fault:
-            faults.setdefault(f"{where}{fault}", []).append(row)
-    return changed
-
-
-def raise_faults(where: object, faults: Faults) -> None:
-    """One UserError for all faults of a file."""
-    said = [f"{what} in {_rows(rows)}" for what, rows in list(faults.items())[:SHOWN]]
-    said += [f"{len(faults) - SHOWN} more kinds of fault"] * (len(faults) > SHOWN)
-    if said:
-        raise UserError(f"{where}: {'; '.join(said)}; mend or remove these rows")
-
-
-def _rows(rows: Sequence[int]) -> str:
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    return f"{len(rows)} rows ({', '.join(map(str, rows[:SHOWN]))}{', ...' * (len(rows) > SHOWN)})"
-
-
-def text(value: Any) -> str:
-    """A string with something in it."""
-    if not any_text(value).strip():
-        raise ValueError("empty")
-    return str(value)
-
-
-def any_text(value: Any) -> str:
-    """A string, empty or not, that a tokenizer can take."""
-    if value is None:
-        raise ValueError("null")
-    if not isinstance(value, str):
-        raise ValueError(f"{type(value).__name__} instead of text")
+def write(columns: Table, path: Path) -> None:
+    """Write a file in the format of its ending, whole or not at all. Raises UserError."""
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair") from None
-    return value
+        with replacing(path) as temporary:
+            if path.suffix.lower() == ".parquet":
+                pa.parquet.write_table(pa.table({name: _array(cells) for name, cells in columns.items()}), temporary)
+            else:
+                temporary.write_text(render(columns, path.suffix.lower()), encoding="utf-8", newline="")
+    except UserError as problem:
+        raise UserError(f"cannot write {path}: {problem}") from None
+    except (OSError, UnicodeEncodeError, pa.ArrowException) as problem:
+        raise UserError(f"cannot write {path}: {one_line(problem)}") from problem
 
 
-def number(value: Any) -> float:
-    """A finite float."""
-    if value is None or value == "":
-        raise ValueError("null")
-    try:
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{one_line(repr(value), 40)} instead of a number") from None
-    if not math.isfinite(result):
-        raise ValueError(f"{result} instead of a finite number")
-    return result
+def render(columns: Table, suffix: str) -> str:
+    """Return a table as the text of a file with that ending, one of WRITERS. A CSV or TSV has values as JSON."""
+    return WRITERS[suffix](columns)
+
+
+def _array(cells: Sequence[Any]) -> Any:
+    """Make a parquet column. Values of several types become text; objects of numbers become maps."""
+    present = [cell for cell in cells if cell is not None]
+    if len(set(map(kind, present))) > 1:
+        return pa.array([None if cell is None else literal(cell) for cell in cells])
+    if present and all(isinstance(cell, dict) and set(map(type, cell.values())) == {float} for cell in present):
+        return pa.array([cell and list(cell.items()) for cell in cells], pa.map_(pa.string(), pa.float64()))
+    return pa.array(list(cells))
+
+
+def _rows(columns: Table) -> Iterator[tuple[Any, ...]]:
+    return zip(*columns.values(), strict=True)
+
+
+def _json_cell(cell: Any, indent: int | None) -> str:
+    return literal(cell) if kind(cell) == "number" else json.dumps(cell, ensure_ascii=False, indent=indent, default=str)
+
+
+def _json(columns: Table) -> str:
+    keys = [json.dumps(name, ensure_ascii=False) for name in columns]
+    objects = []
+    for row in _rows(columns):
+        cells = [_json_cell(cell, 1).replace("\n", "\n  ") for cell in row]
+        members = ",\n".join(f"  {key}: {cell}" for key, cell in zip(keys, cells, strict=True))
+        objects.append(f" {{\n{members}\n }}")
+    return "[\n" + ",\n".join(objects) + "\n]\n"
+
+
+def _jsonl(columns: Table) -> str:
+    keys = [json.dumps(name, ensure_ascii=False) for name in columns]
+    lines = []
+    for row in _rows(columns):
+        members = ", ".join(f"{key}: {_json_cell(cell, None)}" for key, cell in zip(keys, row, strict=True))
+        lines.append(f"{{{members}}}\n")
+    return "".join(lines)
+
+
+def _csv(columns: Table) -> str:
+    def quoted(cell: str) -> str:
+        return '"' + cell.replace('"', '""') + '"' if re.search('[",\r\n]', cell) else cell
+
+    lines = [list(columns), *(map(_cell, row) for row in _rows(columns))]
+    return "".join(",".join(map(quoted, line)) + "\n" for line in lines)
+
+
+def _tsv(columns: Table) -> str:
+    lines = [list(columns), *([_cell(cell) for cell in row] for row in _rows(columns))]
+    for place, line in enumerate(lines):
+        for cell in line:
+            if re.search("[\t\r\n]", cell):
+                where = f"row {place}" if place else "the header"
+                raise UserError(f"a TSV cannot hold the tab or line break of {shown(cell)} in {where}: choose a CSV")
+    return "".join("\t".join(line) + "\n" for line in lines)
+
+
+def _cell(cell: Any) -> str:
+    return "" if cell is None else literal(cell)
+
+
+WRITERS: dict[str, Callable[[Table], str]] = {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}

@@ -1,4 +1,4 @@
-"""What is learnt, as values: a Split is rows of texts with labels, a Task is splits, label names and metrics."""
+"""Task and Split: rows of texts with labels, and the splits, label names and metrics that make a task."""
 
 import hashlib
 import json
@@ -17,20 +17,20 @@ class Split:
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
-            raise ValueError(f"{len(self.texts)} rows of text but {len(self.labels)} labels: they must be as many")
+            raise ValueError(f"{len(self.texts)} rows of text but {len(self.labels)} labels: the numbers must be equal")
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, indices: Iterable[int]) -> "Split":
-        """These rows, in this order."""
+        """Return these rows, in this order."""
         rows = list(indices)
         return Split([self.texts[row] for row in rows], [self.labels[row] for row in rows])
 
 
 @dataclass(frozen=True)
 class Task:
-    """Make one with `build`, which checks it and takes the hash."""
+    """What a model is trained and scored on. `build` makes one: it checks the splits and computes the hash."""
 
     name: str
     labels: tuple[str, ...] | None  # class names in id order; None is regression
@@ -42,12 +42,12 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Width of the head: one output for regression, else one per class."""
+        """Outputs of the head: one for a regression, else one per class."""
         return 1 if self.labels is None else len(self.labels)
 
 
 def digest(labels: Sequence[str] | None, splits: Mapping[str, Split]) -> str:
-    """sha256 of the content: the same rows from parquet, TSV or the hub give the same hash on every machine."""
+    """Return the sha256 of the content: the same rows give the same hash, from parquet, TSV or the hub, everywhere."""
     total = hashlib.sha256(json.dumps(None if labels is None else list(labels)).encode())
     for name, split in splits.items():
         total.update(json.dumps([name, split.texts, split.labels]).encode())
@@ -55,7 +55,7 @@ def digest(labels: Sequence[str] | None, splits: Mapping[str, Split]) -> str:
 
 
 def require_two(where: object, labels: Sequence[str] | None, rows: Split) -> None:
-    """Raises when all rows have one label, from which nothing can be learnt."""
+    """Raise where all rows have one label, from which nothing can be learned."""
     if len(set(rows.labels)) == 1:
         shown = rows.labels[0] if labels is None else repr(labels[int(rows.labels[0])])
         raise UserError(f"{where}: all labels are {shown} in {len(rows)} rows: at least two different ones are needed")
@@ -69,7 +69,7 @@ def build(
     validation: dict[str, Split],
     notes: tuple[str, ...] = (),
 ) -> Task:
-    """The Task of these splits; refuses what cannot be trained or scored."""
+    """Make the Task of these splits. Raises UserError for what cannot be trained or scored."""
     for split, rows in {"train": train, **validation}.items():
         if not len(rows):
             raise UserError(f"{name}: {split} has no rows; at least one is needed: check the data")

@@ -1,11 +1,11 @@
-"""What makes training fast, each piece optional: chosen once, before training starts, and named with its reason.
+"""What makes training fast, each piece optional; every piece computes what the model computes without it.
 
-    choices = loralab.fast.prepare(model, speed="auto", store="bfloat16")
-    choices, autocast = loralab.fast.quicken(model, "auto", torch.bfloat16)  # as `loralab train` does
+    choices = loralab.fast.enable(model, dtype="auto")      # as `adapters.fast()` and `loralab train` do
+    choices = loralab.fast.prepare(model, speed="auto", store="bfloat16")  # what `enable` comes to
 
 A piece is a row of PIECES: what must hold for it, and how it is put into the model. `speed="off"` leaves the plain
-path, which every piece equals (tests/test_speed.py) and is measured against (docs/benchmarks.md). `speed="compile"`
-gives the plain path to torch.compile, for GPUs; not measured.
+path, which every piece equals (tests/test_fast.py) and is measured against (docs/benchmarks.md). `speed="compile"`
+gives the plain path to torch.compile, for GPUs.
 """
 
 import os
@@ -20,43 +20,58 @@ from torch import nn
 from loralab.active import Active
 from loralab.adapted import HANDLE, AdaptedModel
 from loralab.errors import UserError
-from loralab.fast import heap, masks
+from loralab.fast import heap, machine, masks
+from loralab.fast.block import Block
+from loralab.fast.choices import Choice, Choices
 from loralab.fast.encoders import LAYERS, layers_of
 from loralab.layer import Adapted, put, put_back
 
 Speed = Literal["auto", "off", "compile"]
 COMPILER = "inductor"  # torch's own; batches of any shape share what it makes
-SAME = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
-CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
 MANY = "16384"  # prepared products; its own 1024 are too few
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One piece: whether it is used, and why or why not."""
-
-    piece: str
-    used: bool
-    reason: str
-
-
-@dataclass(frozen=True)
 class Piece:
+    """One piece of the fast path."""
+
     why: str
     problem: Callable[[nn.Module], str | None]  # what keeps a model from using it
     put: Callable[[nn.Module], None]
 
 
-def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -> list[Choice]:
-    """Puts into `model` what is fast here; call it once, after `attach`, before training. Returns what and why.
+def enable(model: nn.Module, dtype: str | torch.dtype = "auto", speed: Speed = "auto") -> Choices:
+    """Make forward and backward passes of `model` fast on this machine; call it after `attach`, on the device.
 
-    `store="bfloat16"` keeps every frozen tensor of the model in bfloat16 and computes in it; what learns stays float32.
+    `dtype` is what products run in: bfloat16, float32, or auto, which is bfloat16 where the machine multiplies it
+    fast. For bfloat16 every frozen tensor is rounded to it once, so that no product needs a cast and forward passes
+    no autocast; what learns keeps its dtype. If a tensor learns that belongs to no adapter (full fine-tuning), the
+    model keeps its dtype and `Choices.autocast` is true. Returns what was chosen and why; it follows later changes.
+    Raises UserError for an unknown dtype or speed.
+    """
+    if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
+    narrow = (machine.precision(dtype) if isinstance(dtype, str) else dtype) == torch.bfloat16
+    rounded = narrow and speed != "off" and what_learns(model) is None
+    choices = prepare(model, speed, "bfloat16" if rounded else None)
+    choices.autocast = narrow and not rounded
+    return choices
+
+
+def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -> Choices:
+    """Put into `model` what is fast here; call it after `attach`. Returns what was chosen and why.
+
+    `store="bfloat16"` rounds every frozen tensor of the model (see `round_frozen`), whatever else learns.
     Raises UserError for an unknown speed or store.
     """
     if speed not in (known := get_args(Speed)):
         raise UserError(f"speed={speed!r}: expected one of {', '.join(known)}")
+    if speed != "auto":
+        put_back(model)
     if store is not None:
-        hold(model, store)
+        round_frozen(model, store)
     chosen = []
     for name, piece in PIECES.items():
         problem = piece.problem(model) if speed == "auto" else f"speed is {speed}"
@@ -66,45 +81,40 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
     if speed == "compile":
         model.compile(dynamic=True, backend=COMPILER)
         chosen.append(Choice("compile", True, "torch.compile joins what lies between products"))
-    return chosen
+    blocks = [block for layer in layers_of(model) if isinstance(block := layer.__dict__.get("forward"), Block)]
+    choices = Choices(model, chosen, blocks if speed == "auto" else [], PIECES["block"].why)
+    choices.store = store
+    return choices
 
 
-def quicken(model: nn.Module, speed: Speed, precision: torch.dtype) -> tuple[list[Choice], bool]:
-    """What is fast for training in that precision: what was chosen, and whether autocast is still wanted.
+def round_frozen(model: nn.Module, store: str) -> None:
+    """Round every frozen floating-point tensor of the model to `store`, bfloat16 or float32.
 
-    A model whose layers are frozen is held in bfloat16, so its products need no casts. It must be on its device.
+    Tensors of adapters stay as they are, frozen ones too. Raises UserError for another store.
     """
-    narrow = precision == torch.bfloat16
-    held = narrow and speed != "off" and frozen(model) is None
-    return prepare(model, speed, "bfloat16" if held else None), narrow and not held
-
-
-def hold(model: nn.Module, store: str) -> None:
-    """Rounds every frozen floating tensor of the model to `store`, so that products need no casts."""
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if store not in dtypes:
-        raise UserError(f"store={store!r} for a whole model: expected bfloat16 or float32")
+    if store not in DTYPES:
+        raise UserError(f"store={store!r} for a whole model: expected {' or '.join(DTYPES)}")
     handle = _handle(model)
     if handle is not None:
         _ = handle.base_sha256  # taken while the base still has its own bits
-    own = _own(handle)  # tensors of adapters stay as they are, frozen ones too
+    own = _of_adapters(handle)
     for p in model.parameters():
         if id(p) not in own and p.is_floating_point() and not p.requires_grad:
-            p.data = p.data.to(dtypes[store])
+            p.data = p.data.to(DTYPES[store])
     for layer in model.modules():
         if isinstance(layer, Adapted):
-            layer.dtype = dtypes[store]
+            layer.dtype = DTYPES[store]
 
 
-def frozen(model: nn.Module) -> str | None:
-    """Why a model's layers cannot be taken as frozen, or None."""
+def what_learns(model: nn.Module) -> str | None:
+    """What learns in the model beside its adapters and their heads, in words; None if all of it is frozen."""
     handle = _handle(model)
     in_place = [] if handle is None else [key for name in handle.names for key in handle.spec(name).base_names]
     if in_place:
         return f"{in_place[0]} learns in place"
-    own = _own(handle)
-    loose = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    return f"{loose[0]} learns, and it is no adapter's" if loose else None
+    own = _of_adapters(handle)
+    others = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    return f"{others[0]} learns, and it is no adapter's" if others else None
 
 
 def _handle(model: nn.Module) -> AdaptedModel | None:
@@ -116,51 +126,54 @@ def _active(model: nn.Module) -> Active:
     return Active() if handle is None else handle.active
 
 
-def _own(handle: AdaptedModel | None) -> set[int]:
-    """Of the tensors that an adapter or its head has."""
+def _of_adapters(handle: AdaptedModel | None) -> set[int]:
+    """The id() of every tensor of an adapter or its head."""
     return set() if handle is None else {id(t) for name in handle.names for t in handle.state(name).values()}
 
 
+# ---- the pieces ------------------------------------------------------------------------------------------------------
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
 def _no_masks(model: nn.Module) -> str | None:
-    device, handle = next(model.parameters()).device.type, _handle(model)
+    device, handle = _device(model), _handle(model)
     if device == "cpu" or (handle is not None and len(handle.names) > 1):  # runs that share a batch: each its own
         return None
     return f"the model is on {device}, which draws random numbers fast"
 
 
-def _drop(module: nn.Module, active: Active, x: torch.Tensor) -> torch.Tensor:
-    return masks.dropout(x, module.p, module.training, active.streams)  # type: ignore[arg-type]
+def _dropout(module: nn.Dropout, active: Active, x: torch.Tensor) -> torch.Tensor:
+    return masks.dropout(x, module.p, module.training, active.streams)
 
 
 def _put_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout:
-            put(module, partial(_drop, module, _active(model)))
+            put(module, partial(_dropout, module, _active(model)))
 
 
 def _no_block(model: nn.Module) -> str | None:
-    if not layers_of(model):
-        return f"{type(model).__name__} has no layers of a known kind: {', '.join(LAYERS)}"
-    if (attention := getattr(model.config, "_attn_implementation", None)) not in SAME:
-        return f"attention is {attention}"
-    return frozen(model)
+    return None if layers_of(model) else f"{type(model).__name__} has no layers of a known kind: {', '.join(LAYERS)}"
 
 
 def _put_block(model: nn.Module) -> None:
     for layer in layers_of(model):
-        put(layer, LAYERS[type(layer).__name__](layer, model.config, _active(model)))
+        put(layer, Block(layer, model.config, LAYERS[type(layer).__name__], _active(model)))
 
 
-def _no_cache(model: nn.Module) -> str | None:
-    return None if os.environ.get(CACHE, MANY) == MANY else f"{CACHE} is set to {os.environ[CACHE]}"
+def _no_primitives(model: nn.Module) -> str | None:
+    return None if os.environ.get(PRIMITIVES, MANY) == MANY else f"{PRIMITIVES} is set to {os.environ[PRIMITIVES]}"
 
 
-def _put_cache(model: nn.Module) -> None:
-    os.environ[CACHE] = MANY
+def _put_primitives(model: nn.Module) -> None:
+    os.environ[PRIMITIVES] = MANY
 
 
 def _no_heap(model: nn.Module) -> str | None:
-    device = next(model.parameters()).device.type
+    device = _device(model)
     return heap.problem() if device == "cpu" else f"the model is on {device}, where PyTorch keeps freed memory itself"
 
 
@@ -169,7 +182,9 @@ def _put_heap(_model: nn.Module) -> None:
 
 
 PIECES: dict[str, Piece] = {
-    "cache": Piece("products of batches of many lengths are prepared once, not again and again", _no_cache, _put_cache),
+    "cache": Piece(
+        "products of batches of many lengths are prepared once, not again and again", _no_primitives, _put_primitives
+    ),
     "heap": Piece("freed memory is kept for the next step, not asked for again page by page", _no_heap, _put_heap),
     "dropout": Piece("random bits are drawn 64 at a time", _no_masks, _put_dropout),
     "block": Piece(
@@ -178,4 +193,15 @@ PIECES: dict[str, Piece] = {
 }
 
 
-__all__ = ["PIECES", "Choice", "Piece", "Speed", "frozen", "hold", "prepare", "put_back", "quicken"]
+__all__ = [
+    "PIECES",
+    "Choice",
+    "Choices",
+    "Piece",
+    "Speed",
+    "enable",
+    "prepare",
+    "put_back",
+    "round_frozen",
+    "what_learns",
+]

@@ -2,33 +2,34 @@
 
     s = softmax(scale q k^T + mask + bias)    y = LN(x + drop(W_o drop(s) v))    out = LN(y + drop(W_2 act(W_1 y)))
 
-Small encoders spend more time between products than in them: this writes into the tensors it has, joins q, k and v
-into one product, and lets autograd see one node with the adapters' triples as its inputs. It keeps for backward what
-the products need and no more, and nothing at all where no gradient is wanted. It knows triples, not methods.
+Small encoders spend more time between products than in them. This writes into the tensors it has, joins q, k and v
+into one product, and lets autograd see one node with the adapters' updates (A, B, g) as its inputs. It keeps for
+backward what the products need and no more, and nothing at all where no gradient is wanted. It knows updates, not
+methods. Whether a layer may be computed here is decided in block.py.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loralab.active import Active, Stream
+from loralab.active import Stream
+from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved
 from loralab.fast.masks import mask as dropout_mask
-from loralab.fast.product import Joined, Low, Product
-from loralab.layer import Adapted
 from loralab.update import Update
 
 SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
 
 aten = torch.ops.aten
-Seen = tuple[Tensor | None, Tensor | None, Tensor | None]  # of attention for backward: q, k, v; weights; dropout
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerModules:
     """The modules of one layer, whatever the architecture calls them."""
 
     q: nn.Module
@@ -39,117 +40,160 @@ class Parts:
     up: nn.Module
     down: nn.Module
     norm2: nn.LayerNorm
+    activation: nn.Module
     heads: int
+    attention_dropout: nn.Dropout
+    attention: nn.Module  # attention dropout is on while this module trains
+    o_dropout: nn.Dropout | None
+    down_dropout: nn.Dropout
     approximate: str  # of GELU: "none" or "tanh"
-    drops: tuple[float, float, float]  # of attention, of o, of down
+    position_bias: bool = False  # whether the layer takes a position bias as its third argument
+    returns_tuple: bool = False
+
+    @property
+    def linear(self) -> tuple[nn.Module, ...]:
+        """The six linear layers, in the order of their updates."""
+        return self.q, self.k, self.v, self.o, self.up, self.down
+
+    @property
+    def attention_p(self) -> float:
+        """The probability that attention dropout has now."""
+        return self.attention_dropout.p if self.attention.training else 0.0
+
+    @property
+    def dropout(self) -> tuple[float, float, float]:
+        """The probabilities that dropout has now: of attention, after o, after down."""
+        return self.attention_p, _p(self.o_dropout), _p(self.down_dropout)
 
 
-class Block:
-    """Takes the place of a layer's `forward`; `wrap` makes what the architecture returns."""
-
-    def __init__(self, layer: nn.Module, active: Active, parts: Parts, wrap: Any = None) -> None:
-        self.layer, self.active, self.parts, self.wrap = layer, active, parts, wrap
-        p = parts
-        self.linear = (p.q, p.k, p.v, p.o, p.up, p.down)
-        self.products = (Product((p.q, p.k, p.v)), Product((p.o,)), Product((p.up,)), Product((p.down,)))
-        self.products[0].adjoin()
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        **more: Any,
-    ) -> Any:
-        self.active.check(len(hidden_states))
-        if self._plain(more):
-            kept = {"position_bias": position_bias} if position_bias is not None else {}
-            return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kept, **more)
-        drops = self.parts.drops if self.layer.training else (0.0, 0.0, 0.0)
-        now = Now(drops, self.active.streams, torch.is_grad_enabled())
-        given = (self, now, hidden_states, attention_mask, position_bias)
-        if now.learns:
-            updates = [m.active_update() if isinstance(m, Adapted) else None for m in self.linear]
-            flat = [t for u in updates for t in ((None, None, None) if u is None else u)]
-            out = EncoderLayer.apply(*given, *flat)  # type: ignore[no-untyped-call]
-        else:
-            out = computed(*given, [product.kept(self.active, hidden_states.dtype) for product in self.products])[0]
-        return out if self.wrap is None else self.wrap(out)
-
-    def _plain(self, more: dict[str, Any]) -> bool:
-        """Whether this is asked for what it does not do: attentions, a cache, dense updates, dropout on their input."""
-        adapted = [m for m in self.linear if isinstance(m, Adapted)]
-        active = [(m, m.recipes[name]) for m in adapted for name in self.active.names if name in m.recipes]
-        odd = any(not recipe.low_rank or (m.training and recipe.dropout) for m, recipe in active)
-        return odd or bool(more.get("output_attentions")) or more.get("past_key_values") is not None
+def _p(module: nn.Dropout | None) -> float:
+    return module.p if module is not None and module.training else 0.0
 
 
-class Now(NamedTuple):
-    """What one forward is like."""
+class LayerProducts(NamedTuple):
+    """The linear layers of one layer as four products."""
 
-    drops: tuple[float, float, float]
+    qkv: JoinedLinear
+    o: JoinedLinear
+    up: JoinedLinear
+    down: JoinedLinear
+
+    @classmethod
+    def of(cls, m: LayerModules) -> "LayerProducts":
+        """The products of a layer's modules."""
+        return cls(JoinedLinear((m.q, m.k, m.v)), JoinedLinear((m.o,)), JoinedLinear((m.up,)), JoinedLinear((m.down,)))
+
+
+class LayerCall(NamedTuple):
+    """One forward of one layer: its modules, and what holds for this forward alone."""
+
+    modules: LayerModules
+    products: LayerProducts
+    dropout: tuple[float, float, float]
     streams: Sequence[Stream]
-    learns: bool  # whether a backward pass may follow
+    wants_gradient: bool
 
 
-def computed(
-    block: Block, now: Now, x3: Tensor, mask: Tensor | None, bias: Tensor | None, joined: Sequence[Joined | None]
-) -> tuple[Tensor, tuple[Tensor | None, ...], list[tuple[Tensor | None, ...]]]:
-    """The output of a layer for x3 (b, t, d), what backward needs, and that of each product."""
-    b, t, d = x3.shape
-    p, (in_qkv, in_o, in_up, in_down) = block.parts, block.products
-    x = x3.reshape(b * t, d)  # (n, d), n = b t
-    qkv, of_qkv = in_qkv.forward(x, joined[0])  # (n, 3 d)
-    qkv = qkv.view(b, t, 3, p.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
-    c, *of_attention = _attention(qkv, mask, bias, now) if now.learns or now.drops[0] else _fused(qkv, mask, bias)
-    c = c.transpose(1, 2).reshape(b * t, d)
-    o, of_o = in_o.forward(c, joined[1])
-    m2 = _mask(o, now.drops[1], (b, t, d), now)
-    o = _add(x, o, m2)
-    y, *of_norm1 = _norm(o, p.norm1)
-    u, of_up = in_up.forward(y, joined[2])  # (n, inner)
-    g = aten.gelu(u, approximate=p.approximate)
-    w, of_down = in_down.forward(g, joined[3])
-    m3 = _mask(w, now.drops[2], (b, t, d), now)
-    w = _add(y, w, m3)
-    out, *of_norm2 = _norm(w, p.norm2)
-    kept = (x, c, y, g, *of_attention, o, m2, *of_norm1, u, w, m3, *of_norm2)
-    return out.view(b, t, d), kept, [of_qkv, of_o, of_up, of_down]
+def compute(
+    call: LayerCall,
+    x: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    joined: Sequence[JoinedUpdate | None],
+) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
+    """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product.
+
+    The tensors: the inputs of the four products, then q k v, weights and mask of attention, and for each LayerNorm
+    its input, the dropout mask before it, mean and 1 / std; the input of GELU lies between the two.
+    """
+    b, t, d = x.shape
+    m, products = call.modules, call.products
+    x = x.reshape(b * t, d)  # (n, d), n = b t
+    qkv, of_qkv = products.qkv.forward(x, joined[0])  # (n, 3 d)
+    qkv = qkv.view(b, t, 3, m.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
+    by_products = call.wants_gradient or bool(call.dropout[0])
+    c, *of_attention = _attention(qkv, mask, bias, call) if by_products else _fused_attention(qkv, mask, bias)
+    c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
+    o, of_o = products.o.forward(c, joined[1])  # (n, d)
+    mask_o = _mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
+    o = _add_masked(x, o, mask_o)
+    y, *of_norm1 = _norm(o, m.norm1)  # (n, d)
+    u, of_up = products.up.forward(y, joined[2])  # (n, inner)
+    g = aten.gelu(u, approximate=m.approximate)  # (n, inner)
+    w, of_down = products.down.forward(g, joined[3])  # (n, d)
+    mask_down = _mask(w, call.dropout[2], (b, t, d), call)  # (n, d)
+    w = _add_masked(y, w, mask_down)
+    out, *of_norm2 = _norm(w, m.norm2)  # (n, d)
+    saved = (x, c, y, g, *of_attention, o, mask_o, *of_norm1, u, w, mask_down, *of_norm2)
+    return out.view(b, t, d), saved, [of_qkv, of_o, of_up, of_down]
 
 
 class EncoderLayer(torch.autograd.Function):
+    """`compute` with its backward pass. Inputs: call, x, mask, bias, then A, B and gain of the six linear layers."""
+
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, block: Block, now: Now, x3: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
+        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
     ) -> Tensor:
-        lows = _lows(flat)
-        joined = [product.join(own, x3.dtype) for product, own in zip(block.products, lows, strict=True)]
-        out, (x, c, y, g, *kept), of = computed(block, now, x3, mask, bias, joined)
-        learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
-        inputs = [t if learn else None for t, learn in zip((x, c, y, g), (any(learns[:3]), *learns[3:]), strict=True)]
-        ctx.block, ctx.shape, ctx.approximate = block, x3.shape, block.parts.approximate
-        own = [t for kept_of, j in zip(of, joined, strict=True) for t in (*kept_of, *(j or (None, None, None)))]
-        ctx.save_for_backward(*flat, *inputs, *kept, *own)
+        updates = _by_product(flat)
+        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
+        out, (x_in, c, y, g, *saved), of_products = compute(call, x, mask, bias, joined)
+        learns = [ctx.needs_input_grad[4 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
+        wanted = (any(learns[:3]), *learns[3:])
+        inputs = [t if learned else None for t, learned in zip((x_in, c, y, g), wanted, strict=True)]
+        ctx.call, ctx.shape = call, x.shape
+        ctx.save_for_backward(*flat, *inputs, *saved, *(t for of_one in of_products for t in of_one))
         return out
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        flat, saved = ctx.saved_tensors[:18], ctx.saved_tensors[18:]
-        x, c, y, g, qkv, s, m1, o, m2, mean1, rstd1, u, w, m3, mean2, rstd2 = saved[:16]
-        of_qkv, of_o, of_up, of_down = (saved[16 + 5 * i : 21 + 5 * i] for i in range(4))
-        block, (b, t, d), lows = ctx.block, ctx.shape, _lows(flat)
-        p, (in_qkv, in_o, in_up, in_down), to_x = block.parts, block.products, ctx.needs_input_grad[2]
-        dw = _norm_back(grads[0].reshape(b * t, d), w, mean2, rstd2, p.norm2)  # also the gradient of y, by the residual
-        dg, of6 = in_down.backward(_times(dw, m3), g, lows[3], of_down, True)
-        du = aten.gelu_backward(dg, u, approximate=ctx.approximate)
-        dy, of5 = in_up.backward(du, y, lows[2], of_up, True)
-        do = _norm_back(dy.add_(dw), o, mean1, rstd1, p.norm1)  # also the gradient of x
-        dc, of4 = in_o.backward(_times(do, m2), c, lows[1], of_o, True)
-        dqkv = _attention_back(dc, qkv, s, m1, b)
-        dqkv = dqkv.view(3, b, p.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, 3 * d)
-        dx, of123 = in_qkv.backward(dqkv, x, lows[0], of_qkv, to_x)
-        given = None if dx is None else dx.add_(do).view(b, t, d)
-        return None, None, given, None, None, *of123, *of4, *of5, *of6
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        with no_autocast(grad.device.type):
+            return _backward(ctx, grad)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for that type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Turn autocast off where it is on: tensors have the dtype they are to be computed in."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors  # read once: checkpointing recomputes them for the first reader and no other
+    flat, saved = tensors[:18], tensors[18:]
+    x, c, y, g, qkv, s, mask_s, o, mask_o, mean1, rstd1, u, w, mask_down, mean2, rstd2 = saved[:16]
+    of_qkv, of_o, of_up, of_down = (Saved(*saved[16 + 5 * i : 21 + 5 * i]) for i in range(4))
+    call, (b, t, d), (u_qkv, u_o, u_up, u_down) = ctx.call, ctx.shape, _by_product(flat)
+    m, products, to_x = call.modules, call.products, ctx.needs_input_grad[1]
+    dw = _norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, m.norm2)  # (n, d), of y too, by the residual
+    dg, of6 = products.down.backward(_masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
+    du = aten.gelu_backward(dg, u, approximate=m.approximate)  # (n, inner)
+    dy, of5 = products.up.backward(du, y, u_up, of_up, True)  # (n, d)
+    do = _norm_backward(dy.add_(dw), o, mean1, rstd1, m.norm1)  # (n, d), of x too
+    dc, of4 = products.o.backward(_masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
+    dqkv = _attention_backward(dc, qkv, s, mask_s, b)  # (3, b heads, t, dh)
+    dqkv = dqkv.view(3, b, m.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
+    dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
+    dx = None if dx is None else dx.add_(do).view(b, t, d)
+    return None, dx, None, None, *of123, *of4, *of5, *of6
+
+
+def _by_product(flat: Sequence[Tensor | None]) -> list[list[Update | None]]:
+    """The updates of each product's layers from A, B and gain of the six layers: q, k, v; o; up; down."""
+    updates = [
+        None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2])  # type: ignore[arg-type]
+        for i in range(0, 18, 3)
+    ]
+    return [updates[:3], updates[3:4], updates[4:5], updates[5:]]
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+OfAttention = tuple[Tensor | None, Tensor | None, Tensor | None]  # what backward needs: q k v; weights; dropout mask
 
 
 def softmax(s: Tensor) -> Tensor:
@@ -170,31 +214,31 @@ def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None)
     return s.add_(mask)
 
 
-def _attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None, now: Now) -> tuple[Tensor, *Seen]:
-    """q, k, v (3, b, heads, t, dh) -> the output (b, heads, t, dh), and what backward needs: q, k, v, weights, mask."""
+def _attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None, call: LayerCall) -> tuple[Tensor, *OfAttention]:
+    """q, k, v (3, b, heads, t, dh) -> the output (b, heads, t, dh), and what backward needs."""
     _, b, heads, t, dh = shape = qkv.shape
     qkv = qkv.reshape(3, b * heads, t, dh)
     s = torch.bmm(qkv[0], qkv[1].mT).view(b, heads, t, t)
-    s = softmax(_add_bias(s, dh**-0.5, mask, bias)).view(-1, t, t)
-    m = _mask(s, now.drops[0], (b, heads, t, t), now)
+    s = softmax(_add_bias(s, dh**-0.5, mask, bias)).view(-1, t, t)  # (b heads, t, t)
+    m = _mask(s, call.dropout[0], (b, heads, t, t), call)  # (b heads, t, t)
     return torch.bmm(s if m is None else s * m, qkv[2]).view(shape[1:]), qkv, s, m
 
 
-def _fused(qkv: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, *Seen]:
+def _fused_attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, *OfAttention]:
     """The output alone, by torch's fused attention: faster forward, on CPU much slower backward (docs/decisions.md)."""
-    given = bias if mask is None else mask
+    added = bias if mask is None else mask
     if bias is not None and mask is not None:
         lowest = torch.finfo(bias.dtype).min
-        given = bias.where(mask, lowest) if mask.dtype == torch.bool else bias + mask
+        added = bias.where(mask, lowest) if mask.dtype == torch.bool else bias + mask
     q, k, v = qkv
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=given), None, None, None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added), None, None, None
 
 
-def _attention_back(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int) -> Tensor:
+def _attention_backward(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int) -> Tensor:
     """dc (n, d) -> the gradient of q, k, v (3, b heads, t, dh)."""
     q, k, v = qkv
     t, dh = q.shape[1:]
-    dc = dc.view(b, t, -1, dh).transpose(1, 2).reshape(-1, t, dh)
+    dc = dc.view(b, t, -1, dh).transpose(1, 2).reshape(-1, t, dh)  # (b heads, t, dh)
     out = torch.empty_like(qkv)
     torch.bmm((s if m is None else s * m).mT, dc, out=out[2])
     ds = torch.bmm(dc, v.mT)  # (b heads, t, t)
@@ -210,34 +254,40 @@ def _attention_back(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int
     return out
 
 
-def _mask(like: Tensor, p: float, shape: Sequence[int], now: Now) -> Tensor | None:
-    """The mask of `like`, which holds a tensor (rows, ...) of that shape."""
-    return dropout_mask(like.view(shape), p, now.streams).view_as(like) if p else None
+# ---- dropout and LayerNorm -------------------------------------------------------------------------------------------
 
 
-def _add(x: Tensor, y: Tensor, m: Tensor | None) -> Tensor:
+def _mask(like: Tensor, p: float, shape: Sequence[int], call: LayerCall) -> Tensor | None:
+    """The dropout mask of `like`, which holds a tensor (rows, ...) of that shape; None where nothing is dropped."""
+    return dropout_mask(like.view(shape), p, call.streams).view_as(like) if p else None
+
+
+def _masked(x: Tensor, m: Tensor | None) -> Tensor:
+    return x if m is None else x * m
+
+
+def _add_masked(x: Tensor, y: Tensor, m: Tensor | None) -> Tensor:
     """x + y m."""
     return torch.add(x, y) if m is None else torch.addcmul(x, y, m)
 
 
+def _affine(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias (d,) of a LayerNorm in that dtype."""
+    weight, bias = norm.weight, norm.bias
+    return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x (n, d), with mean and 1 / std (n, 1)."""
     out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
-        x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        x, norm.normalized_shape, *_affine(norm, x.dtype), norm.eps
     )
     return out
 
 
-def _norm_back(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.LayerNorm) -> Tensor:
-    given = (dy.contiguous(), x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, [True, False, False])
-    dx: Tensor = aten.native_layer_norm_backward(*given)[0]
+def _norm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The gradient of the input (n, d)."""
+    affine = _affine(norm, x.dtype)
+    arguments = (dy.contiguous(), x, norm.normalized_shape, mean, rstd, *affine, [True, False, False])
+    dx: Tensor = aten.native_layer_norm_backward(*arguments)[0]
     return dx
-
-
-def _times(x: Tensor, m: Tensor | None) -> Tensor:
-    return x if m is None else x * m
-
-
-def _lows(flat: Sequence[Tensor | None]) -> list[list[Low]]:
-    """The updates of each product's layers: q, k, v; o; up; down."""
-    low = [None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2]) for i in range(0, 18, 3)]  # type: ignore[arg-type]
-    return [low[:3], low[3:4], low[4:5], low[5:]]

@@ -1,45 +1,97 @@
 """Where the encoders of transformers keep the parts of a layer. An architecture is one row of LAYERS."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from loralab.active import Active
-from loralab.fast.block import Block, Parts
+from loralab.fast.block import Find
+from loralab.fast.encoder_layer import LayerModules
 
-GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}  # name -> torch's variant
-
-
-def _bert(layer: Any, config: Any, active: Active) -> Block:
-    inner, attention = layer.attention.self, layer.attention.output
-    drops = (inner.dropout.p, attention.dropout.p, layer.output.dropout.p)
-    parts = (inner.query, inner.key, inner.value, attention.dense, attention.LayerNorm)
-    return Block(layer, active, Parts(*parts, *_rest(layer, config), drops))
+GELU = {  # class of an activation in transformers -> torch's variant
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "FastGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+}
 
 
-def _mpnet(layer: Any, config: Any, active: Active) -> Block:
+def _bert(layer: Any) -> LayerModules:
+    inner, output = layer.attention.self, layer.attention.output
+    return LayerModules(
+        q=inner.query,
+        k=inner.key,
+        v=inner.value,
+        o=output.dense,
+        norm1=output.LayerNorm,
+        heads=inner.num_attention_heads,
+        attention_dropout=inner.dropout,
+        attention=inner,
+        o_dropout=output.dropout,
+        **_feed_forward(layer),
+    )
+
+
+def _mpnet(layer: Any) -> LayerModules:
     inner = layer.attention.attn
-    drops = (inner.dropout.p, layer.attention.dropout.p, layer.output.dropout.p)
-    parts = (inner.q, inner.k, inner.v, inner.o, layer.attention.LayerNorm)
-    return Block(layer, active, Parts(*parts, *_rest(layer, config), drops), lambda out: (out,))
+    return LayerModules(
+        q=inner.q,
+        k=inner.k,
+        v=inner.v,
+        o=inner.o,
+        norm1=layer.attention.LayerNorm,
+        heads=inner.num_attention_heads,
+        attention_dropout=inner.dropout,
+        attention=inner.dropout,
+        o_dropout=layer.attention.dropout,
+        position_bias=True,
+        returns_tuple=True,
+        **_feed_forward(layer),
+    )
 
 
-def _distilbert(layer: Any, config: Any, active: Active) -> Block:
+def _distilbert(layer: Any) -> LayerModules:
     inner, ffn = layer.attention, layer.ffn
-    drops = (inner.dropout.p, 0.0, ffn.dropout.p)
-    parts = (inner.q_lin, inner.k_lin, inner.v_lin, inner.out_lin, layer.sa_layer_norm)
-    rest = (ffn.lin1, ffn.lin2, layer.output_layer_norm, config.n_heads, GELU[config.activation])
-    return Block(layer, active, Parts(*parts, *rest, drops))
+    return LayerModules(
+        q=inner.q_lin,
+        k=inner.k_lin,
+        v=inner.v_lin,
+        o=inner.out_lin,
+        norm1=layer.sa_layer_norm,
+        up=ffn.lin1,
+        down=ffn.lin2,
+        norm2=layer.output_layer_norm,
+        activation=ffn.activation,
+        heads=inner.n_heads,
+        attention_dropout=inner.dropout,
+        attention=inner,
+        o_dropout=None,
+        down_dropout=ffn.dropout,
+        approximate=_approximate(ffn.activation),
+    )
 
 
-def _rest(layer: Any, config: Any) -> tuple[Any, Any, Any, int, str]:
-    """The feed-forward part and the numbers, which BERT and MPNet call the same."""
-    linear = (layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm)
-    return (*linear, config.num_attention_heads, GELU[config.hidden_act])
+def _feed_forward(layer: Any) -> dict[str, Any]:
+    """The feed-forward part, which BERT and MPNet call the same."""
+    activation = layer.intermediate.intermediate_act_fn
+    return {
+        "up": layer.intermediate.dense,
+        "down": layer.output.dense,
+        "norm2": layer.output.LayerNorm,
+        "activation": activation,
+        "down_dropout": layer.output.dropout,
+        "approximate": _approximate(activation),
+    }
 
 
-LAYERS: dict[str, Callable[[Any, Any, Active], Block]] = {  # class of a layer -> how to find its parts
+def _approximate(activation: nn.Module) -> str:
+    """torch's variant of GELU that a layer has. Raises KeyError for another activation."""
+    name = type(activation).__name__
+    if name not in GELU:
+        raise KeyError(f"its activation is a {name}")
+    return GELU[name]
+
+
+LAYERS: dict[str, Find] = {  # class of a layer -> how to find its parts
     "BertLayer": _bert,
     "RobertaLayer": _bert,
     "XLMRobertaLayer": _bert,
@@ -54,8 +106,6 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformers encoder that a `Block` can take the place of."""
     config = getattr(model, "config", None)
     if getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
-        return []
-    if getattr(config, "hidden_act", getattr(config, "activation", None)) not in GELU:
         return []
     ours = [m for m in model.modules() if type(m).__module__.startswith("transformers.models.")]
     return [m for m in ours if type(m).__name__ in LAYERS]

@@ -1,14 +1,14 @@
-"""Linear layers that read the same x, as one product: y = g * (W x + B A x) + b for all of them, forward and backward.
+"""Linear layers of one input as one product: y = g * (W x + B A x) + b for all of them, forward and backward.
 
-W (out, in) of q, k and v is one matrix. Their low-rank parts are one pair too, A stacked and B on a block diagonal,
-with the bias as the first column of B, for which h = A x is 1. That makes three products where there were a dozen.
-With a gain z = W x + B A x + b / g, so that y = z + (g - 1) z needs one pass, and g - 1 keeps its digits in bfloat16.
-A leading axis K of the updates means K adapters, each with its own equal part of the rows of x.
+W (out, in) of q, k and v is one matrix. Their low-rank updates are one pair too: A stacked, B on a block diagonal.
+Without a gain the bias is the first column of B, and h = A x is 1 there, so adding it costs no pass of its own. That
+makes three products where there were a dozen. With a gain y = z + (g - 1) z + b for z = W x + B A x: g - 1 keeps its
+digits in bfloat16, and nothing is divided by g, which may be 0. A leading axis K of the updates means K adapters, each
+with its own equal part of the rows of x.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
-from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -17,187 +17,218 @@ from torch.nn import functional as F
 
 from loralab.active import Active
 from loralab.layer import Adapted
-from loralab.stores import keep
 from loralab.stores.float import Float
 from loralab.update import Update
 
-Low = Update | None
 
-
-class Joined(NamedTuple):
+class JoinedUpdate(NamedTuple):
     """The updates of all layers as one. K stands for the leading axis, absent for a single adapter."""
 
     A: Tensor  # (K, 1 + r, in)   the first row is zero
     B: Tensor  # (K, out, 1 + r)  the first column is the bias; column by column in memory, as products read it fastest
-    more: Tensor | None  # (K, 1, out)   g - 1
+    gain_less_1: Tensor | None = None  # (K, 1, out)   g - 1
+    bias: Tensor | None = None  # (K, 1, out)   bias of layers with a gain, which comes after it
 
 
-class Product:
-    """`modules` are linear layers of one input size, adapted or not."""
+class Saved(NamedTuple):
+    """What the backward pass of a joined product needs beside its input; all None where no adapter is active."""
+
+    h: Tensor | None = None  # (K, m, 1 + r)   A x, m rows of x for each of K adapters
+    z: Tensor | None = None  # (n, out)   W x + B A x, where there is a gain
+    A: Tensor | None = None
+    B: Tensor | None = None
+    gain_less_1: Tensor | None = None
+
+
+class JoinedLinear:
+    """Linear layers of one input size, adapted or not, computed as one. Reads their tensors anew at each call."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.bases = [module.base if isinstance(module, Adapted) else keep(module) for module in modules]
+        self.bases: list[Any] = [module.base if isinstance(module, Adapted) else module for module in modules]
         self.adapted = {i: module for i, module in enumerate(modules) if isinstance(module, Adapted)}
         self.outs = [base.out_features for base in self.bases]
         self.starts = [0, *accumulate(self.outs)]
-        self.last: tuple[list[Joined], Joined] | None = None  # the updates stacked last, and their stack
 
-    def adjoin(self) -> None:
-        """Puts float weights side by side in one storage, so that `weight` is a view; the parameters stay the same."""
-        if len(self.bases) > 1 and all(isinstance(base, Float) for base in self.bases):
-            whole = torch.cat([base.weight.detach() for base in self.bases])
-            for base, part in zip(self.bases, whole.split(self.outs), strict=True):
-                base.weight.data = part
+    # ---- W and b -------------------------------------------------------------------------------------------------
+
+    def put_side_by_side(self) -> None:
+        """Put float weights beside each other in one storage, so that `weight` is a view; parameters stay the same."""
+        if len(self.bases) > 1 and all(isinstance(base, Float | nn.Linear) for base in self.bases):
+            parts = [base.weight.detach() for base in self.bases]
+            if self._joint_view(parts) is None and len({(w.dtype, w.device) for w in parts}) == 1:
+                for base, part in zip(self.bases, torch.cat(parts).split(self.outs), strict=True):
+                    base.weight.data = part
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) of all layers: a view of float weights that lie side by side, else made anew."""
-        bases = self.bases
-        parts = [base.weight.detach() if isinstance(base, Float) else base.decoded(dtype) for base in bases]
-        if len(parts) == 1:
-            return parts[0].to(dtype)
+        parts = [
+            base.weight.detach() if isinstance(base, Float | nn.Linear) else base.decoded(dtype) for base in self.bases
+        ]
+        joint = parts[0] if len(parts) == 1 else self._joint_view(parts)
+        return torch.cat([w.to(dtype) for w in parts]) if joint is None else joint.to(dtype)
+
+    def _joint_view(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """The weights (out_i, in) as one view (out, in), or None where they do not lie side by side."""
         first = parts[0]
-        whole, step = first.untyped_storage()._cdata, first.shape[1]
+        storage, width = first.untyped_storage()._cdata, first.shape[1]
         beside = all(
-            w.untyped_storage()._cdata == whole and w.storage_offset() == first.storage_offset() + step * at
-            for w, at in zip(parts, self.starts[:-1], strict=True)
+            w.untyped_storage()._cdata == storage
+            and w.dtype == first.dtype
+            and w.stride() == (width, 1)
+            and w.storage_offset() == first.storage_offset() + width * start
+            for w, start in zip(parts, self.starts[:-1], strict=True)
         )
-        if beside and first.dtype == dtype:
-            return first.as_strided((self.starts[-1], first.shape[1]), (first.shape[1], 1))
-        return torch.cat(parts).to(dtype)
-
-    def join(self, lows: Sequence[Low], dtype: torch.dtype, always: bool = False) -> Joined | None:
-        """The updates as one; None where nothing is live, unless `always`, and there is a bias alone or none."""
-        live = [low for low in lows if low is not None]
-        if not live and not always:
-            return None
-        like = live[0].A if live else torch.empty(0, device=self._device())
-        lead = max((low.A.shape[:-2] for low in live), key=len, default=torch.Size())  # () or (K,)
-        size, n_in, n_out = 1 + sum(low.A.shape[-2] for low in live), self.bases[0].in_features, self.starts[-1]
-        A = like.new_zeros(*lead, size, n_in, dtype=dtype)
-        B = like.new_zeros(*lead, size, n_out, dtype=dtype).mT
-        gained = any(low.gain is not None for low in live)
-        more = like.new_zeros(*lead, n_out) if gained else None
-        row = 1
-        for low, base, start, out in zip(lows, self.bases, self.starts, self.outs, strict=False):
-            bias = None if base.bias is None else base.bias.detach()
-            rows = slice(start, start + out)
-            if low is not None:
-                r = low.A.shape[-2]
-                A[..., row : row + r, :] = low.A
-                B[..., rows, row : row + r] = low.B
-                row += r
-                if low.gain is not None:
-                    assert more is not None
-                    more[..., rows] = low.gain - 1
-                    bias = None if bias is None else bias / low.gain
-            if bias is not None:
-                B[..., rows, 0] = bias
-        return Joined(A, B, None if more is None else more.unsqueeze(-2).to(dtype))
-
-    def _device(self) -> torch.device:
-        return next(iter(self.adapted.values())).device
-
-    def kept(self, active: Active, dtype: torch.dtype) -> Joined | None:
-        """`join` of what is live where nothing learns: done once for each adapter, and stacked for a mixed batch."""
-        if not any(name in layer.recipes for layer in self.adapted.values() for name in active.names):
-            return None
-        each = [self._one(name, active.chosen.get(name), dtype) for name in active.names]
-        if active.ids is None:
-            return each[0]
-        each = each if active.equal_parts else [each[i] for i in active.ids.tolist()]
-        if self.last is None or len(self.last[0]) != len(each) or any(map(is_not, self.last[0], each)):
-            self.last = each, _stacked(each)
-        return self.last[1]
-
-    def _one(self, name: str, chosen: Any, dtype: torch.dtype) -> Joined:
-        def lower(i: int) -> Low:
-            there = i in self.adapted and name in self.adapted[i].recipes
-            return self.adapted[i].lower(name) if there else None  # type: ignore[return-value]
-
-        def made() -> Joined | None:
-            return self.join([lower(i) for i in range(len(self.bases))], dtype, always=True)
-
-        layers = list(self.adapted.values())
-        of = [t for layer in layers for t in layer.made_from(name)]
-        return layers[0].joined.get((name, chosen, dtype), of, made)  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor, joined: Joined | None) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-        """x (n, in) -> y (n, out), and what backward needs beside x and `joined`: h, z."""
-        W = self.weight(x.dtype)
-        if joined is None:
-            return F.linear(x, W, self._bias(x.dtype)), (None, None)
-        z = x @ W.mT  # (n, out)
-        h = _split(x, joined.A) @ joined.A.mT  # (K, m, 1 + r)
-        h[..., 0] = 1
-        _add_product(_split(z, joined.A), h, joined.B.mT)
-        if joined.more is None:
-            return z, (h, None)
-        parts = _split(z, joined.A)
-        return torch.addcmul(parts, parts, joined.more).view_as(z), (h, z)
-
-    def backward(
-        self, dy: Tensor, x: Tensor | None, lows: Sequence[Low], kept: Sequence[Tensor | None], to_x: bool
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dy (n, out) -> dx (n, in) or None, and the gradients of A, B and gain of every layer, in float32 or wider."""
-        h, z, A, B, more = kept
-        none: list[Tensor | None] = [None] * (3 * len(self.bases))
-        if A is None or B is None or h is None:
-            return (dy @ self.weight(dy.dtype) if to_x else None), none
-        dz, of_gain = dy, None
-        if more is not None and z is not None:
-            parts = _split(dy, A)
-            dz = torch.addcmul(parts, parts, more).view_as(dy)
-            of_gain = (parts * _split(z, A)).sum(-2, dtype=torch.promote_types(dy.dtype, torch.float32))  # (K, out)
-        dz3 = _split(dz, A)  # (K, m, out)
-        dh = dz3 @ B  # (K, m, 1 + r)
-        dx = None
-        if to_x:
-            dx = dz @ self.weight(dz.dtype)
-            _add_product(_split(dx, A), dh, A)
-        dA = None if x is None else dh.mT @ _split(x, A)  # (K, 1 + r, in)
-        dB = (h.mT @ dz3).mT  # (K, out, 1 + r)
-        return dx, self._parts(lows, dA, dB, of_gain, B)
-
-    def _parts(
-        self, lows: Sequence[Low], dA: Tensor | None, dB: Tensor, of_gain: Tensor | None, B: Tensor
-    ) -> list[Tensor | None]:
-        """The gradients of the single layers from those of the joined update."""
-        out: list[Tensor | None] = []
-        row = 1
-        for low, start, n_out in zip(lows, self.starts, self.outs, strict=False):
-            if low is None:
-                out += [None, None, None]
-                continue
-            rows, r = slice(start, start + n_out), low.A.shape[-2]
-            out.append(None if dA is None else dA[..., row : row + r, :].to(low.A.dtype))
-            out.append(dB[..., rows, row : row + r].to(low.B.dtype))
-            if low.gain is None or of_gain is None:
-                out.append(None)
-            else:  # z holds b / g, which does not depend on g; the first column of dB is the sum of g * dy
-                spare = B[..., rows, 0] * dB[..., rows, 0] / low.gain
-                out.append((of_gain[..., rows] - spare).to(low.gain.dtype))
-            row += r
-        return out
+        return first.as_strided((self.starts[-1], width), (width, 1)) if beside else None
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """b (out,) of all layers, with zeros for a layer that has none; None if no layer has one."""
         some = next((base.bias for base in self.bases if base.bias is not None), None)
         if some is None:
             return None
-        zero = [some.new_zeros(out) for out in self.outs]
-        return torch.cat([z if base.bias is None else base.bias for z, base in zip(zero, self.bases, strict=True)]).to(
-            dtype
-        )
+        biases = [some.new_zeros(out) for out in self.outs]
+        biases = [zero if base.bias is None else base.bias for zero, base in zip(biases, self.bases, strict=True)]
+        return torch.cat(biases).to(dtype)
+
+    # ---- updates -------------------------------------------------------------------------------------------------
+
+    def join(self, updates: Sequence[Update | None], dtype: torch.dtype, always: bool = False) -> JoinedUpdate | None:
+        """The updates of the layers as one; None if no layer has one, unless `always`, which joins the biases alone."""
+        present = [u for u in updates if u is not None]
+        if not present and not always:
+            return None
+        like = present[0].A if present else torch.empty(0, device=next(iter(self.adapted.values())).device)
+        lead = max((u.A.shape[:-2] for u in present), key=len, default=torch.Size())  # () or (K,)
+        size, n_in, n_out = 1 + sum(u.A.shape[-2] for u in present), self.bases[0].in_features, self.starts[-1]
+        has_gain = any(u.gain is not None for u in present)
+        A = like.new_zeros(*lead, size, n_in, dtype=dtype)  # (K, 1 + r, in)
+        B = like.new_zeros(*lead, size, n_out, dtype=dtype).mT  # (K, out, 1 + r)
+        gain_less_1 = like.new_zeros(*lead, 1, n_out, dtype=dtype) if has_gain else None
+        bias_after = like.new_zeros(*lead, 1, n_out, dtype=dtype) if has_gain else None
+        row = 1
+        for u, base, start, out in zip(updates, self.bases, self.starts, self.outs, strict=False):
+            rows = slice(start, start + out)
+            if u is not None:
+                r = u.A.shape[-2]
+                A[..., row : row + r, :] = u.A
+                B[..., rows, row : row + r] = u.B
+                row += r
+                if u.gain is not None and gain_less_1 is not None:
+                    gain_less_1[..., 0, rows] = u.gain - 1
+            if base.bias is not None and bias_after is not None and u is not None and u.gain is not None:
+                bias_after[..., 0, rows] = base.bias.detach()
+            elif base.bias is not None:
+                B[..., rows, 0] = base.bias.detach()
+        return JoinedUpdate(A, B, gain_less_1, bias_after)
+
+    def active_update(self, active: Active, dtype: torch.dtype) -> JoinedUpdate | None:
+        """`join` of what is active where nothing learns, from the caches of the first adapted layer.
+
+        An adapter is joined once, and a batch of several adapters stacks what each was joined to.
+        """
+        layers = list(self.adapted.values())
+        if not any(name in layer.recipes for layer in layers for name in active.names):
+            return None
+        if active.ids is None:
+            return self._of_one(active.names[0], active, dtype)
+        order = range(len(active.names)) if active.equal_parts else active.ids.tolist()
+        key = ("joined", active.names, tuple(order), tuple(map(active.chosen.get, active.names)), dtype)
+        made_from = [t for name in active.names for t in self._made_from(name)]
+
+        def stacked() -> JoinedUpdate:
+            each = [self._of_one(name, active, dtype) for name in active.names]
+            return _stack([each[i] for i in order])
+
+        return layers[0].stacked.get(key, made_from, stacked)  # type: ignore[no-any-return]
+
+    def _of_one(self, name: str, active: Active, dtype: torch.dtype) -> JoinedUpdate:
+        """`join` of one adapter, cached."""
+
+        def lowered(i: int) -> Update | None:
+            there = i in self.adapted and name in self.adapted[i].recipes
+            return self.adapted[i].lower(name) if there else None  # type: ignore[return-value]
+
+        def joined() -> JoinedUpdate | None:
+            return self.join([lowered(i) for i in range(len(self.bases))], dtype, always=True)
+
+        cache = next(iter(self.adapted.values())).joined
+        return cache.get((name, active.chosen.get(name), dtype), self._made_from(name), joined)  # type: ignore[no-any-return]
+
+    def _made_from(self, name: str) -> list[Tensor]:
+        """Every tensor that the joined update of an adapter is computed from: the biases of all layers too."""
+        biases = [base.bias for base in self.bases if base.bias is not None]
+        return [*biases, *(t for layer in self.adapted.values() for t in layer.made_from(name))]
+
+    # ---- forward and backward ------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, joined: JoinedUpdate | None) -> tuple[Tensor, Saved]:
+        """x (n, in) -> y (n, out), and what backward needs beside x."""
+        W = self.weight(x.dtype)  # (out, in)
+        if joined is None:
+            return F.linear(x, W, self._bias(x.dtype)), Saved()
+        A, B, gain_less_1, bias = joined
+        z = x @ W.mT  # (n, out)
+        h = _split(x, A) @ A.mT  # (K, m, 1 + r)
+        h[..., 0] = 1
+        parts = _split(z, A)  # (K, m, out)
+        _add_product(parts, h, B.mT)
+        if gain_less_1 is None or bias is None:
+            return z, Saved(h, None, A, B)
+        y = torch.addcmul(parts, parts, gain_less_1).add_(bias)  # (K, m, out)
+        return y.view_as(z), Saved(h, z, A, B, gain_less_1)
+
+    def backward(
+        self, dy: Tensor, x: Tensor | None, updates: Sequence[Update | None], saved: Saved, to_x: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dy (n, out) -> dx (n, in), None unless `to_x`, and the gradients of A, B and gain of each layer in turn.
+
+        `x` is None where no A learns. The gain's gradient is summed in float32 or wider.
+        """
+        h, z, A, B, gain_less_1 = saved
+        if A is None or B is None or h is None:
+            return (dy @ self.weight(dy.dtype) if to_x else None), [None] * (3 * len(self.bases))
+        dz, dgain = dy, None
+        if gain_less_1 is not None and z is not None:
+            parts = _split(dy, A)  # (K, m, out)
+            dz = torch.addcmul(parts, parts, gain_less_1).view_as(dy)  # (n, out)
+            dgain = (parts * _split(z, A)).sum(-2, dtype=torch.promote_types(dy.dtype, torch.float32))  # (K, out)
+        dz_parts = _split(dz, A)  # (K, m, out)
+        dh = dz_parts @ B  # (K, m, 1 + r)
+        dx = None
+        if to_x:
+            dx = dz @ self.weight(dz.dtype)  # (n, in)
+            _add_product(_split(dx, A), dh, A)
+        dA = None if x is None else dh.mT @ _split(x, A)  # (K, 1 + r, in)
+        dB = (h.mT @ dz_parts).mT  # (K, out, 1 + r)
+        return dx, self._of_each(updates, dA, dB, dgain)
+
+    def _of_each(
+        self, updates: Sequence[Update | None], dA: Tensor | None, dB: Tensor, dgain: Tensor | None
+    ) -> list[Tensor | None]:
+        """The gradients of A, B and gain of each layer, cut from those of the joined update."""
+        out: list[Tensor | None] = []
+        row = 1
+        for u, start, n_out in zip(updates, self.starts, self.outs, strict=False):
+            if u is None:
+                out += [None, None, None]
+                continue
+            rows, r = slice(start, start + n_out), u.A.shape[-2]
+            out.append(None if dA is None else dA[..., row : row + r, :].to(u.A.dtype))  # (K, r, in)
+            out.append(dB[..., rows, row : row + r].to(u.B.dtype))  # (K, out_i, r)
+            out.append(None if u.gain is None or dgain is None else dgain[..., rows].to(u.gain.dtype))  # (K, out_i)
+            row += r
+        return out
 
 
-def _stacked(each: Sequence[Joined]) -> Joined:
-    """With a leading axis: ranks padded with zeros, absent gains as g - 1 = 0."""
+def _stack(each: Sequence[JoinedUpdate]) -> JoinedUpdate:
+    """Updates with a leading axis K: ranks padded with zeros, absent gains as g - 1 = 0, their bias left in B."""
     size = max(j.A.shape[-2] for j in each)
-    A = torch.stack([_pad(j.A, size) for j in each])
-    B = torch.stack([_pad(j.B.mT, size) for j in each]).mT
-    if all(j.more is None for j in each):
-        return Joined(A, B, None)
-    none = A.new_zeros(1, B.shape[-2])
-    return Joined(A, B, torch.stack([none if j.more is None else j.more for j in each]))
+    A = torch.stack([_pad(j.A, size) for j in each])  # (K, 1 + r, in)
+    B = torch.stack([_pad(j.B.mT, size) for j in each]).mT  # (K, out, 1 + r)
+    if all(j.gain_less_1 is None for j in each):
+        return JoinedUpdate(A, B)
+    zero = A.new_zeros(1, B.shape[-2])  # (1, out)
+    gains = torch.stack([zero if j.gain_less_1 is None else j.gain_less_1 for j in each])  # (K, 1, out)
+    return JoinedUpdate(A, B, gains, torch.stack([zero if j.bias is None else j.bias for j in each]))
 
 
 def _pad(t: Tensor, rows: int) -> Tensor:

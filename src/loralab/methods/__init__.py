@@ -1,1 +1,1 @@
-"""Where A and B come from: a method is one file here, with a frozen dataclass, and one row of `recipe.NAMED`."""
+"""The methods: a file each, with a frozen dataclass of settings, and a row of `recipe.NAMED`."""

@@ -1,10 +1,11 @@
 """AdaLoRA: y = W x + s B diag(E) A x; a layer's rank is what a shrinking budget leaves of it (Zhang et al., 2023).
 
-A (r, in) and B (out, r) start random, the gates E (r,) at zero, so one (row of A, gate, column of B) is a triplet like
-one of an SVD. A penalty on |A A^T - I| and |B^T B - I| keeps the triplets apart. After each step every value p with
-gradient g gets a sensitivity |p g|, smoothed to its mean and to its spread about that mean; mean * spread is its score.
-A triplet scores that of its gate plus the averages over its row and column, and the triplets of all layers that score
-lowest, beyond the budget, have their gates set to zero. Formulas and order are those of PEFT and of the authors' code.
+A (r, in) and B (out, r) start random, the gates E (r,) at zero, so a row of A, a gate and a column of B are a triplet
+like one of an SVD. A penalty on |A A^T - I| and |B^T B - I| keeps the triplets orthogonal. After each step every value p
+with gradient g has a sensitivity |p g|. Its running mean times its running mean deviation is the score of the value. The
+score of a triplet is that of its gate plus the averages over its row and its column. The triplets of all layers with the
+lowest scores, beyond the budget, have their gates set to zero. Formulas and order are those of PEFT and of the authors'
+code.
 """
 
 import math
@@ -16,14 +17,16 @@ import torch
 from torch import Generator, Tensor, empty, zeros
 
 from loralab.errors import UserError
-from loralab.methods.base import Roles
+from loralab.methods.base import Roles, not_whole
 from loralab.methods.lora import LoRA
+
+FEW_CHOICES = 10  # steps with a choice of gates, below which a run says so
 
 
 @dataclass(frozen=True)
 class AdaLoRA(LoRA):
     rank: int = 12
-    """Rank of every layer at the start; half as much again as what is left gives the choice some room."""
+    """Rank of every layer at the start; half as much again as what is left at the end gives the choice some room."""
     target_rank: int | None = None
     """Rank that is left at the end, on average over the layers; two thirds of `rank` (8 of 12) by default."""
     total_steps: int | None = None
@@ -37,7 +40,7 @@ class AdaLoRA(LoRA):
     beta1: float = 0.85
     """How much of a value's mean sensitivity is kept at each step; the paper's."""
     beta2: float = 0.85
-    """How much of the spread about that mean is kept at each step; the paper's."""
+    """How much of a value's mean deviation is kept at each step; the paper's."""
     orthogonality: float = 0.5
     """Weight of the penalty, an average over all A and B; PEFT's (the paper uses 0.1 to 0.5)."""
 
@@ -66,20 +69,49 @@ class AdaLoRA(LoRA):
 
     def problems(self) -> list[str]:
         wrong = super().problems()
-        if not wrong and not 1 <= self.target <= self.rank:
+        if not wrong and not (isinstance(self.target, int) and 1 <= self.target <= self.rank):
             wrong.append(f"target_rank={self.target_rank!r}: expected 1 to rank={self.rank}")
-        least = {"total_steps": 1, "tinit": 0, "tfinal": 0, "every": 1, "orthogonality": 0}
-        given = {key: getattr(self, key) for key in least if getattr(self, key) is not None}
-        low = [f"{key}={value!r}: expected {least[key]} or more" for key, value in given.items() if value < least[key]]
+        for name, least in {"total_steps": 1, "tinit": 0, "tfinal": 0, "every": 1}.items():
+            if name == "every" or getattr(self, name) is not None:
+                wrong += not_whole(name, getattr(self, name), least)
+        if not self.orthogonality >= 0:
+            wrong.append(f"orthogonality={self.orthogonality!r}: expected 0 or more")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
-            low.append(f"beta1={self.beta1!r}, beta2={self.beta2!r}: expected both between 0 and 1")
-        if not low and self.total_steps is not None and self.phases[0] >= self.phases[1]:
-            told = f"tinit={self.tinit}, tfinal={self.tfinal}, total_steps={self.total_steps}"
-            low.append(f"{told}: the budget falls from step {self.phases[0]} to {self.phases[1]}, which is no step")
-        return wrong + low
+            wrong.append(f"beta1={self.beta1!r}, beta2={self.beta2!r}: expected both between 0 and 1")
+        if not wrong and self.total_steps is not None and self.phases[0] >= self.phases[1]:
+            settings = f"tinit={self.tinit}, tfinal={self.tfinal}, total_steps={self.total_steps}"
+            wrong.append(f"{settings}: the budget falls from step {self.phases[0]} to {self.phases[1]}, which is no step")
+        return wrong
 
     def for_steps(self, total_steps: int) -> "AdaLoRA":
-        return self if self.total_steps is not None else replace(self, total_steps=total_steps)
+        made = self if self.total_steps is not None else replace(self, total_steps=total_steps)
+        if wrong := made.problems():
+            raise UserError("; ".join(wrong))
+        first = next(iter(made.choices), made.phases[1])
+        if first > total_steps:
+            raise UserError(
+                f"total_steps={made.total_steps}, tinit={made.tinit}, every={made.every} with a run of {total_steps} "
+                f"steps: the first gate would close after step {first}; leave total_steps out"
+            )
+        return made
+
+    def notes(self, total_steps: int) -> list[str]:
+        if self.target == self.rank:
+            return [f"adalora: target_rank={self.target} is the rank, so no gate closes"]
+        if self.total_steps is None:
+            return []
+        _, settled = self.phases
+        if settled > total_steps:
+            return [f"adalora: the ranks settle after step {settled}, and the run has {total_steps}"]
+        if (count := len(self.choices) + 1) < FEW_CHOICES:
+            return [f"adalora: the ranks fall from {self.rank} to {self.target} in {count} of {total_steps} steps"]
+        return []
+
+    @property
+    def choices(self) -> range:
+        """The steps before the ranks settle after which gates are closed; one more choice settles the ranks."""
+        first, settled = self.phases
+        return range((first // self.every + 1) * self.every, settled, self.every)
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
         A = empty(self.rank, in_features).normal_(0, 0.02, generator=generator)
@@ -93,15 +125,15 @@ class AdaLoRA(LoRA):
         return p["E"].unsqueeze(-1) * p["A"], p["B"] * self.scaling
 
     def memory(self, p: Roles) -> dict[str, Tensor]:
-        kept = torch.ones_like(p["E"], dtype=torch.bool)  # what the last choice left
-        smooth = {f"{role}.{part}": torch.zeros_like(p[role]) for role in self.roles for part in ("mean", "spread")}
-        return {**smooth, "kept": kept, "step": zeros((), dtype=torch.int64)}
+        kept = torch.ones_like(p["E"], dtype=torch.bool)  # (r,): gates that the last choice left open
+        names = [f"{role}.{statistic}" for role in self.roles for statistic in ("mean", "spread")]
+        return {**{name: torch.zeros_like(p[name.partition(".")[0]]) for name in names}, "kept": kept}
 
     def draw(self, generator: Generator) -> None:
-        _ = self.phases  # known before the first step, or an error
+        _ = self.phases  # raises UserError if the length of training is unknown
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
-        """Adds the penalty's gradient: that of |P P^T - I| is 2 (P P^T - I) P / |P P^T - I|."""
+        """Add the penalty's gradient: that of |P P^T - I| is 2 (P P^T - I) P / |P P^T - I|."""
         learned = {id(p[role]): (role, p[role]) for p in layers.values() for role in "AB" if p[role].requires_grad}
         for role, t in learned.values() if self.orthogonality else []:
             P = t.detach() if role == "A" else t.detach().mT  # (r, in) or (r, out)
@@ -111,11 +143,8 @@ class AdaLoRA(LoRA):
             t.grad = push.contiguous() if t.grad is None else t.grad.add_(push)
 
     @torch.no_grad()
-    def after_step(self, layers: Mapping[str, Roles], drawn: Any, kept: Any) -> None:
+    def after_step(self, layers: Mapping[str, Roles], drawn: Any, before: Any, step: int) -> None:
         first, settled = self.phases
-        for p in layers.values():
-            p["step"] += 1
-        step = int(next(iter(layers.values()))["step"])
         if step < settled:
             for p in layers.values():
                 self._observe(p)
@@ -126,6 +155,7 @@ class AdaLoRA(LoRA):
                 p["E"].masked_fill_(~p["kept"], 0.0)
 
     def _observe(self, p: Roles) -> None:
+        """Update the statistics of sensitivity of a layer."""
         for role in self.roles:
             mean, spread = p[f"{role}.mean"], p[f"{role}.spread"]
             grad = p[role].grad
@@ -134,7 +164,7 @@ class AdaLoRA(LoRA):
             spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
 
     def _choose(self, layers: Mapping[str, Roles], step: int) -> None:
-        """Closes the gates of the triplets beyond the budget; equal scores at the border all go, as in PEFT."""
+        """Close the gates of the triplets beyond the budget; equal scores at the border all go, as in PEFT."""
         scores = [_triplets(p) for p in layers.values()]  # (r,) each
         over = self.rank * len(layers) - self.budget(step, len(layers))
         border = torch.cat(scores).kthvalue(over).values if over else -torch.inf
@@ -158,5 +188,5 @@ def _triplets(p: Roles) -> Tensor:
 
 
 def kept_gates(layers: Mapping[str, Roles]) -> dict[str, list[bool]]:
-    """path -> which gates of the layer are open; `layers`: path -> role -> tensor, as training left them."""
+    """Path -> which gates of the layer are open after training; `layers` maps path -> role -> tensor."""
     return {path: (p["E"] != 0).tolist() for path, p in layers.items()}

@@ -1,4 +1,7 @@
-"""What a method must say of itself; the defaults are those of a method without constants and without per-step work."""
+"""What a method defines: its settings, the parameters of a layer, and how these become the update of a weight.
+
+The defaults here are those of a method without shared constants and without work at each optimizer step.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +18,15 @@ Roles = Mapping[str, Tensor]  # role -> tensor of one layer
 class Factors:
     """The settings of a method (a frozen dataclass), and how its parameters become A (r, in) and B (out, r)."""
 
-    kind: ClassVar[str]  # what files call the method
-    roles: ClassVar[tuple[str, ...]]  # names of the parameters of a layer
-    learn: ClassVar[tuple[str, ...]]  # those that learn unless a recipe says otherwise
-    low_rank: ClassVar[bool] = True  # whether `lower` says it; if not, `dense` does
-    drops: ClassVar[bool] = True  # whether dropout on x leaves the method what it is
+    kind: ClassVar[str]  # name of the method's class in files
+    roles: ClassVar[tuple[str, ...]]  # names of the tensors of a layer
+    learn: ClassVar[tuple[str, ...]]  # roles that learn unless a recipe says otherwise
+    low_rank: ClassVar[bool] = True  # whether `lower` gives the update; if not, `dense` does
+    drops: ClassVar[bool] = True  # whether the method allows dropout on x
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
-    shared: ClassVar[tuple[str, ...]] = ()  # roles that layers of one share have in common; none: it takes no shares
+    counter: ClassVar[str | None] = None  # role that counts optimizer steps; the step hooks keep it
+    shared: ClassVar[tuple[str, ...]] = ()  # roles that the layers of a share hold in common; none: no shares allowed
+    revision: ClassVar[int] = 1  # raised when a default changes its meaning; addresses of runs carry it above 1
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one phrase each."""
@@ -32,7 +37,7 @@ class Factors:
         return None
 
     def placed(self, index: int, count: int) -> "Factors":
-        """The method in one of the `count` layers of a share; by default what they share says the same in each."""
+        """The method in layer `index` of the `count` layers of a share; the same in each of them by default."""
         return self
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
@@ -40,15 +45,15 @@ class Factors:
         return out_features, in_features
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
-        """Role -> its start in one layer; the update they lower to is zero."""
+        """Role -> starting tensor of one layer; the update that these give must be zero."""
         raise NotImplementedError
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
-        """(A, B), scaling folded in. `drawn` is what `draw` gave for this step, None in evaluation."""
+        """(A (..., r, in), B (..., out, r)), scaling included. `drawn` comes from `draw`; None in evaluation."""
         raise NotImplementedError
 
     def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
-        """The update (..., out, in) itself, scaling folded in, of a method whose update is no low-rank product."""
+        """The update (..., out, in) itself, scaling included, of a method whose update is no low-rank product."""
         raise NotImplementedError
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
@@ -56,33 +61,43 @@ class Factors:
         raise NotImplementedError
 
     def constants(self, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Frozen tensors that all layers share, from the `shape` of every adapted layer."""
+        """Frozen tensors that all layers share, made from the `shape` of every adapted layer."""
         return {}
 
     def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
-        """The part of the constants that one layer uses; `lower` sees it in `p`."""
+        """The part of the constants that one layer uses; `lower` finds it in `p`."""
         return {}
 
     def for_steps(self, total_steps: int) -> "Factors":
-        """The same method with what depends on the length of training filled in."""
+        """The method for a run of that many optimizer steps, with every setting that depends on the length filled in.
+
+        Raises UserError if the run is so short that the method would be another one.
+        """
         return self
 
+    def notes(self, total_steps: int) -> list[str]:
+        """What a user should know before a run of that many steps, such as a phase that is very short."""
+        return []
+
     def memory(self, p: Roles) -> dict[str, Tensor]:
-        """What one layer, with parameters `p`, keeps from step to step: fresh tensors that `before_step` and
-        `after_step` find beside its roles and change in place. A checkpoint holds them, an adapter file does not."""
+        """Fresh tensors that a layer with parameters `p` keeps from step to step.
+
+        `before_step` and `after_step` find them beside the roles and change them in place. A checkpoint holds them, an
+        adapter file does not.
+        """
         return {}
 
     def draw(self, generator: Generator) -> Any:
-        """Drawn once per optimizer step, for all layers alike; raises UserError if training cannot begin."""
+        """The random choice of an optimizer step, the same for all layers; raises UserError if training cannot begin."""
         return None
 
     @property
     def ranks(self) -> Sequence[int]:
-        """The ranks that one training gives, each of which `lower` takes as drawn; none if it is for one rank."""
+        """The ranks that one training gives, each a valid `drawn` of `lower`; empty for a method of one rank."""
         return ()
 
     def at(self, rank: int) -> int:
-        """What `lower` takes as drawn to evaluate at one of `ranks`; raises UserError for another."""
+        """What `lower` takes as `drawn` to evaluate at one of `ranks`. Raises UserError for another rank."""
         if not self.ranks:
             raise UserError(f"rank={rank}: this method was trained for one rank; dylora trains many")
         if rank not in self.ranks:
@@ -91,8 +106,17 @@ class Factors:
         return rank
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
-        """Runs before the optimizer's step, gradients present; what it returns goes to `after_step`."""
+        """Run before the optimizer's step, with gradients present. The return value goes to `after_step` as `before`."""
         return None
 
-    def after_step(self, layers: Mapping[str, Roles], drawn: Any, kept: Any) -> None:
-        """Runs after the optimizer's step, gradients still present. `layers`: path -> role -> tensor."""
+    def after_step(self, layers: Mapping[str, Roles], drawn: Any, before: Any, step: int) -> None:
+        """Run after the optimizer's step, with gradients still present.
+
+        `layers` maps path -> role -> tensor; `step` counts the optimizer steps of this adapter, this one included.
+        """
+
+
+def not_whole(name: str, value: Any, least: int) -> list[str]:
+    """One problem if a setting is no whole number of at least `least`, else none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return [] if whole and value >= least else [f"{name}={value!r}: expected a whole number, {least} or more"]

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, empty, zeros
 
-from loralab.methods.base import Factors, Roles
+from loralab.methods.base import Factors, Roles, not_whole
 
 
 @dataclass(frozen=True)
 class LoRA(Factors):
     rank: int = 8
-    """Rank r of the update; a few parameters more for each step up, small ranks often suffice."""
+    """Rank r of the update; small ranks often suffice."""
     alpha: float = 16.0
     """The update is scaled by alpha / rank; 16 at rank 8 is what the paper's GLUE scripts use."""
     stabilized: bool = False
@@ -31,9 +31,8 @@ class LoRA(Factors):
         return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)
 
     def problems(self) -> list[str]:
-        whole = isinstance(self.rank, int) and self.rank >= 1
-        wrong = [] if whole else [f"rank={self.rank!r}: expected a whole number, 1 or more"]
-        return wrong if self.alpha > 0 else [*wrong, f"alpha={self.alpha!r}: expected above 0"]
+        wrong = not_whole("rank", self.rank, 1)
+        return wrong if 0 < self.alpha < math.inf else [*wrong, f"alpha={self.alpha!r}: expected above 0"]
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         most = min(out_features, in_features)
@@ -42,7 +41,7 @@ class LoRA(Factors):
         return f"rank {self.rank}: a {out_features} x {in_features} weight allows 1 to {most}"
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
-        """A uniform in +-1/sqrt(in), which is kaiming_uniform_(a=sqrt(5)) of the authors' code; B zero."""
+        """A (r, in) uniform in +-1/sqrt(in), as kaiming_uniform_(a=sqrt(5)) of the authors' code; B (out, r) zero."""
         bound = 1 / math.sqrt(in_features)
         A = empty(self.rank, in_features).uniform_(-bound, bound, generator=generator)
         return {"A": A, "B": zeros(out_features, self.rank)}

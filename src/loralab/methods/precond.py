@@ -1,5 +1,7 @@
-"""LoRA-FA with the gradient of B scaled back to that of the weight: g_B <- (1/s^2) g_B (A A^T + delta I)^-1 before the
-optimizer (the variant of PEFT's LoraFAOptimizer; A is frozen, so the r x r matrix is constant)."""
+"""LoRA-FA with a preconditioned gradient: g_B <- (1/s^2) g_B (A A^T + delta I)^-1 before the optimizer's step.
+
+This is the variant of PEFT's LoraFAOptimizer. A is frozen, so the r x r matrix is constant.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +16,14 @@ from loralab.methods.lora import LoRA
 @dataclass(frozen=True)
 class PreconditionedLoRA(LoRA):
     delta: float = 1e-8
-    """Added to the diagonal of A A^T."""
+    """Added to the diagonal of A A^T before it is inverted."""
 
     kind: ClassVar[str] = "lora-fa-precond"
     learn: ClassVar[tuple[str, ...]] = ("B",)
     stepped: ClassVar[bool] = True
+
+    def problems(self) -> list[str]:
+        return super().problems() + ([] if self.delta >= 0 else [f"delta={self.delta!r}: expected 0 or more"])
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
         for p in {id(p["B"]): p for p in layers.values()}.values():  # layers may share one B: scaled once

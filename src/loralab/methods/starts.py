@@ -1,4 +1,4 @@
-"""Where A (r, in) and B (out, r) start; everything after the start is the method's own. s is the scaling of the method.
+"""The starting values of A (r, in) and B (out, r); later steps are the method's own. s is the scaling of the method.
 
 kaiming      the method's own: A uniform in +-1/sqrt(in), B = 0             (Hu et al., 2021)
 gaussian     A normal with deviation 1/r, B = 0
@@ -9,8 +9,9 @@ olora        B = Q[:, :r], A = R[:r] of W = Q R                              (Bu
 loftq        s B A is the best rank-r part of W - Q, the error of a stored weight Q; one round  (Li et al., 2024)
 eva          A is the top right singular vectors of the layer's inputs, B = 0  (Paischer et al., 2024)
 
-pissa and olora begin off zero. The base keeps its W all the same: a layer holds A0 = A and B0 = s B as they were at the
-start, and the update is s B A - B0 A0. So the start changes nothing (to rounding) and the adapter is portable.
+pissa and olora start with s B A not zero. The base keeps its W all the same: a layer holds A0 = A and B0 = s B as they
+were at the start, and the update is s B A - B0 A0. So the start changes nothing (to rounding) and the adapter fits the
+original model.
 """
 
 from collections.abc import Callable
@@ -24,20 +25,20 @@ from loralab.methods.base import Factors
 from loralab.methods.lora import LoRA
 from loralab.methods.precond import PreconditionedLoRA
 
-FROZEN = ("A0", "B0")  # roles that a start off zero adds; they never learn
-WHOLE = (LoRA, PreconditionedLoRA)  # factors whose update is s B A from the first step on, all ranks of it
-FLOATS = (None, "float32", "bfloat16")  # stores that leave loftq nothing, or next to nothing, to make up for
+FROZEN = ("A0", "B0")  # roles that a start with s B A not zero adds; they never learn
+WHOLE = (LoRA, PreconditionedLoRA)  # methods whose update is all of s B A from the first step on
+FLOATS = (None, "float32", "bfloat16")  # stores that round nothing, or next to nothing, away
 
 
 class InputDirections(NamedTuple):
-    """What a layer's inputs span: right singular vectors, and the share of the inputs' squares each explains."""
+    """Right singular vectors of a layer's inputs, and the share of the inputs' squares that each explains."""
 
     directions: Tensor  # (rank, in), rows of length 1, the largest entry of each above zero
     shares: Tensor  # (in,) falling, sum 1
 
 
-class Given(NamedTuple):
-    """What a start may look at in one layer."""
+class LayerInfo(NamedTuple):
+    """What a start may use of one layer."""
 
     W: Tensor | None  # (out, in) before the store rounded it, if that is still there
     kept: Tensor  # (out, in) as the base keeps it
@@ -49,32 +50,32 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    make: Callable[[Given], tuple[Tensor, Tensor]] | None  # (A, B); None: the method's own
+    make: Callable[[LayerInfo], tuple[Tensor, Tensor]] | None  # -> (A (r, in), B (out, r)); None: the method's own
     zero: bool = True  # B = 0
-    away: bool = False  # s B A is not zero, so the layer holds A0, B0 to take it away
-    layer: bool = False  # looks at the layer, so that layers cannot share A and B
+    subtracted: bool = False  # s B A is not zero, and A0, B0 take it away
+    per_layer: bool = False  # made from the layer's weight or inputs, so layers cannot share A and B
 
 
-def gaussian(g: Given) -> tuple[Tensor, Tensor]:
+def gaussian(g: LayerInfo) -> tuple[Tensor, Tensor]:
     out_features, in_features = g.kept.shape
     A = torch.empty(g.rank, in_features).normal_(0, 1 / g.rank, generator=g.generator)
     return A, torch.zeros(out_features, g.rank)
 
 
-def orthogonal(g: Given) -> tuple[Tensor, Tensor]:
+def orthogonal(g: LayerInfo) -> tuple[Tensor, Tensor]:
     """Even and odd rows of one orthogonal matrix: A = (X odd)^T / 10, B = X' even / 10, and odd even^T = 0."""
     out_features, in_features = g.kept.shape
-    Q = torch.linalg.qr(torch.randn(g.rank, g.rank, generator=g.generator)).Q
-    X = torch.randn(in_features, g.rank // 2, generator=g.generator)
-    Y = torch.randn(out_features, g.rank // 2, generator=g.generator)
+    Q = torch.linalg.qr(torch.randn(g.rank, g.rank, generator=g.generator)).Q  # (r, r)
+    X = torch.randn(in_features, g.rank // 2, generator=g.generator)  # (in, r/2)
+    Y = torch.randn(out_features, g.rank // 2, generator=g.generator)  # (out, r/2)
     return (X @ Q[0::2]).T / 10, Y @ Q[1::2] / 10
 
 
-def pissa(g: Given) -> tuple[Tensor, Tensor]:
+def pissa(g: LayerInfo) -> tuple[Tensor, Tensor]:
     return _best(_wide(g.kept), g)
 
 
-def pissa_fast(g: Given, more: int = 10, rounds: int = 8) -> tuple[Tensor, Tensor]:
+def pissa_fast(g: LayerInfo, more: int = 10, rounds: int = 8) -> tuple[Tensor, Tensor]:
     """Subspace iteration with `more` extra directions; every round shrinks the error by (S[r + more] / S[r])^2."""
     M = _wide(g.kept)
     Q = torch.linalg.qr(M @ torch.randn(M.shape[1], g.rank + more, generator=g.generator)).Q  # (out, r + more)
@@ -84,17 +85,17 @@ def pissa_fast(g: Given, more: int = 10, rounds: int = 8) -> tuple[Tensor, Tenso
     return _halves(Q @ U, S, Vh, g)
 
 
-def olora(g: Given) -> tuple[Tensor, Tensor]:
+def olora(g: LayerInfo) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(_wide(g.kept))
-    return R[: g.rank], Q[:, : g.rank]
+    return R[: g.rank], Q[:, : g.rank]  # (r, in), (out, r)
 
 
-def loftq(g: Given) -> tuple[Tensor, Tensor]:
+def loftq(g: LayerInfo) -> tuple[Tensor, Tensor]:
     assert g.W is not None
     return _best(_wide(g.W) - _wide(g.kept), g)
 
 
-def eva(g: Given) -> tuple[Tensor, Tensor]:
+def eva(g: LayerInfo) -> tuple[Tensor, Tensor]:
     assert g.inputs is not None
     return g.inputs.directions[: g.rank], torch.zeros(g.kept.shape[0], g.rank)
 
@@ -103,37 +104,39 @@ STARTS: dict[str, Start] = {
     "kaiming": Start(None),
     "gaussian": Start(gaussian),
     "orthogonal": Start(orthogonal, zero=False),
-    "pissa": Start(pissa, zero=False, away=True, layer=True),
-    "pissa-fast": Start(pissa_fast, zero=False, away=True, layer=True),
-    "olora": Start(olora, zero=False, away=True, layer=True),
-    "loftq": Start(loftq, zero=False, layer=True),
-    "eva": Start(eva, layer=True),
+    "pissa": Start(pissa, zero=False, subtracted=True, per_layer=True),
+    "pissa-fast": Start(pissa_fast, zero=False, subtracted=True, per_layer=True),
+    "olora": Start(olora, zero=False, subtracted=True, per_layer=True),
+    "loftq": Start(loftq, zero=False, per_layer=True),
+    "eva": Start(eva, per_layer=True),
 }
 
 
 def _wide(M: Tensor) -> Tensor:
-    return M.detach().to("cpu", torch.float32)  # on any device the same start
+    """M in float32 on the CPU, so that every device gets the same start."""
+    return M.detach().to("cpu", torch.float32)
 
 
-def _best(M: Tensor, g: Given) -> tuple[Tensor, Tensor]:
+def _best(M: Tensor, g: LayerInfo) -> tuple[Tensor, Tensor]:
+    """(A, B) with s B A the best rank-r part of M (out, in)."""
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     return _halves(U, S, Vh, g)
 
 
-def _halves(U: Tensor, S: Tensor, Vh: Tensor, g: Given) -> tuple[Tensor, Tensor]:
+def _halves(U: Tensor, S: Tensor, Vh: Tensor, g: LayerInfo) -> tuple[Tensor, Tensor]:
     """(A, B) with s B A = U_r S_r V_r^T."""
     root = (S[: g.rank] / g.scaling).sqrt()
     return root[:, None] * Vh[: g.rank], U[:, : g.rank] * root
 
 
 def added(start: str) -> tuple[str, ...]:
-    """Roles that a start adds to those of the factors."""
-    return FROZEN if start in STARTS and STARTS[start].away else ()
+    """The roles that a start adds to those of the method."""
+    return FROZEN if start in STARTS and STARTS[start].subtracted else ()
 
 
 def looks_at_layer(start: str) -> bool:
-    """Whether a start is made from the layer's weight or inputs."""
-    return start in STARTS and STARTS[start].layer
+    """Whether a start is made from the layer's weight or inputs, so that equal layers may start differently."""
+    return start in STARTS and STARTS[start].per_layer
 
 
 def problems(start: str, factors: Factors | None, store: str | None, shared: bool = False) -> list[str]:
@@ -154,12 +157,12 @@ def problems(start: str, factors: Factors | None, store: str | None, shared: boo
     if STARTS[start].zero and "E" in factors.roles:
         wrong.append(f"start={start!r} with {name}: B and its gates E would both be zero and never move")
     if STARTS[start].zero and not factors.problems() and _own_B(factors).any():
-        wrong.append(f"start={start!r} with {name}: it begins with a B off zero itself, and at zero it would not learn")
+        wrong.append(f"start={start!r} with {name}: its own B is not zero at the start, and at zero it would not learn")
     if start == "orthogonal" and getattr(factors, "rank", 0) % 2:
         wrong.append(f"start={start!r} with rank={factors.rank}: expected an even rank")  # type: ignore[attr-defined]
     if start == "loftq" and store in FLOATS:
         wrong.append(f"start={start!r} with store={store!r}: it makes up for what a store of few bits rounds away")
-    if shared and STARTS[start].layer:
+    if shared and STARTS[start].per_layer:
         wrong.append(
             f"start={start!r} with layers that share A and B: it is made from each layer's own weight or inputs"
         )
@@ -169,13 +172,14 @@ def problems(start: str, factors: Factors | None, store: str | None, shared: boo
 
 
 def _own_B(factors: Any) -> Tensor:
+    """B (n, n) as the method itself starts it, on a layer of n x n."""
     n = factors.rank
     B: Tensor = factors.init(n, n, Generator())["B"]
     return B
 
 
 def blank(start: str, factors: Any, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
-    """Role -> tensor before `begin`, and what an adapter file fills."""
+    """Role -> tensor of a fresh layer before `begin` sets some of them; a loaded file fills them instead."""
     p: dict[str, Tensor] = factors.init(out_features, in_features, generator)
     return p | ({"A0": p["A"].clone(), "B0": torch.zeros_like(p["B"])} if added(start) else {})
 
@@ -183,10 +187,14 @@ def blank(start: str, factors: Any, out_features: int, in_features: int, generat
 def begin(
     start: str, factors: Any, W: Tensor | None, base: Any, generator: Generator, inputs: InputDirections | None = None
 ) -> dict[str, Tensor]:
-    """The roles that `start` sets in one layer. `generator` is left as it is: all starts get the same fresh head."""
+    """Role -> tensor for the roles that `start` sets in one layer.
+
+    `W` is the weight before it was stored, if it is still known. `generator` is left as it was, so that the head drawn
+    later does not depend on the start.
+    """
     made = STARTS[start]
     if made.make is None:
         return {}
     own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator.clone_state())))
-    A, B = (t.contiguous() for t in made.make(Given(W, base.dense(), factors.rank, factors.scaling, own, inputs)))
-    return {"A": A, "B": B} | ({"A0": A.clone(), "B0": factors.scaling * B} if made.away else {})
+    A, B = (t.contiguous() for t in made.make(LayerInfo(W, base.dense(), factors.rank, factors.scaling, own, inputs)))
+    return {"A": A, "B": B} | ({"A0": A.clone(), "B0": factors.scaling * B} if made.subtracted else {})

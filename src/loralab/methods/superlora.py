@@ -1,15 +1,15 @@
 """SuperLoRA: y = W x + b + s F(T_1 kron ... kron T_K) x, T_k = C_k x_1 A_k1 ... x_M A_kM (Chen et al., 2024).
 
 s = alpha / r. K = 1, M = 2, no core and no F is LoRA, and lowers to the same A and B. K = 2 is LoKr, K > 2 LoNKr,
-M > 2 with a core LoRTA. T_k is (o_k, i_k), with the o_k multiplying to the rows and the i_k to the columns of the
-weight, folded to M balanced modes where M > 2; A_km is (n_m, r). A T_k of no more values than its A_km and core would
-have is kept whole, as C_k (o_k, i_k).
+M > 2 with a core LoRTA. T_k is (o_k, i_k): the o_k multiply to the rows and the i_k to the columns of the weight. Where
+M > 2, T_k is folded to M balanced modes. A_km is (n_m, r). If T_k has no more values than its A_km and core would have,
+it is kept whole, as C_k (o_k, i_k).
 
-A group may span layers (a share of a rank map): its factors are those of the weights on top of each other, (L out, in),
-and each of the L layers has its rows of the update.
+A group may span layers (a share of a rank map). Its factors are those of the stacked weights (L out, in), and each of
+the L layers takes its rows of the update.
 
-F makes out * in numbers of the rho share that is factored: v, -v, v, -v, ... cut to length, in an order shuffled by
-numpy's Philox counter, so that a file needs only the seed. It is linear, and each number has as many places as another.
+F makes out * in numbers from the share rho that is factored: v, -v, v, -v, ... cut to length, in an order shuffled by
+numpy's Philox counter, so that a file needs only the seed. It is linear, and each number of v has equally many places.
 """
 
 import math
@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from loralab.methods.base import Roles
+from loralab.cache import constants
+from loralab.methods.base import Roles, not_whole
 from loralab.methods.lora import LoRA
-from loralab.methods.tensors import balanced, identity, kron, polyadic, rows_of, shuffle, spread, tucker, uniform
 
-MOST = 2**31 - 1  # numbers that F spreads to; their order is kept in 32 bits each
+MOST = 2**31 - 1  # numbers that F can make; their order is kept in 32 bits each
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class SuperLoRA(LoRA):
     core: bool = False
     """Learn the core, which mixes the rank terms; without, it is the identity."""
     fold: bool = False
-    """Fold to balanced modes at order 2 too; higher orders always do."""
+    """Fold to balanced modes at order 2 too; higher orders are always folded."""
     ratio: float = 1.0
-    """Share rho of the weight's numbers that are factored; below 1 the projection F spreads them over all of it."""
+    """Share rho of the weight's numbers that are factored; below 1 the projection F makes the whole weight of them."""
     projection_seed: int = 0
-    """Seed of F."""
+    """Seed of F, which exists only at a ratio below 1."""
     source: Literal["philox-1"] = "philox-1"
     """Generator of F."""
 
@@ -69,95 +70,106 @@ class SuperLoRA(LoRA):
         return OfGroup(**vars(self), index=index, count=count)
 
     def _modes(self, k: int) -> list[str]:
+        """The roles of the mode matrices of T_k."""
         return [f"A{k}{m}" for m in range(1, self.order + 1)]
 
     def problems(self) -> list[str]:
-        whole = {"split": (self.split, 1), "order": (self.order, 2)}  # up to 9: one digit each in the name of a role
-        return [
-            *super().problems(),
-            *(
-                f"{name}={value!r}: expected a whole number, {least} to 9"
-                for name, (value, least) in whole.items()
-                if type(value) is not int or not least <= value <= 9
-            ),
-            *([] if 0 < self.ratio <= 1 else [f"ratio={self.ratio!r}: expected above 0, at most 1"]),
-            *([] if self.source == "philox-1" else [f"source={self.source!r}: the one there is is 'philox-1'"]),
-        ]
+        wrong = super().problems()
+        for name, value, least in (("split", self.split, 1), ("order", self.order, 2)):
+            if type(value) is not int or not least <= value <= 9:  # one digit each in the name of a role
+                wrong.append(f"{name}={value!r}: expected a whole number, {least} to 9")
+        if not 0 < self.ratio <= 1:
+            wrong.append(f"ratio={self.ratio!r}: expected above 0, at most 1")
+        if self.source != "philox-1":
+            wrong.append(f"source={self.source!r}: the one there is is 'philox-1'")
+        wrong += not_whole("projection_seed", self.projection_seed, 0)
+        if self.projection_seed and self.ratio == 1:
+            wrong.append(f"projection_seed={self.projection_seed} with ratio=1: there is no projection F to seed")
+        if self.fold and self.order != 2:
+            wrong.append(f"fold={self.fold} with order={self.order}: orders above 2 are always folded")
+        return wrong
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
-        """Only the low-rank form bounds the rank; any size factors, a prime p as 1 x p."""
+        """Why a layer is too large for F, or too small for the low-rank form; other forms take any size and rank."""
         if self.ratio < 1 and out_features * in_features > MOST:
             numbers = f"the {out_features} x {in_features} numbers"
             return f"ratio={self.ratio}: F counts to {MOST}, fewer than {numbers}; take fewer layers a group"
         return super().misfit(out_features, in_features) if self.low_rank else None
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
-        """Cores identities, one tensor of the last factor zero, the rest uniform, the product as large as LoRA's A."""
+        """Cores start as identities, one tensor of the last factor as zero, the others uniform.
+
+        The uniform ones have a size that makes their product as large as LoRA's A.
+        """
         if self.low_rank:
             p = super().init(out_features, in_features, generator)
             return p | ({"C": torch.eye(self.rank)} if self.core else {})
-        p, made = {}, parts(self, out_features, in_features)
-        random = self.split - (made[-1].ranks is None)  # factors that have a random tensor
-        share = (3 * in_features) ** (-0.5 / max(random, 1))  # deviation of T_k; LoRA's A has (3 in)^-0.5
-        for k, part in enumerate(made, 1):
+        p, factors = {}, kronecker_factors(self, out_features, in_features)
+        random = self.split - (factors[-1].ranks is None)  # factors that have a random tensor
+        deviation = (3 * in_features) ** (-0.5 / max(random, 1))  # of T_k; LoRA's A has (3 in)^-0.5
+        for k, factor in enumerate(factors, 1):
             last = k == self.split
-            if part.ranks is None:
-                p[f"C{k}"] = torch.zeros(part.matrix) if last else uniform(share, part.matrix, generator)
+            if factor.ranks is None:
+                p[f"C{k}"] = torch.zeros(factor.matrix) if last else uniform(deviation, factor.matrix, generator)
                 continue
             if self.core:
-                p[f"C{k}"] = identity(part.ranks)
+                p[f"C{k}"] = identity(factor.ranks)
             # T_k is a sum of min(ranks) products of M entries, or of M - 1 beside the one that is zero
-            size = share ** (1 / (self.order - 1)) if last else (share / min(part.ranks) ** 0.5) ** (1 / self.order)
-            for role, shape in zip(self._modes(k), zip(part.modes, part.ranks, strict=True), strict=True):
+            terms = min(factor.ranks) ** 0.5
+            size = deviation ** (1 / (self.order - 1)) if last else (deviation / terms) ** (1 / self.order)
+            for role, shape in zip(self._modes(k), zip(factor.modes, factor.ranks, strict=True), strict=True):
                 p[role] = torch.zeros(shape) if last and role[-1] == "1" else uniform(size, shape, generator)
         return p
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
         A, B = super().lower(p)
-        return A, B @ p["C"] if self.core else B
+        return A, B @ p["C"] if self.core else B  # (..., r, in), (..., out, r)
 
     def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
         return self._rows(p, (out_features, in_features), 0, out_features)
 
     def _rows(self, p: Roles, shape: tuple[int, int], start: int, stop: int) -> Tensor:
-        """Rows of the update (..., out, in) of a weight of that shape; F needs all numbers of what it spreads."""
-        made = parts(self, *shape)
+        """Rows start to stop of the update (..., out, in) of a weight of that shape.
+
+        With a projection all of the factored matrix is made, since its numbers go to any row.
+        """
+        factors = kronecker_factors(self, *shape)
         if self.ratio == 1:
-            return self._product(p, made, start, stop)
-        v = self._product(p, made, 0, math.prod(part.matrix[0] for part in made)).flatten(-2)
-        D = spread(v, p["P"], math.prod(shape))  # P is that of the rows
+            return self._product(p, factors, start, stop)
+        v = self._product(p, factors, 0, math.prod(f.matrix[0] for f in factors)).flatten(-2)  # (..., n)
+        D = project(v, p["P"], math.prod(shape))  # (..., (stop - start) * in), as P is that of the rows
         return D.view(*D.shape[:-1], stop - start, shape[1])
 
-    def _product(self, p: Roles, made: Sequence["Part"], start: int, stop: int) -> Tensor:
-        """Rows of s T_1 kron ... kron T_K."""
-        few, own = rows_of(start, stop, math.prod(part.matrix[0] for part in made[1:]))
-        T = [self._part(p, 1, made[0], few), *(self._part(p, k, part) for k, part in enumerate(made[1:], 2))]
+    def _product(self, p: Roles, factors: Sequence["KroneckerFactor"], start: int, stop: int) -> Tensor:
+        """Rows start to stop of s T_1 kron ... kron T_K."""
+        few, own = rows_of(start, stop, math.prod(f.matrix[0] for f in factors[1:]))
+        T = [self._factor(p, 1, factors[0], few), *(self._factor(p, k, f) for k, f in enumerate(factors[1:], 2))]
         T[-1] = self.scaling * T[-1]
-        D = reduce(kron, T)
+        D = reduce(kron, T)  # (..., rows, in)
         return D[..., own, :]
 
-    def _part(self, p: Roles, k: int, part: "Part", rows: slice | None = None) -> Tensor:
+    def _factor(self, p: Roles, k: int, factor: "KroneckerFactor", rows: slice | None = None) -> Tensor:
         """T_k (..., o_k, i_k), or some of its rows."""
-        o, i = part.matrix
+        o, i = factor.matrix
         rows = rows or slice(0, o)
-        if part.ranks is None:
+        if factor.ranks is None:
             return p[f"C{k}"][..., rows, :]
-        few, own = rows_of(rows.start * i, rows.stop * i, math.prod(part.modes[1:]))
+        few, own = rows_of(rows.start * i, rows.stop * i, math.prod(factor.modes[1:]))
         first, *others = [p[role] for role in self._modes(k)]
         modes = [first[..., few, :], *others]
-        T = tucker(p[f"C{k}"], modes) if self.core else polyadic(modes)
+        T = tucker(p[f"C{k}"], modes) if self.core else polyadic(modes)  # flat
         return T[..., own].view(*T.shape[:-1], -1, i)
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         if self.low_rank:
             return super().sizes(out_features, in_features) | ({"C": self.rank**2} if self.core else {})
         sizes = dict.fromkeys(self.roles, 0)
-        for k, part in enumerate(parts(self, out_features, in_features), 1):
-            if part.ranks is None:
-                sizes[f"C{k}"] = math.prod(part.matrix)
+        for k, factor in enumerate(kronecker_factors(self, out_features, in_features), 1):
+            if factor.ranks is None:
+                sizes[f"C{k}"] = math.prod(factor.matrix)
                 continue
-            sizes[f"C{k}"] = math.prod(part.ranks) if self.core else 0
-            sizes |= {m: n * r for m, n, r in zip(self._modes(k), part.modes, part.ranks, strict=True)}
+            sizes[f"C{k}"] = math.prod(factor.ranks) if self.core else 0
+            sizes |= {role: n * r for role, n, r in zip(self._modes(k), factor.modes, factor.ranks, strict=True)}
         return sizes
 
     def constants(self, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
@@ -202,22 +214,88 @@ class OfGroup(SuperLoRA):
         return {role: P[self.index * size : (self.index + 1) * size] for role, P in whole.items()}
 
 
-class Part(NamedTuple):
-    """The sizes of one Kronecker factor."""
+class KroneckerFactor(NamedTuple):
+    """The sizes of one Kronecker factor T_k."""
 
     matrix: tuple[int, int]  # (o_k, i_k)
-    modes: tuple[int, ...]  # n_1 ... n_M, the same number of values
+    modes: tuple[int, ...]  # n_1 ... n_M, with the product o_k i_k
     ranks: tuple[int, ...] | None  # r_1 ... r_M; None: kept whole
 
 
 @lru_cache(maxsize=1024)
-def parts(s: SuperLoRA, out_features: int, in_features: int) -> list[Part]:
+def kronecker_factors(s: SuperLoRA, out_features: int, in_features: int) -> list[KroneckerFactor]:
+    """The sizes of the factors of a weight (out, in)."""
     rows, columns = (math.ceil(side * math.sqrt(s.ratio)) for side in (out_features, in_features))
-    made = []
+    factors = []
     for matrix in zip(balanced(rows, s.split), balanced(columns, s.split), strict=True):
         modes = balanced(math.prod(matrix), s.order) if s.fold or s.order > 2 else matrix
         # a learned core can use no more terms than a mode has entries
         ranks = tuple(min(s.rank, n) if s.core else s.rank for n in modes)
         values = sum(n * r for n, r in zip(modes, ranks, strict=True)) + (math.prod(ranks) if s.core else 0)
-        made.append(Part(matrix, modes, ranks if values < math.prod(matrix) else None))
-    return made
+        factors.append(KroneckerFactor(matrix, modes, ranks if values < math.prod(matrix) else None))
+    return factors
+
+
+# ---- products of tensors ---------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def balanced(number: int, count: int) -> tuple[int, ...]:
+    """`count` rising whole numbers with that product, each the largest divisor below the root; a prime p is 1, ..., p."""
+    if count == 1:
+        return (number,)
+    divisor = next(d for d in range(round(number ** (1 / count)) + 1, 0, -1) if number % d == 0 and d**count <= number)
+    return tuple(sorted((divisor, *balanced(number // divisor, count - 1))))
+
+
+def kron(S: Tensor, T: Tensor) -> Tensor:
+    """(..., a, b) and (..., c, d) -> (..., a c, b d)."""
+    return (S[..., :, None, :, None] * T[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
+
+
+def tucker(C: Tensor, modes: Sequence[Tensor]) -> Tensor:
+    """C (..., r_1, ..., r_M) x_1 A_1 (..., n_1, r_1) ... x_M A_M, flat: (..., n_1 * ... * n_M)."""
+    T = C.flatten(-len(modes))
+    for A in modes:  # each turn moves the first axis to the end, so after M turns the order is the first one
+        T = (T.unflatten(-1, (A.shape[-1], -1)).mT @ A.mT).flatten(-2)
+    return T
+
+
+def polyadic(modes: Sequence[Tensor]) -> Tensor:
+    """`tucker` with an identity for a core: the sum over r of outer products of columns r."""
+    T = modes[0]  # (..., n, r)
+    for A in modes[1:-1]:
+        T = (T[..., :, None, :] * A[..., None, :, :]).flatten(-3, -2)
+    return (T @ modes[-1].mT).flatten(-2)
+
+
+def rows_of(start: int, stop: int, step: int) -> tuple[slice, slice]:
+    """(rows of `step` items that hold items start to stop, the place of these items within those rows)."""
+    first = start // step
+    return slice(first, -(-stop // step)), slice(start - first * step, stop - first * step)
+
+
+def project(v: Tensor, P: Tensor, count: int) -> Tensor:
+    """F: v (..., n) -> v, -v, v, ... cut to `count` numbers and taken in the order P (..., len(P))."""
+    turns = math.ceil(count / (2 * v.shape[-1]))
+    return torch.cat([v, -v] * turns, -1)[..., :count].index_select(-1, P)
+
+
+@constants
+def shuffle(seed: int, count: int) -> Tensor:
+    """An order (count,) of `count` numbers, decided by integers alone: the argsort of Philox's 64-bit words."""
+    words = np.random.Philox(key=seed).random_raw(count)
+    return torch.from_numpy(words.argsort(kind="stable").astype(np.int32))
+
+
+def uniform(deviation: float, shape: Sequence[int], generator: Generator) -> Tensor:
+    """Uniform values about zero with that standard deviation."""
+    bound = math.sqrt(3) * deviation
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+
+
+def identity(ranks: Sequence[int]) -> Tensor:
+    """A tensor of that shape with ones where all indices agree, zeros elsewhere."""
+    C = torch.zeros(*ranks)
+    C[(torch.arange(min(ranks)),) * len(ranks)] = 1
+    return C

@@ -1,5 +1,5 @@
-"""VeRA: y = W x + b + diag(b) B diag(d) A x; A (r, in) and B (out, r) random, frozen and shared by all layers, only the
-vectors d (r,) and b (out,) learn (Kopiczko et al., 2024).
+"""VeRA: y = W x + b + diag(b) B diag(d) A x. A (r, in) and B (out, r) are random, frozen and shared by all layers; only
+the vectors d (r,) and b (out,) learn (Kopiczko et al., 2024).
 
 Every layer uses the first columns of one A (r, largest in) and the first rows of one B (largest out, r). They come from
 a generator defined here, so that a file needs only the seed: the top 24 bits of numpy's Philox counter, row by row.
@@ -16,13 +16,13 @@ import torch
 from torch import Generator, Tensor
 
 from loralab.cache import constants
-from loralab.methods.base import Factors, Roles
+from loralab.methods.base import Factors, Roles, not_whole
 
 
 @dataclass(frozen=True)
 class VeRA(Factors):
     rank: int = 256
-    """Rank r; it costs one learned value each, so it is far above LoRA's."""
+    """Rank r, far above LoRA's, since each rank costs one learned value a layer."""
     d_start: float = 0.1
     """Start of d; b starts at zero."""
     projection_seed: int = 0
@@ -36,7 +36,8 @@ class VeRA(Factors):
 
     def problems(self) -> list[str]:
         return [
-            *([] if isinstance(self.rank, int) and self.rank >= 1 else [f"rank={self.rank!r}: expected 1 or more"]),
+            *not_whole("rank", self.rank, 1),
+            *not_whole("projection_seed", self.projection_seed, 0),
             *([] if self.source in SOURCES else [f"source={self.source!r}: choose one of {', '.join(SOURCES)}"]),
         ]
 
@@ -44,7 +45,7 @@ class VeRA(Factors):
         return {"d": torch.full((self.rank,), self.d_start), "b": torch.zeros(out_features)}
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
-        return p["d"].unsqueeze(-1) * p["A"], p["b"].unsqueeze(-1) * p["B"]
+        return p["d"].unsqueeze(-1) * p["A"], p["b"].unsqueeze(-1) * p["B"]  # (..., r, in), (..., out, r)
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         return {"d": self.rank, "b": out_features}
@@ -54,11 +55,12 @@ class VeRA(Factors):
         return SOURCES[self.source](self.projection_seed, self.rank, max(outs), max(ins))  # type: ignore[no-any-return]
 
     def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
-        return {"A": constants["A"][:, :in_features], "B": constants["B"][:out_features]}
+        return {"A": constants["A"][:, :in_features], "B": constants["B"][:out_features]}  # (r, in), (out, r)
 
 
 @constants
 def _philox(seed: int, rank: int, most_out: int, most_in: int) -> dict[str, Tensor]:
+    """A (r, most_in) and B (most_out, r) from Philox's words; the rule must never change, as files hold the seed."""
     stream = np.random.Philox(key=seed)
 
     def draw(rows: int, columns: int) -> Tensor:
@@ -71,6 +73,7 @@ def _philox(seed: int, rank: int, most_out: int, most_in: int) -> dict[str, Tens
 
 @constants
 def _peft(seed: int, rank: int, most_out: int, most_in: int) -> dict[str, Tensor]:
+    """A (r, most_in) and B (most_out, r) as PEFT draws them with torch's generator."""
     generator = Generator().manual_seed(seed)
 
     def draw(rows: int, columns: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Rank policies that look at a model: each makes the rank map of an adapter from data, weights or shapes."""
+"""The rank policies, a file each: they make rank maps from trained adapters, weights or shapes of a model."""

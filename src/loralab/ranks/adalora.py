@@ -7,7 +7,10 @@ from loralab.rankmap import RankMap
 
 
 def kept_map(adapters: AdaptedModel, name: str | None = None) -> RankMap:
-    """Layer -> number of its gates that are open; a layer that lost all of them is left out of a run with the map."""
+    """Layer -> number of its open gates; a layer without one has rank 0, so a run with the map leaves it out.
+
+    Raises UserError for an adapter of another method, and for one that was not trained.
+    """
     name = adapters.only(name)
     spec = adapters.spec(name)
     if not isinstance(spec.recipe.factors, AdaLoRA):

@@ -1,9 +1,9 @@
-"""ALoRA: while it trains, the ranks that matter least go to the layers that lost none (Liu et al., 2024).
+"""ALoRA: during training, the ranks that matter least move to the layers that lost none (Liu et al., 2024).
 
-The AB-LoRA score of rank i is S(M) - S(M without i) + S(M with only i), with S minus the loss on one batch and every
-rank a gate on a row of A. S(M) is the same for all and left out. In each round n ranks (n the number of layers) are
-zeroed and as many given out, so the budget holds. A zeroed rank is taken out, a fresh one has B = 0, and B makes up for
-what alpha / rank changes, so that the kept ranks act as before.
+The AB-LoRA score of rank i is S(M) - S(M without i) + S(M with only i), where S is minus the loss on one batch and each
+rank is switched by a gate on its row of A. S(M) is the same for all ranks and left out. Each round removes n ranks, n
+being the number of layers, and adds as many elsewhere, so the budget stays. A new rank starts with B = 0, and B is
+rescaled where alpha / rank changes, so the ranks that remain act as before.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ from torch import Generator, Tensor, nn
 
 from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
+from loralab.inputs import evaluating
+from loralab.layer import Constants
 from loralab.policies import fixed_ranks
 from loralab.rankmap import LayerRank, RankMap
-from loralab.ranks.drop import evaluating
 from loralab.targets import Coverage
 
 Scores = dict[str, list[float]]  # path -> one score for each of its ranks
@@ -33,16 +34,16 @@ def alora(
     train_more: Callable[[int], None] | None = None,
     seed: int = 0,
 ) -> list[RankMap]:
-    """Trains, scores and reallocates `rounds` times; the map after each round. The adapter holds the last of them.
+    """Train, score and reallocate `rounds` times; returns the map after each round. The adapter has the last of them.
 
     `train_epoch(round)` trains for an epoch and must make its optimizer anew from `adapters.parameter_groups()`, since
     the parameters of a round are other ones; `train_more(round)` trains after each round (the paper: a quarter epoch).
     `score_batch` is what `model(**score_batch)` takes, labels included; the paper takes 32 rows held out. A round costs
     two forward passes of it for each rank.
     """
-    generator, maps, watch = Generator().manual_seed(seed), [], _Watch(adapters, name)
+    generator, maps, guard = Generator().manual_seed(seed), [], _TrainingGuard(adapters, name)
     for number in range(rounds):
-        watch.run(train_epoch, number)
+        guard.run(train_epoch, number)
         maps.append(reallocate(adapters, name, scores(adapters, name, score_batch), generator))
         if train_more is not None:
             train_more(number)
@@ -52,42 +53,42 @@ def alora(
 def scores(adapters: AdaptedModel, name: str, batch: Mapping[str, Any]) -> Scores:
     """The AB-LoRA score of every rank less S(M): loss without it minus loss with only it, in evaluation."""
     _check(adapters, name)
-    held: dict[str, Any] = {path: adapters.layers[path].adapters[name] for path in adapters.spec(name).paths}
+    tensors: dict[str, Any] = {path: adapters.layers[path].adapters[name] for path in adapters.spec(name).paths}
     model: Any = adapters.model
-    gates = {path: torch.ones_like(p["A"][:, 0]) for path, p in held.items()}  # (r,)
+    ones = {path: torch.ones_like(p["A"][:, 0]) for path, p in tensors.items()}  # (r,)
 
     def loss() -> float:
         return float(model(**batch).loss)
 
-    out: Scores = {path: [] for path in held}
+    out: Scores = {path: [] for path in tensors}
     with torch.no_grad(), evaluating(adapters.model), adapters.use(name):
         try:
-            for path, p in held.items():
-                p["gates"] = nn.Parameter(gates[path], requires_grad=False)
-            live = {path: p["gates"] for path, p in held.items()}
-            for path, gate in live.items():
+            for path, p in tensors.items():
+                p["gates"] = nn.Parameter(ones[path], requires_grad=False)
+            gates = {path: p["gates"] for path, p in tensors.items()}  # (r,) each
+            for path, gate in gates.items():
                 for i in range(len(gate)):
                     gate[i] = 0
                     without = loss()
-                    for other in live.values():
+                    for other in gates.values():
                         other.zero_()
                     gate[i] = 1
                     out[path].append(without - loss())
-                    for other in live.values():
+                    for other in gates.values():
                         other.fill_(1)
         finally:
-            for p in held.values():
+            for p in tensors.values():
                 if "gates" in p:
                     del p["gates"]
     return out
 
 
 def divide(scores: Scores, ranks: Ranks, most: Ranks) -> tuple[dict[str, list[int]], Ranks]:
-    """(path -> places of the ranks it loses, path -> ranks it is given): as many given as lost.
+    """(path -> indices of the ranks it loses, path -> number of ranks it gains); both sums are equal.
 
-    The lowest n scores over all layers lose, n the number of layers in `ranks`. The layers that lost none get the same
-    number each, what is over goes to those of the highest mean score, and none gets more than `most`. With too little
-    room fewer ranks move.
+    The ranks with the n lowest scores of all layers are lost, n being the number of layers in `ranks`. The layers that
+    lost none gain equally many each, the remainder goes to those of the highest mean score, and none gets more than
+    `most`. If there is too little room, fewer ranks move.
     """
     order = sorted((score, path, i) for path, row in scores.items() for i, score in enumerate(row))
     for n in range(min(len(ranks), len(order)), 0, -1):
@@ -98,12 +99,12 @@ def divide(scores: Scores, ranks: Ranks, most: Ranks) -> tuple[dict[str, list[in
         winners.sort(key=lambda path: -_mean(scores.get(path, [])))
         if sum(most[path] - ranks[path] for path in winners) < n:
             continue
-        given = dict.fromkeys(winners, 0)
-        while sum(given.values()) < n:
+        gained = dict.fromkeys(winners, 0)
+        while sum(gained.values()) < n:
             for path in winners:
-                if sum(given.values()) < n and ranks[path] + given[path] < most[path]:
-                    given[path] += 1
-        return lost, {path: k for path, k in given.items() if k}
+                if sum(gained.values()) < n and ranks[path] + gained[path] < most[path]:
+                    gained[path] += 1
+        return lost, {path: k for path, k in gained.items() if k}
     return {}, {}
 
 
@@ -112,42 +113,42 @@ def _mean(row: list[float]) -> float:
 
 
 def reallocate(adapters: AdaptedModel, name: str, scored: Scores, generator: Generator) -> RankMap:
-    """Moves ranks as `divide` says, in place, and returns the new map; what is kept acts as before."""
+    """Move ranks as `divide` decides, in place, and return the new map; the ranks that remain act as before."""
     _check(adapters, name)
     spec = adapters.spec(name)
     paths = spec.paths if spec.recipe.ranks is None else list(spec.recipe.ranks.layers)
     ranks = {path: len(scored.get(path, [])) for path in paths}
     layers = {path: adapters.layers[path] for path in paths}
     most = {path: min(layer.out_features, layer.in_features) for path, layer in layers.items()}
-    lost, given = divide(scored, ranks, most)
-    after = RankMap({path: LayerRank(k - len(lost.get(path, [])) + given.get(path, 0)) for path, k in ranks.items()})
+    lost, gained = divide(scored, ranks, most)
+    after = RankMap({path: LayerRank(k - len(lost.get(path, [])) + gained.get(path, 0)) for path, k in ranks.items()})
     recipe = replace(spec.recipe, ranks=after)
     for path, layer in layers.items():
         kept = [i for i in range(ranks[path]) if i not in lost.get(path, [])]
         if not after.layers[path].rank:
             if name in layer.recipes:
                 layer.remove(name)
-        elif kept != list(range(ranks[path])) or given.get(path):
-            _move(layer, name, recipe.at(path), kept, given.get(path, 0), generator)
+        elif kept != list(range(ranks[path])) or gained.get(path):
+            _change_ranks(layer, name, recipe.at(path), kept, gained.get(path, 0), generator)
     adapters.specs[name] = replace(spec, recipe=recipe, coverage=_coverage(spec, after))
     return after
 
 
-def _move(layer: Any, name: str, recipe: Any, kept: list[int], more: int, generator: Generator) -> None:
-    """Keeps these ranks of a layer and adds `more` fresh ones, whose B is zero."""
-    parts: list[tuple[Tensor, Tensor]] = []
+def _change_ranks(layer: Any, name: str, recipe: Any, kept: list[int], more: int, generator: Generator) -> None:
+    """Keep these ranks of a layer and add `more` new ones, whose B is zero."""
+    pairs: list[tuple[Tensor, Tensor]] = []  # A (k, in), B (out, k)
     if kept:
         p, scaling = layer.roles(name), layer.recipes[name].factors.scaling / recipe.factors.scaling
-        parts.append((p["A"].detach()[kept], p["B"].detach()[:, kept] * scaling))
+        pairs.append((p["A"].detach()[kept], p["B"].detach()[:, kept] * scaling))
     if more:
         fresh = replace(recipe.factors, rank=more).init(layer.out_features, layer.in_features, generator)
-        parts.append((fresh["A"].to(layer.device), fresh["B"].to(layer.device)))
-    A, B = (torch.cat(tensors, axis) for axis, tensors in enumerate(zip(*parts, strict=True)))
-    layer.add(name, recipe, {"A": A, "B": B}, {})
+        pairs.append((fresh["A"].to(layer.device), fresh["B"].to(layer.device)))
+    A, B = (torch.cat(tensors, axis) for axis, tensors in enumerate(zip(*pairs, strict=True)))
+    layer.add(name, recipe, {"A": A, "B": B}, Constants({}))
 
 
 def _coverage(spec: Any, ranks: RankMap) -> Coverage:
-    """Which layers have an adapter now; one that had lost all its ranks comes back under its own path."""
+    """The layers that have an adapter now; one that had lost all its ranks comes back under its own path."""
     back = {path: [path] for path in ranks.adapted if path not in spec.paths}
     matched = {**spec.coverage.matched, **back}
     return Coverage(matched, [path for path in spec.coverage.left if path not in back]).keep(ranks.adapted)
@@ -157,13 +158,13 @@ def _check(adapters: AdaptedModel, name: str) -> None:
     r = adapters.spec(name).recipe
     if wrong := fixed_ranks(r.factors, r.gain, r.start):
         raise UserError(f"adapter {name!r}: ALoRA does not go with {'; '.join(wrong)}")
-    if r.ranks is not None and any(part.share or part.gates or part.alpha for part in r.ranks.layers.values()):
-        told = "ALoRA moves ranks from layer to layer, so none may have a share, gates or an alpha of its own"
-        raise UserError(f"adapter {name!r}: {told}")
+    if r.ranks is not None and any(layer.share or layer.gates or layer.alpha for layer in r.ranks.layers.values()):
+        reason = "ALoRA moves ranks from layer to layer, so none may have a share, gates or an alpha of its own"
+        raise UserError(f"adapter {name!r}: {reason}")
 
 
-class _Watch:
-    """Sees that every layer that trained in the first round goes on training: a stale optimizer has old parameters."""
+class _TrainingGuard:
+    """Notices a stale optimizer, which holds old parameters: layers that trained in the first round stop training."""
 
     def __init__(self, adapters: AdaptedModel, name: str) -> None:
         self.adapters, self.name = adapters, name

@@ -1,56 +1,41 @@
-"""LoRA-drop: layers whose update says much keep their own (A, B), all others share one pair per kind of layer (Zhou et
+"""LoRA-drop: layers with a large update keep their own (A, B), all others share one pair per kind of layer (Zhou et
 al., 2024).
 
-g = mean over real tokens of |dW x|^2, dW the update of a layer and x its input; the importance is g / sum of g. The
-layers that come first, largest importance first, until `keep` of it is reached, keep their own.
+g = mean over real tokens of |dW x|^2, with dW the update of a layer and x its input; the importance is g / sum of g.
+The layers of largest importance that together have the part `keep` of it keep their own pairs.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
+from loralab.inputs import Batches, each_input, evaluating
 from loralab.rankmap import LayerRank, RankMap
 from loralab.ranks.groups import alike
 from loralab.update import Dense, Update
 
-Batches = Iterable[Mapping[str, Any]]
-
 
 def importance(adapters: AdaptedModel, name: str, batches: Batches) -> dict[str, float]:
-    """Path -> share of the layer in the squared output of all updates, in evaluation, over tokens that are no padding.
+    """Path -> part of the layer in the squared output of all updates, in evaluation, over tokens that are no padding.
 
-    A batch is what `model(**batch)` takes; its attention_mask tells the padding.
+    A batch is what `model(**batch)` takes; its attention_mask marks the padding. Raises UserError if a layer gets no
+    token, and if all updates are zero or one is not finite.
     """
     paths = adapters.spec(name).paths
     sums, counts = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0)
-    mask: list[Tensor | None] = [None]
+    updates = {path: adapters.layers[path].lower(name) for path in paths}  # nothing learns meanwhile
 
-    def watch(path: str) -> Callable[..., None]:
-        layer = adapters.layers[path]
-        u = layer.lower(name)  # nothing learns meanwhile
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = real_tokens(inputs[0], mask[0])  # (n, in)
-            sums[path] += float(update_of(x, layer.base, u).double().square().sum())
-            counts[path] += len(x)
-
-        return hook
+    def add(path: str, x: Tensor) -> None:
+        sums[path] += float(update_of(x, adapters.layers[path].base, updates[path]).double().square().sum())
+        counts[path] += len(x)
 
     with torch.no_grad(), evaluating(adapters.model), adapters.use(name):
-        hooks = [adapters.layers[path].register_forward_pre_hook(watch(path)) for path in paths]
-        try:
-            for batch in batches:
-                mask[0] = batch.get("attention_mask")
-                adapters.model(**batch)
-        finally:
-            for handle in hooks:
-                handle.remove()
+        each_input(adapters.model, batches, {path: adapters.layers[path] for path in paths}, add)
     if unseen := [path for path in paths if not counts[path]]:
         raise UserError(f"no token went through {unseen[0]} ({len(unseen)} of {len(paths)} layers): pass batches")
     means = {path: sums[path] / counts[path] for path in paths}
@@ -62,8 +47,8 @@ def importance(adapters: AdaptedModel, name: str, batches: Batches) -> dict[str,
 
 
 def update_of(x: Tensor, base: Any, u: Update | Dense) -> Tensor:
-    """dW x = (W' - W) x (n, out), with W' the merged weight: what the adapter adds, without what the base gives."""
-    y = u.times(x)
+    """dW x = (W' - W) x (n, out), with W' the merged weight: the part of the output that the adapter adds."""
+    y = u.times(x)  # (n, out)
     if u.gain is None:
         return y
     g = u.gain.to(x.dtype)
@@ -71,33 +56,8 @@ def update_of(x: Tensor, base: Any, u: Update | Dense) -> Tensor:
     return added
 
 
-def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows (n, in) of a layer's input that are tokens of the batch and no padding.
-
-    A pooler's (rows, in) has no padding; an input of other rows (relative positions, say) is no token at all.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    if mask is None:
-        return flat
-    if len(flat) == mask.numel():
-        return flat[mask.bool().flatten()]
-    return flat if len(x) == len(mask) else flat[:0]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module then is as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
 def parent(path: str) -> str:
-    """The module a layer is in: q, k and v of one transformer block have one."""
+    """The path of the module that holds a layer: q, k and v of one transformer block have the same."""
     return path.rpartition(".")[0]
 
 
@@ -114,7 +74,10 @@ def drop_map(
     keep: float = 0.9,
     group: Callable[[str], str] = parent,
 ) -> RankMap:
-    """The map of LoRA-drop: `scores` from `importance`, `sizes` from `shapes`; layers of one group stay together."""
+    """The map of LoRA-drop from the `scores` of `importance` and the `sizes` of `shapes`.
+
+    Layers of one group keep their own pairs together, or share together. Raises UserError unless 0 <= keep <= 1.
+    """
     if not 0 <= keep <= 1:
         raise UserError(f"keep={keep}: expected a part of the importance, 0 to 1")
     grouped: dict[str, float] = {}

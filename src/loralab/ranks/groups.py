@@ -1,9 +1,8 @@
-"""Groups: layers of one kind and one shape share, whatever a share is to the method; no training, no data.
+"""Groups: layers of one kind and one shape share factors; needs no training and no data.
 
-For SuperLoRA (Chen et al., 2024) a share is a group that spans its layers, for LoRA one pair (A, B) in all of them.
+For SuperLoRA (Chen et al., 2024) a share is a group that spans its layers, for LoRA it is one pair (A, B) for all.
 """
 
-import re
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -11,12 +10,7 @@ from torch import nn
 from loralab.errors import UserError
 from loralab.heads import head_of
 from loralab.rankmap import LayerRank, RankMap
-from loralab.targets import Targets, cover, shape_of
-
-
-def kind(path: str) -> str:
-    """The path with its numbers folded: layers of one kind differ in their block only."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
+from loralab.targets import Targets, cover, folded, shape_of
 
 
 def groups(
@@ -24,9 +18,12 @@ def groups(
     targets: Targets = "all-linear",
     rank: int = 8,
     span: int | None = None,
-    by: Callable[[str], str] = kind,
+    by: Callable[[str], str] = folded,
 ) -> RankMap:
-    """The map of a model that is not adapted yet: each group holds at most `span` layers of one kind and shape."""
+    """The map of a model that is not adapted yet: each group holds at most `span` layers of one kind and shape.
+
+    Raises UserError for a span below 2.
+    """
     if span is not None and span < 2:
         raise UserError(f"span={span}: expected how many layers a group may have, 2 or more")
     paths = cover(model, targets, head_of(model)).paths
@@ -35,14 +32,14 @@ def groups(
 
 
 def alike(
-    sizes: Mapping[str, tuple[int, int]], span: int | None = None, by: Callable[[str], str] = kind
+    sizes: Mapping[str, tuple[int, int]], span: int | None = None, by: Callable[[str], str] = folded
 ) -> dict[str, str]:
-    """Path -> the share of layers of its kind and its (out, in), at most `span` of them; what is alone has none."""
-    found: dict[str, list[str]] = {}
-    for path, (out, into) in sizes.items():
-        found.setdefault(f"{by(path)} {out}x{into}", []).append(path)
+    """Path -> share, of at most `span` layers of one kind and one (out, in); a layer that is alone has none."""
+    kinds: dict[str, list[str]] = {}
+    for path, (out_features, in_features) in sizes.items():
+        kinds.setdefault(f"{by(path)} {out_features}x{in_features}", []).append(path)
     shares: dict[str, str] = {}
-    for share, paths in found.items():
+    for share, paths in kinds.items():
         size = span or len(paths)
         cuts = [paths[i : i + size] for i in range(0, len(paths), size)]
         for number, cut in enumerate(cuts):

@@ -1,17 +1,17 @@
-"""Pictures of what adapters learned: spectra and shares of their layers, and heat maps of how alike two of them are."""
+"""Pictures of what adapters learned: spectra and shares of their layers, heat maps of how two adapters overlap."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from loralab import analysis
 from loralab.analysis import Overlap, Spectrum, kind, short
-from loralab.report.look import INK, SERIES, figure, save, styled
+from loralab.report.style import INK, SERIES, figure, save, styled
 
 __all__ = ["overlaps", "save", "spectra"]
 
 
 def spectra(found: Sequence[Spectrum]) -> Any:
-    """Left the singular values of every layer, right its share of the whole update, coloured by kind of layer."""
+    """Singular values of every layer (left) and its share of the whole update (right), coloured by kind of layer."""
     kinds = list(dict.fromkeys(kind(s.path) for s in found))
     names = [s.path for s in found]
     with styled():
@@ -37,7 +37,7 @@ def spectra(found: Sequence[Spectrum]) -> Any:
 
 
 def overlaps(found: Sequence[Overlap]) -> Any:
-    """For every kind of layer phi(i, j) of what its updates read, and of what they write, mean over depth."""
+    """phi(i, j) of what updates read and of what they write: a mean over depth for every kind of layer."""
     kinds: dict[str, list[Overlap]] = {}
     for o in found:
         kinds.setdefault(kind(o.path), []).append(o)
@@ -62,7 +62,7 @@ def overlaps(found: Sequence[Overlap]) -> Any:
 
 
 def heat(ax: Any, matrix: Any) -> Any:
-    """A map from 0 to 1 with its numbers, counted from 1."""
+    """A heat map of values from 0 to 1, with the values written in where there is room."""
     drawn = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1, origin="upper")
     ax.grid(visible=False)
     rows, columns = matrix.shape

@@ -1,4 +1,4 @@
-"""How numbers read: three digits of a score, sizes with units, and - for what one seed cannot say."""
+"""Numbers as text: three digits of a score, units, and – for what is not known, as with one seed."""
 
 import math
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ NAMES = {
 
 
 def metric(name: str) -> str:
+    """A metric as people write it: matthews_correlation -> Matthews."""
     return NAMES.get(name, name.replace("_", " "))
 
 
@@ -25,7 +26,7 @@ def signed(value: float) -> str:
     return NONE if math.isnan(value) else f"{value:+.3f}".replace("-", "−")
 
 
-def spread(mean: float, sd: float) -> str:
+def mean_sd(mean: float, sd: float) -> str:
     return score(mean) if math.isnan(sd) else f"{score(mean)} ± {score(sd)}"
 
 
@@ -43,14 +44,6 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
-
-
-def size(count: float) -> str:
-    """Bytes: 1234567 -> 1.23 MB."""
-    for unit, part in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= part:
-            return f"{count / part:.3g} {unit}"
-    return f"{count:.0f} B" if count else "0"
 
 
 def duration(seconds: float) -> str:

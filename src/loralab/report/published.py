@@ -1,6 +1,6 @@
-"""Published numbers beside ours, each with its protocol. They are never in one table or picture with ours.
+"""The table of published numbers, each with its protocol. They are in no table or picture with the results of a study.
 
-Other models, metrics, selections and rows make them a context, and no baseline.
+They come from other models, metrics, selections and rows, so they are context and no baseline.
 """
 
 import csv
@@ -13,13 +13,12 @@ from loralab.report.tables import Column, Table
 NEEDED = ("paper_or_seed", "method", "model", "task", "metric", "value")
 PROTOCOL = ("trainable_params", "rank", "alpha", "targets", "lr", "epochs", "batch_size", "max_len")
 REST = ("std", "where", "notes")
-Row = dict[str, str]
 MNLI = {"mnlim": "mnli", "mnlimm": "mnli"}  # matched and mismatched
-TITLES = ("learns", "rank", "alpha", "targets", "lr", "epochs", "batch", "tokens")
+TITLES = ("trainable", "rank", "alpha", "targets", "lr", "epochs", "batch", "tokens")
 
 
 def table(file: Path, tasks: list[str]) -> Table:
-    """The rows of the tasks that the report is about."""
+    """The rows about `tasks`. Raises UserError for a file that cannot be read or used, or has no such row."""
     wanted = {plain(task) for task in tasks}
     rows = [row for row in _read(file) if plain(row["task"]) in wanted]
     if not rows:
@@ -36,16 +35,16 @@ def table(file: Path, tasks: list[str]) -> Table:
         Column("notes", lambda r: r["notes"] or "–", short=False),
     ]
     rows.sort(key=lambda row: plain(row["task"]))
-    notes = ["Value: as printed at the source, ± as the source has it; – where the source does not say"]
+    notes = ["Value: as the source prints it, with its ±; – where the source does not say"]
     about = (
-        "Numbers of others, under other protocols: another model, another selection (mostly the best epoch on the "
-        "reported split), other rows. Most print scores times 100. They give a "
-        "context, and no verdict is drawn between them and the results above."
+        "Numbers of other people's work, under other protocols: another model, another selection (mostly the best "
+        "epoch on the reported split), other rows. Most sources print scores times 100. The numbers are context: they "
+        "are not compared with the results above."
     )
     return Table("published", "Published numbers", columns, rows, lambda row: row, notes, about, foreign=True)
 
 
-def _of(key: str) -> Callable[[Row], str]:
+def _of(key: str) -> Callable[[dict[str, str]], str]:
     return lambda row: row[key] or "–"
 
 
@@ -55,14 +54,14 @@ def plain(task: str) -> str:
     return MNLI.get(name, name)
 
 
-def _value(row: Row) -> float:
+def _value(row: dict[str, str]) -> float:
     try:
         return float(row["value"])
     except ValueError:
         return float("-inf")
 
 
-def _read(file: Path) -> list[Row]:
+def _read(file: Path) -> list[dict[str, str]]:
     try:
         with file.open(newline="", encoding="utf-8") as text:
             reader = csv.DictReader(text)

@@ -1,6 +1,6 @@
-"""How every picture looks: one palette for paper and screen, light and dark.
+"""The style of every picture: one palette for paper and screen, light and dark.
 
-A picture is drawn once, in the light colours. As SVG its colours become the page's variables, so it follows the theme.
+A picture is drawn once, in the light colours. In its SVG they become variables of the page, so it follows the theme.
 """
 
 import io
@@ -13,7 +13,16 @@ from typing import Any
 from loralab.errors import UserError
 
 INK, MUTED, GRID, PAPER = "#1c2530", "#5d6975", "#d9dee4", "#ffffff"
-SERIES = ("#2f6fde", "#d9601a", "#1f9d6b", "#a04fc0", "#c4366f", "#8a7000", "#0090a8", "#7a5c46")  # told apart by most
+SERIES = (
+    "#2f6fde",
+    "#d9601a",
+    "#1f9d6b",
+    "#a04fc0",
+    "#c4366f",
+    "#8a7000",
+    "#0090a8",
+    "#7a5c46",
+)  # colours that most can tell apart
 MARKERS = "osD^vPX*"
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper"} | {
     color: f"--s{i}" for i, color in enumerate(SERIES)
@@ -32,7 +41,7 @@ STYLE: Any = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """matplotlib in this look, or the UserError that says how to install it."""
+    """Run a block with matplotlib in this style. Raises UserError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -42,14 +51,14 @@ def styled() -> Iterator[None]:
 
 
 def figure(width: float = 4.1, height: float = 3.2) -> Any:
-    """A figure of a card's size, in inches; on a telephone it fills the screen at its own scale."""
+    """A figure of that size in inches; by default it fills a card of the page, and the width of a telephone."""
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")
 
 
 def save(fig: Any, path: Path) -> None:
-    """Writes a picture on white, for papers and slides."""
+    """Write a picture on white, for papers and slides. Raises UserError if the file cannot be written."""
     with styled():
         try:
             fig.savefig(path, dpi=160, facecolor=PAPER)
@@ -58,7 +67,7 @@ def save(fig: Any, path: Path) -> None:
 
 
 def svg(fig: Any, salt: str) -> str:
-    """The picture as an element of a page; `salt` keeps its names apart from those of others."""
+    """The picture as an SVG element; `salt` keeps its ids apart from those of other pictures of the page."""
     import matplotlib
 
     text = io.StringIO()

@@ -1,7 +1,6 @@
-"""Rows of many adapters over one base: which adapters are loaded, and what each row is answered."""
+"""Answers of many adapters over one base: which adapters are loaded, and what each row is answered."""
 
-from loralab.serve.folders import Known, known
-from loralab.serve.pool import Pool
-from loralab.serve.predictor import Answer, Predictor, Row
+from loralab.serve.pool import AdapterFolder, Pool, adapter_folders
+from loralab.serve.predictor import Answer, Predictor, Request
 
-__all__ = ["Answer", "Known", "Pool", "Predictor", "Row", "known"]
+__all__ = ["AdapterFolder", "Answer", "Pool", "Predictor", "Request", "adapter_folders"]

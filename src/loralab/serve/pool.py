@@ -1,31 +1,108 @@
-"""Adapters over one base, loaded when a row needs them and dropped, the least recently used first, beyond a budget.
+"""Adapters over one base: which folders rows may name, and which of them are loaded.
 
-What is counted is what an adapter holds and what it is lowered to; loading one goes over the budget for a moment.
-A base is one model. Adapters that keep it in few bits, or train it in place, see another base than the rest, so each
-such kind has a model of its own: a row never runs over layers that its adapter was not trained on.
+A folder is known by its header alone; its tensors are read when a row needs them and dropped, the least recently used
+first, beyond a budget. What counts is what an adapter has and what it is lowered to; loading one exceeds the budget for
+a moment. A base is one model. Adapters that keep the base in few bits, or train it in place, need another base than the
+rest, so each such kind has a model of its own: a row never runs over layers that its adapter was not trained on.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from loralab import fast
+from loralab import fast, files, peft_format
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters, of, put, read
+from loralab.data import glue
+from loralab.disk import read_header
 from loralab.errors import UserError
 from loralab.files import AdapterFile
 from loralab.run.memory import tensor_bytes
 
-Kind = Hashable
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One folder that rows may name."""
+
+    folder: Path
+    name: str
+    text: tuple[str, ...]  # columns it was trained on; empty where the folder does not say
+    base: str | None  # name of the base, as the run was given it or as the folder has it
+    sha256: str | None  # of that base
+
+
+def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
+    """Return what a row may say -> folder. An entry is a folder, or NAME=FOLDER.
+
+    A folder answers to its own name if no other has it, and always to its path as given. Raises one UserError with all
+    problems.
+    """
+    found: list[tuple[str, AdapterFolder]] = []
+    problems = []
+    for entry in entries:
+        name, named, path = entry.rpartition("=")
+        try:
+            found.append((path if not named else name, _adapter_folder(Path(path), name)))
+        except UserError as error:
+            problems.append(str(error))
+    if twice := [name for name, times in Counter(key for key, _ in found).items() if times > 1]:
+        problems.append(f"{', '.join(twice)} given twice")
+    if problems:
+        raise UserError("; ".join(problems))
+    times = Counter(adapter.name for _, adapter in found)
+    return {a.name: a for _, a in found if times[a.name] == 1} | dict(found)
+
+
+def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
+    if (folder / peft_format.HEADER).is_file():
+        base = _string(read_header(folder / peft_format.HEADER).get("base_model_name_or_path"))
+        return AdapterFolder(folder, name or folder.resolve().name, (), base, None)
+    header = read_header(folder / files.HEADER)
+    base_entry = header.get("base")
+    if not isinstance(base_entry, dict):
+        raise UserError(f"{folder / files.HEADER}: not an adapter header, it names no base")
+    own_name, settings = str(header.get("name")), _settings(folder)
+    base = _string(settings.get("model")) or _string(base_entry.get("name"))
+    return AdapterFolder(folder, name or own_name, _text(own_name, settings), base, _string(base_entry.get("sha256")))
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """Return the settings of the run that wrote the adapter, if the folder still lies in the run's."""
+    try:
+        settings = json.loads((folder.resolve().parent / "run.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _text(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    columns = settings.get("text")
+    if isinstance(columns, list) and columns:
+        return tuple(map(str, columns))
+    task = glue.canonical(str(settings.get("task", name)))
+    return glue.TABLE[task].columns if task else ()
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+Kind = Hashable  # what adapters must have in common to share a model
 
 
 @dataclass
-class Loaded:
+class LoadedAdapter:
     """An adapter that is on a model."""
 
     slot: str  # its name there
@@ -36,82 +113,87 @@ class Loaded:
 
 @dataclass
 class Pool:
-    fresh: Callable[[], nn.Module]
-    """Makes the plain base, in eval mode."""
+    """The loaded adapters and the models they are on."""
+
+    new_base: Callable[[], nn.Module]
+    """Makes the plain base."""
     budget: int | None = None
     """Bytes that adapters may take, with what they are lowered to; None sets no limit."""
     fast: bool = True
     """Whether layers run on the fast path where there is one."""
     models: dict[Kind, nn.Module] = field(default_factory=dict)
-    loaded: "OrderedDict[Path, Loaded]" = field(default_factory=OrderedDict)  # the least recently used first
+    loaded: "OrderedDict[Path, LoadedAdapter]" = field(default_factory=OrderedDict)  # the least recently used first
     count: int = 0  # adapters ever loaded
 
     @property
     def used(self) -> int:
-        """Bytes."""
+        """Bytes that the loaded adapters take."""
         return sum(adapter.size for adapter in self.loaded.values())
 
     @cached_property
     def base_sha256(self) -> str:
+        """Hash of the plain base."""
         return Adapters(self._model(None)).base_sha256
 
     @property
     def any_model(self) -> nn.Module:
+        """One of the models, made if there is none yet."""
         return next(iter(self.models.values()), None) or self._model(None)
 
     def handle(self, kind: Kind) -> Adapters:
+        """Return the adapters of the model of a kind."""
         return of(self.models[kind])
 
-    def admit(self, folder: Path, beside: Iterable[Path] = ()) -> Loaded | None:
-        """The adapter of a folder, loaded now if it is not; None if it does not fit while those `beside` it stay.
+    def admit(self, folder: Path, beside: Iterable[Path] = ()) -> LoadedAdapter | None:
+        """Return the adapter of a folder, loaded if need be; None if it does not fit while those `beside` it stay.
 
         Raises UserError for a folder that cannot be used over this base, and for one larger than the whole budget.
         """
         if folder not in self.loaded:
-            self.loaded[folder] = self._put(read(folder), folder)
+            self.loaded[folder] = self._load(read(folder), folder)
         self.loaded.move_to_end(folder)
-        found, stay = self.loaded[folder], {folder, *beside}
+        adapter, stay = self.loaded[folder], {folder, *beside}
         for other in [other for other in self.loaded if other not in stay]:
             if self.budget is None or self.used <= self.budget:
                 break
             self.drop(other)
         if self.budget is None or self.used <= self.budget:
-            return found
+            return adapter
         self.drop(folder)
-        if found.size > self.budget:
-            raise UserError(f"{folder} takes {found.size:,} bytes, more than the budget of {self.budget:,}")
+        if adapter.size > self.budget:
+            raise UserError(f"{folder} takes {adapter.size:,} bytes, more than the budget of {self.budget:,}")
         return None
 
     def drop(self, folder: Path) -> None:
-        """Takes an adapter off its model; a model that only it could use goes with it."""
-        gone = self.loaded.pop(folder)
-        if gone.kind is None or any(other.kind == gone.kind for other in self.loaded.values()):
-            self.handle(gone.kind).remove(gone.slot)
+        """Remove an adapter from its model; a model that only it could use goes with it."""
+        dropped = self.loaded.pop(folder)
+        if dropped.kind is None or any(other.kind == dropped.kind for other in self.loaded.values()):
+            self.handle(dropped.kind).remove(dropped.slot)
         else:
-            del self.models[gone.kind]
+            del self.models[dropped.kind]
 
     def _model(self, kind: Kind) -> nn.Module:
         if kind not in self.models:
-            self.models[kind] = self.fresh().eval()
+            self.models[kind] = self.new_base().eval()
         return self.models[kind]
 
-    def _put(self, file: AdapterFile, folder: Path) -> Loaded:
+    def _load(self, file: AdapterFile, folder: Path) -> LoadedAdapter:
         if not file.heads:
             raise UserError(f"{folder} has no head, so its answers would be those of a random one")
         kind, slot, self.count = _kind(file, folder), f"a{self.count}", self.count + 1
         model = self._model(kind)
-        known: Adapters | None = getattr(model, HANDLE, None)
-        before = 0 if known is None else len(known.layers)
+        existing: Adapters | None = getattr(model, HANDLE, None)
+        layers_before = 0 if existing is None else len(existing.layers)
         handle = put(model, file, folder, slot)
-        handle.active.names = ()
+        handle.activate(None)
         model.eval()
-        if self.fast and (known is None or len(handle.layers) > before):  # a block knows the layers it was made of
+        if self.fast and (existing is None or len(handle.layers) > layers_before):  # new layers join the fast path
             fast.prepare(model)
-        return Loaded(slot, kind, size_of(handle, slot), handle.specs[slot].labels)
+        return LoadedAdapter(slot, kind, size_of(handle, slot), handle.specs[slot].labels)
 
 
 def _kind(file: AdapterFile, folder: Path) -> Kind:
-    """What adapters must have in common to share a model: the very same base beneath them."""
+    """Return what tells bases apart: only adapters over the very same base share a model."""
     if file.recipe.learn_base is not None:
         return ("in place", folder)
     return (file.recipe.store, tuple(sorted(file.paths))) if file.recipe.store else None
@@ -119,7 +201,7 @@ def _kind(file: AdapterFile, folder: Path) -> Kind:
 
 @torch.no_grad()
 def size_of(handle: Adapters, name: str) -> int:
-    """Bytes of an adapter: its tensors, and what they are lowered to, which is kept once it is used."""
-    held = [tensor for _, tensor in handle.tensors(name).values()]
-    held += [t for p in handle.specs[name].paths for t in handle.layers[p].lower(name) if t is not None]
-    return tensor_bytes(held)
+    """Return the bytes of an adapter: its tensors, and what they are lowered to, which stays once it is used."""
+    tensors = [tensor for _, tensor in handle.tensors(name).values()]
+    tensors += [t for p in handle.specs[name].paths for t in handle.layers[p].lower(name) if t is not None]
+    return tensor_bytes(tensors)

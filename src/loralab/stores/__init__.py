@@ -1,4 +1,4 @@
-"""How a frozen weight is kept. A format of few bits is one file with `encode` and `decode`, and one row here."""
+"""How a frozen weight is kept. A format of few bits is one file with `encode` and `decode`, and one row of STORES."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,11 +25,14 @@ STORES: dict[str, Callable[[Tensor, Tensor | None], Any]] = {
     "int2": partial(Quantized, codec=INT2),
 }
 
-LINEAR = (nn.Linear, Conv1D)  # the layers that can be adapted; exact types, a subclass may compute something else
+LINEAR = (nn.Linear, Conv1D)  # the layers that can be adapted; exact types, as a subclass may compute something else
 
 
 def keep(layer: Any, store: str | None = None) -> Any:
-    """The base of a linear layer. `store=None` keeps the weight as it is; Conv1D's (in, out) is transposed."""
+    """The base of a linear layer: its weight (out, in) in a store, with its bias.
+
+    `store=None` keeps the weight as it is; the (in, out) of a Conv1D is transposed. Raises UserError for an unknown store.
+    """
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, Conv1D):
         weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)  # a view: (out, in)
@@ -41,7 +44,7 @@ def keep(layer: Any, store: str | None = None) -> Any:
 
 
 def restore(layer: nn.Module, weight: Tensor) -> None:
-    """Gives `layer` (nn.Linear or Conv1D) the weight (out, in); the very parameter it had before stays that one."""
+    """Give `layer` (nn.Linear or Conv1D) the weight (out, in); a parameter that it had before stays the same object."""
     if isinstance(layer, Conv1D):
         if layer.weight is not None and layer.weight.data_ptr() == weight.data_ptr():
             return

@@ -1,8 +1,10 @@
-"""A weight kept as it is or rounded to bfloat16; products run in the dtype it is kept in."""
+"""A weight kept as it is or rounded to bfloat16; products run in the dtype of the weight."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from loralab.cache import Cache
 
 
 class Float(nn.Module):
@@ -15,7 +17,7 @@ class Float(nn.Module):
         self.weight = weight if kept else nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         self.bias = bias
         self.out_features, self.in_features = weight.shape
-        self._square_norms: Tensor | None = None
+        self._norms = Cache()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W x (+ bias): (..., in) -> (..., out), in x's dtype."""
@@ -28,12 +30,11 @@ class Float(nn.Module):
         return self.linear(x, self.bias)
 
     def square_norms(self) -> Tensor:
-        """|W_i|^2 (out,) in float32 or wider, computed once: W never changes."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        known = self._square_norms
-        if known is None or (known.device, known.dtype) != (self.weight.device, dtype):
-            known = self._square_norms = self.weight.detach().to(dtype).square().sum(1)
-        return known
+        """|W_i|^2 (out,) in float32 or wider, kept only inside `caching`: somebody may write into W."""
+        W = self.weight.detach()
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        make = lambda: W.to(dtype).square().sum(1)  # noqa: E731  (out,)
+        return self._norms.get((dtype, W.device), [W], make, frozen=True)  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
         """W (out, in) as kept."""

@@ -1,7 +1,7 @@
 """NF4: blocks of 64 values, each divided by its largest magnitude and rounded to one of 16 quantiles of a normal.
 
-W ~ absmax * code[q] takes 4 + 32/64 = 4.5 bits a value. With double quantization the absmax, less their mean, are kept
-in 8 bits with one float32 for each 256: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023).
+W ~ absmax * code[q] takes 4 + 32/64 = 4.5 bits a value. With double quantization the absmax values, less their mean, are
+kept in 8 bits with one float32 for each 256 of them: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023).
 Any size fits: the last block is padded with zeros, which do not change its absmax.
 """
 
@@ -17,10 +17,11 @@ from loralab.errors import UserError
 from loralab.stores.quantized import Codec, Kept, from_blocks, in_blocks
 
 BLOCK, ABSMAX_BLOCK = 64, 256
-AT_ONCE = 4096  # blocks; on CPU bitsandbytes takes 16 temporaries of what it is given
+AT_ONCE = 4096  # blocks a call; on CPU bitsandbytes makes temporaries of 16 times the input
 
 
 def library() -> Any:
+    """bitsandbytes.functional. Raises UserError if bitsandbytes is not installed."""
     if "bitsandbytes" not in sys.modules:  # its import warns of a kernel that is not used here
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -31,11 +32,12 @@ def library() -> Any:
 
 
 def encode(W: Tensor, double: bool) -> Kept:
+    """W (out, in) -> packed codes and absmax (blocks,), the latter in 8 bits if `double`."""
     bnb = library()
     quantize = partial(bnb.quantize_4bit, blocksize=BLOCK, quant_type="nf4")
-    parts = [quantize(blocks) for blocks in in_blocks(W, BLOCK).split(AT_ONCE)]
-    codes = torch.cat([codes for codes, _ in parts])
-    absmax = torch.cat([state.absmax for _, state in parts])  # (blocks,)
+    quantized = [quantize(blocks) for blocks in in_blocks(W, BLOCK).split(AT_ONCE)]
+    codes = torch.cat([codes for codes, _ in quantized])  # two values a byte
+    absmax = torch.cat([state.absmax for _, state in quantized])  # (blocks,)
     if not double:
         return {"codes": codes, "absmax": absmax}
     mean = absmax.mean()
@@ -44,12 +46,13 @@ def encode(W: Tensor, double: bool) -> Kept:
 
 
 def decode(kept: Kept, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The inverse of `encode`, to rounding: W of that shape and dtype."""
     bnb, codes = library(), kept["codes"]
     if "absmax" in kept:
         absmax = kept["absmax"]  # (blocks,)
     else:
         scale = kept["absmax_scale"]
-        absmax = bnb.dequantize_blockwise(kept["absmax_codes"], absmax=scale, blocksize=ABSMAX_BLOCK)
+        absmax = bnb.dequantize_blockwise(kept["absmax_codes"], absmax=scale, blocksize=ABSMAX_BLOCK)  # (blocks,)
         absmax += kept["absmax_mean"]
     narrow = torch.float32 if dtype == torch.float64 else dtype  # bitsandbytes knows no float64
     state = bnb.QuantState(absmax, (len(absmax), BLOCK), blocksize=BLOCK, quant_type="nf4", dtype=narrow)

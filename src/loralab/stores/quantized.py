@@ -1,10 +1,11 @@
-"""A frozen weight kept in few bits: y = W x + b, with W (out, in) made anew in forward and again in backward.
+"""A frozen weight kept in few bits: y = W x + b, with W (out, in) decoded in forward and again in backward.
 
-Left to autograd, the product would keep the dense W for its backward pass, and lose the memory that few bits save.
+Plain autograd would keep the dense W for the backward pass, which would cost the memory that few bits save.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,14 @@ Kept = Mapping[str, Tensor]  # name -> codes (whole numbers) or statistics (floa
 
 
 class Codec(NamedTuple):
-    """How W becomes a few tensors and comes back."""
+    """How W becomes codes and statistics, and comes back."""
 
-    encode: Callable[[Tensor], Kept]  # W (out, in) in float32 -> what is kept of it
-    decode: Callable[[Kept, torch.Size, torch.dtype], Tensor]  # kept, (out, in), dtype -> W in that dtype
+    encode: Callable[[Tensor], Kept]  # W (out, in) in float32 -> codes and statistics
+    decode: Callable[[Kept, torch.Size, torch.dtype], Tensor]  # these, (out, in), dtype -> W in that dtype
 
 
 class FrozenLinear(torch.autograd.Function):
-    """x (..., in), bias (out,) -> W x + b (..., out), keeping nothing for backward but the base itself."""
+    """x (..., in), bias (out,) -> W x + b (..., out); backward keeps nothing but the base itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: "Quantized") -> Tensor:
@@ -34,8 +35,8 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads  # (..., out)
         to_x, to_bias, _ = ctx.needs_input_grad
-        x = grad @ ctx.base.decoded(grad.dtype) if to_x else None
-        return x, grad.sum_to_size(ctx.bias_shape) if to_bias else None, None
+        grad_x = grad @ ctx.base.decoded(grad.dtype) if to_x else None  # (..., in)
+        return grad_x, grad.sum_to_size(ctx.bias_shape) if to_bias else None, None
 
 
 class Quantized(nn.Module):
@@ -52,11 +53,11 @@ class Quantized(nn.Module):
         for name, tensor in kept.items():
             # statistics as the bits of a whole number, so that model.half() does not round them
             self.register_buffer(name, tensor.view(torch.int32) if name in self.statistics else tensor)
-        self._square_norms: Tensor | None = None
+        self._norms: tuple[Any, Tensor] | None = None  # marks of the buffers, |W_i|^2
         self.error = _error(W, self.dense())
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in), made anew."""
+        """W (out, in) in that dtype, decoded each time."""
         kept = {k: t.view(torch.float32) if k in self.statistics else t for k, t in self.named_buffers()}
         return self.codec.decode(kept, self.shape, dtype)
 
@@ -72,24 +73,47 @@ class Quantized(nn.Module):
         return self.linear(x, self.bias)
 
     def square_norms(self) -> Tensor:
-        """|W_i|^2 (out,) in float32 of the weight as kept, computed once: W never changes."""
-        device = next(self.buffers()).device
-        if self._square_norms is None or self._square_norms.device != device:
-            self._square_norms = self.dense().square().sum(1)
-        return self._square_norms
+        """|W_i|^2 (out,) in float32 of the weight as kept, computed anew when a buffer changes."""
+        marks = [(t.data_ptr(), t.device, t._version) for t in self.buffers()]
+        if self._norms is None or self._norms[0] != marks:
+            self._norms = marks, self.dense().square().sum(1)
+        return self._norms[1]
 
     def dense(self) -> Tensor:
         """W (out, in) as kept, in float32."""
         return self.decoded(torch.float32)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Size and error of one stored weight, counted from its tensors."""
+
+    values: int  # of the weight
+    bytes: int  # of codes and statistics, padding included
+    error: float  # |W - kept| / |W|, Frobenius norms
+
+    @property
+    def bits(self) -> float:
+        """Bits per value of the weight."""
+        return 8 * self.bytes / self.values
+
+
+def quantization_report(model: nn.Module) -> dict[str, Stored]:
+    """Path of each layer with a quantized base -> its size and error; empty if nothing is quantized."""
+    return {
+        path.removesuffix(".base"): Stored(base.shape.numel(), sum(b.nbytes for b in base.buffers()), base.error)
+        for path, base in model.named_modules()
+        if isinstance(base, Quantized)
+    }
+
+
 def _error(W: Tensor, kept: Tensor) -> float:
-    """|W - kept| / |W|; of a plan's tensors, which have no values, it is not known."""
+    """|W - kept| / |W|; NaN for tensors without values, as in an estimate of memory."""
     return math.nan if isinstance(W, FakeTensor) else float((W - kept).norm() / W.norm().clamp_min(1e-30))
 
 
 def in_blocks(W: Tensor, size: int) -> Tensor:
-    """The flattened weight in rows of `size`; the last row is padded with zeros."""
+    """The flattened weight as (blocks, size); the last block is padded with zeros."""
     return F.pad(W.flatten(), (0, -W.numel() % size)).view(-1, size)
 
 

@@ -1,0 +1,146 @@
+"""Checks and conversions of the cells of a data file: all faults of a file in one message, each with its rows."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from loralab.errors import UserError
+
+Faults = dict[str, list[int]]  # what is wrong -> the rows, counted from 1
+Value = TypeVar("Value")
+
+SHOWN = 5  # rows, and kinds of fault, that a message spells out
+KINDS = ((str, "text"), (bool, "true or false"), (int | float | Decimal, "number"), (list, "list"), (dict, "object"))
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class WrittenInt(int):
+    """A whole number that its file wrote in another way than Python does, as -0."""
+
+    literal: str
+
+
+class WrittenFloat(float):
+    """A number that its file wrote in another way than Python does, as 1.50."""
+
+    literal: str
+
+
+def written_int(literal: str) -> int:
+    """Read a JSON number without a fraction and keep how it was written."""
+    value = int(literal)
+    if str(value) == literal:
+        return value
+    number = WrittenInt(value)
+    number.literal = literal
+    return number
+
+
+def written_float(literal: str) -> float:
+    """Read a JSON number with a fraction or an exponent and keep how it was written."""
+    value = float(literal)
+    if repr(value) == literal:
+        return value
+    number = WrittenFloat(value)
+    number.literal = literal
+    return number
+
+
+def literal(value: Any) -> str:
+    """Return a cell as text: a string as it is, anything else as the JSON of it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, WrittenInt | WrittenFloat):
+        return value.literal
+    if value is None or isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)  # dates and decimals
+
+
+def kind(value: Any) -> str:
+    """Name the type of a cell as JSON does."""
+    if value is None:
+        return "null"
+    return next((name for types, name in KINDS if isinstance(value, types)), type(value).__name__)
+
+
+def convert(values: Iterable[Any], change: Callable[[Any], Value], where: str, faults: Faults) -> list[Value]:
+    """Apply `change` to every value; what it refuses is added to `faults`, under its reason and with the row."""
+    changed = []
+    for row, value in enumerate(values, 1):
+        try:
+            changed.append(change(value))
+        except ValueError as fault:
+            faults.setdefault(f"{where}{fault}", []).append(row)
+    return changed
+
+
+def raise_faults(where: object, faults: Faults, advice: str = "mend or remove these rows") -> None:
+    """Raise one UserError for all faults of a file, if there are any."""
+    parts = [f"{what} in {_rows(rows)}" for what, rows in list(faults.items())[:SHOWN]]
+    parts += [f"{len(faults) - SHOWN} more kinds of fault"] * (len(faults) > SHOWN)
+    if parts:
+        raise UserError(f"{where}: {'; '.join(parts)}; {advice}")
+
+
+def _rows(rows: Sequence[int]) -> str:
+    if len(rows) == 1:
+        return f"row {rows[0]}"
+    return f"{len(rows)} rows ({', '.join(map(str, rows[:SHOWN]))}{', ...' * (len(rows) > SHOWN)})"
+
+
+def one_line(message: object, at_most: int = 200) -> str:
+    """Return a message of another library without its line breaks and its tail."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= at_most else line[:at_most] + "..."
+
+
+def shown(value: Any) -> str:
+    """Return a cell for a message: text in quotes, its spaces as they are."""
+    line = repr(value) if isinstance(value, str) else one_line(literal(value))
+    return line if len(line) <= 40 else line[:40] + "..."
+
+
+# --- conversions: each raises ValueError that says what is wrong ---
+
+
+def text(value: Any) -> str:
+    """Return a string with something in it."""
+    if not any_text(value).strip():
+        raise ValueError("empty")
+    return str(value)
+
+
+def any_text(value: Any) -> str:
+    """Return a string, empty or not, that a tokenizer can take."""
+    if value is None:
+        raise ValueError("null")
+    if not isinstance(value, str):
+        raise ValueError(f"{kind(value)} instead of text")
+    if "\0" in value:
+        raise ValueError("a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair") from None
+    return value
+
+
+def number(value: Any) -> float:
+    """Return a finite float, from a number or from text that is one."""
+    if value is None or value == "":
+        raise ValueError("null")
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()) is None:
+        raise ValueError(f"{shown(value)} instead of a number")
+    if isinstance(value, bool):
+        raise ValueError(f"{literal(value)} instead of a number")
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{shown(value)} instead of a number") from None
+    if not math.isfinite(result):
+        raise ValueError(f"{result} instead of a finite number")
+    return result

@@ -1,0 +1,246 @@
+"""Computes an encoder layer as one autograd function wherever that is what the layer itself would compute.
+
+A `Block` stands in the place of a layer's `forward` and follows the model: at each call it looks whether something in
+the layer that the function takes as frozen learns, whether a module was replaced or has a hook, and whether the call
+asks for something that the function does not do. Then the layer's own forward runs, and `Block.why_plain` says why.
+These checks take some ten microseconds a layer.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loralab.active import Active
+from loralab.errors import UserError
+from loralab.fast.encoder_layer import (
+    EncoderLayer,
+    LayerCall,
+    LayerModules,
+    LayerProducts,
+    autocasts,
+    compute,
+    no_autocast,
+)
+from loralab.fast.masks import has_own_streams
+from loralab.layer import FAST, Adapted
+from loralab.stores.float import Float
+from loralab.stores.quantized import Quantized
+
+try:  # hooks that transformers leaves on a model do nothing unless it collects outputs
+    from transformers.utils.output_capturing import _active_collector as collector
+except ImportError:
+    collector = None
+
+SAME_ATTENTION = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
+COLLECTING = "transformers.utils.output_capturing"
+
+Find = Callable[[Any], LayerModules]  # layer -> its modules
+
+
+class Obstacle(NamedTuple):
+    """Why a layer takes its own forward: `text` is said of the module, or of the layer where that is None."""
+
+    text: str
+    module: nn.Module | None = None
+
+
+class Block:
+    """Takes the place of a layer's `forward`; `find` says where the architecture has the parts of a layer."""
+
+    def __init__(self, layer: nn.Module, config: Any, find: Find, active: Active) -> None:
+        self.layer, self.config, self.find, self.active = layer, config, find, active
+        self.obstacle: Obstacle | None = None  # in the last call, and not in every one
+        self._read_structure()
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """What the layer's own forward returns for these arguments; hidden_states (b, t, d)."""
+        never = self._why_never(learning=torch.is_grad_enabled())
+        self.obstacle = None if never else self._why_not_now(hidden_states, attention_mask, args, kwargs)
+        self.active.check(len(hidden_states))
+        if obstacle := never or self.obstacle:
+            self._refuse_shared_dropout(obstacle)
+            return type(self.layer).forward(self.layer, hidden_states, attention_mask, *args, **kwargs)
+        bias = _position_bias(self.modules, args, kwargs)
+        if self._checkpoints():
+            out = self.layer._gradient_checkpointing_func(  # type: ignore[operator]
+                partial(self._compute, mask=attention_mask, bias=bias), hidden_states
+            )
+        else:
+            out = self._compute(hidden_states, attention_mask, bias)
+        return (out,) if self.modules.returns_tuple else out
+
+    def why_plain(self) -> Obstacle | None:
+        """Why the next training step of this layer takes its own forward; None if it does not, as far as is known."""
+        return self._why_never(learning=True) or self._why_not_on(self._device(), self._all_names()) or self.obstacle
+
+    # ---- computing -----------------------------------------------------------------------------------------------
+
+    def _compute(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output (b, t, d) in the dtype of x; under autocast products run in autocast's dtype."""
+        device, dtype = x.device.type, x.dtype
+        if autocasts(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        with no_autocast(device):
+            out = self._in_one(x.to(dtype), _in_dtype(mask, dtype), _in_dtype(bias, dtype))
+        return out.to(x.dtype)
+
+    def _in_one(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        m, products = self.modules, self.products
+        call = LayerCall(m, products, m.dropout, self.active.streams, torch.is_grad_enabled())
+        if call.wants_gradient:
+            updates = [layer.active_update() if isinstance(layer, Adapted) else None for layer in m.linear]
+            flat = [t for u in updates for t in ((None, None, None) if u is None else u)]
+            return EncoderLayer.apply(call, x, mask, bias, *flat)  # type: ignore[no-untyped-call, no-any-return]
+        return compute(call, x, mask, bias, [product.active_update(self.active, x.dtype) for product in products])[0]
+
+    def _checkpoints(self) -> bool:
+        """Whether gradient checkpointing is up to this forward, as from transformers 5.2x on, and not to the call."""
+        if not (getattr(self.layer, "gradient_checkpointing", False) and self.layer.training):
+            return False
+        if has_own_streams(self.active.streams) and any(self.modules.dropout):
+            raise UserError("runs that share a pass draw their own dropout, which checkpointing would draw again")
+        return type(self.layer).__call__ is nn.Module.__call__
+
+    def _refuse_shared_dropout(self, obstacle: Obstacle) -> None:
+        """Raise UserError where the layer's own attention would draw one dropout for rows of several runs."""
+        if has_own_streams(self.active.streams) and (not self._found or self.modules.attention_p):
+            raise UserError(f"runs cannot share a pass through the layer's own forward: {obstacle.text}")
+
+    # ---- what the layer consists of ------------------------------------------------------------------------------
+
+    def _read_structure(self) -> None:
+        """Find the modules again, as at the start and whenever one was replaced."""
+        self.misfit: Obstacle | None = None
+        self.inner = _inner(self.layer)
+        self.children = [(module, tuple(module._modules.values())) for module in (self.layer, *self.inner)]
+        self._found = False
+        try:
+            self.modules = self.find(self.layer)
+        except AttributeError as error:
+            self.misfit = Obstacle(f"its parts are not where a {type(self.layer).__name__} has them: {error}")
+            return
+        except KeyError as error:
+            self.misfit = Obstacle(str(error.args[0]))
+            return
+        self._found = True
+        self.misfit = _misfit(self.modules)
+        if self.misfit is None:
+            self.products = LayerProducts.of(self.modules)
+            adapted = [layer for layer in self.modules.linear if isinstance(layer, Adapted)]
+            self.active = adapted[0].active if adapted else self.active
+            if self._why_never(learning=True) is None:
+                self.products.qkv.put_side_by_side()
+
+    # ---- what keeps the layer from being computed in one ---------------------------------------------------------
+
+    def _why_never(self, learning: bool) -> Obstacle | None:
+        """What stands in the way whatever the input: structure, hooks, attention, and with `learning` what learns."""
+        if any(tuple(module._modules.values()) != children for module, children in self.children):
+            self._read_structure()
+        if self.misfit is not None:
+            return self.misfit
+        for module in self.inner:
+            if _has_hooks(module) and not _idle(module):
+                return Obstacle("has a hook", module)
+            if "forward" in module.__dict__ and FAST not in module.__dict__:
+                return Obstacle("has a forward of its own", module)
+            if learning:
+                for key, p in module._parameters.items():
+                    if p is not None and p.requires_grad:
+                        return Obstacle(f"{key} learns", module)
+        attention = getattr(self.config, "_attn_implementation", None)
+        return None if attention in SAME_ATTENTION else Obstacle(f"attention is {attention}")
+
+    def _why_not_now(
+        self, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Obstacle | None:
+        """What stands in the way in this call."""
+        if kwargs.get("output_attentions"):
+            return Obstacle("attention weights are asked for")
+        if kwargs.get("past_key_values") is not None:
+            return Obstacle("a cache of keys and values is given")
+        bias = _position_bias(self.modules, args, kwargs)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (mask, bias)):
+            return Obstacle("the position bias or the mask learns")
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return Obstacle("torch.compile or torch.func traces the model")
+        for layer in self.modules.linear:
+            if isinstance(layer, Adapted):
+                for name in self.active.names:
+                    recipe = layer.recipes.get(name)
+                    if recipe is not None and not recipe.low_rank:
+                        return Obstacle(f"{name} adds no low-rank product", layer)
+                    if recipe is not None and recipe.dropout and layer.training:
+                        return Obstacle(f"{name} drops a part of its input", layer)
+        return self._why_not_on(x.device.type, self.active.names)
+
+    def _why_not_on(self, device: str, names: tuple[str, ...]) -> Obstacle | None:
+        """Where another device than the CPU computes the layer's own forward faster (docs/decisions.md)."""
+        if device == "cpu" or len(names) > 1 or has_own_streams(self.active.streams):
+            return None
+        adapted = [layer for layer in self.modules.linear if isinstance(layer, Adapted)]
+        if any(layer.recipes[name].gain for layer in adapted for name in names if name in layer.recipes):
+            return None
+        return Obstacle(f"on {device} it pays with a gain (DoRA) or several adapters in a batch only")
+
+    def _device(self) -> str:
+        return next(self.layer.parameters()).device.type
+
+    def _all_names(self) -> tuple[str, ...]:
+        """Of every adapter with a part in this layer."""
+        adapted = [layer for layer in self.modules.linear if isinstance(layer, Adapted)] if self._found else []
+        return tuple(dict.fromkeys(name for layer in adapted for name in layer.recipes))
+
+
+def _inner(layer: nn.Module) -> list[nn.Module]:
+    """The modules inside a layer whose calls a block leaves out: all, of an adapted one itself and its base."""
+    found: list[nn.Module] = []
+    for child in layer.children():
+        found.append(child)
+        found += [child.base] if isinstance(child, Adapted) else _inner(child)
+    return found
+
+
+def _misfit(m: LayerModules) -> Obstacle | None:
+    """A module of another class than the block computes: a quantized layer of another library, say."""
+    bases = [layer.base if type(layer) is Adapted else layer for layer in m.linear]
+    classes = [
+        *((base, (nn.Linear, Float, Quantized)) for base in bases),
+        *((norm, (nn.LayerNorm,)) for norm in (m.norm1, m.norm2)),
+        *((drop, (nn.Dropout,)) for drop in (m.attention_dropout, m.o_dropout, m.down_dropout) if drop is not None),
+    ]
+    wrong = next((module for module, known in classes if type(module) not in known), None)
+    return None if wrong is None else Obstacle(f"is a {type(wrong).__name__}", wrong)
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _idle(module: nn.Module) -> bool:
+    """Whether the only hooks of a module are those of transformers and it collects nothing now."""
+    hooks = [
+        hook
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for hook in hooks.values()
+    ]
+    if module._backward_pre_hooks or any(getattr(hook, "__module__", None) != COLLECTING for hook in hooks):
+        return False
+    return collector is not None and not (collector.get() or {}).keys() - {"hidden_states", "_hidden_states_layers"}
+
+
+def _position_bias(m: LayerModules, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The position bias (b, heads, t, t) among the arguments of a layer that takes one."""
+    if not m.position_bias:
+        return None
+    return args[0] if args else kwargs.get("position_bias")
+
+
+def _in_dtype(added: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to scores, in that dtype; its lowest number stays a number. A boolean mask stays one."""
+    if added is None or added.dtype in (dtype, torch.bool):
+        return added
+    return added.clamp(min=torch.finfo(dtype).min).to(dtype)
