@@ -13,7 +13,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compil
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types format peaks models clean
+.PHONY: help demo test test-all lint types format structure reliability peaks models gpu gpu-dry gpu-pack lock audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -24,8 +24,11 @@ demo: $(VENV)/demo.stamp  ## fine-tune a small encoder three ways, print the tab
 test: lint types  ## lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-slow: $(VENV)/dev.stamp  ## tests that kill workers of Ray and the like, alone
+test-all: test  ## all tests: those that kill workers of Ray, time commands and the like run after the others, alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+reliability: $(VENV)/dev.stamp  ## the campaign of docs/reliability.md: kills, faults, mutated files, edits (under 40 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format; import-linter: imports run down
 	$(BIN)/ruff check .
@@ -39,12 +42,36 @@ format: $(VENV)/dev.stamp  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+structure: $(VENV)/dev.stamp  ## files by storey, rings, what a run and a load cross; the drawing in docs/architecture.md
+	$(BIN)/python tests/structure.py --svg docs/pictures/storeys.svg
+
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
 
 models: $(GET)  ## fetch the larger real models (540 MB) into ~/.cache/loralab/models
 	$(PYTHON) $(GET) mpnet
 	$(PYTHON) $(GET) smollm2
+
+# a Python with torch for CUDA 13, transformers, accelerate and PEFT; what to run and for how long
+GPU_PYTHON ?= python3
+GPU_OUT    ?= runs/gpu
+GPU_ARGS   ?= --seconds 420
+
+gpu:  ## on a machine with a GPU: is it right, is it fast, how many adapters at once (7 minutes)
+	PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/bnb $(GPU_PYTHON) tests/gpu $(GPU_ARGS) --out $(GPU_OUT)
+
+gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (2 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --out runs/gpu/toy
+
+gpu-pack: .whl/bnb  ## put what `make gpu` needs and a GPU machine may lack into .whl (5 MB)
+
+.whl/bnb: | $(BIN)/pip
+	rm -rf .whl/bnb .whl/bitsandbytes-*.whl
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+		--platform manylinux_2_24_x86_64 -d .whl bitsandbytes==0.50.2
+	$(BIN)/python -m zipfile -e .whl/bitsandbytes-*.whl .whl/bnb.part
+	find .whl/bnb.part -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
+	mv .whl/bnb.part .whl/bnb && rm .whl/bitsandbytes-*.whl
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

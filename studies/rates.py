@@ -30,7 +30,7 @@ def search(study: Study) -> None:
             shown = "fails" if score is None else f"**{score:.3f}**" if score == best else f"{score:.3f}"
             row.append(f"{p.tried['lr']:g}: {shown}")
         row += [""] * (most - len(row))
-        print(f"| {key[2]} | {' | '.join(row)} | {recipe(key[2]).lr:g} | {told(cell, cells)} |")
+        print(f"| {key[2]} | {' | '.join(row)} | {recipe(key[2]).lr:g} | {score_text(cell, cells)} |")
 
 
 def held_out(result: dict, history: list[dict]) -> float:
@@ -43,19 +43,19 @@ def checks(studies: list[Study]) -> None:
     print("| method | rate | " + " | ".join(f"{task}, {model}" for task, model in places) + " |")
     print("| --- | ---: | " + " | ".join("---:" for _ in places) + " |")
     for method in dict.fromkeys(key[2] for key in cells):
-        scores = [told(cells.get((*place, method)), cells) for place in places]
+        scores = [score_text(cells.get((*place, method)), cells) for place in places]
         print(f"| {method} | {recipe(method).lr:g} | {' | '.join(scores)} |")
 
 
-def told(cell: Cell | None, cells: dict) -> str:
+def score_text(cell: Cell | None, cells: dict) -> str:
     if cell is None or not cell.runs:
         return ""
     head = cells[(*cell.key[:2], HEAD)]
-    clear = cell.key[2] == HEAD or not head.runs or judged(cell) > judged(head) + CLEAR
+    clear = cell.key[2] == HEAD or not head.runs or accuracy_or_score(cell) > accuracy_or_score(head) + CLEAR
     return f"{cell.scores.mean():.3f}{'' if clear else ' *'}"
 
 
-def judged(cell: Cell) -> float:
+def accuracy_or_score(cell: Cell) -> float:
     """Accuracy where the task has it: of MRPC's rows one class for all has an F1 of 0.812. Else the score."""
     return mean(run.result["metrics"].get("accuracy", score) for run, score in zip(cell.runs, cell.scores, strict=True))
 

@@ -43,12 +43,12 @@ def memory(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
     """By the ledger of the runs, means over seeds."""
     kinds = list(own[0].runs[0].result["memory"]["ledger"])
 
-    def told(cell: Cell) -> list[str]:
+    def row(cell: Cell) -> list[str]:
         ledger = [[run.result["memory"]["ledger"][kind] / 1e6 for kind in kinds] for run in cell.runs]
         mean = np.mean(ledger, axis=0)
         return [f"{value:.1f}" for value in (*mean, mean.sum())]
 
-    return "MB of a step", [*kinds, "all"], ((cell.key[2], told(cell)) for cell in own)
+    return "MB of a step", [*kinds, "all"], ((cell.key[2], row(cell)) for cell in own)
 
 
 def ranks(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
@@ -64,11 +64,11 @@ def ranks(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
 def tuning(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
     tuned = [cell for cell in own if cell.tuning]
 
-    def told(cell: Cell) -> list[str]:
+    def row(cell: Cell) -> list[str]:
         return [f"{point(run.scheduled.tried)}: {held_out(run.result, run.history):.3f}" for run in cell.tuning]
 
     most = max((len(cell.tuning) for cell in tuned), default=0)
-    return "held out", [f"try {i + 1}" for i in range(most)], ((cell.key[2], told(cell)) for cell in tuned)
+    return "held out", [f"try {i + 1}" for i in range(most)], ((cell.key[2], row(cell)) for cell in tuned)
 
 
 def point(tried: dict[str, object]) -> str:

@@ -41,8 +41,13 @@ def forward(x, W, b, U, m=None, exact=False, seen=None):
 # ---- updates: (parameters by role, settings of the method, what it drew) -> U (out, in) ---------------------------
 
 
+def scale(f, rank):
+    """alpha / r, or that of rsLoRA."""
+    return f.alpha / (math.sqrt(rank) if f.stabilized else rank)
+
+
 def lora(p, f, drawn=None):
-    return f.alpha / f.rank * product(p["B"], p["A"])
+    return scale(f, f.rank) * product(p["B"], p["A"])
 
 
 def rslora(p, f, drawn=None):
@@ -56,7 +61,7 @@ def vera(p, f, drawn=None):
 
 def dylora(p, f, drawn=None):
     rank = drawn or f.rank
-    return f.alpha / rank * product(p["B"][:, :rank], p["A"][:rank])
+    return scale(f, rank) * product(p["B"][:, :rank], p["A"][:rank])
 
 
 def frozen_dylora(p, f, drawn=None):
@@ -64,18 +69,22 @@ def frozen_dylora(p, f, drawn=None):
     if drawn is None:
         return dylora(p, f)
     terms = [torch.outer(p["B"][:, k], p["A"][k]) for k in range(drawn)]
-    return f.alpha / drawn * sum([*(t.detach() for t in terms[:-1]), terms[-1]])
+    return scale(f, drawn) * sum([*(t.detach() for t in terms[:-1]), terms[-1]])
 
 
 def delta_lora(p, f, drawn=None):
     """W has followed B A since the snapshot; it is a constant to autograd."""
     followed = product(p["B"], p["A"]) - product(p["Bk"], p["Ak"])
-    return lora(p, f) + f.follow * f.alpha / f.rank * followed.detach()
+    return lora(p, f) + f.follow * scale(f, f.rank) * followed.detach()
 
 
 def adalora(p, f, drawn=None):
     """P Lambda Q; the divisor is that of the authors' code."""
-    return f.alpha / (f.rank + 1e-5) * product(p["B"], product(torch.diag(p["E"]), p["A"]))
+    return (
+        f.alpha
+        / ((math.sqrt(f.rank) if f.stabilized else f.rank) + 1e-5)
+        * product(p["B"], product(torch.diag(p["E"]), p["A"]))
+    )
 
 
 def moved(p, f, drawn=None):
@@ -85,7 +94,7 @@ def moved(p, f, drawn=None):
 
 def gated(p, f, drawn=None):
     """The update of a layer with gates on the rows of A (a rank map, ALoRA)."""
-    return f.alpha / f.rank * product(p["B"], product(torch.diag(p["gates"]), p["A"]))
+    return scale(f, f.rank) * product(p["B"], product(torch.diag(p["gates"]), p["A"]))
 
 
 def tucker(C, modes):
@@ -120,7 +129,7 @@ def superlora(p, f, matrices, size):
         D = torch.kron(D, tucker(p.get(f"C{k}"), modes).reshape(matrix) if modes else p[f"C{k}"])
     if f.ratio < 1:
         D = (projection(f.projection_seed, D.numel(), math.prod(size)) @ D.flatten()).reshape(size)
-    return f.alpha / f.rank * D
+    return scale(f, f.rank) * D
 
 
 WIDE = (12, 10)  # a size that splits, for SuperLoRA

@@ -210,6 +210,24 @@ def test_settings_that_cannot_work_are_named(given, told):
         recipe("adalora", **given)
 
 
+def test_a_training_too_short_to_see_which_ranks_matter_does_not_begin():
+    """All gates tied at zero and closed, and the adapter was nothing for ever."""
+    for steps in (1, 2, 3):
+        model = build("bert").train()
+        adapters = loralab.attach(model, "adalora", rank=3, total_steps=steps, head=True)
+        if steps < 3:
+            with pytest.raises(loralab.UserError, match="before it has seen which matter"):
+                model(**rows())
+            continue
+        optimizer = torch.optim.AdamW(adapters.parameter_groups())
+        for _ in range(steps):
+            model(**rows(), labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gates = kept_gates({path: layer.roles("default") for path, layer in adapters.layers.items()})
+        assert sum(map(sum, gates.values())) == 2 * len(gates)
+
+
 def test_without_the_length_of_training_it_does_not_begin():
     model = build("bert").train()
     loralab.attach(model, "adalora", rank=3)
@@ -223,8 +241,7 @@ def test_defaults_follow_rank_and_length():
     assert AdaLoRA(total_steps=50_000).phases == (5_000, 25_000)
     for steps in range(1, 30):
         assert AdaLoRA(total_steps=steps).problems() == []
-    planned = recipe("adalora", rank=4).for_steps(30)
-    assert planned.factors.total_steps == 30
+    assert recipe("adalora", rank=4).for_steps(30).factors.total_steps == 30
     assert recipe("adalora", total_steps=20).for_steps(30).factors.total_steps == 20
     assert recipe("full").for_steps(30) == recipe("full")
 

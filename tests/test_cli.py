@@ -104,9 +104,24 @@ def test_help_of_a_command_lists_every_flag_of_it(cli, name):
 def test_every_setting_of_a_run_is_a_flag_under_one_heading(cli):
     _, out, _ = cli("train", "--help")
     under = " ".join(HEADINGS.values()).split()
-    assert sorted(under) == sorted([*(f.name.replace("_", "-") for f in dataclasses.fields(Settings)), "json"])
-    assert all(f"╭─ {heading} ─" in out for heading in HEADINGS)
+    assert len(set(under)) == len(under)
+    assert {*(f.name.replace("_", "-") for f in dataclasses.fields(Settings)), "json"} <= set(under)
+    assert all((f"╭─ {heading} ─" in out) == (heading != "Measurement") for heading in HEADINGS)
     assert "Parameters" not in out
+
+
+def test_every_flag_of_the_bench_is_under_a_heading(cli):
+    _, out, _ = cli("bench", "--help")
+    assert "╭─ Measurement ─" in out
+    assert "Parameters" not in out
+
+
+def test_help_and_a_wrong_command_wait_for_nothing_slow():
+    code = (
+        "import sys; from loralab.cli import main; main({}); assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    )
+    for argv in (["--help"], ["trian"], ["report", "/nowhere"]):
+        subprocess.run([sys.executable, "-c", code.format(argv)], check=True, env=ENV, capture_output=True)
 
 
 def test_version(cli):
@@ -189,7 +204,7 @@ def test_a_wrong_setting_is_one_line(refused, tiny, own, monkeypatch, given, tol
     [
         ("", "is empty"),
         ("sentence,label\n", "has no rows"),
-        ("sentence,label\na cat,x\na dog,\na dog,y\n", "null in row 2"),
+        ("sentence,label\na cat,x\na dog,\na dog,y\n", "empty in row 2"),
         ("sentence,label\na cat,1.0\na dog,nan\na dog,2.5\n", "column 'label'"),
         ("sentence,label\na cat,x\n,y\na dog,\n", "2: "),
         ("sentence,label\na cat,x\na dog,x\n", "all labels are 'x'"),

@@ -14,6 +14,7 @@ from test_fast import ENCODERS, adapted, double, same
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
+from transformers import Trainer, TrainingArguments
 
 import loralab
 from loralab.fast import enable, masks, prepare
@@ -409,6 +410,38 @@ def test_a_functional_call_uses_the_tensors_that_it_is_given():
     values = {key: drawn(*p.shape, seed=i) for i, (key, p) in enumerate(model.named_parameters()) if ".layer." in key}
     outs = [torch.func.functional_call(m, values, kwargs=rows()).logits for m in (model, plain)]
     torch.testing.assert_close(*outs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_under_autocast_trains_as_on_the_plain_path(checkpointing, tmp_path):
+    batch, labels = rows(count=16), torch.tensor([0, 1, 2, 1] * 4)
+    data = [{**{k: t[i] for k, t in batch.items()}, "labels": labels[i]} for i in range(16)]
+    losses = []
+    for quick in (False, True):
+        model, adapters = adapted("bert", "dora")
+        if quick:
+            enable(model, "float32")
+        arguments = TrainingArguments(
+            tmp_path / str(quick),
+            bf16=True,
+            use_cpu=True,
+            max_steps=12,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=checkpointing,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=3e-2))
+        trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        trainer.train()
+        losses.append(torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line]))
+    plain, fast = losses
+    assert len(plain) == 12
+    assert plain[-2:].mean() < 0.8 * plain[:2].mean()
+    torch.testing.assert_close(fast, plain, rtol=0.05, atol=0.02)
 
 
 def test_a_second_derivative_is_refused():

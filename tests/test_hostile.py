@@ -27,6 +27,7 @@ import loralab
 from loralab import adapters, analysis, files, peft_format
 from loralab.rankmap import LayerRank, RankMap
 
+pytestmark = pytest.mark.filterwarnings("ignore::loralab.files.FolderNote")
 EXAMPLES = 60  # of each test
 CAMPAIGN = int(os.environ.get("LORALAB_CAMPAIGN", "1"))
 MEMORY = 4 * 2**30  # bytes that reading one of these tiny folders may ask for

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ def run(root: Path, *words: str) -> str:
     return done.stdout
 
 
-def told(program: str) -> list[list[str]]:
+def commands(program: str) -> list[list[str]]:
     """The commands of the page that start with a word, without it."""
     lines = [shlex.split(line) for block in blocks(TEXT, "sh") for line in block.splitlines()]
     return [words[1:] for words in lines if words[0] == program]
@@ -61,10 +62,11 @@ def told(program: str) -> list[list[str]]:
 
 def test_the_new_methods_are_listed_trained_and_read_back(copied, tiny):
     outputs = {}
-    for words in told("loralab"):
+    for words in commands("loralab"):
         swapped = [str(tiny) if word == "minilm" else word for word in words]
-        outputs[words[0]] = run(copied, "-m", "loralab", *swapped)
-    assert list(outputs) == ["methods", "train", "inspect"]
+        outputs[" ".join(words[:2]) if words[0] == "methods" else words[0]] = run(copied, "-m", "loralab", *swapped)
+    assert list(outputs) == ["methods", "methods scaled-lora", "train", "inspect"]
+    assert "Start of the scalar c; 1 starts as LoRA does." in outputs["methods scaled-lora"]
     listed = {line.split()[0]: line for line in outputs["methods"].splitlines() if line.strip()}
     (promised,) = re.findall(r"are ([\d,]+) for `scaled-lora`", TEXT)
     assert set(NEW) <= listed.keys()
@@ -77,9 +79,25 @@ def test_the_new_methods_are_listed_trained_and_read_back(copied, tiny):
 
 
 def test_the_new_methods_keep_the_laws(copied):
-    (laws,) = (words for words in told("python") if words[:2] == ["-m", "pytest"])
-    said = run(copied, *laws, "-v", "-p", "no:cacheprovider", "-p", "no:xdist")
-    passed = re.findall(r"::test_(\d+)_\w+\[(?:\w+-)?(scaled-lora|rsdora)\b.*\] PASSED", said)
+    (laws,) = (words for words in commands("python") if words[:2] == ["-m", "pytest"])
+    output = run(copied, *laws, "-v", "-p", "no:cacheprovider", "-p", "no:xdist")
+    passed = re.findall(r"::test_(\d+)_\w+\[(?:\w+-)?(scaled-lora|rsdora)\b.*\] PASSED", output)
     of = {name: {int(law) for law, tested in passed if tested == name} for name in NEW}
     assert of == {"scaled-lora": set(range(1, 11)), "rsdora": set(range(1, 10))}  # the tenth has no named rows
-    assert "SKIPPED" not in said
+    assert "SKIPPED" not in output
+    assert "test_every_setting_changes_something_or_is_refused[scaled-lora-c_start] PASSED" in output
+
+
+def test_a_method_touches_three_files_and_its_pages_come_from_commands(copied):
+    touched = [block.partition("\n")[0].removeprefix("# ").partition(", in ")[0] for block in blocks(TEXT, "python")]
+    assert set(touched) == {"src/loralab/methods/scaled.py", "src/loralab/recipe.py", "tests/literal.py"}
+    run(copied, "docs/tables.py")
+    assert all(f"| `{name}` |" in (copied / "docs/methods.md").read_text() for name in NEW)
+    assert ["docs/tables.py"] in commands("python")
+    assert ["tests/conformance.py"] in commands("python")
+
+
+def test_the_table_of_methods_is_that_of_the_code():
+    tables = runpy.run_path(str(REPO / "docs/tables.py"))
+    page = tables["PAGE"].read_text()
+    assert tables["written"](page) == page, "run: python docs/tables.py"

@@ -1,4 +1,4 @@
-"""Memory: each storage once; a plan is what the step really takes."""
+"""Memory: each storage is counted once, and an estimate is what a step really takes."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from loralab.run import Settings, train
 from loralab.run.estimate import BlankStep, EstimateSettings, Meter, estimate, largest_batch
 from loralab.run.memory import PURPOSES, by_layer, held, layer_of, ledger, of_adapter, saved_by_layer, tensor_bytes
 
-SETUPS = {
+CASES = {
     "lora": {},
     "dora": {"method": "dora"},
     "vera": {"method": "vera"},
@@ -50,39 +50,39 @@ def plain(tiny, tmp_path_factory):
     return str(folder)
 
 
-def real(setup):
-    """(bytes by layer, the most that tensors take at once) of a real step, the second."""
-    model, _ = models.classifier(setup.model, setup.labels, False, torch.float32, seed=0)
+def real(settings):
+    """(bytes by layer, peak of the tensors) of a real step, the second."""
+    model, _ = models.classifier(settings.model, settings.labels, False, torch.float32, seed=0)
     step = BlankStep(model, settings, settings.recipe())
-    step(setup)
-    layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
+    step(settings)
+    layers = by_layer(model, held(model), step.learned, step.optimizer, step.activations)
     with Meter() as meter:
         for t in [*(t for _, t in held(model)), *(t for s in step.optimizer.state.values() for t in s.values())]:
             meter.count(t)
-        step(setup)
+        step(settings)
     return layers, meter.most
 
 
-@pytest.mark.parametrize("name", SETUPS)
-def test_a_plan_is_what_a_step_takes(plain, name):
-    setup = EstimateSettings(**{"model": plain, "dtype": "float32", "batch_size": 5, "max_length": 11, **SETUPS[name]})
-    planned = estimate(setup)
-    layers, most = real(setup)
-    assert layers == planned.layers
-    assert planned.tensors == pytest.approx(most, rel=0.01)
+@pytest.mark.parametrize("name", CASES)
+def test_an_estimate_is_what_a_step_takes(plain, name):
+    usual = {"model": plain, "dtype": "float32", "batch_size": 5, "max_length": 11}
+    settings = EstimateSettings(**{**usual, **CASES[name]})
+    estimated = estimate(settings)
+    layers, most = real(settings)
+    assert layers == estimated.layers
+    assert estimated.tensors == pytest.approx(most, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["dylora", "frozen-dylora"])
-def test_of_many_ranks_the_largest_is_planned(plain, method):
+def test_of_many_ranks_the_largest_is_estimated(plain, method):
     largest = estimate(EstimateSettings(model=plain, method="lora", rank=5, batch_size=3, max_length=7, speed="off"))
-    assert estimate(replace(largest.setup, method=method)).products == largest.products
+    assert estimate(replace(largest.settings, method=method)).products == largest.products
 
 
-def test_a_plan_leaves_no_trace(plain):
-    """Constants that a plan asked for first have values, and the random numbers go on as they would have."""
+def test_an_estimate_leaves_no_trace(plain):
+    """Constants that an estimate asks for first have values afterwards, and the random numbers go on as before."""
     before = torch.get_rng_state()
-    made = EstimateSettings(model=plain, method="vera", store="nf4-dq", rank=3, batch_size=2, max_length=5)
-    estimate(made)
+    estimate(EstimateSettings(model=plain, method="vera", store="nf4-dq", rank=3, batch_size=2, max_length=5))
     assert torch.equal(before, torch.get_rng_state())
     model, _ = models.classifier(plain, 2, False, torch.float32, seed=0)
     loralab.attach(model, "vera", rank=3, store="nf4-dq", head=True)
@@ -93,25 +93,25 @@ def test_a_plan_leaves_no_trace(plain):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_more_never_needs_less(plain, method):
-    setup = EstimateSettings(model=plain, method=method, batch_size=3, max_length=7)
-    of = lambda **more: estimate(replace(setup, **more))  # noqa: E731
+    settings = EstimateSettings(model=plain, method=method, batch_size=3, max_length=7)
+    of = lambda **more: estimate(replace(settings, **more))  # noqa: E731
     for grown in ([{"batch_size": n} for n in (2, 5)], [{"max_length": n} for n in (6, 9)]):
-        plans = [of(**more) for more in grown]
-        assert [p.tensors for p in plans] == sorted(p.tensors for p in plans)
-        assert [p.ledger["activations"] for p in plans] == sorted({p.ledger["activations"] for p in plans})
+        found = [of(**more) for more in grown]
+        assert [e.tensors for e in found] == sorted(e.tensors for e in found)
+        assert [e.ledger["activations"] for e in found] == sorted({e.ledger["activations"] for e in found})
     assert of(checkpointing=True).tensors < of(speed="off").tensors
 
 
 def test_activations_are_counted_once_where_they_are_kept():
     model = nn.ModuleDict({"a": nn.Linear(7, 11, bias=False), "b": nn.Linear(7, 3)})
     x = torch.ones(5, 7)
-    with saved_by_layer(model) as kept:
+    with saved_by_layer(model) as saved:
         model["b"](x)
         model["a"](x).square()
-    assert kept == {"b": 4 * 5 * 7, "outside the layers": 4 * 5 * 11}  # x; then the square's input, kept outside
-    with saved_by_layer(model, on=False) as kept:
+    assert saved == {"b": 4 * 5 * 7, "outside the layers": 4 * 5 * 11}  # x; then the square's input, kept outside
+    with saved_by_layer(model, on=False) as saved:
         model["a"](x)
-    assert kept == {}
+    assert saved == {}
 
 
 def test_every_byte_of_a_model_is_in_one_layer():
@@ -138,7 +138,7 @@ def test_every_byte_of_a_model_is_in_one_layer():
     assert own["weights"] == ledger(layers)["weights"] - tensor_bytes(constants)
 
 
-def test_a_run_tells_its_memory_by_layer(tiny, own, tmp_path, capsys):
+def test_a_run_reports_its_memory_by_layer(tiny, own, tmp_path, capsys):
     settings = Settings(
         task=str(own["class"]), model=str(tiny), out=tmp_path / "run", text=("sentence",), label="label",
         epochs=1, batch_size=16, max_length=40, dtype="float32",
@@ -146,15 +146,15 @@ def test_a_run_tells_its_memory_by_layer(tiny, own, tmp_path, capsys):
     memory = train(settings)["memory"]
     assert memory["ledger"] == {purpose: sum(x[purpose] for x in memory["layers"].values()) for purpose in PURPOSES}
     lengths = {padded(n) for n in range(4, 10)}  # of the first batch it is one
-    plans = [
+    estimates = [
         estimate(
             EstimateSettings(model=str(tiny), batch_size=16, max_length=n, dtype="float32", targets=settings.targets)
         )
         for n in lengths
     ]
-    weights = [{k: v["weights"] for k, v in layers.items()} for layers in (memory["layers"], plans[0].layers)]
+    weights = [{k: v["weights"] for k, v in layers.items()} for layers in (memory["layers"], estimates[0].layers)]
     assert weights[0] == weights[1]
-    assert min(abs(memory["ledger"]["activations"] / p.ledger["activations"] - 1) for p in plans) < 0.02
+    assert min(abs(memory["ledger"]["activations"] / e.ledger["activations"] - 1) for e in estimates) < 0.02
     main(["inspect", str(tmp_path / "run"), "--memory", "--json"])
     assert json.loads(capsys.readouterr().out)["layers"] == memory["layers"]
     main(["inspect", str(tmp_path / "run" / "adapter"), "--memory"])
@@ -207,12 +207,12 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(plain):
         (["--memory", "0GB"], "--memory 0GB: expected"),
         (["--method", "lroa"], "lroa"),
         (["--model", "./nowhere"], "no folder './nowhere'"),
-        (["--max-length", "99"], "--length 99: .* takes 40 tokens"),
+        (["--max-length", "99"], "--max-length 99: .* takes 40 tokens"),
         (["--batch-size", "0"], "batch_size=0: expected 1 or more"),
         (["--store", "int3"], "int3"),
     ],
 )
-def test_what_cannot_be_planned_is_told(plain, capsys, argv, told):
+def test_what_cannot_be_estimated_is_one_line(plain, capsys, argv, told):
     assert main(["plan", *argv] if "--model" in argv else ["plan", "--model", plain, *argv]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
@@ -237,7 +237,7 @@ def test_the_verdict_is_one_sentence_for_each_case(plain):
     changes = {"--a": least}
     assert "It fits" in _verdict(found, found.peak, 40, changes)
     assert _verdict(found, found.peak - 1, 20, changes).endswith(
-        "--a, or --batch 20, which in a run is --accumulate 2."
+        "--a, or --batch-size 20, which in a run is --accumulate 2."
     )
     assert "nor a batch of 1" in _verdict(found, least.peak - 1, 0, changes)
 

@@ -1,12 +1,13 @@
 """Each literal algorithm of a paper, written slowly, agrees with its lowering, gradients and steps included."""
 
 import json
+from dataclasses import replace
 
 import measure
 import pytest
 import torch
 from archs import build, check_mixed, rows, shake
-from literal import tensor
+from literal import UPDATES, tensor
 from shapes import made
 from torch import nn
 
@@ -14,7 +15,7 @@ import loralab
 from loralab.methods.dylora import DyLoRA
 from loralab.methods.vera import VeRA
 from loralab.rankmap import RankMap
-from loralab.recipe import NAMED, Recipe
+from loralab.recipe import NAMED, Recipe, recipe
 from loralab.stores.float import Float
 from loralab.update import apply
 
@@ -40,6 +41,18 @@ def test_every_named_method_is_measured():
 @pytest.mark.parametrize("name", ["dora", "qdora"])
 def test_the_norm_of_a_gain_can_learn_too(name):
     assert measure.equation(name, exact=True) < TOLERANCE.get(name, 1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in UPDATES if hasattr(recipe(name).factors, "stabilized")])
+def test_every_method_with_alpha_takes_rsloras_scale(name):
+    """DyLoRA ignored `stabilized`."""
+    given, size = measure.named(name)
+    r = recipe(given, stabilized=True)
+    p, constants = measure.parameters(name, r, size)
+    for drawn in (2, None) if isinstance(r.factors, DyLoRA) else (None,):
+        base = Float(tensor(*size, seed=0), None)
+        update = replace(r, gain=False).lower(p | constants, base, drawn).matrix()
+        torch.testing.assert_close(update, UPDATES[name](p | constants, r.factors, drawn), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", measure.STEPS)
@@ -90,14 +103,14 @@ def test_two_adapters_with_different_vera_seeds_share_a_model():
 
 
 @pytest.mark.parametrize("method", ["vera", "superlora"])
-def test_a_file_holds_the_hash_of_what_its_seed_draws(tmp_path, method):
+def test_a_file_holds_the_hash_of_what_its_seed_draws(tmp_path, method, monkeypatch):
     """A generator that drew something else would make the same vectors another function."""
     loralab.attach(build("bert"), method, rank=2).save(tmp_path)
-    header = json.loads((tmp_path / "adapter.json").read_text())
-    assert len(header["constants"]) == 64
+    assert len(json.loads((tmp_path / "adapter.json").read_text())["constants"]) == 64
     loralab.load(build("bert"), tmp_path)
-    header["recipe"]["factors"]["projection_seed"] = 1
-    (tmp_path / "adapter.json").write_text(json.dumps(header))
+    factors = type(recipe(method).factors)
+    draw = factors.constants
+    monkeypatch.setattr(factors, "constants", lambda self, shapes: draw(replace(self, projection_seed=1), shapes))
     model = build("bert")
     with pytest.raises(loralab.UserError, match="what its seed draws here is not what it was trained with"):
         loralab.load(model, tmp_path)

@@ -40,6 +40,9 @@ KINDS = {  # name -> factors, start
     "lorta": (SuperLoRA(2, 5.0, order=3, core=True), "kaiming"),
     "superlora": (SuperLoRA(2, 5.0, ratio=0.25), "kaiming"),
 }
+LISTED = {type(factors) for factors, _ in KINDS.values()}
+# a class without a row of its own has its defaults, but a scaling that is not 1
+KINDS |= {kind: (made(3, 5.0), "kaiming") for kind, made in FACTORS.items() if made not in LISTED}
 HAND = {"lokr": [(1, 1), (13, 11)], "lorta": [(13, 11)], "superlora": [(7, 6)]}
 LITERAL = UPDATES | {
     "core": lambda p, f, drawn=None: f.alpha / f.rank * product(p["B"], product(p["C"], p["A"])),
@@ -264,6 +267,19 @@ STUCK = {  # kind -> roles that never move alone, since what they are multiplied
 }
 
 
+def stuck(kind):
+    """The roles of a low-rank method that are not zero at the start: they are multiplied by one that is."""
+    factors, start = KINDS[kind]
+    p = factors.init(*SIZES[0], torch.Generator().manual_seed(0))
+    if not factors.low_rank or start != "kaiming":
+        return set()
+    return {role for role in factors.learn if p[role].any()}
+
+
+def test_the_roles_that_never_move_alone_are_those_of_the_table():
+    assert {kind: found for kind in KINDS if (found := stuck(kind)) and type(KINDS[kind][0]) in LISTED} == STUCK
+
+
 def refused(kind, store, train, ratio, dropout, gain):
     """The pairs of fields that `check` must name, by rules written out again."""
     factors, _ = KINDS[kind]
@@ -273,7 +289,7 @@ def refused(kind, store, train, ratio, dropout, gain):
         pairs.append((f"dropout={dropout}", name))
     if ratio != 1 and "B" not in learned:
         pairs.append((f"lr_ratio={ratio}", name))
-    if train and set(train) <= STUCK.get(kind, set()):
+    if train and set(train) <= stuck(kind):
         pairs.append((f"train={train}", name))
     if train and "bias" in train and store:
         pairs.append(("train='bias'", f"store={store!r}"))

@@ -14,12 +14,12 @@ from loralab import LayerRank, RankMap, UserError
 from loralab.policies import POLICIES
 from loralab.ranks.alora import alora, divide, reallocate, scores
 from loralab.ranks.drop import drop_map, importance, parent, shapes
-from loralab.targets import folded
 from loralab.ranks.spectrum import allocate, error_map, error_spectrum
 from loralab.recipe import NAMED, from_json, recipe, to_json
 from loralab.run import policies as making
 from loralab.run import train
 from loralab.stores import STORES, keep
+from loralab.targets import folded
 
 L = "bert.encoder.layer"
 Q0, Q1 = f"{L}.0.attention.self.query", f"{L}.1.attention.self.query"
@@ -522,6 +522,23 @@ def test_alora_by_name_moves_ranks_and_keeps_the_budget(tiny, own, tmp_path):
     assert len(set(each)) > 1
     once = train(settings(tiny, own, tmp_path / "s", **given | {"rounds": 1}))
     assert result["time"]["plan"]["steps"] == 2 * once["time"]["plan"]["steps"] > 0
+
+
+def test_a_policy_that_changes_nothing_says_so(tiny, own, tmp_path):
+    """LoRA-drop that keeps every layer, and ALoRA that moves no rank, are plain LoRA."""
+    from test_train import settings
+
+    note = "policy drop gave 3 of 3 layers, rank 4: no layer differs from another, as without a policy"
+    targets = r".*layer\.0\.(attention\.self\.query|intermediate\.dense|output\.dense)"
+    given = {"targets": targets, "rank": 4, "epochs": 1, "lr": 1e-2}
+    result = train(settings(tiny, own, tmp_path / "r", method="lora-drop", keep=1.0, **given))
+    assert note in result["notes"]
+    with pytest.raises(UserError, match="policy='alora' with one adapted layer"):
+        train(settings(tiny, own, tmp_path / "s", method="alora", **given | {"targets": r".*layer\.0\..*query"}))
+    assert not RankMap({Q0: 4, Q1: 3}).even
+    assert not RankMap({Q0: LayerRank(4, "q"), Q1: LayerRank(4, "q")}).even
+    assert not RankMap({Q0: 4, Q1: 0}).even
+    assert not RankMap({Q0: LayerRank(1, gates=(0.5,))}).even
 
 
 def test_train_takes_a_map_from_a_file(tiny, own, tmp_path):

@@ -361,7 +361,7 @@ def test_a_start_with_B_off_zero_is_refused_where_the_update_is_not_all_of_B_A(s
         ({"method": "vera", "start": "gaussian"}, "start='gaussian' with vera: it has no A and B of its own"),
         (
             {"method": "adalora", "start": "gaussian", "total_steps": 9},
-            "start='gaussian' with adalora: it begins with a B",
+            "start='gaussian' with adalora: its own B is not zero at the start",
         ),
         ({"method": "bitfit", "start": "gaussian"}, "start='gaussian' with factors=None"),
         ({"method": "lora", "start": "orthogonal", "rank": 3}, "start='orthogonal' with rank=3: expected an even"),

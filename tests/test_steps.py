@@ -8,12 +8,14 @@ import weakref
 import pytest
 import torch
 from archs import build, rows, shake
+from literal import tensor
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loralab
 from loralab.hooks import LISTENING
-from loralab.recipe import FACTORS, NAMED
+from loralab.recipe import FACTORS, NAMED, check, recipe
 from loralab.run import Settings, train
 
 STEPPED = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.factors.stepped]
@@ -280,6 +282,171 @@ def test_a_chosen_rank_is_for_evaluation():
         model(**rows())
 
 
+# ---- short runs --------------------------------------------------------------------------------------------------
+
+LENGTHS = (1, 2, 3, 4, 5, 9, 10, 11, 40, 255, 502)
+
+
+def small(method, **given):
+    """A model of one layer with an adapter of rank 4."""
+    model = nn.Sequential(nn.Linear(11, 13)).train()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.3 * tensor(*p.shape, seed=i))
+    return model, loralab.attach(model, method, rank=4, targets=["0"], **given)
+
+
+def trained(model, adapters, steps, at=()):
+    """The update B A after each number of steps in `at`, or after the last."""
+    optimizer, found = torch.optim.SGD(adapters.parameter_groups(lr=0.05)), {}
+    layer = adapters.layers["0"]
+    for number in range(1, steps + 1):
+        x, y = tensor(6, 11, seed=number % 7).float(), tensor(6, 13, seed=9 + number % 5).float()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number in (at or (steps,)):
+            found[number] = layer.lower("default").matrix().detach().clone()
+    return found if at else found[steps]
+
+
+@pytest.fixture(scope="module")
+def without():
+    """The updates of the method that each would be if its steps did nothing."""
+    plain = {"lora-fa-precond": "lora-fa"}
+    return {kind: trained(*small(kind), max(LENGTHS), LENGTHS) for kind in ("lora", *plain.values())}, plain
+
+
+@pytest.mark.parametrize("method", STEPPED)
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_a_method_acts_within_its_run_or_refuses_it(method, steps, without):
+    """Delta-LoRA waited 500 steps, and was plain LoRA in every run that was shorter."""
+    try:
+        r = recipe(method, rank=4).for_steps(steps)
+    except loralab.UserError:
+        assert steps < {"dylora": 4, "frozen-dylora": 4, "adalora": 3}[method]
+        return
+    model, adapters = small(r)
+    update = trained(model, adapters, steps)
+    found, plain = without
+    assert (update - found[plain.get(method, "lora")][steps]).abs().max() > 1e-4
+    if method == "adalora":
+        assert int((adapters.layers["0"].roles("default")["E"] != 0).sum()) == r.factors.target
+
+
+@pytest.mark.parametrize("method", STEPPED)
+def test_every_length_of_a_run_is_taken_or_refused(method):
+    for steps in range(1, 1001):
+        try:
+            r = recipe(method).for_steps(steps)
+        except loralab.UserError:
+            assert steps < (3 if method == "adalora" else len(recipe(method).factors.ranks))
+            continue
+        check(r)
+        assert r.for_steps(steps) == r
+        assert all(str(note) for note in r.notes(steps))
+        if method == "delta-lora":
+            assert r.factors.wait == min(500, steps // 10) < steps
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "steps", "problem"),
+    [
+        ("delta-lora", {"wait": 20}, 20, "wait=20 with a run of 20 steps: W would never follow"),
+        ("delta-lora", {"wait": 500}, 255, "expected 0 to 254"),
+        ("dylora", {"rank": 8}, 7, "a run of 7 steps cannot train ranks 1 to 8"),
+        ("dylora", {"rank": 1}, 99, "one rank to draw is plain lora"),
+        ("adalora", {"total_steps": 1000}, 100, "the first gate would close after step 101"),
+        ("adalora", {}, 2, "adalora with total_steps=2 would settle the ranks after step 1"),
+        ("adalora", {"tinit": 60}, 100, "the budget falls from step 60 to 50, which is no step"),
+    ],
+)
+def test_what_a_run_can_never_reach_is_refused(method, given, steps, problem):
+    with pytest.raises(loralab.UserError) as error:
+        recipe(method, **given).for_steps(steps)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "steps", "note"),
+    [
+        ("delta-lora", {"wait": 60}, 100, "delta-lora: wait=60 makes the first 60 of 100 steps plain lora"),
+        ("delta-lora", {}, 100, None),
+        ("dylora", {"rank": 8}, 20, "dylora: 20 steps train each of 8 ranks about 2.5 times"),
+        ("dylora", {"rank": 8}, 80, None),
+        ("adalora", {}, 6, "adalora: the ranks fall from 12 to 8 in 3 of 6 steps"),
+        ("adalora", {"every": 100}, 900, "adalora: the ranks fall from 12 to 8 in 5 of 900 steps"),
+        ("adalora", {"total_steps": 100}, 30, "adalora: the ranks settle after step 50, and the run has 30"),
+        ("adalora", {"rank": 1}, 100, "adalora: target_rank=1 is the rank, so no gate closes"),
+        ("adalora", {}, 100, None),
+        ("lora", {}, 1, None),
+        ("full", {}, 1, None),
+    ],
+)
+def test_what_a_short_run_hardly_reaches_is_noted(method, given, steps, note):
+    assert recipe(method, **given).for_steps(steps).notes(steps) == ([] if note is None else [note])
+
+
+def test_a_run_says_so_before_it_trains(tiny, own, tmp_path):
+    given = {"task": str(own["class"]), "model": str(tiny), "text": ("sentence",), "label": "label", "epochs": 1,
+             "batch_size": 20, "max_length": 32, "selection": "last", "method": "delta-lora"}  # fmt: skip
+    with pytest.raises(loralab.UserError, match="wait=10 with a run of 10 steps"):
+        train(Settings(**given, set=("wait=10",), out=tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+    result = train(Settings(**given, set=("wait=9",), out=tmp_path / "b"))
+    assert "delta-lora: wait=9 makes the first 9 of 10 steps plain lora" in result["notes"]
+    train(Settings(**given, out=tmp_path / "c"))
+    assert loralab.files.read(tmp_path / "c/adapter").recipe.factors.wait == 1
+
+
+# ---- counting steps ----------------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read on the host, which waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", STEPPED)
+def test_a_step_reads_no_tensor_on_the_host(method):
+    """Delta-LoRA and AdaLoRA read a counter of the device in every step, one of them in every layer."""
+    model, adapters = adapted(method)
+    optimizer = torch.optim.SGD(adapters.parameter_groups(lr=0.1))
+    for _ in range(3):
+        backward(model)
+        with Reads() as reads:
+            optimizer.step()
+        assert reads.count == 0
+        optimizer.zero_grad()
+
+
+def test_the_count_follows_a_counter_that_somebody_else_writes(tmp_path):
+    """A loaded adapter, and one that is set back to an earlier state, go on from the step that they hold."""
+    model, adapters = small("delta-lora", wait=5)
+    trained(model, adapters, 3)
+    adapters.save(tmp_path / "a")
+    early = {key: t.detach().clone() for key, t in adapters.state().items()}
+    trained(model, adapters, 4)
+    late = {key: t.detach().clone() for key, t in adapters.state().items()}
+    with torch.no_grad():
+        for key, t in adapters.state().items():
+            t.copy_(early[key])
+    assert adapters.steps.count("default") == 3
+    trained(model, adapters, 4)
+    again = loralab.load(small("lora")[1].merge(), tmp_path / "a")
+    assert again.steps.count("a" if "a" in again.names else again.names[0]) == 3
+    trained(again.model.train(), again, 4)
+    for held in (adapters, again):
+        assert all(torch.equal(t, late[key]) for key, t in held.state().items())
+
+
 # ---- life and death ----------------------------------------------------------------------------------------------
 
 
@@ -438,7 +605,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, cu
 
 def test_memory_follows_what_learns_and_nothing_is_kept_for_methods_without():
     _, adapters = adapted("dylora")
-    assert adapters.steps.state_dict().keys() == {"default/random"}
+    assert adapters.steps.state_dict().keys() == {"default/random", "default/steps"}
     model, adapters = adapted("adalora")
     path = next(iter(adapters.layers))
     state = adapters.steps.state_dict()

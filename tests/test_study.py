@@ -411,7 +411,7 @@ def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, h
     assert cell.trials == 7
     assert [run.scheduled.tried for run in cell.tuning] == [run.scheduled.tried for run in other.tuning]
     best = max(run.history[run.result["selected_epoch"] - 1]["held_out"]["accuracy"] for run in cell.tuning)
-    chosen = [r for r in cell.tuning if r.scheduled.tried["lr"] == cell.runs[0].planned.settings["lr"]]
+    chosen = [r for r in cell.tuning if r.scheduled.tried["lr"] == cell.runs[0].scheduled.settings["lr"]]
     assert chosen[0].history[chosen[0].result["selected_epoch"] - 1]["held_out"]["accuracy"] == best
     count = len(begun)
     carried_out(study(tiny, own, **given))

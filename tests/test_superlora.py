@@ -306,6 +306,8 @@ def test_rows_of_many_methods_in_one_batch_also_where_one_has_no_part_in_a_layer
         ({"ratio": 1.5}, "ratio=1.5"),
         ({"source": "peft"}, "source='peft': the one there is is 'philox-1'"),
         ({"rank": 0}, "rank=0"),
+        ({"order": 3, "fold": True}, "fold=True with order=3: orders above 2 are always folded"),
+        ({"ratio": 1.0, "projection_seed": 3}, "projection_seed=3 with ratio=1: there is no projection F to seed"),
         ({"train": ("A",)}, "its roles are A11, A12|its roles are C1, A11, A12"),
         ({"start": "pissa"}, "it has no A and B of its own"),
     ],

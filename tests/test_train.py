@@ -1,5 +1,6 @@
 """Runs: they learn, repeat bit for bit, go on after an interruption, and take the same step on many processes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,13 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archs import CONFIGS
+from archs import CONFIGS, SIZES
 from conftest import tiny_model
 from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    EsmConfig,
+    LongformerConfig,
+    OPTConfig,
+    XLMRobertaConfig,
+)
 
 import loralab
 from loralab import UserError, models
-from loralab.data.batches import epoch_batches, sorted_batches
+from loralab.data.batches import epoch_batches, longest, sorted_batches
 from loralab.disk import read_header
 from loralab.recipe import NAMED
 from loralab.run import Settings, train
@@ -124,8 +133,8 @@ def test_parts_of_a_batch_take_the_step_of_the_whole(tiny, own, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-4)
 
 
-def test_the_loss_told_is_the_mean_over_the_rows(tiny, own, tmp_path):
-    """At a rate of nothing the loss of an epoch is that of the model as it began."""
+def test_the_loss_reported_is_the_mean_over_the_rows(tiny, own, tmp_path):
+    """At a vanishing learning rate the loss of an epoch is that of the model as it began."""
     given = {"lr": 1e-30, "epochs": 1, "dtype": "float32", "weight_decay": 0.0}
     run = prepare(settings(calm(tiny, tmp_path), own, tmp_path / "x", **given))
     losses = []
@@ -279,6 +288,37 @@ def test_a_folder_of_another_run_is_left_alone(tiny, own, tmp_path):
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
         train(settings(tiny, own, tmp_path / "mine"))
+
+
+HEADS = {"num_hidden_layers": 1, "num_attention_heads": 3}
+OFFSETS = {  # tables of positions that begin after a padding row, or with an offset, and some that do not
+    **{kind: config for kind, config in CONFIGS.items() if kind != "llama"},  # rotary positions have no end
+    "xlm-roberta": XLMRobertaConfig(**SIZES, pad_token_id=1),
+    "longformer": LongformerConfig(**SIZES, pad_token_id=1, attention_window=8),
+    "esm": EsmConfig(**SIZES, pad_token_id=1, mask_token_id=4, position_embedding_type="absolute"),
+    "opt": OPTConfig(vocab_size=101, hidden_size=24, word_embed_proj_dim=24, ffn_dim=37, pad_token_id=1, **HEADS),
+    "bart": BartConfig(
+        vocab_size=101, d_model=24, encoder_ffn_dim=37, decoder_ffn_dim=37, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=3, decoder_attention_heads=3, pad_token_id=1, eos_token_id=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OFFSETS)
+def test_a_model_takes_its_longest_row_and_no_longer_one(kind):
+    config = copy.deepcopy(OFFSETS[kind])
+    config.max_position_embeddings = 40
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+
+    def take(tokens):
+        ids = torch.randint(5, 100, (2, tokens))
+        ids[:, -1] = 2  # the end of a text, where a model looks for it
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    assert take(longest(model)).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        take(longest(model) + 1)
 
 
 def test_long_rows_are_cut_and_counted(tiny, own, tmp_path):

@@ -27,8 +27,12 @@ def listen(steps: "StepHooks") -> None:
     """
     LISTENING.add(steps)
     if not REGISTERED:
-        REGISTERED.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _call(StepHooks.before_step, optimizer)))
-        REGISTERED.append(register_optimizer_step_post_hook(lambda optimizer, *_: _call(StepHooks.after_step, optimizer)))
+        REGISTERED.append(
+            register_optimizer_step_pre_hook(lambda optimizer, *_: _call(StepHooks.before_step, optimizer))
+        )
+        REGISTERED.append(
+            register_optimizer_step_post_hook(lambda optimizer, *_: _call(StepHooks.after_step, optimizer))
+        )
 
 
 def _call(method: Callable[["StepHooks", torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:

@@ -39,7 +39,9 @@ def problems(policy: str | None, factors: Factors | None, gain: bool, start: str
     wanted = POLICIES[policy]
     wrong = [f"policy={policy!r} with {reason}" for reason in fixed_ranks(factors, gain, start)] if wanted.moves else []
     if wanted.stored and store is None:
-        wrong.append(f"policy={policy!r} with store=None: no weight is rounded, so there is no rounding error to measure")
+        wrong.append(
+            f"policy={policy!r} with store=None: no weight is rounded, so there is no rounding error to measure"
+        )
     return wrong
 
 

@@ -6,7 +6,6 @@ parameters of the roles in `Factors.shared` (A and B); a gain m and gates stay e
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loralab.disk import read_json, write_json
 from loralab.errors import UserError
 from loralab.methods.base import Factors
 from loralab.methods.lora import LoRA
@@ -93,15 +93,17 @@ class RankMap:
         """The inverse of `to_json`; a bare number is a rank. Raises UserError for anything else."""
         try:
             rows = {path: LayerRank(p) if isinstance(p, int) else LayerRank(**_tuples(p)) for path, p in data.items()}
+            return cls(rows)
+        except UserError:
+            raise
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"rank map: {error}; expected layer -> rank, or -> rank, share, gates, alpha") from error
-        return cls(rows)
 
     def save(self, file: Path | str) -> Path:
         """Write the map as JSON. Raises UserError if the file cannot be written."""
         file = Path(file)
         try:
-            file.write_text(json.dumps({"format": FORMAT, "version": 1, "layers": self.to_json()}, indent=1) + "\n")
+            write_json(file, {"format": FORMAT, "version": 1, "layers": self.to_json()})
         except OSError as error:
             raise UserError(f"cannot write the rank map to {file}: {error.strerror or error}") from error
         return file
@@ -110,10 +112,10 @@ class RankMap:
     def load(cls, file: Path | str) -> "RankMap":
         """Read a map that `save` wrote. Raises UserError for any other file."""
         try:
-            data = json.loads(Path(file).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"rank map {file} cannot be read: {error}") from error
-        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, 1):
+            data = read_json(Path(file))
+        except UserError as error:
+            raise UserError(f"rank map {error}") from error
+        if (data.get("format"), data.get("version")) != (FORMAT, 1):
             raise UserError(f"rank map {file}: expected a file of format {FORMAT!r}, version 1")
         return cls.from_json(data.get("layers", {}))
 

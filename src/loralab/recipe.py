@@ -1,5 +1,4 @@
-"""Recipes: a recipe is one value on each axis (factors, start, gain, store, ...). Published methods are rows of NAMED.
-"""
+"""Recipes: a recipe is one value on each axis (factors, start, gain, store, ...). Published methods are rows of NAMED."""
 
 import dataclasses
 import math
@@ -30,6 +29,7 @@ from loralab.update import Dense, Update
 
 OLD_FIELDS = {"plan": "policy"}  # old name of a field in files of 0.1.0 -> its name now
 BASE_ROLES = ("bias", "all")  # roles of the base that can learn in place: every bias, or every tensor
+SMALL = 8  # side and largest rank of the layer on which a recipe is tried
 WITHOUT_LAYERS = ("train", "lr")  # the settings of a recipe that adapts no layer
 
 
@@ -238,7 +238,9 @@ def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
         if unknown := sorted(set(r.learn) - set(known)):
             wrong.append(f"train={r.train} with {name}: its roles are {', '.join(known)}, not {', '.join(unknown)}")
         elif r.train is not None and not _moves(factors, r):
-            wrong.append(f"train={r.train} with {name}: what is frozen is zero at the start, so none of these ever moves")
+            wrong.append(
+                f"train={r.train} with {name}: what is frozen is zero at the start, so none of these ever moves"
+            )
     if r.lr_ratio != 1 and "B" not in r.learn:
         learned = ", ".join(r.learn) or "none"
         wrong.append(f"lr_ratio={r.lr_ratio} with {name}: no role B learns (those that do: {learned}); leave it at 1")
@@ -252,7 +254,9 @@ def _moves(factors: Factors, r: Recipe) -> bool:
     """
     if "m" in r.learn or r.start not in starts.STARTS or not starts.STARTS[r.start].zero or not factors.low_rank:
         return True
-    n = max(getattr(factors, "rank", 1), 8)
+    if hasattr(factors, "rank"):
+        factors = replace(factors, rank=min(factors.rank, SMALL))  # type: ignore[call-arg]  # the answer is the same
+    n = SMALL
     # also where gradients are off (loading) or tensors have no values (an estimate of memory)
     with torch.enable_grad(), _disable_current_modes():
         p = factors.init(n, n, Generator().manual_seed(0))

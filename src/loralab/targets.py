@@ -141,6 +141,9 @@ def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Co
                 raise UserError(f"targets match {path}, but {problem}")
         matched[pattern] = meant
     if nothing := [pattern for pattern, paths in matched.items() if not paths]:
+        test = _patterns(model, targets)[nothing[0]]
+        if in_head := [path for path, _ in model.named_modules() if test.fullmatch(path) and under(path, outside)]:
+            raise UserError(f"targets: {in_head[0]} is in the head, which is not adapted: head=True trains it")
         near = hint(nothing[0], [*PRESETS, ALL, *exact], cutoff=0.75)
         raise UserError(
             f"targets {', '.join(map(repr, nothing))} match no linear layer{near}; presets: "

@@ -172,7 +172,10 @@ def parsed() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default=".", help="folder of gpu.json and gpu.md")
-    parser.add_argument("--seconds", type=float, default=420.0, help="no case begins later")
+    last = float("inf") if TOY else 420.0
+    parser.add_argument(
+        "--seconds", type=float, default=last, help="no case begins later; 420, and without end for a toy"
+    )
     parser.add_argument("--parts", default="123", help="1 is it right, 2 is it fast, 3 how many at once")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, last; it takes a minute a model")
     parser.add_argument("--toy", action="store_true", help="every line, at the sizes that a CPU gets")

@@ -5,6 +5,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,11 +73,16 @@ def fresh(shape: str, dtype: torch.dtype = FLOAT, device: torch.device = DEVICE)
 
 def build(kind: str, dtype: torch.dtype = FLOAT) -> Any:
     """A small classifier on the CPU, without dropout; its weights are numbers of bfloat16, in whichever dtype."""
+    return copy.deepcopy(_built(kind)).to(dtype)
+
+
+@cache
+def _built(kind: str) -> Any:
     model = fresh(kind, device=torch.device("cpu"))
     for key, p in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(p, std=0.3)
-    return model.bfloat16().to(dtype).eval()
+    return model.bfloat16().eval()
 
 
 def adapted(

@@ -87,8 +87,8 @@ class TrainingOnly(Loop):
     """The loop of a run without the evaluation after an epoch."""
 
     def _end_epochs(self, ended: Sequence[RunState]) -> None:
-        for member in ended:
-            member.progress.epoch += 1
+        for state in ended:
+            state.progress.epoch += 1
 
 
 def loralab_epoch(case: EpochCase) -> Timed:

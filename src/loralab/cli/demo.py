@@ -43,7 +43,7 @@ def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0,
     rows = f"{protocol['train']} rows to train on, {protocol['held_out']} held out"
     title = f"minimal-pairs ({rows}), {results[0]['model']}, {GIVEN['epochs']} epochs, seed {seed}"
     table(title, COLUMNS, [row(result) for result in results])
-    print("Matthews: on the validation split, at the epoch that was chosen on the held-out rows")
+    print("Matthews: on the validation split, at the epoch chosen on the held-out rows")
     print(f"run folders: {', '.join(str(run.folder) for run in runs)}")
     print(f"report: {page or NO_REPORT}")
 

@@ -9,7 +9,7 @@ from loralab import analysis
 from loralab.adapters import read
 from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
-from loralab.cli.layers import show_layers
+from loralab.cli.plan import show_layers
 from loralab.cli.show import Json, as_json, folder_size, number, pairs, table
 from loralab.disk import read_json, size_text
 from loralab.errors import UserError

@@ -43,7 +43,9 @@ def _one(name: str, json: bool) -> None:
     pairs(name, {"y =": equation, "learns": roles, **counted})
     rows = [(o.name, options.text(o.default), o.expects, o.meaning) for o in settings]
     table("Settings", ("name", "default", "expects", "meaning"), rows, texts=4)
-    print(f"loralab train --method {name} --set NAME=VALUE, loralab.attach(model, {name!r}, NAME=VALUE), or a study's TOML")
+    print(
+        f"loralab train --method {name} --set NAME=VALUE, loralab.attach(model, {name!r}, NAME=VALUE), or a study's TOML"
+    )
 
 
 def _cells(name: str) -> tuple[str, str, str, str, str]:

@@ -1,17 +1,17 @@
-"""`loralab plan`: what a training step needs in memory, without loading weights, and what would make it need less."""
+"""`loralab plan`: the memory of a training step, estimated without loading weights, and how to need less."""
 
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from loralab.cli.layers import show_layers
 from loralab.cli.show import Json, as_bytes, as_json, pairs, table
 from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run.estimate import Estimate, EstimateSettings, estimate, largest_batch
+from loralab.run.memory import PURPOSES, Layers
 
-CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> how the setup does; the cheapest for quality first
+CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> settings; what costs least quality comes first
     "--dtype bfloat16": {"dtype": "bfloat16"},
     "--store int8": {"store": "int8"},
     "--store nf4-dq": {"store": "nf4-dq"},
@@ -20,7 +20,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> how the setu
     "--targets attention-qv": {"targets": "attention-qv"},
     "checkpointing, in a Trainer": {"checkpointing": True},
 }
-WORTH = 0.99  # a change is told where it needs less than this part
+WORTH = 0.99  # a change is listed if its peak is below this share
 
 
 def plan(
@@ -29,14 +29,14 @@ def plan(
     memory: str | None = None,
     json: Json = False,
 ) -> None:
-    """What a training step needs in memory, layer by layer, without loading weights; and what would make it need less.
+    """Estimate the memory of a training step, layer by layer, without loading weights; list what would reduce it.
 
-    How right it is: docs/memory.md.
+    docs/memory.md compares estimates with measurements.
 
     Parameters
     ----------
     memory: str
-        What there is, as 24GB or 512MiB: tells whether the step fits, and the largest batch that does.
+        Memory of the machine, as 24GB or 512MiB: says whether the step fits, and the largest batch that does.
     """
     room = as_bytes(memory)
     found = estimate(settings)
@@ -48,19 +48,19 @@ def plan(
     show_layers(
         f"{settings.model}, {settings.method}, {settings.batch_size} rows of {settings.max_length} tokens", found.layers
     )
-    pairs("\nmost at once, beside what the imports take", _told(found))
+    pairs("\npeak memory, imports excluded", _summary(found))
     rows = [(name, size_text(other.peak), f"{other.peak / found.peak - 1:+.0%}") for name, other in changes.items()]
-    table("\nwhat would change it", ("change", "peak", ""), rows)
+    table("\nwhat would reduce it", ("change", "peak", ""), rows)
     if room is not None and most is not None:
         print(f"\n{_verdict(found, room, most, changes)}")
 
 
-def _told(p: Estimate) -> dict[str, str]:
+def _summary(e: Estimate) -> dict[str, str]:
     return {
-        "while loading": size_text(p.loading),
-        "in a step": f"{size_text(p.training)} resident, {size_text(p.tensors)} of it tensors, temporaries among them",
-        "peak": size_text(p.peak),
-        "products of a step": f"{p.products / 1e9:,.3g} billion operations",
+        "while loading": size_text(e.loading),
+        "in a step": f"{size_text(e.training)} resident, {size_text(e.tensors)} of it tensors, temporaries included",
+        "peak": size_text(e.peak),
+        "products of a step": f"{e.products / 1e9:,.3g} billion operations",
     }
 
 
@@ -71,19 +71,19 @@ def _data(found: Estimate, room: int | None, most: int | None, changes: dict[str
     return {"settings": asdict(found.settings), **_numbers(found), **parts, "changes": changed}
 
 
-def _numbers(p: Estimate) -> dict[str, int]:
-    return {"loading": p.loading, "tensors": p.tensors, "training": p.training, "peak": p.peak, "products": p.products}
+def _numbers(e: Estimate) -> dict[str, int]:
+    return {"loading": e.loading, "tensors": e.tensors, "training": e.training, "peak": e.peak, "products": e.products}
 
 
 def _changes(found: Estimate) -> dict[str, Estimate]:
-    """Setups that need less, where they make sense; half the batch with --accumulate 2 has the same gradient."""
+    """Return the estimates of changes that need less. Half the batch with --accumulate 2 has the same gradient."""
     s, out = found.settings, {}
     smaller = {} if s.batch_size == 1 else {"--accumulate 2": {"batch_size": -(-s.batch_size // 2)}}
     shorter = {} if s.max_length < 2 else {f"--max-length {s.max_length // 2}": {"max_length": s.max_length // 2}}
     for name, change in {**smaller, **CHANGES, **shorter}.items():
         try:
             other = estimate(replace(s, **change))
-        except UserError:  # of a method or model that cannot have it
+        except UserError:  # method or model do not allow this change
             continue
         if other.peak < WORTH * found.peak:
             out[name] = other
@@ -103,3 +103,23 @@ def _verdict(found: Estimate, room: int, most: int, changes: dict[str, Estimate]
     least = min((other.peak for other in changes.values()), default=found.peak)
     best = f"No single change does, nor a batch of 1; the best needs {size_text(least)}"
     return f"{short} {best}. Try several at once, or a smaller model."
+
+
+# ---- the table of memory by layer, which `loralab inspect` prints too ------------------------------------------------
+
+
+def show_layers(title: str, layers: Layers) -> None:
+    """Print bytes by layer and purpose; neighbours with equal sizes share a row."""
+    rows: list[tuple[list[str], dict[str, int]]] = []
+    for name, sizes in layers.items():
+        if rows and rows[-1][1] == sizes and name.rpartition(".")[2].isdecimal():
+            rows[-1][0].append(name)
+        else:
+            rows.append(([name], sizes))
+    shown = [(_joined(names), *(size_text(sizes[purpose]) for purpose in PURPOSES)) for names, sizes in rows]
+    total = ("all layers", *(size_text(sum(layer[purpose] for layer in layers.values())) for purpose in PURPOSES))
+    table(title, ("layer", "weights", *PURPOSES[1:]), [*shown, total])
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}, each"

@@ -32,6 +32,7 @@ def train(
 
 
 def summary(result: dict[str, Any]) -> dict[str, str]:
+    """Return what is printed of a result: name and text of each line."""
     metric, counts, time, protocol = result["metric"], result["counts"], result["time"], result["protocol"]
     others = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if name != metric["name"])
     chosen = f"epoch {result['selected_epoch']}, by {protocol['selection']}" + " (optimistic)" * protocol["optimistic"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralab.data import Split
 from loralab.errors import UserError
@@ -44,15 +44,18 @@ def longest(model: Any) -> int | None:
     The model's own table of positions decides. Where it has a padding row or an offset, the first token has the
     position after it, so the model takes fewer tokens than its table has rows.
     """
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    if limit is None:
+    config_limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if config_limit is None:
         return None
+    limit = config_limit
     words = model.get_input_embeddings()
     for module in model.modules():
-        rows = getattr(module, "num_embeddings", 0)
-        if isinstance(module, nn.Embedding) and module is not words and limit <= rows <= limit + SPARE:
+        weight = module._parameters.get("weight")  # (rows, values) of an embedding, whatever its class
+        if weight is None or weight.ndim != 2 or module is words or not hasattr(module, "padding_idx"):
+            continue
+        if len(weight) - SPARE <= config_limit <= len(weight):
             first = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
-            return rows - first
+            limit = min(limit, len(weight) - first)
     return limit
 
 

@@ -80,13 +80,16 @@ class AdaLoRA(LoRA):
             wrong.append(f"beta1={self.beta1!r}, beta2={self.beta2!r}: expected both between 0 and 1")
         if not wrong and self.total_steps is not None and self.phases[0] >= self.phases[1]:
             settings = f"tinit={self.tinit}, tfinal={self.tfinal}, total_steps={self.total_steps}"
-            wrong.append(f"{settings}: the budget falls from step {self.phases[0]} to {self.phases[1]}, which is no step")
+            wrong.append(
+                f"{settings}: the budget falls from step {self.phases[0]} to {self.phases[1]}, which is no step"
+            )
         return wrong
 
     def for_steps(self, total_steps: int) -> "AdaLoRA":
         made = self if self.total_steps is not None else replace(self, total_steps=total_steps)
         if wrong := made.problems():
             raise UserError("; ".join(wrong))
+        made.draw()
         first = next(iter(made.choices), made.phases[1])
         if first > total_steps:
             raise UserError(
@@ -129,8 +132,13 @@ class AdaLoRA(LoRA):
         names = [f"{role}.{statistic}" for role in self.roles for statistic in ("mean", "spread")]
         return {**{name: torch.zeros_like(p[name.partition(".")[0]]) for name in names}, "kept": kept}
 
-    def draw(self, generator: Generator) -> None:
-        _ = self.phases  # raises UserError if the length of training is unknown
+    def draw(self, generator: Generator | None = None) -> None:
+        """Draw nothing. Raises UserError if the length of training is unknown, or too short to choose gates."""
+        if self.phases[1] < 2:
+            raise UserError(
+                f"adalora with total_steps={self.total_steps} would settle the ranks after step {self.phases[1]}, before "
+                "it has seen which matter: train 3 steps or more"
+            )
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
         """Add the penalty's gradient: that of |P P^T - I| is 2 (P P^T - I) P / |P P^T - I|."""

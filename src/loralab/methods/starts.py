@@ -15,7 +15,7 @@ original model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -172,9 +172,9 @@ def problems(start: str, factors: Factors | None, store: str | None, shared: boo
 
 
 def _own_B(factors: Any) -> Tensor:
-    """B (n, n) as the method itself starts it, on a layer of n x n."""
-    n = factors.rank
-    B: Tensor = factors.init(n, n, Generator())["B"]
+    """B (n, n) as the method itself starts it, on a small layer of n x n: it is zero there or at no size."""
+    n = min(factors.rank, 8)
+    B: Tensor = replace(factors, rank=n).init(n, n, Generator())["B"]
     return B
 
 

@@ -38,7 +38,9 @@ def error_spectrum(layer: Any, store: str) -> Tensor:
 def allocate(spectra: Mapping[str, Tensor], budget: int, least: int = 0) -> RankMap:
     """The map that gives each layer one rank for each of its values among the `budget` largest of all layers."""
     if not any(values.any() for values in spectra.values()):
-        raise UserError("the store keeps every bit of these layers, so there is no rounding error to measure: use another store")
+        raise UserError(
+            "the store keeps every bit of these layers, so there is no rounding error to measure: use another store"
+        )
     room = sum(len(values) for values in spectra.values())
     if not least * len(spectra) <= budget <= room:
         raise UserError(f"a budget of {budget} ranks: {len(spectra)} layers take {least * len(spectra)} to {room}")

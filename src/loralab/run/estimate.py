@@ -99,17 +99,17 @@ def _estimate(settings: EstimateSettings, recipe: Recipe) -> Estimate:
         step = BlankStep(model, settings, recipe)
         for _, t in held(model):
             meter.count(t)  # shared constants, which exist already
-        kept = meter.restart()
+        stored = meter.restart()
         for _ in range(WARM):  # the first step makes the optimizer's state, the second finds the heap as it stays
             step(settings)
-        layers = by_layer(model, held(model), step.learned, step.optimizer, step.kept)
-    loading = loaded + (kept if kept < loaded else 0) + NO_TENSORS
+        layers = by_layer(model, held(model), step.learned, step.optimizer, step.activations)
+    loading = loaded + (stored if stored < loaded else 0) + NO_TENSORS
     return Estimate(settings, loading, meter.most, _resident(meter, step.heap_kept), meter.products // WARM, layers)
 
 
-def _resident(meter: "Meter", kept: bool) -> int:
+def _resident(meter: "Meter", heap_kept: bool) -> int:
     """Return the peak of resident memory for the tensors that a meter saw (on a GPU, not measured, of the tensors)."""
-    resident = None if torch.cuda.is_available() else heap.resident(meter.events, kept)
+    resident = None if torch.cuda.is_available() else heap.resident(meter.events, heap_kept)
     return (meter.most if resident is None else resident) + NO_TENSORS
 
 
@@ -152,7 +152,7 @@ class BlankStep:
             _checkpoint(model, settings.model)
         self.steps = handle.steps
         self.model = model.train()
-        self.kept: dict[str, int] = {}
+        self.activations: dict[str, int] = {}  # by layer
         self.optimizer = adamw(handle.parameter_groups(lr=1e-3), fused=True)
         self.learned = [p for p in model.parameters() if p.requires_grad]
 
@@ -163,7 +163,7 @@ class BlankStep:
         mask[0, -1] = 0  # some padding, as in a run
         for name in self.steps.generators:  # draw nothing: of many ranks the largest needs most
             self.steps.drawn[name] = max(self.steps.factors(name).ranks, default=None)
-        with saved_by_layer(self.model) as self.kept:
+        with saved_by_layer(self.model) as self.activations:
             loss = forward_loss(self.model, {"input_ids": ids, "attention_mask": mask}, labels, self.autocast)
         loss.backward()
         apply_gradients(self.optimizer, self.learned, clip=1.0)

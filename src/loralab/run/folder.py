@@ -52,8 +52,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self.lock = FileLock(self.path, is_singleton=False)
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        self.owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since, "id": id(self)})
+        self.file: tuple[int, int] | None = None  # device and inode, which nothing else can have while we hold it
 
     def acquire(self) -> None:
         """Take the lock. Raises RunInterrupted if another process has it, OSError if the file cannot be written."""
@@ -62,7 +61,10 @@ class FolderLock:
         except Timeout:
             raise RunInterrupted(f"{self.path.parent} is being written by {self._other()}") from None
         try:
-            self.path.write_text(self.owner)
+            self.file = self._file()
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            self.path.write_text(json.dumps(owner))
         except OSError:
             self.release()
             raise
@@ -70,9 +72,13 @@ class FolderLock:
     def held(self) -> bool:
         """Whether the folder still has our lock file: it may have been removed, and made anew by another process."""
         try:
-            return self.path.read_text() == self.owner
+            return self._file() == self.file
         except OSError:
             return False
+
+    def _file(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_dev, found.st_ino
 
     def release(self) -> None:
         """Remove the lock file and give the lock back."""

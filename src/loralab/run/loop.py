@@ -262,14 +262,14 @@ class Loop:
         first = states[0].progress
         tokens = len(taken[0]) * width(states[0].run.train, taken[0]) if first.step == 0 else 0
         counting = tokens > first.counted
-        with saved_by_layer(self.adapters.model, on=counting) as kept:
+        with saved_by_layer(self.adapters.model, on=counting) as saved:
             logits = self._forward(states, [(s.run.train, rows) for s, rows in zip(states, taken, strict=True)])
             losses = [
                 row_losses(out[:, : s.run.task.num_outputs], s.run.train.labels[rows].to(out.device)).sum()
                 for out, s, rows in zip(logits, states, taken, strict=True)
             ]
         if counting:
-            first.activations, first.counted = kept, tokens
+            first.activations, first.counted = saved, tokens
         return torch.stack(
             [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
         )

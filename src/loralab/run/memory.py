@@ -56,28 +56,28 @@ def held(model: nn.Module) -> list[tuple[str, Tensor]]:
 def of_adapter(model: nn.Module, name: str, without: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
     """Return (path, tensor) of what a model holds for one adapter, `without` the tensors that other adapters learn."""
     others = {id(t) for t in without}
-    kept = [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, {name})]
-    return [(path, t) for path, t in kept if id(t) not in others]
+    everything = [*model.named_parameters(), *model.named_buffers(), *_of_methods(model, {name})]
+    return [(path, t) for path, t in everything if id(t) not in others]
 
 
 def _of_methods(model: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield (path, tensor) of constants and of what methods remember from step to step (AdaLoRA's means)."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted):
-            yield from ((path, t) for name, kept in module.constants.items() if name in names for t in kept.values())
+            yield from ((path, t) for name, group in module.constants.items() if name in names for t in group.values())
     handle = getattr(model, HANDLE, None)
     memories = handle.steps.memories if handle else {}
     for name, layers in memories.items():
         if name in names:
-            yield from ((path, t) for path, kept in layers.items() for t in kept.values())
+            yield from ((path, t) for path, memory in layers.items() for t in memory.values())
 
 
 @contextmanager
 def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]]:
     """Collect layer -> bytes that autograd keeps for the backward pass, without what the model holds."""
-    kept: dict[str, int] = {}
+    saved: dict[str, int] = {}
     if not on:
-        yield kept
+        yield saved
         return
     counted = {_key(t) for _, t in held(model)}
     within: list[str] = [REST]
@@ -85,7 +85,7 @@ def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]
     def pack(t: Tensor) -> Tensor:
         if _key(t) not in counted:
             counted.add(_key(t))
-            kept[within[-1]] = kept.get(within[-1], 0) + _size(t)
+            saved[within[-1]] = saved.get(within[-1], 0) + _size(t)
         return t
 
     names = {layer_of(path, model) for path, _ in model.named_parameters()}
@@ -93,7 +93,7 @@ def saved_by_layer(model: nn.Module, on: bool = True) -> Iterator[dict[str, int]
     hooks = [hook for name, module in modules for hook in _stacked(module, name, within)]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            yield kept
+            yield saved
     finally:
         for hook in hooks:
             hook.remove()
@@ -113,12 +113,12 @@ def _stacked(module: nn.Module, name: str, within: list[str]) -> tuple[Any, Any]
 
 def by_layer(
     model: nn.Module,
-    kept: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
     learned: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     activations: Mapping[str, int],
 ) -> Layers:
-    """Return layer -> purpose -> bytes of the (path, tensor) in `kept`; gradients are as large as what learns."""
+    """Return layer -> purpose -> bytes of the (path, tensor) in `tensors`; gradients are as large as what learns."""
     out: Layers = {}
     counted: set[int] = set()
     learns = {id(t) for t in learned}
@@ -131,7 +131,7 @@ def by_layer(
             counted.add(_key(t))
             of(path)[purpose] += _size(t)
 
-    for path, t in kept:
+    for path, t in tensors:
         add(path, "weights", t)
         if id(t) in learns:
             of(path)["gradients"] += t.numel() * t.element_size()
@@ -146,15 +146,6 @@ def by_layer(
 def ledger(layers: Layers) -> dict[str, int]:
     """Return bytes by purpose, summed over all layers."""
     return {purpose: sum(layer[purpose] for layer in layers.values()) for purpose in PURPOSES}
-
-
-def format_bytes(count: float) -> str:
-    """Return 1.2 MB for 1234567."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 class Peak:

@@ -185,7 +185,8 @@ class Pool:
         existing: Adapters | None = getattr(model, HANDLE, None)
         layers_before = 0 if existing is None else len(existing.layers)
         handle = put(model, file, folder, slot)
-        handle.activate(None)
+        if file.recipe.learn_base is None:  # one that trains the base in place stays active on its own model
+            handle.activate(None)
         model.eval()
         if self.fast and (existing is None or len(handle.layers) > layers_before):  # new layers join the fast path
             fast.prepare(model)

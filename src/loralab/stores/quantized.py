@@ -98,11 +98,15 @@ class Stored:
         return 8 * self.bytes / self.values
 
 
-def quantization_report(model: nn.Module) -> dict[str, Stored]:
-    """Path of each layer with a quantized base -> its size and error; empty if nothing is quantized."""
+def quantization_report(model: Any) -> dict[str, Stored]:
+    """Path of each layer with a quantized base -> its size and error; empty if nothing is quantized.
+
+    `model` is a model or the handle of its adapters.
+    """
+    module: nn.Module = model if isinstance(model, nn.Module) else model.model
     return {
         path.removesuffix(".base"): Stored(base.shape.numel(), sum(b.nbytes for b in base.buffers()), base.error)
-        for path, base in model.named_modules()
+        for path, base in module.named_modules()
         if isinstance(base, Quantized)
     }
 
