@@ -1,11 +1,14 @@
 """Targets of every architecture, and what users get wrong."""
 
+import warnings
+
 import pytest
 import torch
 from archs import CONFIGS, build, check_mixed, rows, shake
 from torch import nn
 
 import loralab
+from loralab import adapted
 from loralab.targets import PRESETS, cover
 
 PER_LAYER = {  # layers a preset means in one block: q, k, v and o are four, GPT-2 keeps q, k and v in one
@@ -143,3 +146,14 @@ def test_full_fine_tuning_has_no_base_to_go_back_to():
 def test_presets_need_a_known_model_type():
     with pytest.raises(loralab.UserError, match="no preset for model type"):
         cover(nn.Sequential(nn.Linear(3, 5)), next(iter(PRESETS)))
+
+
+def test_a_newer_transformers_than_the_tested_one_is_told_once(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "99.1.0")
+    adapted._check_transformers.cache_clear()
+    with pytest.warns(UserWarning, match=r"transformers 99.1.0 is newer than"):
+        loralab.attach(build("bert"), rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loralab.attach(build("bert"), rank=2)
+    adapted._check_transformers.cache_clear()

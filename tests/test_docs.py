@@ -54,7 +54,12 @@ def test_what_the_readme_says_of_places_is_there():
 def test_the_readme_names_every_family_of_methods():
     """The table itself is docs/methods.md, which a command writes."""
     text = README.partition("## Methods")[2].partition("\n## ")[0].lower()
-    plain = {name.removeprefix("frozen-").removesuffix("-precond") for name in NAMED} - {"superlora", "qdora", "full", "head"}
+    plain = {name.removeprefix("frozen-").removesuffix("-precond") for name in NAMED} - {
+        "superlora",
+        "qdora",
+        "full",
+        "head",
+    }
     assert [name for name in plain if name not in text] == []
 
 

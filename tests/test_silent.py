@@ -295,7 +295,16 @@ def test_a_detached_handle_refuses_everything(call, tmp_path):
 
 def test_every_public_method_of_a_handle_is_tried_after_detach():
     public = {n for n in dir(loralab.Adapters) if not n.startswith("_") and callable(getattr(loralab.Adapters, n))}
-    internal = {"only", "check_attached", "parameter_names", "before_forward", "constants", "connect", "unwrap", "caching"}
+    internal = {
+        "only",
+        "check_attached",
+        "parameter_names",
+        "before_forward",
+        "constants",
+        "connect",
+        "unwrap",
+        "caching",
+    }
     assert public - internal == {name.split()[0] for name in HANDLE_CALLS}
 
 
@@ -374,7 +383,10 @@ def test_a_thread_begins_with_the_default_and_a_copied_context_with_what_is_in_u
 
     with adapters.use("a3"):
         context = contextvars.copy_context()
-        threads = [threading.Thread(target=ask, args=("thread",)), threading.Thread(target=context.run, args=(ask, "in"))]
+        threads = [
+            threading.Thread(target=ask, args=("thread",)),
+            threading.Thread(target=context.run, args=(ask, "in")),
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -487,6 +499,41 @@ def test_a_replica_of_data_parallel_does_not_ignore_use():
         in_thread()
     assert said[0] == "ok"
     assert "DataParallel runs the model in threads" in said[1]
+
+
+def test_a_compiled_model_follows_use_in_one_thread_and_refuses_others():
+    model, adapters = adapted()
+    adapters.add("b", "dora", rank=2, head=True)
+    shake(adapters, "b", seed=5)
+    right, called = {}, torch.compile(model, backend="eager")
+
+    def use(name):
+        return adapters.use(["a", "b"], ids=[0, 1, 0, 1, 1]) if name == "mixed" else adapters.use(name)
+
+    for name in ("a", "b", None, "mixed"):
+        with use(name):
+            right[name] = logits(model)
+    for name in ("a", "b", "a", None, "mixed", "b"):
+        with use(name):
+            torch.testing.assert_close(logits(called), right[name], rtol=0, atol=1e-6)
+    adapters.activate("b")
+    torch.testing.assert_close(logits(called), right["b"], rtol=0, atol=1e-6)
+    said = []
+
+    def other():
+        for act in (lambda: adapters.use("a").__enter__(), lambda: logits(called)):
+            try:
+                act()
+                said.append("ok")
+            except loralab.UserError as error:
+                said.append(str(error))
+
+    with adapters.use("a"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(logits(model), right["a"], rtol=0, atol=1e-6)
+    assert all("in several threads" in text for text in said), said
 
 
 # ---- casts -----------------------------------------------------------------------------------------------------------
@@ -933,6 +980,7 @@ def test_the_longest_row_of_every_family_is_what_the_model_takes(family):
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 37}
     more = {"xmod": {"languages": ["en"], "default_language": "en"}, "longformer": {"attention_window": 4},
             "esm": {"mask_token_id": 4, "position_embedding_type": "absolute"}, "mobilebert": {"embedding_size": 24, "intra_bottleneck_size": 24},
+
             "big_bird": {"attention_type": "original_full"}, "convbert": {"head_ratio": 1},
             "gpt2": {}, "roc_bert": {"enable_pronunciation": False, "enable_shape": False}}  # fmt: skip
     config = AutoConfig.for_model(

@@ -2,7 +2,8 @@
 
 What `use` sets is a context variable, so threads and asyncio tasks never see each other's adapters. Activation
 checkpointing recomputes a part of the forward pass during the backward pass, perhaps in another thread or after the
-`use` block; `follow_checkpoints` makes it run in the context of the forward pass.
+`use` block; `follow_checkpoints` makes it run in the context of the forward pass. torch.compile cannot read context
+variables, so a compiled model reads what was set last, and `use` serves one thread only.
 """
 
 import threading
@@ -19,6 +20,11 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from loralab.errors import UserError
+
+COMPILED = (
+    "a model that is compiled by torch.compile cannot use different adapters in several threads: call the model "
+    "uncompiled there, or give each thread a copy"
+)
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,13 @@ class Active:
         self._drawn: ContextVar[dict[str, Any] | None] = ContextVar("loralab_drawn", default=None)
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()  # adapter -> how many `use` blocks name it, in all threads and tasks
+        self._last, self._last_drawn = self.default, dict[str, Any]()  # what was set last, for compiled models
+        self._compiled_in: set[int] = set()  # threads that ran the model compiled
 
     @property
     def state(self) -> InUse:
         """What is in use in this thread or task."""
-        return self._here.get() or self.default
+        return self._last if torch.compiler.is_compiling() else self._here.get() or self.default
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,14 +96,16 @@ class Active:
     @property
     def drawn(self) -> dict[str, Any]:
         """Adapter -> what its method drew for the last training forward of this thread or task."""
-        drawn = self._drawn.get()
-        if drawn is None:
-            self._drawn.set(drawn := {})
+        if torch.compiler.is_compiling():
+            return self._last_drawn
+        if (drawn := self._drawn.get()) is None:
+            self.drawn = drawn = {}
         return drawn
 
     @drawn.setter
     def drawn(self, values: dict[str, Any]) -> None:
         self._drawn.set(values)
+        self._last_drawn = values
 
     def check(self, rows: int, replica: bool = False) -> None:
         """Raise UserError if nothing may answer, or if the input has another number of rows than `ids`.
@@ -116,23 +126,36 @@ class Active:
         if state.ids is not None and rows != len(state.ids):
             raise UserError(f"input of {rows} rows, but ids name an adapter for {len(state.ids)} rows")
 
+    def check_compiled(self, compiling: bool) -> None:
+        """Raise UserError if a compiled forward pass would not see what is in use in this thread."""
+        if not compiling:
+            return
+        self._compiled_in.add(threading.get_ident())
+        if (self._here.get() or self.default) is not self._last or (len(self._compiled_in) > 1 and self._open):
+            raise UserError(COMPILED)
+
     def activate(self, name: str | None) -> None:
         """Set the default of every thread and task, and what is in use here until the `use` block ends."""
         self.default = InUse() if name is None else InUse((name,))
         if self._here.get() is not None:
             self._here.set(self.default)
+        self._last = self.state
 
     @contextmanager
     def changed(self, **values: Any) -> Iterator[None]:
         """Change these fields of what is in use inside the block, in this thread or task only."""
+        if self._compiled_in - {threading.get_ident()}:
+            raise UserError(COMPILED)
         state = replace(self.state, removed=None, **values)
         with self._lock:
             self._open.update(state.names)
         token = self._here.set(state)
+        self._last = state
         try:
             yield
         finally:
             self._here.reset(token)
+            self._last = self.state
             with self._lock:
                 self._open.subtract(state.names)
                 self._open += Counter()  # drops what is zero

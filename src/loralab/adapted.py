@@ -4,12 +4,15 @@ This is the state that `Adapters` (adapters.py) works on. Step hooks, rank polic
 lies below all of them.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -22,6 +25,7 @@ from loralab.layer import Adapted, AdaptedHead
 from loralab.recipe import Recipe
 from loralab.targets import Coverage, shape_of
 
+NEWEST = (5, 23)  # of transformers, with which the tests pass; they do with 5.17 too
 HANDLE = "_loralab"  # the attribute of a model that holds its handle
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # the attribute where DistributedDataParallel reads what to leave out
 
@@ -49,6 +53,7 @@ class AdaptedModel:
 
     def __init__(self, model: nn.Module) -> None:
         _check_unwrapped(model)
+        _check_transformers()
         follow_checkpoints()
         self.model = model
         self.active = Active()
@@ -166,10 +171,17 @@ class AdaptedModel:
 
     def before_forward(self, *_: Any) -> None:
         """Check what is in use before a forward pass of the model, and let its labels follow (a hook of the model)."""
+        compiling = torch.compiler.is_compiling()
+        self.active.check_compiled(compiling)  # breaks the graph, so that it runs at each call
+        if compiling:
+            return
         self._follow_labels()
         wrapper = DistributedDataParallel._get_active_ddp_module() if torch.is_grad_enabled() else None
-        if wrapper is None or not self.model.training:
-            return
+        if wrapper is not None and self.model.training:
+            self._check_synchronized(wrapper)
+
+    def _check_synchronized(self, wrapper: DistributedDataParallel) -> None:
+        """Raise UserError if an adapter in use is not one whose gradients the wrapper averages."""
         for name in self.active.names:
             if not wrapper.parameters_to_ignore.isdisjoint(self.parameter_names(name)):
                 raise UserError(
@@ -276,6 +288,19 @@ def _check_unwrapped(model: nn.Module) -> None:
                 f"{path or 'the model'} is wrapped in {type(module).__name__}: attach to the model itself first "
                 f"({path or 'model'}.{inner}), then wrap or compile it"
             )
+
+
+@functools.cache
+def _check_transformers() -> None:
+    """Warn once where transformers is newer than what is tested: its layers may compute something else."""
+    here = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    if here > NEWEST:
+        newest = ".".join(map(str, NEWEST))
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than {newest}, the newest that loralab is tested with: "
+            "compare adapters.merge() with the adapted model once, or install an older one",
+            stacklevel=4,
+        )
 
 
 def base_tensor(model: nn.Module, key: str) -> Tensor:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from loralab.adapters import MERGE_DTYPES, Adapters, load, read
 from loralab.errors import UserError
 from loralab.files import AdapterFile
+from loralab.inputs import evaluating
 from loralab.stores import LINEAR, keep
-from loralab.targets import summary
+from loralab.targets import kind, summary
 from loralab.update import Dense, Update
 
 TOP = 8  # directions to compare by default: the usual rank
@@ -45,7 +46,7 @@ class Directions(NamedTuple):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What one layer's update looks like; the last three need a base."""
+    """The spectrum of one layer's update and numbers made from it; the last three need a base."""
 
     path: str
     shape: tuple[int, int]
@@ -64,7 +65,7 @@ def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Lay
 
     With `model` (a fresh base, which is changed) every method lowers, full fine-tuning too; without one only what
     holds its A and B, and a gain stays unknown. An adapter that changes no weight (head, bitfit) has none.
-    Raises UserError where a base is needed.
+    Raises UserError where a base is needed, and as `loralab.load` does.
     """
     file = read(folder)
     if model is None:
@@ -72,9 +73,9 @@ def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Lay
     before = {p: keep(m).dense().clone() for p, m in model.named_modules() if type(m) in LINEAR}
     handle = load(model, folder)
     name = handle.only(None)
-    entry = handle.spec(name)
-    lowered = {p: Layer(handle.layers[p].lower(name), handle.layers[p].base.dense()) for p in entry.paths}
-    learned = [key.removesuffix(".weight") for key in entry.base_names if key.endswith(".weight")]
+    spec = handle.spec(name)
+    lowered = {p: Layer(handle.layers[p].lower(name), handle.layers[p].base.dense()) for p in spec.paths}
+    learned = [key.removesuffix(".weight") for key in spec.base_names if key.endswith(".weight")]
     in_place = {p: Layer(Dense(_weight(model, p) - before[p]), before[p]) for p in learned if p in before}
     return lowered | in_place
 
@@ -102,7 +103,7 @@ def _from_file(file: AdapterFile, folder: Path | str) -> Iterator[tuple[str, Upd
 
 @torch.no_grad()
 def directions(u: Update | Dense) -> Directions:
-    """The singular value decomposition of an update, in float64."""
+    """The singular value decomposition of an update, in float64, without forming the product of a low-rank one."""
     if isinstance(u, Dense):
         U, s, Vh = torch.linalg.svd(u.D.double(), full_matrices=False)
         return Directions(U, s, Vh.mT)
@@ -113,6 +114,7 @@ def directions(u: Update | Dense) -> Directions:
 
 
 def effective_rank(s: Tensor) -> float:
+    """exp(entropy) of the singular values s (k,) as shares of their sum; 0 for an update of zero."""
     p = s[s > 0] / s.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
@@ -126,7 +128,7 @@ def leading(d: Directions, top: int) -> Directions:
 
 def similarity(X: Tensor, Y: Tensor) -> Tensor:
     """phi (p, q) of the first i columns of X (n, p) and the first j of Y (n, q), both orthonormal."""
-    both = (X.mT @ Y).square().cumsum(0).cumsum(1)  # |X_i^T Y_j|^2
+    both = (X.mT @ Y).square().cumsum(0).cumsum(1)  # (p, q): |X_i^T Y_j|^2
     i, j = torch.arange(1, X.shape[1] + 1), torch.arange(1, Y.shape[1] + 1)
     return both / torch.minimum(i[:, None], j)
 
@@ -141,9 +143,9 @@ def amplification(d: Directions, W: Tensor) -> tuple[float, float]:
 
 def spectra(layers: Mapping[str, Layer], top: int = TOP) -> list[Spectrum]:
     """One `Spectrum` a layer, in the order of the layers."""
-    found = {path: directions(layer.update) for path, layer in layers.items()}
-    whole = sum(float(d.s.square().sum()) for d in found.values()) or 1.0
-    return [_spectrum(path, layers[path], d, whole, top) for path, d in found.items()]
+    by_path = {path: directions(layer.update) for path, layer in layers.items()}
+    whole = sum(float(d.s.square().sum()) for d in by_path.values()) or 1.0
+    return [_spectrum(path, layers[path], d, whole, top) for path, d in by_path.items()]
 
 
 def _spectrum(path: str, layer: Layer, d: Directions, whole: float, top: int) -> Spectrum:
@@ -156,16 +158,19 @@ def _spectrum(path: str, layer: Layer, d: Directions, whole: float, top: int) ->
 
 @dataclass(frozen=True)
 class Overlap:
-    """How the directions of two updates of one layer lie to each other."""
+    """Similarity of the directions of two updates of one layer."""
 
     path: str
-    reads: Tensor  # phi of V and V, (i, j); what the updates read of x
-    writes: Tensor  # phi of U and U; what they write
+    reads: Tensor  # (i, j): phi of V and V, what the updates read of x
+    writes: Tensor  # (i, j): phi of U and U, what they write
     chance: tuple[float, float]  # phi(i, i) of random directions over i: 1 / in, 1 / out
 
 
 def overlaps(one: Mapping[str, Layer], other: Mapping[str, Layer], top: int = TOP) -> list[Overlap]:
-    """One `Overlap` for every layer that both change and neither leaves at zero."""
+    """One `Overlap` for every layer that both change and neither leaves at zero.
+
+    Raises UserError if the two have no layer in common, or belong to different bases.
+    """
     if not (both := [path for path in one if path in other]):
         layers = " and ".join(summary(list(paths)) or "none" for paths in (one, other))
         raise UserError(f"the two adapters change no layer in common: {layers}")
@@ -182,17 +187,12 @@ def overlaps(one: Mapping[str, Layer], other: Mapping[str, Layer], top: int = TO
 
 
 def mean(matrices: list[Tensor]) -> Tensor:
-    """The mean of matrices of unlike sizes, each entry over those that have it."""
+    """The mean of matrices of different sizes, each entry over those that have it."""
     rows, columns = (max(m.shape[side] for m in matrices) for side in (0, 1))
     padded = torch.full((len(matrices), rows, columns), torch.nan, dtype=matrices[0].dtype)
     for page, m in zip(padded, matrices, strict=True):
         page[: m.shape[0], : m.shape[1]] = m
     return padded.nanmean(0)
-
-
-def kind(path: str) -> str:
-    """What a layer is in its block: encoder.layer.3.attention.self.query -> attention.self.query."""
-    return re.split(r"\.\d+\.", path)[-1]
 
 
 def short(path: str) -> str:
@@ -212,10 +212,8 @@ def merge_errors(handle: Adapters, name: str | None, batch: Mapping[str, Tensor]
     quantized again, for comparison.
     """
     name = handle.only(name)
-    training = handle.model.training
-    with handle.use(name):
-        expected = _output(handle.model.eval(), batch)
-    handle.model.train(training)
+    with handle.use(name), evaluating(handle.model):
+        expected = _output(handle.model, batch)
     errors = {}
     for route in MERGE_DTYPES:
         errors[route] = _distance(handle.merge(name, route), batch, expected)

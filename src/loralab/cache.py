@@ -47,6 +47,8 @@ def caching(scope: Scope | None = None) -> Iterator[None]:
 
 def keeps() -> bool:
     """Whether a value computed now from tensors that can learn would be kept."""
+    if torch.compiler.is_compiling():  # it cannot read context variables
+        return False
     scope = _SCOPE.get()
     return scope is not None and not scope.learns and not torch.is_grad_enabled()
 
@@ -72,6 +74,8 @@ class Cache:
 
         `frozen` tensors are those of a base that never learns; what is made of them has no gradient.
         """
+        if torch.compiler.is_compiling():
+            return make()
         scope = _SCOPE.get()
         if scope is None or not (frozen or keeps()):
             return make()

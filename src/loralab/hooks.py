@@ -23,7 +23,7 @@ REGISTERED: list[Any] = []  # the one pair of torch hooks that calls them
 def listen(steps: "StepHooks") -> None:
     """Call `steps` at the steps of all torch optimizers.
 
-    The torch hooks are registered once and stay: torch iterates over them, so none may be removed when a model is freed.
+    torch's hooks are registered once and stay: torch iterates over them, so none may be removed when a model is freed.
     """
     LISTENING.add(steps)
     if not REGISTERED:

@@ -1,6 +1,6 @@
 """The settings of a method by their own names: type, default, meaning, and their values from text or TOML.
 
-A setting is a field of the recipe or of its factors. The list is read from these dataclasses, so there is no second one.
+A setting is a field of the recipe or of its factors. The list is read from these dataclasses; there is no second one.
 """
 
 import ast

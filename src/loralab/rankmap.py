@@ -1,8 +1,8 @@
 """Rank maps: the rank of every layer, and whether it has gates or shares its factors. A policy makes one.
 
 y = W x + b + s B diag(gates) A x with s = alpha / r or alpha / sqrt(r). r is the layer's own rank (as with PEFT's
-rank_pattern), and alpha its own where the map gives one (PEFT's alpha_pattern). The layers of a share hold the very same
-parameters of the roles in `Factors.shared` (A and B); a gain m and gates stay each layer's own.
+rank_pattern), and alpha its own where the map gives one (PEFT's alpha_pattern). The layers of a share hold the very
+same parameters of the roles in `Factors.shared` (A and B); a gain m and gates stay each layer's own.
 """
 
 import dataclasses

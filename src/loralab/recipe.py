@@ -1,4 +1,4 @@
-"""Recipes: a recipe is one value on each axis (factors, start, gain, store, ...). Published methods are rows of NAMED."""
+"""Recipes: a recipe is a value on each axis (factors, start, gain, store, ...). Published methods are rows of NAMED."""
 
 import dataclasses
 import math

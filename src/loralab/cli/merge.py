@@ -43,9 +43,8 @@ def merge(
     probe = _probe(adapters.model, tokenizer)
     errors = merge_errors(adapters, None, probe)
     _write(adapters.merge(dtype=dtype), tokenizer, out)
-    print(
-        f"merged into {out} as {dtype}; largest difference of an output on {len(probe['input_ids'])} probe rows, by dtype:"
-    )
+    rows = len(probe["input_ids"])
+    print(f"merged into {out} as {dtype}; largest difference of an output on {rows} probe rows, by dtype:")
     print(", ".join(f"{route} {error:.1g}" for route, error in errors.items()))
 
 

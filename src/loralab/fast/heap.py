@@ -1,14 +1,14 @@
-"""The heap of this process: freed memory is kept for the next step, and a plan replays what that comes to.
+"""The heap of this process: keep freed memory for the next step, and replay a step to see what malloc takes for it.
 
 A training step makes and frees the same large tensors again and again. By default the GNU C library gives each block
 above 32 MiB back to the system and asks for it anew, page by page, which took a fifth of a step of 8 runs in one pass
 (docs/decisions.md). `keep` makes it hold on to them.
 
-What a process holds for tensors that come and go is more than they take, by the holes that malloc leaves between them.
-The holes follow from the order of sizes and from small blocks in between, which keep a hole from being as large as the
-next tensor wants it with its alignment. So the order is replayed through this machine's own malloc, in a process of its
-own, without touching the memory. The GNU C library says how far its heap grew; with another C library no holes are
-counted. Run as a program, this file reads the orders on stdin: it imports no more than it needs, to start fast.
+A process takes more memory than its tensors have, because malloc leaves holes between them. The holes follow from the
+order of sizes and from small blocks in between, which keep a hole from being as large as the next tensor needs it with
+its alignment. So an estimate replays the order through this machine's own malloc, in a process of its own, without
+touching the memory. The GNU C library says how far its heap grew; with another C library no holes are counted.
+Run as a program, this file reads the orders on stdin; it imports little, to start fast.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-Event = tuple[int, int]  # (which storage, its bytes when it comes or 0 when it goes)
+Event = tuple[int, int]  # (number of a storage, its bytes where it is made or 0 where it is freed)
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # mallopt's numbers for them
 ALIGNMENT = 64  # of PyTorch's tensors on CPU
@@ -27,25 +27,28 @@ SMALL = (104, 208, 56, 72, 320)  # bytes of what PyTorch makes beside a storage:
 
 
 class _Info(ctypes.Structure):
+    """What `mallinfo2` returns."""
+
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def problem() -> str | None:
+    """Why this process cannot keep freed memory; None if it can."""
     return None if hasattr(ctypes.CDLL(None), "mallopt") else "this C library has no mallopt"
 
 
 def keep() -> None:
-    """From now on freed memory stays with this process, whatever its size: the next step finds its pages in place."""
+    """Keep freed memory of any size in this process from now on, so that the next step finds its pages in place."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)  # no block gets pages of its own
     libc.mallopt(TRIM_THRESHOLD, -1)  # the end of the heap is never given back
 
 
 def resident(events: Sequence[Event], kept: bool) -> int | None:
-    """The most bytes that malloc takes from the system, at the worst number of small blocks; None: not known here.
+    """The most bytes that malloc takes from the system, over numbers of small blocks; None where that is not known.
 
-    `kept`: in a process that has called `keep`.
+    `kept` is true for a process that has called `keep`.
     """
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return None
@@ -55,7 +58,7 @@ def resident(events: Sequence[Event], kept: bool) -> int | None:
 
 
 def replayed(events: Sequence[Event], kept: bool, small: Sequence[int]) -> int:
-    """The same in this process, whose heap then is no longer fresh."""
+    """`resident` for one number of small blocks, in this process, whose heap then is no longer fresh."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _Info
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -84,6 +87,7 @@ def replayed(events: Sequence[Event], kept: bool, small: Sequence[int]) -> int:
 
 
 def main() -> None:
+    """Print the bytes for each number of small blocks."""
     events, kept = json.load(sys.stdin)
     for count in range(len(SMALL) + 1):
         child = os.fork()  # each number of small blocks on a fresh heap

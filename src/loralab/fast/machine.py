@@ -1,4 +1,4 @@
-"""What this machine is, and what it computes fast."""
+"""What this machine is, and how fast it multiplies."""
 
 import platform
 import time
@@ -6,35 +6,32 @@ from typing import Any
 
 import torch
 
-UNITS = {
-    "amx": "amx_tile",
-    "avx512_bf16": "avx512_bf16",
-}  # what a CPU may multiply bfloat16 with -> torch's word for it
+UNITS = {"amx": "amx_tile", "avx512_bf16": "avx512_bf16"}  # units of a CPU for bfloat16 -> torch's name
 
 SIZE = 2048  # of the square product that the rate is taken with: large enough that nothing else counts
 TRIES = 3
 
 
 def units() -> dict[str, bool]:
-    """Which of `UNITS` this CPU has."""
+    """Name -> whether this CPU has that unit."""
     return {name: bool(getattr(torch.cpu, f"_is_{word}_supported", bool)()) for name, word in UNITS.items()}
 
 
 def precision(dtype: str) -> torch.dtype:
-    """What products run in for a --dtype: auto is bfloat16 where it is fast here, else float32."""
+    """The dtype of products for a setting: auto is bfloat16 where it is fast here, else float32."""
     fast = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16())
     return torch.bfloat16 if fast else torch.float32
 
 
 def fast_bfloat16() -> bool:
-    """Whether products in bfloat16 run in hardware: AMX or AVX512-BF16 on CPU, tensor cores on CUDA (not measured)."""
+    """Whether products in bfloat16 run in hardware: AMX or AVX512-BF16 on a CPU, tensor cores on CUDA."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(units().values())
 
 
 def hardware() -> dict[str, Any]:
-    """What a run's files say of the machine."""
+    """The machine, as run files record it."""
     cpu = torch.backends.cpu.get_cpu_capability()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads = torch.get_num_threads()
@@ -42,7 +39,7 @@ def hardware() -> dict[str, Any]:
 
 
 def rate(dtype: torch.dtype, size: int = SIZE) -> float:
-    """Operations a second of a large product, the fastest of a few."""
+    """Operations a second of a large matrix product, the fastest of a few."""
     on = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(on, dtype)
     y, out = x.clone(), torch.empty_like(x)

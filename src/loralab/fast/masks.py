@@ -100,7 +100,7 @@ def _drawn_by_torch(like: Tensor, shape: Sequence[int], p: float, seed: int) -> 
 
 
 def _words(seed: int, count: int, like: Tensor) -> Tensor:
-    """(count,) random int16; count is a multiple of 4."""
+    """Random int16 (count,); count is a multiple of 4."""
     if isinstance(like, FakeTensor):
         return torch.empty(count, dtype=torch.int16)
     words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, count // 4, dtype=np.uint64)

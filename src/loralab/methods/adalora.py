@@ -1,11 +1,11 @@
 """AdaLoRA: y = W x + s B diag(E) A x; a layer's rank is what a shrinking budget leaves of it (Zhang et al., 2023).
 
 A (r, in) and B (out, r) start random, the gates E (r,) at zero, so a row of A, a gate and a column of B are a triplet
-like one of an SVD. A penalty on |A A^T - I| and |B^T B - I| keeps the triplets orthogonal. After each step every value p
-with gradient g has a sensitivity |p g|. Its running mean times its running mean deviation is the score of the value. The
-score of a triplet is that of its gate plus the averages over its row and its column. The triplets of all layers with the
-lowest scores, beyond the budget, have their gates set to zero. Formulas and order are those of PEFT and of the authors'
-code.
+like one of an SVD. A penalty on |A A^T - I| and |B^T B - I| keeps the triplets orthogonal. After each step every value
+p with gradient g has a sensitivity |p g|. The score of a value is the running mean of this times the running mean
+deviation. The score of a triplet is that of its gate plus the averages over its row and its column. The triplets of all
+layers with the lowest scores, beyond the budget, have their gates set to zero. Formulas and order are those of PEFT and
+of the authors' code.
 """
 
 import math
@@ -136,8 +136,8 @@ class AdaLoRA(LoRA):
         """Draw nothing. Raises UserError if the length of training is unknown, or too short to choose gates."""
         if self.phases[1] < 2:
             raise UserError(
-                f"adalora with total_steps={self.total_steps} would settle the ranks after step {self.phases[1]}, before "
-                "it has seen which matter: train 3 steps or more"
+                f"adalora with total_steps={self.total_steps} would settle the ranks after step {self.phases[1]}, "
+                "before it has seen which matter: train 3 steps or more"
             )
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:

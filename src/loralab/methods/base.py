@@ -88,7 +88,7 @@ class Factors:
         return {}
 
     def draw(self, generator: Generator) -> Any:
-        """The random choice of an optimizer step, the same for all layers; raises UserError if training cannot begin."""
+        """The random choice of a step, the same for all layers. Raises UserError if training cannot begin."""
         return None
 
     @property
@@ -106,7 +106,7 @@ class Factors:
         return rank
 
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
-        """Run before the optimizer's step, with gradients present. The return value goes to `after_step` as `before`."""
+        """Run before the optimizer's step, with gradients present; the result goes to `after_step` as `before`."""
         return None
 
     def after_step(self, layers: Mapping[str, Roles], drawn: Any, before: Any, step: int) -> None:

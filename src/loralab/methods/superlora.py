@@ -241,7 +241,7 @@ def kronecker_factors(s: SuperLoRA, out_features: int, in_features: int) -> list
 
 @lru_cache(maxsize=1024)
 def balanced(number: int, count: int) -> tuple[int, ...]:
-    """`count` rising whole numbers with that product, each the largest divisor below the root; a prime p is 1, ..., p."""
+    """`count` rising whole numbers with that product, as near each other as it divides; a prime p gives 1 and p."""
     if count == 1:
         return (number,)
     divisor = next(d for d in range(round(number ** (1 / count)) + 1, 0, -1) if number % d == 0 and d**count <= number)

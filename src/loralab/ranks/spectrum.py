@@ -1,8 +1,8 @@
 """error-spectrum: ranks go to the layers with the largest rounding error of a store; this project's own policy.
 
 E = W - kept(W) of every layer. A layer gets one rank for each of its singular values of E among the `rank * layers`
-largest of all layers together. By Eckart and Young no other division of the budget lets low-rank corrections remove more
-of the squared error, the sum of |E|^2. It is not RA-LoRA, of which too little is public.
+largest of all layers together. By Eckart and Young no other division of the budget lets low-rank corrections remove
+more of the squared error, the sum of |E|^2. It is not RA-LoRA, of which too little is public.
 """
 
 from collections.abc import Mapping
@@ -38,9 +38,7 @@ def error_spectrum(layer: Any, store: str) -> Tensor:
 def allocate(spectra: Mapping[str, Tensor], budget: int, least: int = 0) -> RankMap:
     """The map that gives each layer one rank for each of its values among the `budget` largest of all layers."""
     if not any(values.any() for values in spectra.values()):
-        raise UserError(
-            "the store keeps every bit of these layers, so there is no rounding error to measure: use another store"
-        )
+        raise UserError("the store keeps every bit of these layers, so there is no error to measure: use another store")
     room = sum(len(values) for values in spectra.values())
     if not least * len(spectra) <= budget <= room:
         raise UserError(f"a budget of {budget} ranks: {len(spectra)} layers take {least * len(spectra)} to {room}")

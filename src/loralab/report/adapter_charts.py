@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from loralab import analysis
-from loralab.analysis import Overlap, Spectrum, kind, short
+from loralab.analysis import Overlap, Spectrum, short
 from loralab.report.style import INK, SERIES, figure, save, styled
+from loralab.targets import kind
 
 __all__ = ["overlaps", "save", "spectra"]
 

@@ -31,7 +31,8 @@ LINEAR = (nn.Linear, Conv1D)  # the layers that can be adapted; exact types, as 
 def keep(layer: Any, store: str | None = None) -> Any:
     """The base of a linear layer: its weight (out, in) in a store, with its bias.
 
-    `store=None` keeps the weight as it is; the (in, out) of a Conv1D is transposed. Raises UserError for an unknown store.
+    `store=None` keeps the weight as it is; the (in, out) of a Conv1D is transposed. Raises UserError for an unknown
+    store.
     """
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, Conv1D):

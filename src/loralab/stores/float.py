@@ -39,12 +39,13 @@ class Float(nn.Module):
         def make() -> Tensor:
             """Without making anything of the size of W: on the CPU a few rows at a time, elsewhere in one kernel."""
             if W.device.type != "cpu":
-                return torch.linalg.vector_norm(W, dim=1, dtype=dtype).square()  # (out,)
+                norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)  # (out,)
+                return norms.square()
             few = -(-len(W) // PIECES)
             return torch.cat([rows.to(dtype).square().sum(1) for rows in W.split(few)])  # (out,)
 
-        norms: Tensor = self._norms.get((dtype, W.device), [W], make, frozen=True)
-        return norms
+        squares: Tensor = self._norms.get((dtype, W.device), [W], make, frozen=True)
+        return squares
 
     def dense(self) -> Tensor:
         """W (out, in) as kept."""

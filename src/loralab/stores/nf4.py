@@ -1,7 +1,7 @@
 """NF4: blocks of 64 values, each divided by its largest magnitude and rounded to one of 16 quantiles of a normal.
 
-W ~ absmax * code[q] takes 4 + 32/64 = 4.5 bits a value. With double quantization the absmax values, less their mean, are
-kept in 8 bits with one float32 for each 256 of them: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023).
+W ~ absmax * code[q] takes 4 + 32/64 = 4.5 bits a value. With double quantization the absmax values, less their mean,
+are kept in 8 bits with one float32 for each 256 of them: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023).
 Any size fits: the last block is padded with zeros, which do not change its absmax.
 """
 
