@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import loralab
 from loralab.adapted import base_tensor
+from loralab.adapters import of
 from loralab.fast import prepare
+from loralab.layer import Adapted
 from loralab.recipe import NAMED
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
@@ -111,7 +113,7 @@ def anew(model, adapters, method):
         for key, p in fresh.named_parameters():
             p.copy_(base_tensor(model, key))
     loralab.attach(fresh, method, name="a", head=True, targets="attention", **settings(method))
-    state = loralab.adapters.of(fresh).state("a")
+    state = of(fresh).state("a")
     with torch.no_grad():
         for key, t in adapters.state("a").items():
             state[key].copy_(t)
@@ -158,8 +160,8 @@ def test_inside_caching_an_update_is_lowered_once_and_freed_at_the_end(method, f
     adapters.add("b", "lora", rank=2, head=True)
     if fast:
         prepare(model)
-    lowered, lower = [], loralab.layer.Adapted.lower
-    monkeypatch.setattr(loralab.layer.Adapted, "lower", lambda *given: lowered.append(1) or lower(*given))
+    lowered, lower = [], Adapted.lower
+    monkeypatch.setattr(Adapted, "lower", lambda *given: lowered.append(1) or lower(*given))
     right = logits(model)
     assert len(lowered) == (once := len(adapters.layers))
     with adapters.caching():
@@ -942,12 +944,12 @@ def test_constants_follow_a_model_that_moves(method):
     assert len({id(layer._sources["a"][1]) for layer in adapters.layers.values()}) == 1  # once on a device
     del held
     gc.collect()
-    assert gone() is None or gone() is next(iter(loralab.adapters.of(back).layers.values()))._sources["a"][1]
+    assert gone() is None or gone() is next(iter(of(back).layers.values()))._sources["a"][1]
     for layer in adapters.layers.values():
         assert layer(torch.empty(5, layer.in_features, device="meta")).is_meta
     assert torch.equal(logits(back), right)
     back.to("cpu")
-    again = [t for layer in loralab.adapters.of(back).layers.values() for t in layer.constants["a"].values()]
+    again = [t for layer in of(back).layers.values() for t in layer.constants["a"].values()]
     assert len({t.untyped_storage().data_ptr() for t in again}) == len(storages)
 
 
@@ -978,11 +980,15 @@ def test_the_longest_row_of_every_family_is_what_the_model_takes(family):
     from loralab.data.batches import longest
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 37}
-    more = {"xmod": {"languages": ["en"], "default_language": "en"}, "longformer": {"attention_window": 4},
-            "esm": {"mask_token_id": 4, "position_embedding_type": "absolute"}, "mobilebert": {"embedding_size": 24, "intra_bottleneck_size": 24},
-
-            "big_bird": {"attention_type": "original_full"}, "convbert": {"head_ratio": 1},
-            "gpt2": {}, "roc_bert": {"enable_pronunciation": False, "enable_shape": False}}  # fmt: skip
+    more = {
+        "big_bird": {"attention_type": "original_full"},
+        "convbert": {"head_ratio": 1},
+        "esm": {"mask_token_id": 4, "position_embedding_type": "absolute"},
+        "longformer": {"attention_window": 4},
+        "mobilebert": {"embedding_size": 24, "intra_bottleneck_size": 24},
+        "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+        "xmod": {"languages": ["en"], "default_language": "en"},
+    }
     config = AutoConfig.for_model(
         family, vocab_size=101, max_position_embeddings=22, pad_token_id=1, **sizes, **more.get(family, {})
     )

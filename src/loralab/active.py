@@ -126,10 +126,8 @@ class Active:
         if state.ids is not None and rows != len(state.ids):
             raise UserError(f"input of {rows} rows, but ids name an adapter for {len(state.ids)} rows")
 
-    def check_compiled(self, compiling: bool) -> None:
+    def check_compiled(self) -> None:
         """Raise UserError if a compiled forward pass would not see what is in use in this thread."""
-        if not compiling:
-            return
         self._compiled_in.add(threading.get_ident())
         if (self._here.get() or self.default) is not self._last or (len(self._compiled_in) > 1 and self._open):
             raise UserError(COMPILED)

@@ -171,9 +171,8 @@ class AdaptedModel:
 
     def before_forward(self, *_: Any) -> None:
         """Check what is in use before a forward pass of the model, and let its labels follow (a hook of the model)."""
-        compiling = torch.compiler.is_compiling()
-        self.active.check_compiled(compiling)  # breaks the graph, so that it runs at each call
-        if compiling:
+        if torch.compiler.is_compiling():
+            torch._dynamo.disable(self.active.check_compiled)()  # runs at each call, outside of the graph
             return
         self._follow_labels()
         wrapper = DistributedDataParallel._get_active_ddp_module() if torch.is_grad_enabled() else None

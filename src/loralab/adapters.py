@@ -13,6 +13,7 @@ from loralab import files, install, peft_format
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
 from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
+from loralab.fast import Choices, enable
 from loralab.files import AdapterFile, fingerprint
 from loralab.heads import own_copy, under
 from loralab.hooks import StepHooks
@@ -110,8 +111,8 @@ class Adapters(AdaptedModel):
         """Add a fresh adapter beside the others; `use` or `activate` activates it. Arguments as in `attach`.
 
         One that trains the base in place is active at once. `filled=True` leaves out a start that is computed, because
-        a file gives the tensors. The head is a copy of that of `heads_of`, a plain model of this kind, by default of the
-        one that this model had. Raises UserError, with nothing changed, for what cannot be added.
+        a file gives the tensors. The head is a copy of that of `heads_of`, a plain model of this kind, by default of
+        the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
         spec = install.spec_of(self, name, method, settings, targets, head, labels)
@@ -171,6 +172,18 @@ class Adapters(AdaptedModel):
         learned = {key: pair for key, pair in once(self.tensors(name)).items() if pair[1].requires_grad}
         return grouped(learned, grouping, r.lr if lr is None else lr, r.lr_ratio, head_lr, weight_decay)
 
+    def fast(self, dtype: str | torch.dtype = "auto", quiet: bool = False) -> Choices:
+        """Make forward and backward passes fast on this machine; unless `quiet`, print what was chosen and why.
+
+        `dtype` is what products run in: bfloat16, float32, or auto, which is bfloat16 where the machine multiplies it
+        fast. For bfloat16 every frozen tensor is rounded to it once. Call it after `attach`, before training. The
+        result follows later changes of the model. Raises UserError for an unknown dtype.
+        """
+        choices = enable(self.model, dtype)
+        if not quiet:
+            print(choices)
+        return choices
+
     # ---- leaving -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str, name: str | None = None, saved_as: str | None = None) -> Path:
@@ -223,10 +236,10 @@ class Adapters(AdaptedModel):
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
 
-        The update is added in float32 and the sum kept in the dtype of the model, or the whole model in `dtype`: float32,
-        bfloat16 or float16. The head and the labels are the adapter's. A quantized base is dequantized first; a merge into
-        fewer bits is refused, as it rounds the update away (`loralab.analysis.merge_errors` measures it). Weights that
-        were tied to an adapted one are tied no longer.
+        The update is added in float32 and the sum kept in the dtype of the model, or the whole model in `dtype`:
+        float32, bfloat16 or float16. The head and the labels are the adapter's. A quantized base is dequantized first;
+        a merge into fewer bits is refused, as it rounds the update away (`loralab.analysis.merge_errors` measures it).
+        Weights that were tied to an adapted one are tied no longer.
         Raises UserError for another dtype, and for an adapter with values that are not finite.
         """
         name, wanted = self.only(name), None if dtype is None else merge_dtype(dtype)
@@ -278,8 +291,8 @@ class Adapters(AdaptedModel):
         own = {id(t) for each in self.specs for t in self.state(each).values()}
         if others := [key for key, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]:
             warnings.warn(
-                f"{listed(others, 3)} ({len(others)} tensors) of the base can learn but are no part of adapter {name!r}, so "
-                "its file does not hold them: name their modules in head=[...] when attaching",
+                f"{listed(others, 3)} ({len(others)} tensors) of the base can learn but are no part of adapter "
+                f"{name!r}, so its file does not hold them: name their modules in head=[...] when attaching",
                 stacklevel=3,
             )
 

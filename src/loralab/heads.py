@@ -69,7 +69,7 @@ class Labels:
 
 
 def own_copy(head: nn.Module, old: int, new: int, generator: Generator) -> nn.Module:
-    """A copy of a head that learns, in float32 at least; with another number of labels its outputs are freshly drawn."""
+    """A copy of a head that learns, float32 at least; with another number of labels its outputs are freshly drawn."""
     own = copy.deepcopy(head)
     for t in (*own.parameters(), *own.buffers()):
         if t.dtype in NARROW:

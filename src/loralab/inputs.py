@@ -1,7 +1,7 @@
 """What the inputs x of a layer span: the eigenvectors of the sum of x x^T (in, in) over tokens.
 
-They are the right singular vectors of all inputs stacked (n, in), found without keeping the inputs. The eva start begins
-with them (Paischer et al., 2024).
+They are the right singular vectors of all inputs stacked (n, in), found without keeping the inputs. The eva start
+begins with them (Paischer et al., 2024).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,8 @@ def start_directions(
     if start == "loftq" and (stored := [path for path in paths if path in handle.layers]):
         store = handle.layers[stored[0]].store
         raise UserError(
-            f"start='loftq': {stored[0]} is kept {store} already, its own weight is gone; attach loftq before the others"
+            f"start='loftq': {stored[0]} is kept {store} already, its own weight is gone; "
+            "attach loftq before the others"
         )
     if start != "eva":
         return {}

@@ -154,7 +154,8 @@ def add_layers(
         if path not in handle.layers:
             original = handle.model.get_submodule(path)
             W = keep(original).dense()
-            put_back(handle.model)  # a fast piece made before this would not know of the layer
+            if not handle.specs:
+                put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
             layer = Adapted(original, spec.recipe.store, handle.active, path).train(original.training)
             handle.layers[path] = layer
             replace_module(handle.model, original, layer)

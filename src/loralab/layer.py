@@ -217,12 +217,12 @@ class Adapted(nn.Module):
 
     def active_update(self) -> Update | Dense | None:
         """The update in use: None without one, with `ids` one for each row or part (see `by_row`)."""
-        if self.training and torch.is_grad_enabled():
-            self._check_frozen()
         state = self.active.state
         names, ids = state.names, state.ids
         if not any(name in self.recipes for name in names):
             return None
+        if self.training and torch.is_grad_enabled():
+            self._check_frozen()
         drawn = self.active.drawn
         if drawn or not keeps():
             fresh = [self.lower(name, drawn.get(name)) for name in names]

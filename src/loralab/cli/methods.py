@@ -44,7 +44,7 @@ def _one(name: str, json: bool) -> None:
     rows = [(o.name, options.text(o.default), o.expects, o.meaning) for o in settings]
     table("Settings", ("name", "default", "expects", "meaning"), rows, texts=4)
     print(
-        f"loralab train --method {name} --set NAME=VALUE, loralab.attach(model, {name!r}, NAME=VALUE), or a study's TOML"
+        f"loralab train --method {name} --set NAME=VALUE; loralab.attach(model, {name!r}, NAME=VALUE); a study's TOML"
     )
 
 
