@@ -659,6 +659,16 @@ def test_labels_and_loss_are_those_of_the_adapter(count, base, tmp_path):
     assert (model.config.id2label, model.num_labels) == (before.id2label, base)
 
 
+def test_labels_that_a_user_renames_stay():
+    model = labelled(3)
+    adapters = loralab.attach(model, "lora", rank=2, head=True)
+    names = {0: "x", 1: "y", 2: "z"}
+    model.config.id2label = dict(names)
+    model(**rows(), labels=LABELS)
+    assert model.config.id2label == names
+    assert adapters.merge().config.id2label == names
+
+
 def test_labels_without_a_head_of_their_own_are_refused():
     with pytest.raises(loralab.UserError, match="needs a head of its own"):
         loralab.attach(build("bert"), "lora", rank=2, labels=["x", "y"])

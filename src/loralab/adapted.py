@@ -62,6 +62,7 @@ class AdaptedModel:
         self.heads: dict[str, AdaptedHead] = {}
         self.learned = {key: p.requires_grad for key, p in model.named_parameters()}  # before `attach`
         self.labels = Labels.of(model)  # of the plain model
+        self._shown = self.labels.names  # those that the model's config was given last
         self.before: dict[str, Tensor] = {}  # copies of base tensors that learn in place, unless all do
         self.detached = False
         self.synchronized: tuple[str, ...] | None = None  # adapters for DistributedDataParallel; None: the active one
@@ -149,8 +150,13 @@ class AdaptedModel:
     def _follow_labels(self) -> None:
         """Let the model's labels be those of the adapter in use; of several adapters those of the first."""
         spec = self.specs.get(self.active.names[0]) if self.active.names else None
-        names = spec.labels if spec is not None and spec.heads else ()
-        self.labels.set(self.model, names or self.labels.names)
+        self.show_labels(spec.labels if spec is not None and spec.heads else self.labels.names)
+
+    def show_labels(self, names: tuple[str, ...]) -> None:
+        """Give the model's config these labels, unless they are those of before, which somebody may have renamed."""
+        if names and names != self._shown:
+            self.labels.set(self.model, names)
+            self._shown = names
 
     def _follow(self) -> None:
         """Let the model's labels, and what DistributedDataParallel synchronizes, be those of the active adapter."""

@@ -322,7 +322,7 @@ class Adapters(AdaptedModel):
         for head in self.heads.values():
             install.replace_module(self.model, head, head.plain(name))
         spec = None if name is None else self.specs[name]
-        self.labels.set(self.model, spec.labels if spec is not None and spec.heads else self.labels.names)
+        self.show_labels(spec.labels if spec is not None and spec.heads else self.labels.names)
         install.untie(self.model)
         for key, tensor in self.model.named_parameters():
             tensor.requires_grad_(self.learned.get(key, any(self.learned.values())))  # untied weights have new names
