@@ -278,6 +278,7 @@ HANDLE_CALLS = {
     "coverage": lambda h, folder: h.coverage(),
     "parameter_groups": lambda h, folder: h.parameter_groups(),
     "save_pretrained": lambda h, folder: h.save_pretrained(folder),
+    "fast": lambda h, folder: h.fast(),
     "synchronize": lambda h, folder: h.synchronize("a"),
     "detach": lambda h, folder: h.detach(),
 }
@@ -300,6 +301,7 @@ def test_every_public_method_of_a_handle_is_tried_after_detach():
     internal = {
         "only",
         "check_attached",
+        "show_labels",
         "parameter_names",
         "before_forward",
         "constants",

@@ -179,6 +179,7 @@ class Adapters(AdaptedModel):
         fast. For bfloat16 every frozen tensor is rounded to it once. Call it after `attach`, before training. The
         result follows later changes of the model. Raises UserError for an unknown dtype.
         """
+        self.check_attached()
         choices = enable(self.model, dtype)
         if not quiet:
             print(choices)
