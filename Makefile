@@ -13,7 +13,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compil
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types format structure reliability peaks models gpu gpu-dry gpu-pack lock audit clean
+.PHONY: help demo test test-all lint types format structure reliability peaks models gpu gpu-dry gpu-pack clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -27,7 +27,7 @@ test: lint types  ## lint, types, tests
 test-all: test  ## all tests: those that kill workers of Ray, time commands and the like run after the others, alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-reliability: $(VENV)/dev.stamp  ## the campaign of docs/reliability.md: kills, faults, mutated files, edits (under 40 minutes)
+reliability: $(VENV)/dev.stamp  ## the long forms of the fault, file, edit and label tests
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format; import-linter: imports run down

@@ -194,7 +194,7 @@ def test_the_penalty_is_added_once_per_step_and_alone_where_the_loss_gives_nothi
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "problem"),
     [
         ({"target_rank": 9, "rank": 8}, "target_rank=9: expected 1 to rank=8"),
         ({"every": 0}, "every=0"),
@@ -205,8 +205,8 @@ def test_the_penalty_is_added_once_per_step_and_alone_where_the_loss_gives_nothi
         ({"start": "pissa"}, "not zero at the start"),
     ],
 )
-def test_settings_that_cannot_work_are_named(given, told):
-    with pytest.raises(loralab.UserError, match=told):
+def test_settings_that_cannot_work_are_named(given, problem):
+    with pytest.raises(loralab.UserError, match=problem):
         recipe("adalora", **given)
 
 

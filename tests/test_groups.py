@@ -328,7 +328,7 @@ def test_a_run_with_groups_learns_repeats_and_keeps_one_tensor_a_group(tiny, own
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "problem"),
     [
         ({"ratio": 1.0, "start": "gaussian"}, ["start='gaussian' with superlora", "share"]),
         ({"ratio": 1.0, "start": "eva"}, ["start='eva'", "share"]),
@@ -347,13 +347,13 @@ def test_a_run_with_groups_learns_repeats_and_keeps_one_tensor_a_group(tiny, own
         ),
     ],
 )
-def test_what_no_group_can_do_names_both(given, told):
+def test_what_no_group_can_do_names_both(given, problem):
     model = build("bert")
     paths = given["ranks"].layers if "ranks" in given else [UP0, UP1]
     ranks = RankMap({UP0: LayerRank(2, "s"), UP1: LayerRank(2, "s")})
     with pytest.raises(UserError) as caught:
         loralab.attach(model, "superlora", targets=list(paths), **{"rank": 2, "ranks": ranks, **given})
-    assert all(part in str(caught.value) for part in told)
+    assert all(part in str(caught.value) for part in problem)
 
 
 @pytest.mark.parametrize("method", ["vera", "adalora", "head", "full", "bitfit"])

@@ -201,11 +201,11 @@ def test_frozen_dylora_leaves_other_rows_their_bits_under_adamw():
 def test_grouping_is_by_role_or_pefts():
     """The other side, PEFT's groups, is in test_peft.py."""
     adapters = loralab.attach(build("bert"), "lora+", rank=2, head=True)
-    for given, told in (
+    for given, problem in (
         ({"grouping": "role"}, "grouping='role': choose one of roles, peft"),
         ({"grouping": "peft", "head_lr": 1.0}, "head_lr=1.0 with grouping='peft'"),
     ):
-        with pytest.raises(loralab.UserError, match=told):
+        with pytest.raises(loralab.UserError, match=problem):
             adapters.parameter_groups(**given)
     groups = {(g["role"], g["lr"], g["weight_decay"]) for g in adapters.parameter_groups(1.0, 0.1, head_lr=2.0)}
     assert groups == {("A", 1.0, 0.1), ("B", 16.0, 0.1), ("head", 2.0, 0.1), ("head", 2.0, 0.0)}
@@ -227,8 +227,8 @@ def test_one_dylora_is_evaluated_and_exported_at_every_rank(tmp_path):
         torch.testing.assert_close(plain(**batch).logits, outputs[-1], rtol=0, atol=1e-5)
     assert torch.equal(outputs[-1], model(**batch).logits)  # the full rank is what evaluation uses
     for rank in (1, 5):
-        told = f"rank={rank}: this adapter was trained for ranks 2 to 4, choose one of them"
-        with pytest.raises(loralab.UserError, match=told), adapters.use("default", rank=rank):
+        problem = f"rank={rank}: this adapter was trained for ranks 2 to 4, choose one of them"
+        with pytest.raises(loralab.UserError, match=problem), adapters.use("default", rank=rank):
             pass
 
 

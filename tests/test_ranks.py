@@ -277,7 +277,7 @@ def test_a_map_survives_json_a_file_and_the_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "problem"),
     [
         ({"a": -1}, ["rank=-1 for a"]),
         ({"a": 2.5}, ["rank=2.5 for a"]),
@@ -292,10 +292,10 @@ def test_a_map_survives_json_a_file_and_the_recipe(tmp_path):
         ({"a": -1, "b": LayerRank(1, gates=(2.0,))}, ["rank=-1 for a", "out of range for b"]),  # all at once
     ],
 )
-def test_what_no_map_can_say_is_refused(layers, told):
+def test_what_no_map_can_say_is_refused(layers, problem):
     with pytest.raises(UserError) as caught:
         RankMap(layers)
-    assert all(part in str(caught.value) for part in told)
+    assert all(part in str(caught.value) for part in problem)
     assert "\n" not in str(caught.value)
 
 
@@ -305,15 +305,15 @@ def test_a_map_for_other_layers_is_refused_with_all_problems_at_once():
     model = build("bert")
     with pytest.raises(UserError) as caught:
         loralab.attach(model, "lora", targets=TARGETS, ranks=wrong)
-    told = str(caught.value)
+    problem = str(caught.value)
     for part in (V0, UP1, "targets do not match bert.nothing", "one shape", f"{UP0} (37 x 24)", f"{Q0} (24 x 24)"):
-        assert part in told
+        assert part in problem
     assert not hasattr(model, "_loralab")
     assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
-    ("method", "given", "told"),
+    ("method", "given", "problem"),
     [
         ("vera", {"ranks": RankMap({Q0: LayerRank(256, "s"), Q1: LayerRank(256, "s")})}, "no A and B of its own"),
         ("vera", {"ranks": RankMap({Q0: 3, Q1: 4})}, "one rank, 256, not 3"),
@@ -331,10 +331,10 @@ def test_a_map_for_other_layers_is_refused_with_all_problems_at_once():
         ("lora", {"ranks": RankMap({**MAP.layers, V0: 25})}, "rank 25"),
     ],
 )
-def test_a_method_that_cannot_take_a_map_says_why(method, given, told):
+def test_a_method_that_cannot_take_a_map_says_why(method, given, problem):
     with pytest.raises(UserError) as caught:
         loralab.attach(build("bert"), method, targets=TARGETS, **given)
-    assert told in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_vera_takes_a_map_that_leaves_layers_out():

@@ -355,7 +355,7 @@ def test_a_start_with_B_off_zero_is_refused_where_the_update_is_not_all_of_B_A(s
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "problem"),
     [
         ({"method": "lora", "start": "pisa"}, "start='pisa': choose one of kaiming"),
         ({"method": "vera", "start": "gaussian"}, "start='gaussian' with vera: it has no A and B of its own"),
@@ -371,11 +371,11 @@ def test_a_start_with_B_off_zero_is_refused_where_the_update_is_not_all_of_B_A(s
         ({"method": "lora-drop", "start": "pissa"}, "start='pissa' with layers that share A and B"),
     ],
 )
-def test_nonsense_is_refused_with_both_fields(given, told):
+def test_nonsense_is_refused_with_both_fields(given, problem):
     given = dict(given)
     with pytest.raises(UserError) as caught:
         recipe(given.pop("method"), **given)
-    assert told in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_a_pair_beside_A_and_B_never_learns_and_stays_as_it_was():

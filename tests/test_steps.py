@@ -90,7 +90,7 @@ class Foreign:
 
 @pytest.mark.parametrize("method", STEPPED)
 @pytest.mark.parametrize("update", [by_hand, by_data, lambda adapters: Foreign(adapters).step()])
-def test_an_update_that_no_torch_optimizer_makes_is_told_at_the_next_forward(method, update):
+def test_an_update_that_no_torch_optimizer_makes_is_refused_at_the_next_forward(method, update):
     model, adapters = adapted(method)
     backward(model)
     update(adapters)
@@ -100,7 +100,7 @@ def test_an_update_that_no_torch_optimizer_makes_is_told_at_the_next_forward(met
 
 
 @pytest.mark.parametrize("method", STEPPED)
-def test_a_loop_that_leaves_torchs_optimizer_later_is_told_too(method):
+def test_a_loop_that_leaves_torchs_optimizer_later_is_refused_too(method):
     model, adapters = adapted(method)
     optimizer = adamw(adapters)
     for _ in range(3):
@@ -112,7 +112,7 @@ def test_a_loop_that_leaves_torchs_optimizer_later_is_told_too(method):
 
 
 @pytest.mark.parametrize("method", STEPPED)
-def test_training_in_eval_mode_or_past_the_model_is_told_at_the_step(method):
+def test_training_in_eval_mode_or_past_the_model_is_refused_at_the_step(method):
     for forward in (lambda model: model.eval()(**rows(), labels=LABELS).loss,
                     lambda model: model.train().bert(**rows()).last_hidden_state.pow(2).sum()):  # fmt: skip
         model, adapters = adapted(method)
@@ -139,7 +139,7 @@ def test_a_closure_is_refused_as_its_gradients_come_too_late():
     with pytest.raises(loralab.UserError, match="no training forward"):
         optimizer.step(closure)
     optimizer.zero_grad()
-    optimizer.step(closure)  # nothing told yet that there would be gradients
+    optimizer.step(closure)  # no gradient yet, so nothing to refuse
     with pytest.raises(loralab.UserError, match="without a closure"):
         model(**rows())
 

@@ -297,7 +297,7 @@ def test_rows_of_many_methods_in_one_batch_also_where_one_has_no_part_in_a_layer
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "problem"),
     [
         ({"split": 0}, "split=0: expected a whole number, 1 to 9"),
         ({"split": 1.5}, "split=1.5"),
@@ -312,6 +312,6 @@ def test_rows_of_many_methods_in_one_batch_also_where_one_has_no_part_in_a_layer
         ({"start": "pissa"}, "it has no A and B of its own"),
     ],
 )
-def test_mistakes_are_named(given, told):
-    with pytest.raises(loralab.UserError, match=told):
+def test_mistakes_are_named(given, problem):
+    with pytest.raises(loralab.UserError, match=problem):
         recipe("superlora", **given)
