@@ -29,6 +29,7 @@ from loralab.disk import read_header
 from loralab.recipe import NAMED
 from loralab.run import Settings, train
 from loralab.run import loop as loop_module
+from loralab.run.folder import changed
 from loralab.run.setup import prepare
 
 
@@ -336,3 +337,12 @@ def test_batches_hold_every_row_once_in_an_order_of_seed_and_epoch():
     padded = sum(len(batch) * max(lengths[batch]) for batch in batches)
     assert padded < 1.1 * lengths.sum()
     assert sorted(row for batch in sorted_batches(lengths, 16) for row in batch) == list(range(1237))
+
+
+def test_a_run_of_an_older_version_goes_on_with_settings_it_did_not_know():
+    now = Settings(task="cola").to_json()
+    before = {key: value for key, value in now.items() if key != "set"}
+    before["plan"] = before.pop("policy")
+    assert changed(before, now) == []
+    assert changed(before, now | {"set": ["dropout=0.1"]}) == ["set"]
+    assert changed(before | {"plan": "drop"}, now) == ["policy"]

@@ -4,6 +4,7 @@ A folder with result.json holds everything else whole. One process at a time wri
 process that is killed at any point leaves a folder that the same command with --resume goes on with.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,7 +30,8 @@ from loralab.disk import (
     write_text,
 )
 from loralab.errors import UserError
-from loralab.run.settings import NOT_RESULT
+from loralab.recipe import OLD_FIELDS
+from loralab.run.settings import NOT_RESULT, Settings
 
 LOCK, TRACEBACK, FAILED = ".lock", "traceback.txt", "failed.json"
 FILES = ("run.json", "metrics.jsonl", "predictions.safetensors", "result.json")
@@ -101,7 +103,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock: FolderLock | None = None
-        self.made = False  # whether `open` made the folder
+        self.made: list[Path] = []  # folders that `open` made, the run's own first
 
     @property
     def result(self) -> Path:
@@ -125,15 +127,13 @@ class RunFolder:
         process writes to it.
         """
         self._check(settings, resume)  # before anything is written
-        self.made = not self.path.exists()
+        self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         lock = FolderLock(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as error:
-            if self.made:
-                with suppress(OSError):
-                    self.path.rmdir()
+            self._remove_made()
             raise UserError(f"--out {self.path} cannot be written ({_reason(error)}): choose another folder") from error
         self.lock = lock
         try:
@@ -149,9 +149,14 @@ class RunFolder:
             ours = self.lock.held()
             self.lock.release()
             self.lock = None
-            if self.made and ours:
-                with suppress(OSError):  # it holds a run
-                    self.path.rmdir()
+            if ours:
+                self._remove_made()
+
+    def _remove_made(self) -> None:
+        """Remove the folders that were made for this run and are empty."""
+        with suppress(OSError):  # it holds a run
+            for path in self.made:
+                path.rmdir()
 
     def _check(self, settings: Mapping[str, Any], resume: bool) -> None:
         check_output_folder(self.path, belongs=lambda path: self.started or only_leftovers(path))
@@ -330,9 +335,14 @@ def only_leftovers(path: Path) -> bool:
 
 
 def changed(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """List the settings that decide a result and differ from those of a run.json."""
+    """List the settings that decide a result and differ from those of a run.json.
+
+    A setting that is younger than the run has its default there, and an old name counts as today's.
+    """
     now = json.loads(json.dumps(dict(settings)))
-    return [key for key in now if key not in NOT_RESULT and before.get(key) != now[key]]
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
+    then = json.loads(json.dumps(defaults, default=str)) | {OLD_FIELDS.get(key, key): x for key, x in before.items()}
+    return [key for key in now if key not in NOT_RESULT and then.get(key) != now[key]]
 
 
 def _reason(error: OSError) -> str:
