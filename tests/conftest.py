@@ -10,6 +10,7 @@ import itertools
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -116,3 +117,8 @@ def own(tmp_path_factory) -> dict[str, Path]:
     (folder / "class.csv").write_text("sentence,label\n" + "".join(f"{t},{c}\n" for t, c, _ in lines))
     (folder / "value.csv").write_text("sentence,label\n" + "".join(f"{t},{v}\n" for t, _, v in lines))
     return {"class": folder / "class.csv", "value": folder / "value.csv"}
+
+
+# the same examples at each run; a campaign draws others (tests/reliability.py)
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("default" if "LORALAB_CAMPAIGN" in os.environ else "repeatable")

@@ -149,7 +149,7 @@ def test_presets_need_a_known_model_type():
 
 
 def test_a_newer_transformers_than_the_tested_one_is_told_once(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "99.1.0")
+    monkeypatch.setattr(adapted.transformers, "__version__", "99.1.0")
     adapted._check_transformers.cache_clear()
     with pytest.warns(UserWarning, match=r"transformers 99.1.0 is newer than"):
         loralab.attach(build("bert"), rank=2)

@@ -198,7 +198,7 @@ def test_a_pattern_that_never_ends_is_refused_in_time(pattern, tmp_path, monkeyp
 def test_the_limit_of_time_is_for_all_patterns_together(monkeypatch):
     patterns = {f"(.|..|...)*{i}!": 2 for i in range(1000)}
     with pytest.raises(loralab.UserError, match="take longer than"):
-        peft_format._first_match(patterns, ["bert.encoder." * 20], time.monotonic() + 0.3)
+        peft_format._first_match(patterns, ["bert.encoder." * 20], time.monotonic() + 0.005)
 
 
 @pytest.mark.parametrize("who", ["loralab", "PEFT"])

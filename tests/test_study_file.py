@@ -66,7 +66,7 @@ ACCEPTED = {  # place -> names of VALUES that are right there; places that are n
     ("methods", 1, "follow"): {"whole", "negative", "number"}, ("methods", 1, "each"): set(),
     ("methods", 1, "each", "wait"): {"whole numbers"}, ("methods", 1, "tune"): set(),
     ("methods", 1, "tune", "lr_times"): {"whole numbers", "numbers"},
-    ("methods", 1, "tune", "dropout"): {"numbers"},
+    ("methods", 1, "tune", "dropout"): {"numbers", "whole numbers"},
     ("tune", "search"): set(), ("tune", "trials"): {"whole"}, ("tune", "seed"): {"whole"},
     ("tune", "weight_decay"): {"whole numbers", "numbers"},
     ("compare", "alpha"): {"number"}, ("compare", "against"): set(), ("compare", "reference"): set(),
