@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from loralab.data import METRICS
-from loralab.study.statistics import Estimate, estimate, holm, mcnemar, resampled, smallest
+from loralab.study.statistics import MeanEstimate, holm, mcnemar, mean_estimate, resampled, smallest
 from loralab.study.statistics.resample import COUNTS, NUMBERS, RANGES, _drawn, _of_classes, _of_numbers, _weights
 
 LUCK = 1e-3
@@ -38,14 +38,14 @@ def draws(seeds, mean=0.0, sd=0.013, times=TIMES, seed=0):
 @pytest.mark.parametrize("level", [0.95, 0.8])
 def test_the_interval_over_seeds_covers(seeds, level):
     mean = 0.87
-    bounds = np.array([estimate(x).interval(level) for x in draws(seeds, mean)])
+    bounds = np.array([mean_estimate(x).interval(level) for x in draws(seeds, mean)])
     assert as_promised((bounds[:, 0] < mean) & (mean < bounds[:, 1]), level)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_the_paired_test_is_the_t_test_and_errs_as_often_as_it_says(seeds):
     found = draws(seeds)
-    p = np.array([estimate(x).p() for x in found])
+    p = np.array([mean_estimate(x).p() for x in found])
     np.testing.assert_allclose(p, stats.ttest_1samp(found, 0, axis=1).pvalue, rtol=1e-9)
     assert as_promised(p < ALPHA, ALPHA)
 
@@ -54,20 +54,20 @@ def test_the_paired_test_is_the_t_test_and_errs_as_often_as_it_says(seeds):
 @pytest.mark.parametrize("tests", [1, 5, 84])
 def test_the_smallest_difference_is_found_as_often_as_it_says(seeds, tests):
     sd, alpha = 0.013, ALPHA / tests
-    least = smallest(Estimate(0.0, sd, seeds), alpha)
+    least = smallest(MeanEstimate(0.0, sd, seeds), alpha)
     for times, rate, sides in ((1.0, 0.8, "two-sided"), (0.8, 0.8, "less"), (1.25, 0.8, "greater")):
-        p = np.array([estimate(x).p() < alpha for x in draws(seeds, times * least, sd, seed=seeds + tests)])
+        p = np.array([mean_estimate(x).p() < alpha for x in draws(seeds, times * least, sd, seed=seeds + tests)])
         assert as_promised(p, rate) == (sides == "two-sided")
         assert np.mean(p) < 0.8 or sides != "less"
 
 
 def test_what_could_have_been_found_depends_on_seeds_rows_and_the_level():
-    few, many = smallest(Estimate(0.01, 0.004, 5), ALPHA), smallest(Estimate(0.01, 0.004, 20), ALPHA)
-    with_rows = smallest(Estimate(0.01, 0.004, 5, of_rows=0.01**2, rows=300), ALPHA)
+    few, many = smallest(MeanEstimate(0.01, 0.004, 5), ALPHA), smallest(MeanEstimate(0.01, 0.004, 20), ALPHA)
+    with_rows = smallest(MeanEstimate(0.01, 0.004, 5, of_rows=0.01**2, rows=300), ALPHA)
     assert many < few < with_rows
-    assert smallest(Estimate(0.01, 0.004, 5), ALPHA / 84) > few
-    assert smallest(Estimate(0.3, 0.004, 5), ALPHA) == few  # what was seen does not matter
-    for unknown in (Estimate(0.01, math.nan, 1), Estimate(0.01, 0.004, 2), Estimate(0.01, 0.0, 5)):
+    assert smallest(MeanEstimate(0.01, 0.004, 5), ALPHA / 84) > few
+    assert smallest(MeanEstimate(0.3, 0.004, 5), ALPHA) == few  # what was seen does not matter
+    for unknown in (MeanEstimate(0.01, math.nan, 1), MeanEstimate(0.01, 0.004, 2), MeanEstimate(0.01, 0.0, 5)):
         assert math.isnan(smallest(unknown, ALPHA))
 
 
@@ -75,24 +75,27 @@ def test_what_could_have_been_found_depends_on_seeds_rows_and_the_level():
 def test_equivalence_is_claimed_wrongly_no_more_often_than_alpha(seeds):
     """At the margin the rate is alpha itself, beyond it lower; well inside, equivalence is found."""
     margin, sd = 0.02, 0.003
-    at = [np.array([estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, m, sd)]) for m in (margin, -margin)]
+    at = [
+        np.array([mean_estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, m, sd)])
+        for m in (margin, -margin)
+    ]
     assert all(as_promised(hits, ALPHA) for hits in at)
     assert as_promised(
-        [estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 1.5 * margin, sd)], ALPHA, "greater"
+        [mean_estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 1.5 * margin, sd)], ALPHA, "greater"
     )
-    assert np.mean([estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 0.0, sd)]) > 0.9
+    assert np.mean([mean_estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 0.0, sd)]) > 0.9
 
 
 def test_one_seed_says_nothing_and_equal_differences_say_little():
-    alone = estimate([0.3])
+    alone = mean_estimate([0.3])
     assert all(math.isnan(x) for x in (*alone.interval(), alone.p(), alone.p_equivalent(1)))
     for spread in ([0.1, 0.2], [0.3, 0.3], [0.3] * 5):  # two seeds, or nothing that varies: no interval
-        assert all(math.isnan(x) for x in estimate(spread).interval())
+        assert all(math.isnan(x) for x in mean_estimate(spread).interval())
     for seeds in (2, 3, 6):  # all signs alike happens in 2 of 2^seeds flips
         flips = np.array(list(itertools.product([-1, 1], repeat=seeds)))
         extreme = np.mean(abs((flips * 0.01).sum(1)) >= seeds * 0.01 - 1e-12)
-        assert estimate([0.01] * seeds).p() == pytest.approx(extreme)
-    assert estimate([0.0] * 3).p() == 1
+        assert mean_estimate([0.01] * seeds).p() == pytest.approx(extreme)
+    assert mean_estimate([0.0] * 3).p() == 1
 
 
 # ---- over seeds and rows ---------------------------------------------------------------------------------------------
@@ -131,17 +134,17 @@ def studies():
 
 def test_the_interval_over_seeds_and_rows_covers_and_that_over_seeds_alone_does_not(studies):
     truth = stats.norm.cdf(0.6 / math.sqrt(0.9**2 + 0.12**2 + 0.5**2))
-    both = np.array([estimate(scores[0], r[:, 0], ROWS).interval() for scores, r in studies])
-    seeds = np.array([estimate(scores[0]).interval() for scores, _ in studies])
+    both = np.array([mean_estimate(scores[0], r[:, 0], ROWS).interval() for scores, r in studies])
+    seeds = np.array([mean_estimate(scores[0]).interval() for scores, _ in studies])
     assert as_promised((both[:, 0] < truth) & (truth < both[:, 1]), 0.95)
     assert not as_promised((seeds[:, 0] < truth) & (truth < seeds[:, 1]), 0.95)
 
 
 def test_the_paired_test_over_seeds_and_rows_errs_no_more_often_than_it_says(studies):
-    p = np.array([estimate(s[0] - s[1], r[:, 0] - r[:, 1], ROWS).p() for s, r in studies])
+    p = np.array([mean_estimate(s[0] - s[1], r[:, 0] - r[:, 1], ROWS).p() for s, r in studies])
     assert as_promised(p < ALPHA, ALPHA, "greater")
     differ = [simulated((0.6, 1.4), seed) for seed in range(60)]
-    found = [estimate(s[0] - s[1], r[:, 0] - r[:, 1], ROWS) for s, r in differ]
+    found = [mean_estimate(s[0] - s[1], r[:, 0] - r[:, 1], ROWS) for s, r in differ]
     assert np.mean([e.p() < ALPHA for e in found]) > 0.7
     assert all(e.mean < 0 for e in found)
 

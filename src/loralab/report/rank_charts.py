@@ -8,7 +8,7 @@ import numpy as np
 from loralab.report.charts import Chart, counted, cut, legend, metric
 from loralab.report.findings import Findings, Point, Result, points
 from loralab.report.style import MARKERS, SERIES, figure, styled
-from loralab.study.statistics import estimate
+from loralab.study.statistics import mean_estimate
 
 ON_LIGHT, ON_DARK = "#0e1116", "#fdfdfd"  # text on the map, whatever the theme
 Line = dict[int, tuple[float, float, float]]  # rank -> mean, low, high
@@ -77,7 +77,7 @@ def _by_rank(r: Result) -> Line:
     of_runs = [run.result.get("by_rank", {}) for run in r.cell.runs]
     line: Line = {}
     for rank in of_runs[0]:
-        found = estimate([scores[rank][r.summary.metric] for scores in of_runs])
+        found = mean_estimate([scores[rank][r.summary.metric] for scores in of_runs])
         line[int(rank)] = (found.mean, *found.interval())
     return line
 

@@ -1,20 +1,20 @@
 """Statistics of the runs of a study."""
 
-from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar
+from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate
 from loralab.study.statistics.planned import PlannedFamily, planned
 from loralab.study.statistics.resample import resampled
 from loralab.study.statistics.table import Comparison, Summary, Verdict, comparisons, smallest, summaries
 
 __all__ = [
     "Comparison",
-    "Estimate",
+    "MeanEstimate",
     "PlannedFamily",
     "Summary",
     "Verdict",
     "comparisons",
-    "estimate",
     "holm",
     "mcnemar",
+    "mean_estimate",
     "planned",
     "resampled",
     "smallest",

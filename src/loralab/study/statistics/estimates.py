@@ -22,8 +22,8 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean, or with `estimate(a - b)` a paired difference of means."""
+class MeanEstimate:
+    """A mean, or with `mean_estimate(a - b)` a paired difference of means."""
 
     mean: float
     sd: float  # over seeds
@@ -85,12 +85,12 @@ def freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
     return (of_seeds + of_rows) ** 2 / (of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1))
 
 
-def estimate(scores: Sequence[float] | Array, replicates: Array | None = None, rows: int = 0) -> Estimate:
+def mean_estimate(scores: Sequence[float] | Array, replicates: Array | None = None, rows: int = 0) -> MeanEstimate:
     """The mean of (seeds,) scores; `replicates` (times, seeds) are the same scores on resampled rows."""
     values = np.asarray(scores, dtype=float)
     sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     of_rows = 0.0 if replicates is None or len(values) < 2 else shared_variance(replicates)
-    return Estimate(float(values.mean()), sd, len(values), of_rows, 0 if replicates is None else rows)
+    return MeanEstimate(float(values.mean()), sd, len(values), of_rows, 0 if replicates is None else rows)
 
 
 def shared_variance(replicates: Array) -> float:

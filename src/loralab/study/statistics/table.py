@@ -12,7 +12,7 @@ import numpy as np
 
 from loralab.study.record import Array, Cell, Predictions, Run, Study
 from loralab.study.statistics.contrasts import smallest_difference
-from loralab.study.statistics.estimates import Estimate, estimate, holm, mcnemar, within
+from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate, within
 from loralab.study.statistics.resample import COUNTS, RANGES, UNBOUNDED, resampled
 
 TIMES = 10_000  # resamples: the standard error of a variance of rows is then 1.4 % of it
@@ -137,7 +137,7 @@ def margin_of(margins: dict[str, float], metric: str) -> float:
     return margins.get(metric, margins["default"])
 
 
-def corrected(found: Sequence[Comparison], estimates: Sequence[Estimate], alpha: float) -> list[Comparison]:
+def corrected(found: Sequence[Comparison], estimates: Sequence[MeanEstimate], alpha: float) -> list[Comparison]:
     """Holm over the table, for the tests of a difference and for those of equivalence, and what remains after it."""
     p = holm([c.p for c in found])
     same = holm([c.p_equivalent for c in found])
@@ -153,7 +153,7 @@ def corrected(found: Sequence[Comparison], estimates: Sequence[Estimate], alpha:
     return out
 
 
-def smallest(difference: Estimate, alpha: float, power: float = 0.8) -> float:
+def smallest(difference: MeanEstimate, alpha: float, power: float = 0.8) -> float:
     """The true difference that a test at `alpha` finds with that power, the spread being as seen; nan if unknown."""
     if difference.seeds < 3 or difference.exact:
         return math.nan
@@ -175,8 +175,8 @@ def _pairs(cells: list[Cell], against: str | None) -> Iterable[tuple[Cell, Cell]
 def _summary(cell: Cell, resamples: Resamples, level: float) -> Summary:
     metric, runs = str(cell.metric), list(cell.runs)
     scores = resamples.of(runs)
-    over_seeds = estimate(cell.scores)
-    over_both = over_seeds if scores is None else estimate(cell.scores, scores, _rows(runs[0]))
+    over_seeds = mean_estimate(cell.scores)
+    over_both = over_seeds if scores is None else mean_estimate(cell.scores, scores, _rows(runs[0]))
     mean = {key: float(np.mean([run.result["metric"][key] for run in runs])) for key in ("last", "best_on_validation")}
     low, high = RANGES.get(metric, UNBOUNDED)
     task, model, method = cell.key
@@ -189,7 +189,7 @@ def _summary(cell: Cell, resamples: Resamples, level: float) -> Summary:
     )  # fmt: skip
 
 
-def _compared(a: Cell, b: Cell, resamples: Resamples, margin: float, level: float) -> tuple[Comparison, Estimate]:
+def _compared(a: Cell, b: Cell, resamples: Resamples, margin: float, level: float) -> tuple[Comparison, MeanEstimate]:
     """Without the correction, which needs the whole table."""
     metric = str(a.metric)
     of_a, of_b = ({run.seed: run for run in cell.runs} for cell in (a, b))
@@ -210,13 +210,13 @@ def _compared(a: Cell, b: Cell, resamples: Resamples, margin: float, level: floa
     return compared, found
 
 
-def _paired(metric: str, a: list[Run], b: list[Run], resamples: Resamples) -> tuple[Estimate, tuple[float, ...]]:
+def _paired(metric: str, a: list[Run], b: list[Run], resamples: Resamples) -> tuple[MeanEstimate, tuple[float, ...]]:
     """The difference of runs of the same seeds, and McNemar's p of each seed."""
     difference = np.array([x.selected - y.selected for x, y in zip(a, b, strict=True)])
     scores = resamples.of([*a, *b])
     if scores is None:
-        return estimate(difference), ()
-    both = estimate(difference, scores[:, : len(a)] - scores[:, len(a) :], _rows(a[0]))
+        return mean_estimate(difference), ()
+    both = mean_estimate(difference, scores[:, : len(a)] - scores[:, len(a) :], _rows(a[0]))
     if metric not in COUNTS:
         return both, ()
     return both, tuple(mcnemar(_right(x), _right(y)) for x, y in zip(a, b, strict=True))
