@@ -232,6 +232,7 @@ def test_a_profile_lists_the_operations_that_take_most(tiny, monkeypatch):
     assert {row[0] for row in rows} == names
 
 
+@pytest.mark.slow
 def test_the_library_of_the_bench_needs_no_command_line():
     code = "import sys, loralab.bench, loralab.bench.worker; assert 'cyclopts' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
@@ -338,6 +339,7 @@ def test_without_peft_the_error_says_how_to_install_it(monkeypatch):
         Bench()
 
 
+@pytest.mark.slow
 def test_a_worker_passes_on_a_users_error_and_serves_the_next_request(tiny):
     with workers("loralab", threads=1) as (worker,):
         with pytest.raises(UserError, match="--layers 9: BertForSequenceClassification has 2"):

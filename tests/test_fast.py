@@ -374,6 +374,7 @@ def test_a_merged_copy_of_a_fast_model_is_plain():
     assert not any("forward" in vars(module) for module in merged.modules())
 
 
+@pytest.mark.slow
 def test_the_compiled_path_is_the_plain_one(monkeypatch):
     monkeypatch.setattr("loralab.fast.COMPILER", "aot_eager")  # no generated code, which takes a minute
     results = []
