@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, roc_auc_score
+from tables import spread
 
 from loralab.study import load
 from loralab.study.statistics.contrasts import Contrast, paired, smallest_difference
@@ -104,13 +105,6 @@ def predicted(run):
         return None
     first = next(iter(splits.values()))
     return first.logits, first.labels
-
-
-def spread(values: Iterable[float]) -> str:
-    values = list(values)
-    if not values:
-        return ""
-    return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -173,3 +173,19 @@ def test_one_run_a_method_needs_the_number_of_rows(tmp_path):
     file.write_text("who,acc\nlora,48\ndora,49\n")
     with pytest.raises(UserError, match="share of the rows"):
         judge(file, "who", "acc", rows=200)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "who,acc\n", "no rows"),
+        ("a.csv", "", "is empty"),
+        ("a.json", "{", "a.json"),
+        ("a.jsonl", "[1]\n", "a.jsonl"),
+        ("a.txt", "who,acc\nlora,1\n", "ending in"),
+    ],
+)
+def test_judge_refuses_a_file_that_holds_no_results(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        judge(tmp_path / name, "who", "acc", rows=10)

@@ -32,7 +32,7 @@ def judge(
     Parameters
     ----------
     file: Path
-        Results as CSV, TSV, JSON or JSONL, one row for each score.
+        Results as CSV, TSV, JSON, JSONL or parquet, one row for each score.
     method: str
         The column that names the method.
     score: str

@@ -30,7 +30,7 @@ from loralab.data.checks import (
     written_float,
     written_int,
 )
-from loralab.disk import replacing
+from loralab.disk import replacing, size_text
 from loralab.errors import UserError
 
 Columns = dict[str, list[Any]]
@@ -112,7 +112,7 @@ def check_size(path: Path, size: float) -> None:
         raise UserError(f"{LIMIT}={given}: a number of gigabytes was expected") from None
     if size > limit:
         raise UserError(
-            f"{path} takes {size / 1e9:.1f} GB or more once it is read, and the limit is {limit / 1e9:g} GB: "
+            f"{path} takes {size_text(size)} or more once it is read, and the limit is {size_text(limit)}: "
             f"use fewer rows, or raise the limit with {LIMIT}={size / 1e9 + 1:.0f}"
         )
 

@@ -4,8 +4,6 @@ Each method is compared with one reference. With seeds the comparison is paired 
 first and by task after it; with one run a method, `rows` test rows say what the luck of the rows alone allows.
 """
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from loralab.data import tables
 from loralab.errors import UserError, hint
 from loralab.study.statistics.contrasts import Contrast, paired, proportions
 
-LARGEST = 64 * 2**20  # bytes of a file of results
 MEAN = "mean of tasks"
 
 
@@ -56,7 +54,7 @@ def judge(
     margin: float = 0.01,
     alpha: float = 0.05,
 ) -> Judgement:
-    """Compare the methods of a CSV, TSV, JSON or JSONL file; the arguments name its columns.
+    """Compare the methods of a CSV, TSV, JSON, JSONL or parquet file; the arguments name its columns.
 
     `rows` is the number of test rows behind each score, for results with one run a method; scores are then shares of
     them. Raises UserError for columns that are not there, scores that are no numbers, and results that cannot be
@@ -149,26 +147,11 @@ def _reference(methods: Sequence[str], wanted: str | None) -> str:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise UserError(f"{file} is no file of results: expected CSV, TSV, JSON or JSONL")
-    if file.stat().st_size > LARGEST:
-        raise UserError(f"{file} has {file.stat().st_size} bytes: at most {LARGEST} are read")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() == ".jsonl":
-            table = [json.loads(line) for line in text.splitlines() if line.strip()]
-        elif file.suffix.lower() == ".json":
-            table = json.loads(text)
-        else:
-            delimiter = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
-            table = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-    except (UnicodeDecodeError, ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
-        raise UserError(f"{file}: expected a list of objects, one for each score")
-    if not table:
+    """The rows of a file; cells of a CSV are texts."""
+    columns = tables.read_all(file)
+    if not any(columns.values()):
         raise UserError(f"{file} has no rows")
-    return table
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _check_columns(file: Path, table: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
