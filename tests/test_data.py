@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 from sklearn.model_selection import train_test_split
 
-from loralab import data
+from loralab import data, objectives
 from loralab.data import Split, held_out, is_constant, sample, score, tables
 from loralab.data.glue import TABLE
 from loralab.data.task import digest
@@ -428,7 +428,7 @@ def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, 
     texts = ['"say hi", twice "', "7", "ä b\u2028c", " spaced "] * 10  # a number is text where text is expected
     train = write(tmp_path / f"mine{suffix}", {"id": list(range(40)), "a": texts, "b": texts[::-1], "y": labels * 10})
     other = write(tmp_path / f"other{suffix}", {"y": labels[1:3], "a": ["new", "7"], "b": ["rows", "no"]})
-    task = data.load(str(train), text=("a", "b"), label="y", validation=other, regression=asked)
+    task = objectives.load(str(train), text=("a", "b"), label="y", validation=other, regression=asked)
     shown = as_written(train, labels)
     numeric = not any(isinstance(label, str | bool) for label in labels)
     names = tuple(sorted(set(shown), key=float if numeric else str)) if classes else None
@@ -442,9 +442,9 @@ def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, 
     else:
         assert [names[int(label)] for label in task.train.labels] == shown * 10
     assert task.validation["validation"].labels == task.train.labels[1:3]
-    task = data.load(str(train), text="a", label="y", regression=asked)
+    task = objectives.load(str(train), text="a", label="y", regression=asked)
     assert (len(task.train), len(task.validation["validation"])) == (32, 8)
-    assert task == data.load(str(train), text="a", label="y", regression=asked)
+    assert task == objectives.load(str(train), text="a", label="y", regression=asked)
     notes = "; ".join(task.notes)
     assert "8 of 40 rows are held out" in notes
     assert "8 of 8 rows of validation have the text of a row of train" in notes
@@ -453,7 +453,7 @@ def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, 
 
 def test_a_text_of_a_csv_may_span_lines(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text('a,y\n"two\nlines",0\none,1\nx,1\nz,0\n')
-    assert ("two\nlines",) in data.load(str(tmp_path / "own.csv"), text="a", label="y").train.texts
+    assert ("two\nlines",) in objectives.load(str(tmp_path / "own.csv"), text="a", label="y").train.texts
 
 
 # --- bad input: one line that says what came, what was expected, what to do ---
@@ -478,7 +478,7 @@ def raw(name: str, content: str | bytes) -> Load:
 
 
 def load_own(path: Path, **changed: Any) -> object:
-    return data.load(str(path), **({"text": "a", "label": "y"} | changed))
+    return objectives.load(str(path), **({"text": "a", "label": "y"} | changed))
 
 
 def asked(**changed: Any) -> Load:
@@ -519,7 +519,7 @@ BAD: dict[str, tuple[Load, tuple[str, ...]]] = {
     "three text columns": (asked(text=("a", "y", "z")), ("text columns a, y, z", "one or two")),
     "unknown columns": (asked(text="txt", label="lbl"), ("own.csv", "'txt', 'lbl'", "columns there: a, y")),
     "text is label": (asked(label="a"), ("a, a name a column twice",)),
-    "keywords of files": (lambda tmp: data.load("cola", label="y"), ("--label", "cola knows its columns")),
+    "keywords of files": (lambda tmp: objectives.load("cola", label="y"), ("--label", "cola knows its columns")),
     "doubled column": (raw("own.csv", "a,y,a\n1,2,3\n"), ("more than one column 'a'",)),
     "same file": (twin, ("own.csv is both train and validation",)),
     "null, empty and typed text": (

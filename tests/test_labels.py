@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_cli import cli  # noqa: F401  (fixture)
 
 import loralab
-from loralab import data, models
+from loralab import models, objectives
 from loralab.data import checks, labels, tables
 from loralab.errors import UserError
 
@@ -109,7 +109,7 @@ def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObjec
         folder = Path(name)
         train = write(folder / f"train{suffix}", column)
         more = write(folder / f"more{other}", [(text, text) for text in shown] if other != suffix else column)
-        task = data.load(str(train), text="a", label="y", validation=more, regression=False)
+        task = objectives.load(str(train), text="a", label="y", validation=more, regression=False)
         assert task.labels is not None
         assert sorted(task.labels) == sorted(set(shown))
         for split in (task.train, task.validation["validation"]):
@@ -122,7 +122,7 @@ def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObjec
             return
         tables.write(answers, folder / f"out{out}")
         assert tables.read_all(folder / f"out{out}") == answers
-        again = data.load(str(folder / f"out{out}"), text="a", label="y", validation=train, regression=False)
+        again = objectives.load(str(folder / f"out{out}"), text="a", label="y", validation=train, regression=False)
         assert (again.labels, again.train.labels) == (task.labels, task.train.labels)
 
 
@@ -138,7 +138,7 @@ def test_a_regression_reads_the_same_numbers_from_every_format(column: list[str]
             values = [float(text) if suffix == ".parquet" else Decimal(text) for text in column]
             path = write(Path(name) / f"train{suffix}", list(zip(column, values, strict=True)))
             other = write(Path(name) / f"more{draw.draw(st.sampled_from(['.csv', '.json']))}", [("1", 1), ("2.5", 2.5)])
-            task = data.load(str(path), text="a", label="y", validation=other, regression=asked)
+            task = objectives.load(str(path), text="a", label="y", validation=other, regression=asked)
             assert (task.labels, task.train.labels) == (None, scores)
             assert task.validation["validation"].labels == [1.0, 2.5]
 
@@ -152,14 +152,14 @@ ALIKE = [
 @pytest.mark.parametrize(("pair", "suffix"), list(product(ALIKE, tables.READERS)), ids=str)
 def test_labels_that_read_as_one_value_are_two_classes_and_named(tmp_path: Path, pair: Any, suffix: str) -> None:
     column = [(text, text) for text in (*pair, "other")] * 5
-    task = data.load(str(write(tmp_path / f"a{suffix}", column)), text="a", label="y")
+    task = objectives.load(str(write(tmp_path / f"a{suffix}", column)), text="a", label="y")
     assert set(task.labels or ()) == {*pair, "other"}
     assert sum(all(repr(text) in note for text in pair) for note in task.notes if "different classes" in note) == 1
 
 
 def test_numbers_of_a_json_file_that_read_as_one_value_are_named(tmp_path: Path) -> None:
     column = [("1", 1), ("1.0", 1.0), ("1.00", Decimal("1.00")), ("2", 2)] * 4
-    task = data.load(str(write(tmp_path / "a.jsonl", column)), text="a", label="y", regression=False)
+    task = objectives.load(str(write(tmp_path / "a.jsonl", column)), text="a", label="y", regression=False)
     assert task.labels == ("1", "1.0", "1.00", "2")
     assert "'1' and '1.0' and '1.00' are different classes: write them alike if they mean one" in task.notes
 
@@ -168,7 +168,7 @@ def test_numbers_of_a_json_file_that_read_as_one_value_are_named(tmp_path: Path)
 def test_types_that_would_become_one_class_are_refused(tmp_path: Path, values: tuple[Any, Any]) -> None:
     column = [(json.dumps(value), value) for value in values] * 4
     with pytest.raises(UserError, match="mixes .* and .*: write all labels as one type") as caught:
-        data.load(str(write(tmp_path / "a.jsonl", column)), text="a", label="y")
+        objectives.load(str(write(tmp_path / "a.jsonl", column)), text="a", label="y")
     assert all(json.dumps(value) in str(caught.value) for value in values)
 
 
@@ -176,24 +176,26 @@ def test_a_label_of_validation_that_is_written_in_another_way_is_named(tmp_path:
     train = write(tmp_path / "a.jsonl", [("1.50", Decimal("1.50")), ("2", 2)] * 3)
     more = write(tmp_path / "b.csv", [("2", "2"), ("1.5", "1.5")])
     with pytest.raises(UserError, match=r"new value '1\.5', which train lacks \(it has '1\.50'\), in row 2"):
-        data.load(str(train), text="a", label="y", validation=more, regression=False)
+        objectives.load(str(train), text="a", label="y", validation=more, regression=False)
 
 
 @pytest.mark.parametrize("bad", ["3,4", "nan", "inf", "1_000", "٣", "0x1F", "-", "1e999", "true", "1.2.3"])
 def test_a_regression_names_the_row_that_is_no_number(tmp_path: Path, bad: str) -> None:
     path = write(tmp_path / "a.csv", [("0.5", ""), (bad, ""), ("1.5", ""), (" 2 ", "")])
     with pytest.raises(UserError, match=r"column 'y': .* instead of a (finite )?number in row 2; a regression needs"):
-        data.load(str(path), text="a", label="y", regression=True)
+        objectives.load(str(path), text="a", label="y", regression=True)
 
 
 def test_scores_with_a_missing_one_are_a_regression_and_name_its_row(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [("0.5", ""), ("1.25", ""), ("nan", ""), ("2.0", "")])
     with pytest.raises(UserError, match="'nan' instead of a number in row 3"):
-        data.load(str(path), text="a", label="y")
+        objectives.load(str(path), text="a", label="y")
 
 
 def test_a_class_that_looks_like_a_missing_label_is_noted(tmp_path: Path) -> None:
-    task = data.load(str(write(tmp_path / "a.csv", [(x, "") for x in ("pos", "nan", "neg")] * 4)), text="a", label="y")
+    task = objectives.load(
+        str(write(tmp_path / "a.csv", [(x, "") for x in ("pos", "nan", "neg")] * 4)), text="a", label="y"
+    )
     assert task.labels == ("nan", "neg", "pos")
     assert "4 rows have the label 'nan': remove them if it stands for a missing one" in task.notes
 
@@ -203,7 +205,7 @@ def test_a_class_that_looks_like_a_missing_label_is_noted(tmp_path: Path) -> Non
 def test_an_empty_label_is_refused_with_its_row(tmp_path: Path, suffix: str, empty: str) -> None:
     path = write(tmp_path / f"a{suffix}", [("b", "b"), (empty, empty), ("c", "c")])
     with pytest.raises(UserError, match="column 'y': empty in row 2"):
-        data.load(str(path), text="a", label="y")
+        objectives.load(str(path), text="a", label="y")
 
 
 def test_classes_are_in_the_order_of_their_numbers() -> None:
@@ -241,7 +243,7 @@ def test_texts_come_back_as_they_are(first: list[str], second: list[str], out: s
 
 def test_predict_writes_the_labels_of_train(cli: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     column = [(text, text) for text in ("007", "1.50", "true", "0x1F", "2024-01-01", "a,b")] * 4
-    task = data.load(str(write(tmp_path / "train.csv", column)), text="a", label="y")
+    task = objectives.load(str(write(tmp_path / "train.csv", column)), text="a", label="y")
     model = models.classifier(str(tiny), len(task.labels or ()), False, torch.float32, seed=0)[0]
     adapters = loralab.attach(model, labels=task.labels, head=True)
     for place, label in enumerate(task.labels or ()):

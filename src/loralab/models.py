@@ -111,9 +111,25 @@ def classifier(
         raise UserError(
             f"{num_labels} labels for a {kind}: expected 1 for a regression, 2 or more for a classification"
         )
-    model, words, _ = pretrained(name, "SEQ_CLS", num_labels, dtype, seed, attention)
-    with _from_seed(seed):
-        _new_head(model, dtype)
+    return fresh(name, "SEQ_CLS", num_labels, dtype, seed, attention)
+
+
+def fresh(
+    name: str, task: str, outputs: int | None, dtype: torch.dtype, seed: int, attention: str | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load the named model for a task, one of AUTO_CLASSES, as a run begins with it, and its tokenizer.
+
+    With `outputs` its head is new and depends on the seed and its shape alone; without, it is the model's own, and a
+    checkpoint that lacks it is refused. The model is in eval mode. Raises UserError for a model that cannot be loaded.
+    """
+    model, words, drawn = pretrained(name, task, outputs, dtype, seed, attention)
+    if outputs is not None:
+        with _from_seed(seed):
+            _new_head(model, dtype)
+    elif drawn:
+        raise UserError(
+            f"{name} has no {drawn[0]}, so it is not {AUTO_CLASSES[task][1]} yet: choose a model that is one"
+        )
     return model, words
 
 
@@ -152,7 +168,7 @@ def pretrained(
             **_source(folder),
         )
     drawn = _complete(name, model, report)
-    if task == "SEQ_CLS":
+    if task != "FEATURE_EXTRACTION" or words.pad_token is None:
         _pad(name, model, words)
     return Pretrained(model, words, drawn)
 
@@ -192,15 +208,17 @@ def _source(folder: Path) -> dict[str, Any]:
     return {"local_files_only": True, "trust_remote_code": False, **_gguf(folder)}
 
 
-def blank(name: str, num_labels: int) -> "PreTrainedModel":
-    """Make the classifier of a name without reading its weights; under a FakeTensorMode it takes no memory either."""
+def blank(name: str, num_labels: int | None, task: str = "SEQ_CLS") -> "PreTrainedModel":
+    """Make the model of a name for a task without reading its weights; under a FakeTensorMode it takes no memory."""
     found = resolve(name)
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
 
     source: dict[str, Any] = _gguf(found) if isinstance(found, Path) else {}
-    with _quiet(), _one_line(name, "a classifier"):
-        config = AutoConfig.from_pretrained(found, num_labels=num_labels, trust_remote_code=False, **source)
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    head: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    auto_class, kind = AUTO_CLASSES[task]
+    with _quiet(), _one_line(name, kind):
+        config = transformers.AutoConfig.from_pretrained(found, trust_remote_code=False, **head, **source)
+        return getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
 
 
 def _of_alias(name: str) -> Path:
@@ -283,7 +301,7 @@ def _new_head(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def _pad(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let a decoder without a pad token pad with its end of text; the model reads the last token before the padding."""
+    """Let a decoder without a pad token pad with its end of text; what is padding, the attention mask says."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer of {name} has neither a pad nor an end-of-text token: set one and save it")

@@ -16,6 +16,7 @@ from loralab.adapters import Adapters, attach
 from loralab.bench.cases import PEFT_METHODS, Case
 from loralab.errors import UserError
 from loralab.heads import head_of
+from loralab.objectives.classification import OBJECTIVE
 from loralab.optimizers import adamw
 from loralab.run.settings import StepSettings
 from loralab.run.step import step as take_step
@@ -146,7 +147,7 @@ def stepper(built: Built, inputs: dict[str, Tensor], labels: Tensor) -> Callable
     kind = device().type
 
     def step() -> None:
-        take_step(built.model, inputs, labels, optimizer, built.trainable, CLIP, built.autocast)
+        take_step(built.model, OBJECTIVE, inputs, labels, len(labels), optimizer, built.trainable, CLIP, built.autocast)
         if kind == "cuda":
             torch.cuda.synchronize()
 

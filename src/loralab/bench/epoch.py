@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
-from loralab import models
+from loralab import models, objectives
 from loralab.bench.backends import CLIP, under_peft
 from loralab.bench.cases import EpochCase
-from loralab.data.batches import encode
 from loralab.errors import UserError
+from loralab.objectives import Encoding
 from loralab.run.bar import Silent
 from loralab.run.folder import RunFolder
 from loralab.run.loop import Loop
@@ -40,7 +40,8 @@ def peft_epoch(case: EpochCase) -> Timed:
     task = task_of(case)
     regression = task.labels is None
     model, tokenizer = models.classifier(case.model, task.num_outputs, regression, torch.float32, 0)
-    rows = encode(splits(task, case)[0]["train"], tokenizer, case.max_length, regression)
+    train = splits(task, case)[0]["train"]
+    rows = objectives.of(task).encode(task, train, tokenizer, Encoding(case.max_length, train=True))
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -9,33 +9,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loralab.data import Split
 from loralab.errors import UserError
 
 POOL = 50  # batches whose rows are sorted by length together: more give less padding and less chance
 SPARE = 8  # rows that a table of positions may have above max_position_embeddings
 
 
+IGNORED = -100  # the label of a token that is not learned
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Tokenized rows: columns of ragged token lists and the labels."""
+    """Tokenized rows. A row is one sequence of tokens, or `sequences` of them: the choices of a question, say."""
 
-    columns: dict[str, list[list[int]]]  # input_ids, attention_mask, perhaps token_type_ids
-    labels: Tensor  # (rows,) int64 for classes, float32 for regression
+    columns: dict[str, list[list[int]]]  # of each sequence: input_ids, attention_mask, ...; `labels` of its tokens
+    labels: Tensor  # (rows, ...): int64 for classes, float32 for regression; what predictions are compared with
     truncated: int  # rows cut to the maximal length
     max_length: int  # tokens
+    sequences: int = 1  # of a row, one after another in `columns`
+    weights: Tensor | None = None  # (rows,) what a row counts in the loss, as its learned tokens; None: each row 1
+    notes: tuple[str, ...] = ()  # what the user should know of how the rows were made
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of each row (rows,), without padding."""
-        return np.array([len(ids) for ids in self.columns["input_ids"]])
+        """Tokens of each row (rows,), without padding: of its longest sequence."""
+        return self._sizes.max(1)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each sequence (rows, sequences)."""
+        return np.array([len(ids) for ids in self.columns["input_ids"]]).reshape(-1, self.sequences)
 
     def tokens(self, chosen: Sequence[int]) -> int:
         """Count the tokens of some rows, without padding."""
-        return int(self.lengths[list(chosen)].sum())
+        return int(self._sizes[list(chosen)].sum())
+
+    def weight(self, chosen: Sequence[int]) -> int:
+        """Return what some rows count together in the loss of a step."""
+        return len(chosen) if self.weights is None else int(self.weights[list(chosen)].sum())
+
+    def places(self, chosen: Sequence[int]) -> list[int]:
+        """Return the places in `columns` of the sequences of some rows."""
+        return [row * self.sequences + i for row in chosen for i in range(self.sequences)]
 
 
 def longest(model: Any) -> int | None:
@@ -59,17 +77,19 @@ def longest(model: Any) -> int | None:
     return limit
 
 
-def encode(split: Split, tokenizer: Any, max_length: int, regression: bool) -> Rows:
-    """Tokenize a split. Rows of more than `max_length` tokens are cut at the end, longest text first, and counted."""
-    texts = [list(column) for column in zip(*split.texts, strict=True)]
-    free = tokenizer(*texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-    columns = dict(tokenizer(*texts, truncation=True, max_length=max_length, verbose=False))
-    labels = torch.tensor(split.labels, dtype=torch.float32 if regression else torch.int64)
-    return Rows(columns, labels, sum(len(ids) > max_length for ids in free), max_length)
+def tokenized(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> tuple[dict[str, list[Any]], int]:
+    """Tokenize rows of one text or two; return (columns, rows cut).
+
+    Rows of more than `max_length` tokens are cut at the end, longest text first, and counted.
+    """
+    parts = [list(column) for column in zip(*texts, strict=True)]
+    free = tokenizer(*parts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    columns = dict(tokenizer(*parts, truncation=True, max_length=max_length, verbose=False))
+    return columns, sum(len(ids) > max_length for ids in free)
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
-    """Return the chosen rows, padded to the longest of them or a little more (see `padded`): tensors (rows, t)."""
+    """Return the chosen rows, padded to the longest of them or a little more (see `padded`): tensors (sequences, t)."""
     return collate_together([(rows, chosen)], tokenizer, device)[0]
 
 
@@ -78,17 +98,27 @@ def collate_together(
 ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
     """Return the chosen rows of K runs: tensors (K b, t) in K equal parts, and the (b, t) of each part alone.
 
-    Short rows are padded; a part with fewer rows than the largest repeats its first row.
+    b counts sequences. Short ones are padded; a part with fewer than the largest repeats its first.
     """
-    sizes = [(len(chosen), width(rows, chosen)) for rows, chosen in parts]
+    places = [rows.places(chosen) for rows, chosen in parts]
+    sizes = [(len(mine), width(*part)) for mine, part in zip(places, parts, strict=True)]
     b, t = (max(column) for column in zip(*sizes, strict=True))
     picked: dict[str, list[list[int]]] = {key: [] for key in parts[0][0].columns}
-    for rows, chosen in parts:
-        filled = [*chosen, *chosen[:1] * (b - len(chosen))]
+    for (rows, _), mine in zip(parts, places, strict=True):
+        filled = [*mine, *mine[:1] * (b - len(mine))]
         for key, column in picked.items():
             column += [rows.columns[key][i] for i in filled]
+    labels = picked.pop("labels", None)
     batch = tokenizer.pad(picked, padding="max_length", max_length=t, return_tensors="pt", verbose=False)
+    if labels is not None:
+        batch["labels"] = _padded_labels(labels, t, tokenizer.padding_side)
     return {key: tensor.to(device) for key, tensor in batch.items()}, sizes
+
+
+def _padded_labels(labels: list[list[int]], t: int, side: str) -> Tensor:
+    """Return the labels of tokens as (sequences, t), IGNORED where there is padding."""
+    spare = [[IGNORED] * (t - len(ids)) for ids in labels]
+    return torch.tensor([s + ids if side == "left" else ids + s for ids, s in zip(labels, spare, strict=True)])
 
 
 def width(rows: Rows, chosen: Sequence[int]) -> int:

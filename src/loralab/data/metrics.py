@@ -55,6 +55,19 @@ def _correlation(function: Callable[[Array, Array], Any], logits: Array, labels:
     return 0.0 if _constant(predicted) or _constant(labels) else float(function(predicted, labels).statistic)
 
 
+LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
+def better(metric: str, score: float, than: float) -> bool:
+    """Tell whether a score of a metric is better than another."""
+    return score < than if metric in LOWER_IS_BETTER else score > than
+
+
+def best(metric: str, scores: Sequence[float]) -> float:
+    """Return the best of some scores of a metric."""
+    return min(scores) if metric in LOWER_IS_BETTER else max(scores)
+
+
 METRICS: dict[str, Callable[[Array, Array], float]] = {
     "accuracy": accuracy,
     "matthews_correlation": matthews_correlation,

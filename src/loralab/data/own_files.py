@@ -1,49 +1,83 @@
 """A user's own CSV, TSV, JSON or parquet file as a Task: one or two columns of text, a column of labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loralab.data import checks, labels, tables
-from loralab.data.selection import held_out
+from loralab.data.selection import has_strata, held_out
 from loralab.data.task import Split, Task, build, digest, require_two
 from loralab.errors import UserError
 
 FRACTION = 0.2  # of the rows validate where no validation file is given
 
 
-def load(
-    train: Path,
-    validation: Path | None,
-    text: Sequence[str],
-    label: str | None,
-    regression: bool | None = None,
-) -> Task:
-    """Make the task of a file.
+@dataclass(frozen=True)
+class OwnFile:
+    """A file of one's own, and what the user says about it."""
 
-    Numbers with a fraction make a regression unless `regression` says otherwise; other labels name classes. Without a
-    validation file a fifth of the rows is held out for it. Raises UserError for files that cannot be learned from.
+    train: Path
+    validation: Path | None = None
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    regression: bool | None = None  # None: guess from how the labels look
+    options: Mapping[str, Any] = field(default_factory=dict)  # of an objective, as the template of a chat
+
+    def __post_init__(self) -> None:
+        for path in (self.train, self.validation):
+            if path is not None and path.suffix.lower() not in tables.READERS:
+                raise UserError(f"{path}: a file ending in {', '.join(tables.READERS)} was expected")
+        if self.validation is not None and self.validation.resolve() == self.train.resolve():
+            raise UserError(
+                f"{self.train} is both train and validation: give another file, or none to hold out a fifth"
+            )
+
+
+def load(file: OwnFile) -> Task:
+    """Make the classification or regression of a file.
+
+    Numbers with a fraction make a regression unless `regression` says otherwise; other labels name classes. Raises
+    UserError for a file that cannot be learned from.
     """
-    label = _check(train, validation, text, label)
-    texts, values = _read(train, text, label)
-    regression = labels.is_regression(train, values) if regression is None else regression
+    label = _check(file)
+    texts, values = _read(file.train, file.text, label)
+    regression = labels.is_regression(file.train, values) if file.regression is None else file.regression
     names = None if regression else labels.class_names(values)
 
     def ids(path: Path, values: list[Any]) -> list[int] | list[float]:
         return labels.numbers(path, label, values) if names is None else labels.class_ids(path, names, values)
 
-    rows = Split(texts, ids(train, values))
-    require_two(train, names, rows)
-    notes = labels.notes(values, names)
-    if validation is None:
-        inside, outside = _divided(train, rows, names)
-        notes.append(f"no validation file: {len(outside)} of {len(rows)} rows are held out for it, stratified by label")
+    rows = Split(texts, ids(file.train, values))
+    require_two(file.train, names, rows)
+    outside = None
+    if file.validation is not None:
+        others = _read(file.validation, file.text, label)
+        outside = Split(others[0], ids(file.validation, others[1]))
+    return divided(file, rows, outside, names, _metrics(names), labels.notes(values, names))
+
+
+def divided(
+    file: OwnFile,
+    rows: Split,
+    outside: Split | None,
+    names: tuple[str, ...] | None,
+    metrics: tuple[str, ...],
+    notes: Sequence[str],
+    objective: str = "classification",
+) -> Task:
+    """Make the task of a file's rows and those of its validation file; without one a fifth is held out for it."""
+    notes = list(notes)
+    if outside is None:
+        inside, outside = _divided(file.train, rows, names)
+        by = "stratified by label" if has_strata(rows) else "drawn by the data's hash"
+        notes.append(f"no validation file: {len(outside)} of {len(rows)} rows are held out for it, {by}")
     else:
-        texts, values = _read(validation, text, label)
-        inside, outside = rows, Split(texts, ids(validation, values))
+        inside = rows
     repeated = sum(map(set(inside.texts).__contains__, outside.texts))
     notes += [f"{repeated} of {len(outside)} rows of validation have the text of a row of train"] * bool(repeated)
-    return build(train.stem, names, _metrics(names), inside, {"validation": outside}, tuple(notes))
+    splits = (inside, {"validation": outside})
+    return build(file.train.stem, names, metrics, *splits, tuple(notes), objective, file.options)
 
 
 def _divided(path: Path, rows: Split, names: tuple[str, ...] | None) -> tuple[Split, Split]:
@@ -55,19 +89,15 @@ def _divided(path: Path, rows: Split, names: tuple[str, ...] | None) -> tuple[Sp
     return rows.take(inside), rows.take(outside)
 
 
-def _check(train: Path, validation: Path | None, text: Sequence[str], label: str | None) -> str:
-    """Check what can be checked before the rows are read; returns the label column."""
-    for path in (train, validation):
-        if path is not None and path.suffix.lower() not in tables.READERS:
-            raise UserError(f"{path}: a file ending in {', '.join(tables.READERS)} was expected")
+def _check(file: OwnFile) -> str:
+    """Check the columns of text and label before the rows are read; returns the label column."""
+    train, text, label = file.train, file.text, file.label
     if not 1 <= len(text) <= 2 or label is None:
         given = f"text columns {', '.join(text) or 'none'} and label column {label or 'none'} given"
         there = ", ".join(map(checks.one_line, tables.names(train)))
         raise UserError(f"{train}: {given}; name one or two (--text) and one (--label) of {there}")
     if len({*text, label}) < len(text) + 1:
         raise UserError(f"{train}: {', '.join((*text, label))} name a column twice: text and label need a column each")
-    if validation is not None and validation.resolve() == train.resolve():
-        raise UserError(f"{train} is both train and validation: give another file, or none to hold out a fifth")
     return label
 
 

@@ -32,7 +32,10 @@ def held_out(
     """
     rows = len(split)
     size = min(at_most, max(1, round(rows * fraction)))
-    groups = list(split.labels) if classification else _quantiles(split.labels, min(BINS, size))
+    if not has_strata(split):
+        groups: list[float] = [0.0] * rows
+    else:
+        groups = list(split.labels) if classification else _quantiles(split.labels, min(BINS, size))
     first = {group: row for row, group in reversed(list(enumerate(groups)))}
     spare = sorted(set(range(rows)) - set(first.values()))
     if size > len(spare):
@@ -42,6 +45,11 @@ def held_out(
     seed = (int(sha256[:8], 16) + SEED) % 2**32
     out = _draw(spare, [groups[row] for row in spare], size, seed)
     return sorted(set(range(rows)) - set(out)), out
+
+
+def has_strata(split: Split) -> bool:
+    """Tell whether the labels of a split are classes or scores, by which rows can be stratified."""
+    return isinstance(next(iter(split.labels), None), int | float)
 
 
 def sample(split: Split, sha256: str, classification: bool, rows: int) -> list[int]:

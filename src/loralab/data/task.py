@@ -3,17 +3,22 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from loralab.errors import UserError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows in file order; a label is a class id or, for regression, a float."""
+    """Rows in file order.
 
-    texts: list[tuple[str, ...]]
-    labels: list[int] | list[float]
+    A row is a tuple of texts (of a chat: of (role, content) pairs). A label is a class id, a float for a regression, a
+    list of numbers (of tags, say), or None where the texts are all there is to learn.
+    """
+
+    texts: list[tuple[Any, ...]]
+    labels: list[Any]
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
@@ -33,16 +38,18 @@ class Task:
     """What a model is trained and scored on. `build` makes one: it checks the splits and computes the hash."""
 
     name: str
-    labels: tuple[str, ...] | None  # class names in id order; None is regression
-    metrics: tuple[str, ...]  # rows of metrics.METRICS; the first one selects and is reported
+    labels: tuple[str, ...] | None  # class names in id order; None where there are no classes, as in a regression
+    metrics: tuple[str, ...]  # those of its objective; the first one selects and is reported
     train: Split
     validation: dict[str, Split]  # the first one is reported
     sha256: str  # of the rows and label names as read, whatever file they came from
     notes: tuple[str, ...] = ()  # what the user should know, one sentence each
+    objective: str = "classification"  # a row of objectives.OBJECTIVES
+    options: Mapping[str, Any] = field(default_factory=dict)  # of that objective, as the template of a chat
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the head: one for a regression, else one per class."""
+        """Outputs of a head with labels: one for a regression, else one per class."""
         return 1 if self.labels is None else len(self.labels)
 
 
@@ -68,10 +75,14 @@ def build(
     train: Split,
     validation: dict[str, Split],
     notes: tuple[str, ...] = (),
+    objective: str = "classification",
+    options: Mapping[str, Any] | None = None,
 ) -> Task:
     """Make the Task of these splits. Raises UserError for what cannot be trained or scored."""
     for split, rows in {"train": train, **validation}.items():
         if not len(rows):
             raise UserError(f"{name}: {split} has no rows; at least one is needed: check the data")
-    require_two(f"{name} train", labels, train)
-    return Task(name, labels, metrics, train, validation, digest(labels, {"train": train, **validation}), notes)
+    if objective == "classification":
+        require_two(f"{name} train", labels, train)
+    sha256 = digest(labels, {"train": train, **validation})
+    return Task(name, labels, metrics, train, validation, sha256, notes, objective, options or {})

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from loralab import fast, models
+from loralab import fast, models, objectives
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters
 from loralab.errors import UserError
@@ -44,7 +44,9 @@ class EstimateSettings(StepSettings):
     """The settings that decide the memory of a step; weights are not loaded. `batch_size` is rows of a forward pass."""
 
     labels: int = 2
-    """Outputs of the head."""
+    """Outputs of a new head."""
+    objective: str = "classification"
+    """Kind of task, which decides the model class and the loss."""
     checkpointing: bool = False
     """Recompute the activations within a layer in backward (`activation_checkpointing_enable`); plain path only."""
 
@@ -93,7 +95,9 @@ def estimate(settings: EstimateSettings, recipe: Recipe | None = None) -> Estima
 
 def _estimate(settings: EstimateSettings, recipe: Recipe) -> Estimate:
     with Sizes(allow_non_fake_inputs=True), Meter() as meter:
-        model = models.blank(settings.model, settings.labels)
+        objective = objectives.OBJECTIVES[settings.objective]
+        model = models.blank(settings.model, settings.labels if objective.new_head else None, objective.task_type)
+        objective.prepare(model)
         check_length(model, settings)
         loaded = tensor_bytes([*model.parameters(), *model.buffers()])
         step = BlankStep(model, settings, recipe)
@@ -137,11 +141,14 @@ class BlankStep:
     """A run without data: each call takes an optimizer step on constant inputs."""
 
     def __init__(self, model: nn.Module, settings: EstimateSettings, recipe: Recipe | None = None) -> None:
+        self.objective = objectives.OBJECTIVES[settings.objective]
         fake = recipe is not None  # an estimate passes the recipe that it has checked
         handle = Adapters(model)
         if fake:
             handle._sha256 = "not known without weights"
-        handle.add("estimate", recipe or settings.recipe(), targets=settings.targets, head=True, filled=fake)
+        handle.add(
+            "estimate", recipe or settings.recipe(), targets=settings.targets, head=self.objective.new_head, filled=fake
+        )
         setattr(model, HANDLE, handle)
         handle.active.activate("estimate")
         speed = "off" if settings.checkpointing else settings.speed  # the fast path recomputes nothing
@@ -157,14 +164,17 @@ class BlankStep:
         self.learned = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, settings: EstimateSettings) -> None:
-        ids = torch.ones(settings.batch_size, settings.max_length, dtype=torch.long)
+        ids = torch.ones(settings.batch_size, settings.max_length, dtype=torch.long)  # (b, t)
         labels = torch.zeros(settings.batch_size, dtype=torch.long if settings.labels > 1 else torch.float32)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # some padding, as in a run
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if self.objective.task_type != "SEQ_CLS":
+            batch["labels"] = torch.zeros_like(ids)
         for name in self.steps.generators:  # draw nothing: of many ranks the largest needs most
             self.steps.drawn[name] = max(self.steps.factors(name).ranks, default=None)
         with saved_by_layer(self.model) as self.activations:
-            loss = forward_loss(self.model, {"input_ids": ids, "attention_mask": mask}, labels, self.autocast)
+            loss = forward_loss(self.model, self.objective, batch, labels, len(ids), self.autocast)
         loss.backward()
         apply_gradients(self.optimizer, self.learned, clip=1.0)
 

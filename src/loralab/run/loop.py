@@ -26,15 +26,16 @@ from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
 from loralab.disk import read_json
 from loralab.errors import UserError
+from loralab.objectives import ragged
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
 from loralab.run.result import facts, result_of
 from loralab.run.settings import Settings
 from loralab.run.setup import PreparedRun, prepare_together
-from loralab.run.sharing import forward, passes, with_same_rows
+from loralab.run.sharing import Outputs, forward, passes, with_same_rows
 from loralab.run.state import RunState, failure
-from loralab.run.step import row_losses
+from loralab.run.step import Forward
 
 Outcome = dict[str, Any] | UserError  # the result of a run, or why there is none
 
@@ -125,7 +126,7 @@ class Loop:
         if self.alone:
             set_seed(s.seed)
         self.adapters.synchronize(*(run.name for run in runs))
-        self.model = self.accelerator.prepare(model)
+        self.model = self.accelerator.prepare(Forward(model, runs[0].objective.forward))
         self.states = [RunState(r, f, self.accelerator, self._stream(r)) for r, f in zip(runs, folders, strict=True)]
 
     def _stream(self, run: PreparedRun) -> torch.Generator:
@@ -151,12 +152,12 @@ class Loop:
         return [self._outcome(state) for state in self.states]
 
     def step(self) -> bool:
-        """Take a step of every run that goes on, and evaluate those at the end of an epoch; False if none goes on."""
+        """Take a step of every run that goes on, and evaluate those that are due; False if none goes on."""
         going = [state for state in self.states if state.goes_on]
         if going:
             self._step(going)
-        if ended := [state for state in going if not state.stopped and state.ends_epoch]:
-            self._end_epochs(ended)
+        if due := [state for state in going if not state.stopped and state.is_evaluated]:
+            self._evaluate(due)
         return bool(going)
 
     @contextmanager
@@ -210,9 +211,9 @@ class Loop:
         label = f"{first.run.task.name} {first.settings.method} seed {first.settings.seed}{more}"
         done = whole = 0
         for state in self.states:
-            rows, p = len(state.run.train), state.progress
-            whole += state.settings.epochs * rows
-            done += p.epoch * rows + p.batch * state.settings.batch_size
+            rows, s = len(state.run.train), state.settings
+            whole += min(s.epochs * rows, state.steps * s.batch_size)
+            done += state.progress.rows
         self.reporter.start(label, whole, done)
 
     # ---- one step ------------------------------------------------------------------------------------------------
@@ -239,11 +240,11 @@ class Loop:
         self.reporter.advance(sum(map(len, chosen)), float(np.mean(losses)))
         for state in going:
             every = state.settings.checkpoint_every
-            if every and state.progress.step % every == 0 and not state.ends_epoch and not state.stopped:
+            if every and state.progress.step % every == 0 and not state.is_evaluated and not state.stopped:
                 self._checkpoint(state)
 
     def _backward(self, states: Sequence[RunState], chosen: Sequence[list[int]]) -> Tensor:
-        """Add up the gradients of a pass, part by part; return (runs,), this process's share of each mean loss."""
+        """Add up the gradients of a pass, part by part; return (runs,), this process's share of each loss."""
         n, parts = self.accelerator.num_processes, states[0].settings.accumulate
         mine = [rows[self.accelerator.process_index :: n] for rows in chosen]
         total = torch.zeros(len(states), device=self.accelerator.device)
@@ -256,50 +257,48 @@ class Loop:
         return total
 
     def _losses(self, states: Sequence[RunState], own: Sequence[list[int]], chosen: Sequence[list[int]]) -> Tensor:
-        """Return (runs,): the share that a run's own rows have in the mean loss of its chosen rows."""
+        """Return (runs,): the share that a run's own rows have in the loss of its chosen rows."""
         # a process without rows takes one, whose loss is then multiplied by 0
         taken = [rows or whole[:1] for rows, whole in zip(own, chosen, strict=True)]
         first = states[0].progress
         tokens = len(taken[0]) * width(states[0].run.train, taken[0]) if first.step == 0 else 0
         counting = tokens > first.counted
         with saved_by_layer(self.adapters.model, on=counting) as saved:
-            logits = self._forward(states, [(s.run.train, rows) for s, rows in zip(states, taken, strict=True)])
-            losses = [
-                row_losses(out[:, : s.run.task.num_outputs], s.run.train.labels[rows].to(out.device)).sum()
-                for out, s, rows in zip(logits, states, taken, strict=True)
-            ]
+            found = self._forward(states, [(s.run.train, rows) for s, rows in zip(states, taken, strict=True)])
+            losses = [s.run.objective.loss(*out).sum() for out, s in zip(found, states, strict=True)]
         if counting:
             first.activations, first.counted = saved, tokens
+        weights = [s.run.train.weight(whole) for s, whole in zip(states, chosen, strict=True)]
         return torch.stack(
-            [loss / len(whole) * bool(rows) for loss, rows, whole in zip(losses, own, chosen, strict=True)]
+            [loss / weight * bool(rows) for loss, rows, weight in zip(losses, own, weights, strict=True)]
         )
 
-    def _forward(self, states: Sequence[RunState], parts: Sequence[tuple[Rows, list[int]]]) -> list[Tensor]:
+    def _forward(self, states: Sequence[RunState], parts: Sequence[tuple[Rows, list[int]]]) -> list[Outputs]:
         return forward(self.model, self.adapters, states, parts, self.accelerator.device)
 
-    # ---- after an epoch ------------------------------------------------------------------------------------------
+    # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    def _end_epochs(self, ended: Sequence[RunState]) -> None:
-        """Evaluate runs that have finished an epoch, those with the same rows together."""
-        for states in with_same_rows(ended):
+    def _evaluate(self, due: Sequence[RunState]) -> None:
+        """Evaluate runs, those with the same rows together."""
+        for states in with_same_rows(due):
             with self._failing(states):
-                held_out = self._logits(states, states[0].run.held_out)
-                validation = {key: self._logits(states, rows) for key, rows in states[0].run.validation.items()}
+                held_out = self._predictions(states, states[0].run.held_out)
+                validation = {key: self._predictions(states, rows) for key, rows in states[0].run.validation.items()}
             for i, state in enumerate(states):
                 if not state.stopped:
-                    self._end_epoch(state, held_out[i], {key: logits[i] for key, logits in validation.items()})
+                    self._record(state, held_out[i], {key: found[i] for key, found in validation.items()})
 
-    def _end_epoch(self, state: RunState, held_out: Any, validation: dict[str, Any]) -> None:
-        """Record an epoch of a run from its logits (rows, outputs) and write down how far it is."""
+    def _record(self, state: RunState, held_out: Any, validation: dict[str, Any]) -> None:
+        """Record an evaluation of a run from its predictions (rows, ...) and write down how far it is."""
         s, p, record = state.settings, state.progress, {}
         with self._failing([state]):
-            record = state.end_epoch(held_out, validation)
+            record = state.record(held_out, validation)
             if s.track:
                 values = {"train_loss": record["train_loss"], **record["validation"]}
                 self.accelerator.log(values, step=p.step)
             if self.accelerator.is_main_process:
                 state.folder.write_metrics(p.history)
-        if state.problem is None and p.epoch < s.epochs:
+        if state.problem is None and p.epoch < s.epochs and not state.out_of_steps:
             self._checkpoint(state)
         if record:  # last, because the reporter may end the run, which can go on
             self.reporter.epoch(record, s.epochs, state.run.task.metrics[0], self._name(state))
@@ -309,22 +308,22 @@ class Loop:
             with self._failing([state]):
                 state.save_checkpoint()
 
-    def _logits(self, states: Sequence[RunState], rows: Rows | None) -> list[Any]:
-        """Return each run's logits (rows, outputs) as a array, in the order of `rows`; processes share the work."""
+    def _predictions(self, states: Sequence[RunState], rows: Rows | None) -> list[Any]:
+        """Return each run's predictions (rows, ...) as an array, in the order of `rows`; processes share the work."""
         if rows is None:
             return [None] * len(states)
         self.model.eval()
-        mine, process = [], self.accelerator.process_index
+        mine: list[tuple[list[int], list[Any]]] = []  # rows, and each run's predictions of them
+        process = self.accelerator.process_index
         with torch.no_grad(), self.adapters.caching():
             for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * states[0].settings.batch_size)):
                 if i % self.accelerator.num_processes == process:
-                    parts = self._forward(states, [(rows, chosen)] * len(states))
-                    mine.append((chosen, torch.stack(parts, 1).cpu().numpy()))  # (rows, runs, outputs)
+                    found = self._forward(states, [(rows, chosen)] * len(states))
+                    kept = [s.run.objective.predict(*out) for s, out in zip(states, found, strict=True)]
+                    mine.append((chosen, [t.cpu().numpy() for t in kept]))
         gathered = gather_object(mine) if self.accelerator.num_processes > 1 else mine
-        logits = np.concatenate([part for _, part in gathered])  # (rows, runs, outputs)
-        ordered = np.empty_like(logits)
-        ordered[np.concatenate([chosen for chosen, _ in gathered])] = logits
-        return [ordered[:, i, : state.run.task.num_outputs].copy() for i, state in enumerate(states)]
+        order = np.argsort(np.concatenate([chosen for chosen, _ in gathered]))
+        return [ragged([kept[i] for _, kept in gathered])[order] for i in range(len(states))]
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -361,8 +360,8 @@ class Loop:
         factors = self.adapters.spec(run.name).recipe.factors
         for rank in () if factors is None else factors.ranks:
             with self.adapters.active.changed(chosen={run.name: rank}):
-                logits = {key: self._logits([state], rows)[0] for key, rows in run.validation.items()}
-            scores[str(rank)] = state.scores(logits)
+                found = {key: self._predictions([state], rows)[0] for key, rows in run.validation.items()}
+            scores[str(rank)] = state.scores(found)
         return scores
 
 

@@ -22,6 +22,7 @@ from loralab.data import Split, held_out
 from loralab.data.batches import Rows, collate, epoch_batches, sorted_batches
 from loralab.disk import read_header
 from loralab.errors import UserError
+from loralab.objectives import Objective
 from loralab.optimizers import adamw
 from loralab.rankmap import RankMap
 from loralab.ranks.alora import alora
@@ -44,6 +45,7 @@ class PolicyInput:
 
     settings: Settings
     recipe: Recipe
+    objective: Objective
     rows: Rows  # the training rows
     sha256: str  # of the data
     labels: tuple[str, ...]
@@ -148,7 +150,7 @@ def _trial_adapter(work: PolicyInput) -> Iterator[Adapters]:
         torch.manual_seed(s.seed)  # dropout
         model = work.fresh().to("cuda" if torch.cuda.is_available() else "cpu")
         common: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
-        yield attach(model, replace(work.recipe, policy=None), name="policy", head=True, **common)
+        yield attach(model, replace(work.recipe, policy=None), name="policy", head=work.objective.new_head, **common)
 
 
 def _sample(work: PolicyInput) -> list[int]:
@@ -184,6 +186,7 @@ def _train(adapters: Adapters, work: PolicyInput, sample: list[int], epochs: Ite
             batch = _batch(work, sample, places, adapters)
             device = batch["input_ids"].device
             labels = work.rows.labels[[sample[i] for i in places]].to(device)
-            step(model, batch, labels, optimizer, learned, s.clip, autocast)
+            weight = work.rows.weight([sample[i] for i in places])
+            step(model, work.objective, batch, labels, weight, optimizer, learned, s.clip, autocast)
             steps += 1
     return steps

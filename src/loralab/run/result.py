@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import loralab
+from loralab.data.metrics import best
 from loralab.fast.machine import hardware
 from loralab.recipe import to_json
 from loralab.run.setup import PreparedRun
@@ -62,7 +63,7 @@ def result_of(
             "name": name,
             "selected": selected["validation"][name],
             "last": scores[-1],
-            "best_on_validation": max(scores),
+            "best_on_validation": best(name, scores),
         },
         "metrics": selected["validation"],
         "selected_epoch": selected["epoch"],
@@ -70,7 +71,7 @@ def result_of(
         "counts": run.adapters.counts(run.name),
         "time": {
             "train_s": progress["seconds"] + (run.plan or {}).get("seconds", 0.0),
-            "examples_per_s": len(run.train) * progress["epoch"] / seconds,
+            "examples_per_s": progress["rows"] / seconds,
             "tokens_per_s": progress["tokens"] / seconds,
             "together": together,  # if above 1: seconds are an equal share of the passes, memory is that of all
             **({} if run.plan is None else {"plan": run.plan}),  # its seconds are in train_s, its rows in no rate

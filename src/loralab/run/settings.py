@@ -6,6 +6,7 @@ a setting has one name, one default and one check everywhere.
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ from loralab.rankmap import RankMap
 from loralab.recipe import Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
+LossOn = Literal["auto", "completion", "assistant", "all"]
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
-SOURCE = ("task", "data", "text", "label", "problem_type", "validation")  # they say which rows a run reads
+LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
+SOURCE = ("task", "data", "text", "label", "problem_type", "validation", *LEARNED)  # which rows a run reads
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "rounds": 1, "max_length": 4, "seed": 0,
-    "patience": 0, "checkpoint_every": 0, "weight_decay": 0, "clip": 0, "labels": 1, "layers": 1,
+    "patience": 0, "checkpoint_every": 0, "eval_every": 0, "max_steps": 1, "weight_decay": 0, "clip": 0, "labels": 1,
+    "layers": 1,
 }  # fmt: skip
 MOST = {"seed": 2**32 - 1, "threads": 4096}  # numpy takes no larger seed
 POSITIVE = ("lr", "head_lr", "threads", "train_rows", "validation_rows")  # None or above 0
@@ -128,6 +132,8 @@ class Settings(StepSettings):
     """A GLUE name, minimal-pairs (embedded), or a CSV, JSONL or parquet file with columns --text and --label."""
     data: Path | None = None
     """Folder with the GLUE tasks (parquet or the classic TSV); the hub's nyu-mll/glue by default."""
+    objective: str | None = None
+    """Kind of task: classification (regression too), causal, ...; by default what the columns of the file say."""
     text: tuple[str, ...] = ()
     """Text columns of an own file, one or two."""
     label: str | None = None
@@ -136,6 +142,11 @@ class Settings(StepSettings):
     """What the labels of an own file are; auto: classes, unless they are numbers with a fraction."""
     validation: Path | None = None
     """Validation file of an own task; by default a fifth of the file is set apart."""
+    template: Path | None = None
+    """Chat template (a Jinja file) for objective causal; the tokenizer's own by default."""
+    loss_on: LossOn = "auto"
+    """Tokens that a causal model learns: the completion, every assistant turn of a chat, or all; auto: the first that
+    the rows have."""
     train_rows: int | None = None
     """Train on this many rows, drawn by the data's hash and stratified by label; all by default."""
     validation_rows: int | None = None
@@ -148,6 +159,13 @@ class Settings(StepSettings):
     """Learning rate of the head; the adapter's by default."""
     epochs: int = 3
     """Passes over the training data."""
+    max_steps: int | None = None
+    """Most optimizer steps of the run; the learning rate goes down to the last of them."""
+    max_time: str | None = None
+    """Most training time, as 90s, 15m or 2h; the run is then evaluated and ends."""
+    eval_every: int = 0
+    """Evaluate after every so many optimizer steps, and select among these points, besides the ends of epochs; 0: at
+    the ends of epochs only."""
     accumulate: int = 1
     """Number of parts a batch is cut into, to save memory; the gradient is the same."""
     keep: float = 0.9
@@ -189,6 +207,8 @@ class Settings(StepSettings):
             wrong.append(
                 f"span={self.span} with policy={self.policy!r}: policy='groups' takes a span of 2 or more layers"
             )
+        if self.max_time is not None and seconds(self.max_time) is None:
+            wrong.append(f"max_time={self.max_time}: expected a time above 0 as 90s, 15m or 2h")
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
         return wrong
@@ -197,9 +217,16 @@ class Settings(StepSettings):
         """Return these settings with every other one at its default: a key for what depends on these alone."""
         return Settings(**{"task": self.task, **{key: self.of(key) for key in keys}})
 
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        """What the objective of the task is told; nothing where all is at its default."""
+        template = {"template": str(self.template)} if self.template else {}
+        return template | ({"loss_on": self.loss_on} if self.loss_on != "auto" else {})
+
     def steps(self, rows: int) -> int:
         """Return the optimizer steps of the whole run on that many training rows."""
-        return self.epochs * -(-rows // self.batch_size)
+        whole = self.epochs * -(-rows // self.batch_size)
+        return whole if self.max_steps is None else min(whole, self.max_steps)
 
     @property
     def folder(self) -> Path:
@@ -211,3 +238,14 @@ class Settings(StepSettings):
         """Return every setting as a value of JSON, but for where the run is written, resumed and tracked."""
         left_out = {"out", "resume", "track"}
         return {k: v for k, v in super().to_json().items() if k not in left_out}
+
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str) -> float | None:
+    """Return the seconds of a time as 90s, 15m or 2h; None for what is none."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in UNITS or re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number) is None:
+        return None
+    return float(number) * UNITS[unit] or None

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab import data, models
+from loralab import data, models, objectives
 from loralab.adapters import Adapters, attach
 from loralab.data import Task
-from loralab.data.batches import Rows, collate, encode, epoch_batches, longest
+from loralab.data.batches import Rows, collate, epoch_batches, longest
 from loralab.errors import UserError
+from loralab.objectives import Encoding, Objective
 from loralab.run import policies
 from loralab.run.settings import SOURCE, Settings, StepSettings
 
@@ -36,8 +37,8 @@ class PreparedRun:
     plan: dict[str, Any] | None = None  # what made the rank map before the run, and what that cost
 
     @property
-    def regression(self) -> bool:
-        return self.task.labels is None
+    def objective(self) -> Objective:
+        return objectives.of(self.task)
 
     @property
     def adapter_name(self) -> str:
@@ -71,7 +72,8 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     model, tokenizer = _model(settings, task)
     _check_same_base(model, settings, cache)
     rows, notes = _rows(settings, task, model, tokenizer, cache)
-    labels, train = task.labels or ("score",), rows["train"]
+    objective, train = objectives.of(task), rows["train"]
+    labels = objective.names(task)
 
     def start_batches() -> Iterator[dict[str, Tensor]]:
         return _start_batches(train, settings, tokenizer)
@@ -79,14 +81,15 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     steps = settings.steps(len(train))
     recipe = recipe.for_steps(steps)
     notes += recipe.notes(steps)
-    data = (train, task.sha256, labels, tokenizer)
+    data = (objective, train, task.sha256, labels, tokenizer)
     work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
     recipe, plan = policies.with_ranks(work)
     options: dict[str, Any] = {"targets": settings.targets, "labels": labels, "seed": settings.seed}
+    options["head"] = objective.new_head
     if shared is None:
-        shared = attach(model, recipe, name=name, head=True, batches=start_batches(), **options)
+        shared = attach(model, recipe, name=name, batches=start_batches(), **options)
     else:
-        shared.add(name, recipe, head=True, heads_of=model, batches=start_batches(), **options)
+        shared.add(name, recipe, heads_of=model if objective.new_head else None, batches=start_batches(), **options)
     notes += [] if plan is None else [policies.note(recipe)]
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
@@ -112,7 +115,13 @@ def _task(settings: Settings, cache: dict[Any, Any]) -> Task:
 def task_of(s: Settings) -> Task:
     """Read the task that a run's settings name. Raises UserError."""
     regression = None if s.problem_type == "auto" else s.problem_type == "regression"
-    return data.load(s.task, s.data, text=s.text, label=s.label, validation=s.validation, regression=regression)
+    columns: dict[str, Any] = {"text": s.text, "label": s.label, "validation": s.validation, "regression": regression}
+    return objectives.load(s.task, s.data, objective=s.objective, options=s.objective_options, **columns)
+
+
+def objective_of(s: Settings) -> Objective:
+    """Return the objective of a run's task; of a file, only the names of its columns are read. Raises UserError."""
+    return objectives.find(s.task, s.objective, bool(s.text or s.label))
 
 
 def _rows(
@@ -123,22 +132,26 @@ def _rows(
     key = (id(task), settings.selection, settings.max_length, settings.train_rows, settings.validation_rows)
     if key not in cache:
         texts, sizes = splits(task, settings)
-        regression = task.labels is None
-        rows = {name: encode(split, tokenizer, settings.max_length, regression) for name, split in texts.items()}
+        encode = objectives.of(task).encode
+        rows = {
+            name: encode(task, split, tokenizer, Encoding(settings.max_length, name == "train"))
+            for name, split in texts.items()
+        }
+        told = dict.fromkeys(note for r in rows.values() for note in r.notes)
         over = f"rows are longer than {settings.max_length} tokens and were cut"
         cut = [f"{r.truncated} of {len(r)} {name} {over}" for name, r in rows.items() if r.truncated]
-        cache[key] = rows, [*task.notes, *sizes, *cut]
+        cache[key] = rows, [*task.notes, *sizes, *told, *cut]
     rows, notes = cache[key]
     return rows, list(notes)
 
 
 def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model as a run begins with it."""
-    regression = task.labels is None
-    head = (task.num_outputs, regression, torch.float32, settings.seed, settings.attention)
-    model, tokenizer = models.classifier(settings.model, *head)
-    if regression:
-        _center(model, sum(task.train.labels) / len(task.train))
+    objective = objectives.of(task)
+    head = (objective.task_type, objective.outputs(task), torch.float32, settings.seed, settings.attention)
+    model, tokenizer = models.fresh(settings.model, *head)
+    objective.begin(model, task)
+    objective.prepare(model)
     return model, tokenizer
 
 
@@ -175,13 +188,3 @@ def _start_batches(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[d
     batches = epoch_batches(rows.lengths, settings.batch_size, settings.seed, 0)
     for chosen in batches[: math.ceil(START_ROWS / settings.batch_size)]:
         yield collate(rows, chosen, tokenizer, torch.device("cpu"))
-
-
-def _center(model: Any, mean: float) -> None:
-    """Start a regression head at the mean label. From 0 the first steps push the mean through the whole network, which
-    at LoRA's learning rates ruins it (docs/decisions.md)."""
-    outputs = [
-        m for child in model.children() for m in child.modules() if isinstance(m, nn.Linear) and m.out_features == 1
-    ]
-    if outputs and outputs[-1].bias is not None:
-        nn.init.constant_(outputs[-1].bias, mean)

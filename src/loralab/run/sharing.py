@@ -19,6 +19,7 @@ from loralab.adapters import Adapters
 from loralab.data.batches import Rows, collate_together, width
 from loralab.methods import starts
 from loralab.run.settings import Settings
+from loralab.run.setup import objective_of
 from loralab.run.state import RunState
 
 MOST = 16  # runs over one model; how many share a pass depends on PASS_BYTES
@@ -76,7 +77,9 @@ def _base(s: Settings) -> Any:
     r = s.recipe()
     rank = getattr(r.factors, "rank", 0) * (1 + bool(starts.added(r.start)))  # 0 where no layer is adapted
     like = rank and max(SMALL, 1 << (rank - 1).bit_length())
-    return s.model, s.attention, s.precision, s.accumulate, s.threads, r.store, like
+    objective = objective_of(s)
+    kind = objective.task_type, objective.forward
+    return s.model, kind, s.attention, s.precision, s.accumulate, s.threads, r.store, like
 
 
 # ---- a pass ----------------------------------------------------------------------------------------------------------
@@ -111,19 +114,36 @@ def with_same_rows(states: Sequence[RunState]) -> Iterator[list[RunState]]:
         yield from (runs[i : i + EVALUATED] for i in range(0, len(runs), EVALUATED))
 
 
+Outputs = tuple[Tensor, Tensor]  # of a run's rows: outputs (rows, ...), and the labels that its loss is of
+
+
 def forward(
     model: nn.Module,
     adapters: Adapters,
     states: Sequence[RunState],
     parts: Sequence[tuple[Rows, list[int]]],
     device: torch.device,
-) -> list[Tensor]:
-    """Return for each run the logits (rows, outputs) of its rows, from one forward pass of the model."""
+) -> list[Outputs]:
+    """Return for each run the outputs of its rows and their labels, from one forward pass of the model."""
     batch, sizes = collate_together(parts, states[0].run.tokenizer, device)  # (K b, t), and each run's own (b, t)
     names, b = [state.run.name for state in states], len(batch["input_ids"]) // len(states)
     ids = torch.arange(len(states)).repeat_interleave(b)  # (K b,)
     streams = tuple(Stream(s.generator, *size) for s, size in zip(states, sizes, strict=True))
     in_use = adapters.use(names, ids) if len(states) > 1 else adapters.use(names[0])
     with in_use, adapters.active.changed(streams=streams):
-        logits = model(**batch).logits.float()  # (K b, outputs of the widest head)
-    return [out[:rows] for out, (rows, _) in zip(logits.split(b), sizes, strict=True)]
+        outputs = model(batch)  # (K b, ...): of a head those of the widest head
+    of_tokens = batch["labels"].split(b) if "labels" in batch else [None] * len(states)
+    return [
+        _of_run(state, out, labels, *part)
+        for state, out, labels, part in zip(states, outputs.split(b), of_tokens, parts, strict=True)
+    ]
+
+
+def _of_run(state: RunState, outputs: Tensor, labels: Tensor | None, rows: Rows, chosen: list[int]) -> Outputs:
+    """Return the outputs (b, ...) of a run without what other runs' widths added, sequences of a row together."""
+    own = outputs[: len(chosen) * rows.sequences]
+    if (width := state.run.objective.outputs(state.run.task)) is not None:
+        own = own[..., :width]
+    if rows.sequences > 1:
+        own = own.view(len(chosen), rows.sequences, *own.shape[1:])
+    return own, rows.labels[chosen].to(own.device) if labels is None else labels[: len(own)]

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from loralab.data import is_constant, score
 from loralab.data.batches import epoch_batches
+from loralab.data.metrics import better
 from loralab.errors import UserError
 from loralab.optimizers import adamw
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Layers, by_layer, of_adapter
+from loralab.run.settings import seconds
 from loralab.run.setup import PreparedRun
 from loralab.run.step import apply_gradients
 
@@ -47,7 +48,9 @@ class Progress:
     epoch: int = 0  # epochs finished
     batch: int = 0  # batches done in the current epoch
     step: int = 0  # optimizer steps
-    loss: float = 0.0  # sum of row losses in the current epoch
+    loss: float = 0.0  # sum of the losses of rows since the last evaluation
+    weight: int = 0  # what these rows weigh
+    rows: int = 0  # trained on
     seconds: float = 0.0  # of training, without evaluation; of a shared pass an equal share
     tokens: int = 0  # trained on, without padding
     counted: int = 0  # tokens, with padding, of the largest part of the first batch, for which
@@ -75,7 +78,7 @@ class RunState:
         self.schedule = get_scheduler(s.schedule, self.optimizer, round(s.warmup * self.steps), self.steps)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}  # adapter and head at the selected epoch
-        self.predictions: dict[str, Tensor] = {}  # at the selected epoch: SPLIT/logits (rows, outputs), SPLIT/labels
+        self.predictions: dict[str, Tensor] = {}  # at the selected epoch: SPLIT/logits (rows, ...), SPLIT/labels
         self.batches: list[list[int]] = []  # of the current epoch
         self.problem: UserError | None = None  # why the run cannot go on
         self.leaves = False  # whether it goes on alone, because a pass that it shared failed
@@ -86,7 +89,19 @@ class RunState:
     def goes_on(self) -> bool:
         s, p = self.settings, self.progress
         patient = not 0 < s.patience < len(p.history) - p.best
-        return not self.stopped and p.epoch < s.epochs and patient
+        return not self.stopped and p.epoch < s.epochs and patient and not self.out_of_steps
+
+    @property
+    def out_of_steps(self) -> bool:
+        """Whether the run has had its last step or all its time."""
+        limit = self.settings.max_time and seconds(self.settings.max_time)
+        return self.progress.step >= self.steps or (bool(limit) and self.progress.seconds >= float(limit or 0))
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether an evaluation is due after the last step."""
+        every, step = self.settings.eval_every, self.progress.step
+        return self.ends_epoch or self.out_of_steps or bool(every and step % every == 0)
 
     @property
     def stopped(self) -> bool:
@@ -105,7 +120,7 @@ class RunState:
         return self.batches[p.batch]
 
     def step(self, loss: float, chosen: list[int]) -> None:
-        """Take an optimizer step with the gradients there are; `loss` is the mean over the chosen rows."""
+        """Take an optimizer step with the gradients there are; `loss` is that of the chosen rows."""
         p = self.progress
         if not np.isfinite(loss):
             self.problem = UserError(self._not_finite(loss))
@@ -116,7 +131,10 @@ class RunState:
         )
         p.step += 1
         p.batch += 1
-        p.loss += loss * len(chosen)
+        weight = self.run.train.weight(chosen)
+        p.loss += loss * weight
+        p.weight += weight
+        p.rows += len(chosen)
         p.tokens += self.run.train.tokens(chosen)
 
     def fail(self, error: Exception) -> None:
@@ -135,40 +153,43 @@ class RunState:
 
     # ---- epochs --------------------------------------------------------------------------------------------------
 
-    def end_epoch(self, held_out: Any, validation: Mapping[str, Any]) -> dict[str, Any]:
-        """Record an epoch from its logits (rows, outputs), of the held-out rows or None and of each validation split.
+    def record(self, held_out: Any, validation: Mapping[str, Any]) -> dict[str, Any]:
+        """Record an evaluation from its predictions (rows, ...), of the held-out rows or None and of each split.
 
-        The adapter is remembered if the epoch is the best so far. Returns the record, a line of metrics.jsonl.
+        The adapter is remembered if it is the best so far. Returns the record, a line of metrics.jsonl.
         """
         s, p, run = self.settings, self.progress, self.run
         record = {
-            "epoch": p.epoch + 1,
+            "epoch": p.epoch + 1 if self.ends_epoch else round(p.epoch + p.batch / len(self.batches), 4),
             "step": p.step,
-            "train_loss": p.loss / len(run.train),
+            "train_loss": p.loss / p.weight,
             "held_out": None
             if run.held_out is None
-            else score(run.task.metrics, held_out, run.held_out.labels.numpy()),
+            else run.objective.score(run.task, held_out, run.held_out.labels.numpy()),
             "validation": self.scores(validation),
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
         }
         predictions: dict[str, Tensor] = {}
         for key, rows in run.validation.items():
-            logits = validation[key]  # (rows, outputs)
-            predictions |= {f"{key}/logits": torch.from_numpy(logits), f"{key}/labels": rows.labels}
-            record["one_class"] = not run.regression and is_constant(logits)
+            found = validation[key]  # (rows, ...)
+            predictions |= {f"{key}/logits": torch.from_numpy(found), f"{key}/labels": rows.labels}
+            record["one_class"] = run.objective.collapsed(found)
         p.history.append(record)
-        p.epoch, p.batch, p.loss, self.batches = p.epoch + 1, 0, 0.0, []
-        if p.best < 0 or self._selecting(-1) > self._selecting(p.best) or s.selection == "last":
+        p.loss, p.weight = 0.0, 0
+        if self.ends_epoch:
+            p.epoch, p.batch, self.batches = p.epoch + 1, 0, []
+        metric = run.task.metrics[0]
+        if p.best < 0 or better(metric, self._selecting(-1), self._selecting(p.best)) or s.selection == "last":
             p.best = len(p.history) - 1
             self.best = {key: t.detach().clone() for key, t in self.tensors().items()}
             self.predictions = predictions
         return record
 
     def scores(self, validation: Mapping[str, Any]) -> dict[str, float]:
-        """Return every metric from the logits (rows, outputs) of each split; those of the first under their names."""
+        """Return every metric from the predictions (rows, ...) of each split; those of the first under their names."""
         found: dict[str, float] = {}
         for i, (key, rows) in enumerate(self.run.validation.items()):
-            scores = score(self.run.task.metrics, validation[key], rows.labels.numpy())
+            scores = self.run.objective.score(self.run.task, validation[key], rows.labels.numpy())
             found |= {name if i == 0 else f"{key}/{name}": value for name, value in scores.items()}
         return found
 

@@ -1,29 +1,47 @@
-"""The training step: the loss of every row, and one optimizer step. Every training loop of the project uses it.
+"""The training step: the loss of a batch, and one optimizer step. Every training loop of the project uses it.
 
-The loss of a step is the mean over its rows. Where the rows are divided among passes and processes (loop.py), the parts
-add up to that mean.
+The loss of a step is the sum of its rows' losses over what they weigh: the mean over rows for a classification, over
+learned tokens for a language model. Where the rows are divided among passes and processes (loop.py), the parts add up
+to it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from loralab.adapted import IGNORED
+from loralab.objectives import Batch, Objective
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return (rows,): cross-entropy for int64 labels, squared error for float labels; logits (rows, outputs)."""
-    if labels.is_floating_point():
-        return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
-    return F.cross_entropy(logits, labels, reduction="none")
+class Forward(nn.Module):
+    """A model as an objective runs it, as one module, so that wrappers as DistributedDataParallel see the whole."""
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Batch], Tensor]) -> None:
+        super().__init__()
+        self.model, self.run = model, forward
+        self.train(model.training)  # a module begins in train mode, whatever is in it
+        setattr(self, IGNORED, [f"model.{key}" for key in getattr(model, IGNORED, ())])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return outputs (sequences, ...)."""
+        return self.run(self.model, batch)
 
 
-def forward_loss(model: nn.Module, batch: Mapping[str, Tensor], labels: Tensor, autocast: bool = False) -> Tensor:
-    """Return the mean loss of a batch, labels (rows,)."""
+def targets(batch: Batch, labels: Tensor) -> Tensor:
+    """Return the labels that a loss is of: those of tokens (sequences, t) where the batch has them, else of rows."""
+    return batch.get("labels", labels)
+
+
+def forward_loss(
+    model: nn.Module, objective: Objective, batch: Batch, labels: Tensor, weight: float, autocast: bool = False
+) -> Tensor:
+    """Return the loss of a batch, labels (rows, ...), whose rows weigh `weight` together."""
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
-        logits = model(**batch).logits  # (rows, outputs)
-    return row_losses(logits.float(), labels).mean()
+        outputs = objective.forward(model, batch)  # (sequences, ...)
+    rows = outputs.view(len(labels), -1, *outputs.shape[1:]).squeeze(1)  # (rows, ...)
+    return objective.loss(rows, targets(batch, labels)).sum() / weight
 
 
 def apply_gradients(
@@ -44,15 +62,17 @@ def apply_gradients(
 
 def step(
     model: nn.Module,
-    batch: Mapping[str, Tensor],
+    objective: Objective,
+    batch: Batch,
     labels: Tensor,
+    weight: float,
     optimizer: torch.optim.Optimizer,
     learned: Sequence[Tensor],
     clip: float = 1.0,
     autocast: bool = False,
 ) -> Tensor:
-    """Take one optimizer step on one batch, labels (rows,); return the mean loss, without its graph."""
-    loss = forward_loss(model, batch, labels, autocast)
+    """Take one optimizer step on one batch, labels (rows, ...); return its loss, without the graph."""
+    loss = forward_loss(model, objective, batch, labels, weight, autocast)
     loss.backward()
     apply_gradients(optimizer, learned, clip)
     return loss.detach()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from loralab.cache import Scope
-from loralab.data import Split
-from loralab.data.batches import Rows, collate, encode, longest, sorted_batches
+from loralab.data.batches import Rows, collate, longest, sorted_batches, tokenized
 from loralab.data.checks import any_text
 from loralab.errors import UserError
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool
@@ -81,8 +80,8 @@ class Predictor:
         max_length = min(limits, default=512)
         for count in sorted({len(request.texts) for request in requests}):
             mine = [i for i, request in enumerate(requests) if len(request.texts) == count]
-            split = Split([requests[i].texts for i in mine], [0] * len(mine))
-            for key, column in encode(split, self.tokenizer, max_length, False).columns.items():
+            made, _ = tokenized([requests[i].texts for i in mine], self.tokenizer, max_length)
+            for key, column in made.items():
                 whole = columns.setdefault(key, [None] * len(requests))
                 for i, value in zip(mine, column, strict=True):
                     whole[i] = value

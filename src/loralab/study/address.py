@@ -24,13 +24,13 @@ from loralab.data import glue
 from loralab.disk import sha256
 from loralab.recipe import FACTORS, Recipe, to_json
 from loralab.run import Settings
-from loralab.run.settings import NOT_RESULT, SOURCE
+from loralab.run.settings import LEARNED, NOT_RESULT, SOURCE
 from loralab.run.setup import task_of
 
 VERSION = 1  # of the rule that makes addresses
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
 IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "policy", "store", "set"}
-IN_HASHES = {*SOURCE, "model"}
+IN_HASHES = {*SOURCE, "model"} - {*LEARNED}
 HUB = "hub "  # before the name of a model that is still there, in the place of its hash
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
@@ -39,6 +39,9 @@ MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*",
 Frozen = Mapping[str, tuple[str, Any]]
 SETTINGS: Frozen = {
     "targets": ("targets", "all-linear"),
+    "objective": ("objective", None),
+    "template": ("template", None),  # its hash
+    "loss_on": ("loss_on", "auto"),
     "train_rows": ("train_rows", None),
     "validation_rows": ("validation_rows", None),
     "seed": ("seed", 0),
@@ -59,6 +62,9 @@ SETTINGS: Frozen = {
     "clip": ("clip", 1.0),
     "selection": ("selection", "held-out"),
     "patience": ("patience", 0),
+    "max_steps": ("max_steps", None),
+    "max_time": ("max_time", None),
+    "eval_every": ("eval_every", 0),
 }
 RECIPE: Frozen = {
     "start": ("start", "kaiming"),
@@ -124,6 +130,8 @@ def content(settings: Settings) -> dict[str, Any]:
     recipe = settings.recipe()
     left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
     values = {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
+    if settings.template is not None:
+        values["template"] = sha256(settings.template)
     defaults = {f.name: f.default for f in fields(Settings)}
     return {
         "version": VERSION,

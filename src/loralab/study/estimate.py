@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from statistics import median
 
-from loralab import data, models
-from loralab.data.batches import encode, epoch_batches, width
+from loralab import data, models, objectives
+from loralab.data.batches import epoch_batches, width
 from loralab.errors import UserError
 from loralab.fast.machine import rate
+from loralab.objectives import Encoding
 from loralab.run import Settings
 from loralab.run.estimate import EstimateSettings
 from loralab.run.estimate import estimate as estimate_step
@@ -46,6 +47,7 @@ class RunEstimate:
 class EpochRows:
     """What training and evaluation of an epoch go through."""
 
+    objective: str
     train: int
     evaluated: int
     labels: int  # outputs of the head
@@ -88,7 +90,7 @@ def estimate_run(s: Settings) -> RunEstimate | None:
     speed = "off" if s.speed == "compile" else s.speed
     step = EstimateSettings(
         model=s.model, targets=s.targets, batch_size=batch, max_length=rows.widest, labels=rows.labels,
-        dtype=s.dtype, speed=speed,
+        dtype=s.dtype, speed=speed, objective=rows.objective,
     )  # fmt: skip
     try:
         found = estimate_step(step, s.recipe())
@@ -109,7 +111,7 @@ def _rows(s: Settings) -> EpochRows:
     train = some = found["train"]
     if len(train) > SAMPLE:
         some = train.take(data.sample(train, task.sha256, task.labels is not None, SAMPLE))
-    tokens = encode(some, models.tokenizer(s.model), s.max_length, task.labels is None)
+    tokens = objectives.of(task).encode(task, some, models.tokenizer(s.model), Encoding(s.max_length, train=True))
     widths = [width(tokens, chosen) for chosen in epoch_batches(tokens.lengths, s.batch_size, 0, 0)]
     evaluated = sum(len(split) for name, split in found.items() if name != "train")
-    return EpochRows(len(train), evaluated, task.num_outputs, sum(widths) / len(widths), max(widths))
+    return EpochRows(task.objective, len(train), evaluated, task.num_outputs, sum(widths) / len(widths), max(widths))

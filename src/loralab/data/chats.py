@@ -1,0 +1,92 @@
+"""How files for a language model are read: chats, prompts with completions, instructions, and plain text.
+
+A row becomes a tuple: of (role, content) pairs for a chat, of prompt and completion, or of one text. FORMS has a line
+for each form of file: its columns and the function that makes a row of their cells.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from loralab.data import checks
+
+Message = tuple[str, str]  # role, content
+Row = tuple[Any, ...]
+
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class Form(NamedTuple):
+    """A form of file."""
+
+    columns: tuple[str, ...]
+    row: Callable[..., Row]  # cells of these columns, and of the optional ones -> the row
+    optional: tuple[str, ...] = ()  # columns that are read where they are there
+
+
+def chat(messages: Any, role: str = "role", content: str = "content") -> tuple[Message, ...]:
+    """Return a chat as (role, content) pairs. Raises ValueError for one that cannot be trained on.
+
+    After a system message, if there is one, user and assistant take turns, and the assistant ends it.
+    """
+    pairs = _pairs(messages, role, content)
+    turns = pairs[1:] if pairs and pairs[0][0] == "system" else pairs
+    if not turns:
+        raise ValueError("a chat without turns")
+    for place, (speaker, _) in enumerate(turns):
+        expected = ("user", "assistant")[place % 2]
+        if speaker != expected:
+            raise ValueError(f"a chat with {speaker} where {expected} was expected: roles take turns, the user first")
+    if turns[-1][0] != "assistant":
+        raise ValueError("a chat that ends with the user, so nothing is answered")
+    return pairs
+
+
+def _pairs(messages: Any, role: str, content: str) -> tuple[Message, ...]:
+    if not isinstance(messages, list):
+        raise ValueError(f"{checks.kind(messages)} instead of a list of messages")
+    pairs = []
+    for message in messages:
+        if not isinstance(message, dict) or not {role, content} <= message.keys():
+            raise ValueError(f"a message without {role} and {content}")
+        speaker = ROLES.get(message[role]) if isinstance(message[role], str) else None
+        if speaker is None:
+            raise ValueError(f"the role {checks.shown(message[role])}; there are {', '.join(ROLES)}")
+        text = checks.any_text(message[content])
+        if not text.strip():
+            raise ValueError(f"an empty message of {message[role]}")
+        pairs.append((speaker, text))
+    return tuple(pairs)
+
+
+def completion(prompt: Any, answer: Any) -> Row:
+    """Return (prompt, completion), or one chat where both are lists of messages."""
+    if isinstance(prompt, list) and isinstance(answer, list):
+        return chat(prompt + answer)
+    text, wanted = checks.any_text(prompt), checks.text(answer)
+    return text, wanted
+
+
+def instruction(asked: Any, answer: Any, given: Any = None) -> tuple[Message, ...]:
+    """Return a chat of one turn from an instruction, the input that it may have, and its output."""
+    more = "" if given is None else checks.any_text(given)
+    question = f"{checks.text(asked)}\n\n{more}" if more.strip() else checks.text(asked)
+    return ("user", question), ("assistant", checks.text(answer))
+
+
+FORMS = (
+    Form(("messages",), chat),
+    Form(("conversations",), lambda messages: chat(messages, "from", "value")),
+    Form(("prompt", "completion"), completion),
+    Form(("instruction", "output"), instruction, ("input",)),
+    Form(("text",), lambda text: (checks.text(text),)),
+)
+
+
+def is_chat(row: Row) -> bool:
+    """Tell whether a row is a chat."""
+    return not isinstance(row[0], str)
+
+
+def messages(row: Row) -> list[Mapping[str, str]]:
+    """Return a chat as the messages that a template takes."""
+    return [{"role": role, "content": content} for role, content in row]

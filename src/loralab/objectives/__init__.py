@@ -1,0 +1,95 @@
+"""Objectives: the kinds of task. OBJECTIVES has a row for each; `load` finds the one that a task is of."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab import data
+from loralab.data import Task, checks, tables
+from loralab.data.own_files import OwnFile
+from loralab.errors import UserError, hint
+from loralab.objectives import causal, classification
+from loralab.objectives.objective import Array, Batch, Encoding, Objective, ragged
+
+__all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "find", "load", "of", "ragged"]
+
+OBJECTIVES = {row.name: row for row in (classification.OBJECTIVE, causal.OBJECTIVE)}
+DEFAULT = "classification"  # of tasks by name, and of files whose columns --text and --label name
+
+
+def of(task: Task) -> Objective:
+    """Return the objective of a task."""
+    return OBJECTIVES[task.objective]
+
+
+def load(
+    task: str,
+    folder: Path | str | None = None,
+    *,
+    objective: str | None = None,
+    text: Sequence[str] | str = (),
+    label: str | None = None,
+    validation: Path | str | None = None,
+    regression: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Task:
+    """Load a task by its name, or from a file of one's own.
+
+    `folder` is that of GLUE. For own files only are the text columns, the label column, a validation file, and whether
+    the labels are scores (None: guess from how they look). `objective` is the kind of task, by default what the columns
+    say; `options` are its settings that are not at their defaults. Raises UserError.
+    """
+    path, options = Path(task), dict(options or {})
+    row = find(task, objective, bool(text or label))
+    if path.suffix.lower() in tables.READERS:
+        columns = (text,) if isinstance(text, str) else tuple(text)
+        other = None if validation is None else Path(validation)
+        return row.read(OwnFile(path, other, columns, label, regression, options))
+    if path.is_file():
+        raise UserError(f"{task}: a file ending in {', '.join(tables.READERS)} was expected")
+    given = {"--text": text, "--label": label, "--validation": validation, "--problem-type": regression is not None}
+    found = data.load(task, folder)
+    if any(given.values()):
+        used = ", ".join(name for name, value in given.items() if value)
+        raise UserError(f"{used} given, but {task} knows its columns: leave it out, it is for a file of your own")
+    if row.name == found.objective:
+        return found
+    if row.of is None:
+        able = ", ".join(name for name, other in OBJECTIVES.items() if other.of is not None)
+        raise UserError(f"{task} cannot be read as {row.name}: leave --objective out, or choose one of {able}")
+    return row.of(found, options)
+
+
+def find(task: str, objective: str | None = None, labelled: bool = False) -> Objective:
+    """Return the objective that is named, or else the one that the columns of a file say.
+
+    `labelled` says that --text or --label names columns. Raises UserError for an unknown name, and for a file whose
+    columns fit no objective, or two.
+    """
+    if objective is not None:
+        if objective not in OBJECTIVES:
+            names = ", ".join(OBJECTIVES)
+            raise UserError(f"no objective {objective!r}: there are {names}{hint(objective, OBJECTIVES)}")
+        return OBJECTIVES[objective]
+    path = Path(task)
+    if labelled or path.suffix.lower() not in tables.READERS:
+        return OBJECTIVES[DEFAULT]
+    return _by_columns(path)
+
+
+def _by_columns(path: Path) -> Objective:
+    there = tables.names(path)
+    fits = {(row, wanted) for row in OBJECTIVES.values() for wanted in map(frozenset, row.wants) if wanted <= {*there}}
+    widest = {row.name for row, wanted in fits if not any(wanted < other for _, other in fits)}
+    if len(widest) == 1:
+        return OBJECTIVES[widest.pop()]
+    listed = ", ".join(map(checks.one_line, there))
+    if widest:
+        raise UserError(f"{path}: its columns {listed} fit {' and '.join(sorted(widest))}: choose one with --objective")
+    wanted = "; ".join(
+        f"{row.name}: {' or '.join('+'.join(names) for names in row.wants)}" for row in OBJECTIVES.values()
+    )
+    raise UserError(
+        f"{path}: its columns {listed} fit no objective ({wanted}): rename them, or name text columns and the label "
+        "column of a classification with --text and --label"
+    )

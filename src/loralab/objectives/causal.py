@@ -1,0 +1,156 @@
+"""Causal language models: chats, completions and texts; a row counts by its learned tokens.
+
+Of each row only numbers are kept: the negative log-likelihood of its learned tokens, how many there are, and how many
+of them have the largest logit. Logits of all tokens never exist at once (vocabulary.py).
+
+A classification by name (sst2, cola, ...) becomes prompts with one-word completions; evaluation then compares the
+likelihoods of the label words, so that its scores are those of a classification.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loralab.data import METRICS, Split, Task, chats, checks, tables
+from loralab.data.batches import IGNORED, Rows
+from loralab.data.own_files import OwnFile, divided
+from loralab.data.task import build
+from loralab.errors import UserError
+from loralab.objectives import templates, vocabulary
+from loralab.objectives.objective import Array, Batch, Encoding, Objective
+
+NAME = "causal"
+LANGUAGE = ("loss", "perplexity", "token_accuracy")  # the first one selects
+MOST = 709.0  # largest loss whose perplexity is a float
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read(file: OwnFile) -> Task:
+    """Make the task of a file in one of the forms of data/chats.py. Raises UserError that names the bad rows."""
+    there = set(tables.names(file.train))
+    form = next(form for form in sorted(chats.FORMS, key=lambda f: -len(f.columns)) if there >= {*form.columns})
+    rows = _rows(file.train, form)
+    outside = None if file.validation is None else _rows(file.validation, form)
+    notes = [f"rows are read as {'+'.join(form.columns)}"]
+    return divided(file, rows, outside, None, LANGUAGE, notes, NAME)
+
+
+def _rows(path: Any, form: chats.Form) -> Split:
+    optional = [name for name in form.optional if name in tables.names(path)]
+    columns = tables.read(path, (*form.columns, *optional))
+    faults: checks.Faults = {}
+    cells = list(zip(*columns.values(), strict=True))
+    rows = checks.convert(cells, lambda row: form.row(*row), "", faults)
+    checks.raise_faults(path, faults)
+    return Split(rows, [None] * len(rows))
+
+
+def of(task: Task, options: Mapping[str, Any]) -> Task:
+    """Make prompts with one-word completions of a classification. Raises UserError for a regression."""
+    if task.labels is None:
+        raise UserError(
+            f"{task.name} has scores, which are no words: choose a classification, or leave --objective out"
+        )
+    splits = {name: _prompts(rows) for name, rows in {"train": task.train, **task.validation}.items()}
+    words = ", ".join(map(repr, task.labels))
+    note = f"rows are prompts, and the labels {words} their completions; scores compare the likelihoods of these words"
+    metrics = tuple(dict.fromkeys([*task.metrics, "accuracy"]))
+    return build(task.name, task.labels, metrics, splits.pop("train"), splits, (*task.notes, note), NAME, options)
+
+
+def _prompts(rows: Split) -> Split:
+    return Split([(" ".join(" ".join(texts).split()) + "\nLabel:",) for texts in rows.texts], rows.labels)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
+    """Tokenize rows with the labels of the tokens that are learned; rows without any are dropped and counted.
+
+    Rows of a classification have one sequence for each label where they are evaluated, else that of their label.
+    """
+    if task.labels is None:
+        pieces = [[templates.tokens(row, tokenizer, task.options)] for row in split.texts]
+    else:
+        words = [[task.labels[label]] if how.train else task.labels for label in split.labels]
+        pieces = [
+            [templates.tokens((*row, f" {word}"), tokenizer, task.options) for word in mine]
+            for row, mine in zip(split.texts, words, strict=True)
+        ]
+    long = [any(len(piece.ids) > how.max_length for piece in row) for row in pieces]
+    cut = [[piece.cut(how.max_length, keep_end=task.labels is not None) for piece in row] for row in pieces]
+    kept = [i for i, row in enumerate(cut) if all(piece.learned for piece in row)]
+    if not kept:
+        raise UserError(
+            f"{task.name}: all {len(cut)} rows are cut at {how.max_length} tokens before anything to learn: "
+            "raise --max-length"
+        )
+    lost = f"{len(cut) - len(kept)} of {len(cut)} rows have nothing to learn within {how.max_length} tokens: dropped"
+    flat = [piece for i in kept for piece in cut[i]]
+    columns = {
+        "input_ids": [piece.ids for piece in flat],
+        "attention_mask": [[1] * len(piece.ids) for piece in flat],
+        "labels": [piece.labels for piece in flat],
+    }
+    weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
+    labels = weights if task.labels is None else torch.tensor([split.labels[i] for i in kept])
+    notes = (lost,) if len(kept) < len(cut) else ()
+    return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes)
+
+
+# ---- loss and metrics ------------------------------------------------------------------------------------------------
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Return (sequences, 3): the negative log-likelihood of the learned tokens, their number, the right ones."""
+    inputs = {key: t for key, t in batch.items() if key != "labels"}
+    labels = batch["labels"][:, 1:]  # (sequences, t - 1): what each token but the last predicts
+    learned = labels != IGNORED
+    nll, right = vocabulary.likelihoods(model, inputs, learned, labels[learned])  # (learned tokens,)
+    rows = learned.nonzero()[:, 0]  # (learned tokens,) the sequence of each
+    sums = nll.new_zeros(len(labels)).index_add(0, rows, nll)
+    hits = nll.new_zeros(len(labels)).index_add(0, rows, right.to(nll.dtype))
+    return torch.stack([sums, learned.sum(1).to(nll.dtype), hits], 1)
+
+
+def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows,): the negative log-likelihood of all learned tokens of each row."""
+    return outputs[..., 0]
+
+
+def predict(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows, 3) as it is; of rows with a sequence for each label the log-likelihoods (rows, labels)."""
+    return outputs if outputs.ndim == 2 else -outputs[..., 0]
+
+
+def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
+    """Return loss, perplexity and token accuracy; of a classification its metrics, by the likelihoods of the labels."""
+    if task.labels is not None:
+        return {name: METRICS[name](predictions, labels) for name in task.metrics}
+    nll, tokens, right = predictions.astype(np.float64).sum(0)
+    mean = float(nll / tokens)
+    return {"loss": mean, "perplexity": math.exp(min(mean, MOST)), "token_accuracy": float(right / tokens)}
+
+
+OBJECTIVE = Objective(
+    name=NAME,
+    task_type="CAUSAL_LM",
+    wants=tuple(form.columns for form in chats.FORMS),
+    read=read,
+    encode=encode,
+    forward=forward,
+    loss=loss,
+    score=score,
+    outputs=lambda task: None,
+    predict=predict,
+    prepare=vocabulary.prepare,
+    names=lambda task: (),
+    of=of,
+)

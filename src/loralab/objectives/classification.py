@@ -1,0 +1,68 @@
+"""Classification and regression: one text or two, a class or a score."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loralab.data import Split, Task, own_files
+from loralab.data.batches import Rows, tokenized
+from loralab.data.metrics import is_constant, score
+from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
+
+SCORE = ("score",)  # the name of a regression's output
+
+
+def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
+    """Tokenize texts; the label is that of the row."""
+    columns, truncated = tokenized(split.texts, tokenizer, how.max_length)
+    labels = torch.tensor(split.labels, dtype=torch.float32 if task.labels is None else torch.int64)  # (rows,)
+    return Rows(columns, labels, truncated, how.max_length)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows,): cross-entropy for int64 labels, squared error for float labels; logits (rows, outputs)."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def scores(task: Task, logits: Array, labels: Array) -> dict[str, float]:
+    """Return the metrics of the task from logits (rows, outputs) and labels (rows,)."""
+    return score(task.metrics, logits, labels)
+
+
+def collapsed(logits: Array) -> bool:
+    """Tell whether all rows have one class; a regression (rows, 1) is not looked at."""
+    return logits.shape[1] > 1 and is_constant(logits)
+
+
+def center(model: Any, task: Task) -> None:
+    """Start a regression head at the mean label. From 0 the first steps push the mean through the whole network, which
+    at LoRA's learning rates ruins it (docs/decisions.md)."""
+    if task.labels is not None:
+        return
+    outputs = [
+        m for child in model.children() for m in child.modules() if isinstance(m, nn.Linear) and m.out_features == 1
+    ]
+    if outputs and outputs[-1].bias is not None:
+        nn.init.constant_(outputs[-1].bias, sum(task.train.labels) / len(task.train))
+
+
+OBJECTIVE = Objective(
+    name="classification",
+    task_type="SEQ_CLS",
+    wants=(
+        ("text", "label"), ("sentence", "label"), ("text", "label_text"), ("sentence1", "sentence2", "label"),
+        ("premise", "hypothesis", "label"), ("question", "sentence", "label"),
+    ),
+    read=own_files.load,
+    encode=encode,
+    forward=head_outputs,
+    loss=loss,
+    score=scores,
+    begin=center,
+    names=lambda task: task.labels or SCORE,
+    collapsed=collapsed,
+)  # fmt: skip

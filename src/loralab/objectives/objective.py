@@ -1,0 +1,88 @@
+"""Objective: what a kind of task is, as one row of functions. A file of this folder is a row.
+
+The training loop knows no objective. It collates rows, calls `forward` on the batch, adds up the `loss` of the rows,
+divides by what the step's rows weigh (Rows.weight), and keeps what `predict` gives for `score`. Weights are known
+before the step, so a step is the same however its rows are divided among parts and processes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from loralab.data import Split, Task
+from loralab.data.batches import Rows
+from loralab.data.own_files import OwnFile
+
+Batch = Mapping[str, Tensor]  # (sequences, t): what the model takes, and `labels` where tokens have labels
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What decides how a split becomes tokens."""
+
+    max_length: int  # tokens
+    train: bool  # whether the rows are trained on, or evaluated
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A kind of task."""
+
+    name: str
+    task_type: str
+    """PEFT's name of it, which decides the model class."""
+    wants: tuple[tuple[str, ...], ...]
+    """Columns by which it knows its files, any one of these."""
+    read: Callable[[OwnFile], Task]
+    """Rows of a file; raises UserError."""
+    encode: Callable[[Task, Split, Any, Encoding], Rows]
+    """Task, split and tokenizer to tokens."""
+    forward: Callable[[nn.Module, Batch], Tensor]
+    """Run the model on a batch; returns outputs (sequences, ...). Runs whose objectives share it share passes."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Outputs (rows, ...), labels of rows (rows, ...) or of tokens (rows, t) -> the loss of each row (rows,), a sum."""
+    score: Callable[[Task, Array, Array], dict[str, float]]
+    """Task, predictions (rows, ...), labels (rows, ...) -> its metrics by name."""
+    outputs: Callable[[Task], int | None] = lambda task: task.num_outputs
+    """Outputs of a new head; None where the model's own head is used, or none."""
+    predict: Callable[[Tensor, Tensor], Tensor] = lambda outputs, labels: outputs
+    """Outputs and labels, as for `loss` -> what is kept of each row (rows, ...)."""
+    begin: Callable[[Any, Task], None] = lambda model, task: None
+    """Set a head that is new."""
+    prepare: Callable[[Any], None] = lambda model: None
+    """Look at a plain model before adapters are attached."""
+    names: Callable[[Task], tuple[str, ...]] = lambda task: task.labels or ()
+    """Names of the head's outputs."""
+    collapsed: Callable[[Array], bool] = lambda predictions: False
+    """Whether predictions (rows, ...) are the same for all rows, so that nothing was learned."""
+    of: Callable[[Task, Mapping[str, Any]], Task] | None = None
+    """Make its task of a classification or regression by name (cola, stsb, ...), with options; None if it cannot."""
+
+    @property
+    def new_head(self) -> bool:
+        """Whether a run draws a head anew."""
+        return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
+
+
+def head_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of a classifier (sequences, outputs), or of a tagger (sequences, t, outputs), in float32."""
+    logits: Tensor = model(**{key: t for key, t in batch.items() if key != "labels"}).logits
+    return logits.float()
+
+
+def ragged(parts: list[Array]) -> Array:
+    """Stack predictions (rows, ...) of batches whose last axis may differ: it is filled up with -100."""
+    widest = max(part.shape[-1] for part in parts)
+    return np.concatenate(
+        [
+            np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, widest - part.shape[-1])], constant_values=-100)
+            if part.ndim > 1
+            else part
+            for part in parts
+        ]
+    )

@@ -1,0 +1,138 @@
+"""Rows of a language model as tokens, and which of them are learned.
+
+A prompt and its completion are tokenized as they are, and the end token is learned after them. A chat goes through the
+template of the tokenizer, or one that the user gives. Which of its tokens are the assistant's is read from the
+template's own marks, or else from the template itself: the text of all messages up to a turn must be the beginning of
+the text of the whole chat.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.data import chats
+from loralab.data.batches import IGNORED
+from loralab.errors import UserError
+
+MARK = "{% generation"  # by which a template marks what the assistant says
+CHARACTERS = 100_000  # most of a template file
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row as tokens, and the labels of those that are learned."""
+
+    ids: list[int]
+    labels: list[int]  # IGNORED where a token is not learned
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned; the first of a row never is, nothing predicts it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    def cut(self, most: int, keep_end: bool = False) -> "Tokens":
+        """Return the first `most` tokens, or the last ones where the end is what counts."""
+        part = slice(-most, None) if keep_end else slice(most)
+        return Tokens(self.ids[part], self.labels[part])
+
+
+def tokens(row: chats.Row, tokenizer: Any, options: Mapping[str, Any]) -> Tokens:
+    """Return the tokens of a row. Raises UserError for a chat that the template cannot show or mask."""
+    loss_on = options.get("loss_on", "auto")
+    if chats.is_chat(row):
+        return _chat(row, tokenizer, options.get("template"), loss_on)
+    if loss_on == "assistant" or (loss_on == "completion" and len(row) == 1):
+        raise UserError(f"--loss-on {loss_on}: these rows have no {loss_on}, leave the flag out or choose all")
+    return _completion("" if len(row) == 1 else row[0], row[-1], tokenizer, learn_all=loss_on == "all")
+
+
+def _completion(prompt: str, answer: str, tokenizer: Any, learn_all: bool) -> Tokens:
+    """Tokenize prompt and answer together, so that the text reads as a model would meet it; the end token is added."""
+    ids: list[int] = list(tokenizer(prompt + answer, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError(
+            "the tokenizer has no end-of-text token, so a model could not learn to stop: set one and save it"
+        )
+    ids += [end] * (ids[-1:] != [end])
+    before = 0 if learn_all else len(_shared(list(tokenizer(prompt, verbose=False)["input_ids"]), ids)) if prompt else 0
+    return Tokens(ids, [IGNORED] * before + ids[before:])
+
+
+def _shared(left: list[int], right: list[int]) -> list[int]:
+    """Return the beginning that two lists share: at the seam a token may span prompt and answer."""
+    same = next((i for i, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), len(left))
+    return left[:same]
+
+
+def template_of(path: str) -> str:
+    """Read a template file. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"--template {path} cannot be read: {problem}") from problem
+    if len(text) > CHARACTERS:
+        raise UserError(f"--template {path}: {len(text)} characters, expected at most {CHARACTERS}")
+    return text
+
+
+def _chat(row: chats.Row, tokenizer: Any, path: str | None, loss_on: str) -> Tokens:
+    template = template_of(path) if path else tokenizer.chat_template
+    if template is None:
+        raise UserError("the tokenizer has no chat template: give one with --template FILE (Jinja)")
+    messages = chats.messages(row)
+    whole = _render(tokenizer, template, messages)
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = list(found["input_ids"]), found["offset_mapping"]
+    if loss_on == "all":
+        spans = [(0, len(whole))]
+    elif MARK in template:
+        return _marked(tokenizer, template, messages, loss_on)
+    else:
+        spans = _spans(tokenizer, template, messages, whole)
+    if loss_on == "completion":
+        spans = spans[-1:]
+    learned = [any(a < end and begin < b for a, b in spans) and end > begin for begin, end in places]
+    return Tokens(ids, [i if take else IGNORED for i, take in zip(ids, learned, strict=True)])
+
+
+def _marked(tokenizer: Any, template: str, messages: Any, loss_on: str) -> Tokens:
+    """Read what is learned from a template's own marks."""
+    found = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if loss_on == "completion" and 0 in mask[::-1][mask[::-1].index(1) if 1 in mask else 0 :]:
+        last = len(mask) - 1 - mask[::-1].index(1)
+        first = next((i + 1 for i in range(last, -1, -1) if not mask[i]), 0)
+        mask = [int(first <= i <= last) for i in range(len(mask))]
+    return Tokens(ids, [i if take else IGNORED for i, take in zip(ids, mask, strict=True)])
+
+
+def _spans(tokenizer: Any, template: str, messages: list[Any], whole: str) -> list[tuple[int, int]]:
+    """Return where in the text of a chat each assistant turn begins and ends, its end token included."""
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, template, messages[:place], prompt=True)
+        after = _render(tokenizer, template, messages[: place + 1])
+        if not (whole.startswith(before) and whole.startswith(after.rstrip())):
+            raise UserError(
+                "the chat template changes earlier messages when later ones come, so the assistant's turns cannot be "
+                "found: train on chats of one turn, mark them in the template with {% generation %}, or --loss-on all"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return spans
+
+
+def _render(tokenizer: Any, template: str, messages: Any, prompt: bool = False) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as problem:  # of Jinja or raised by the template itself
+        line = " ".join(str(problem).split())[:200]
+        raise UserError(f"the chat template cannot show this chat: {line}") from problem
+    return str(text)

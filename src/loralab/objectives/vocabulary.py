@@ -1,0 +1,113 @@
+"""The likelihood of tokens under a language model, without the logits of all tokens at once.
+
+In float32 the logits of 4 rows of 256 tokens over a vocabulary of 49,152 and their gradient take 0.4 GB. Where a
+model's logits are what its output layer gives for the base's hidden states, the layer runs on a few hundred tokens at a
+time. Whether that is so is asked of the model, by watching one forward pass; a model that scales or caps its logits
+afterwards, or whose output layer is adapted, gives them all.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+PIECE_BYTES = 64e6  # of float32 logits that exist at once
+
+_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model's logits are its output layer's
+
+
+def prepare(model: Any) -> None:
+    """Find out how a plain model makes its logits: call it before adapters are attached."""
+    _PLAIN[model] = _is_plain(model)
+
+
+@torch.no_grad()
+def _is_plain(model: Any) -> bool:
+    """Watch a forward pass: is the output layer's input the base's output, and its output the logits?"""
+    head, seen = model.get_output_embeddings(), {}
+    if head is None or model.base_model is model:
+        return False
+
+    def base_gives(module: Any, args: Any, output: Any) -> None:
+        seen["hidden"] = output[0]
+
+    def head_takes(module: Any, args: Any, output: Any) -> None:
+        seen["input"], seen["logits"] = args[0], output
+
+    hooks = [model.base_model.register_forward_hook(base_gives), head.register_forward_hook(head_takes)]
+    try:
+        ids = torch.ones(1, 3, dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hidden, taken = seen.get("hidden"), seen.get("input")
+    if hidden is None or taken is None or hidden.shape != taken.shape:
+        return False
+    return logits is seen["logits"] and hidden.untyped_storage()._cdata == taken.untyped_storage()._cdata
+
+
+def likelihoods(model: Any, inputs: Mapping[str, Tensor], learned: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (n,) the negative log-likelihood of each wanted token, and (n,) whether it has the largest logit.
+
+    `learned` (sequences, t - 1) says which tokens predict a wanted one (n,). Without gradients only the second is
+    computed; with them it is all False.
+    """
+    head = model.get_output_embeddings()
+    if not _PLAIN.get(model) or type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        logits = model(**inputs, use_cache=False).logits  # (sequences, t, vocabulary)
+        return _of_logits(logits[:, :-1][learned], wanted)
+    hidden = model.base_model(**inputs, use_cache=False)[0][:, :-1][learned]  # (n, d)
+    size = max(1, int(PIECE_BYTES / 4 / len(head.weight)))
+    pieces = zip(hidden.split(size), wanted.split(size), strict=True)
+    if not torch.is_grad_enabled():
+        found = [_of_logits(head(h), y) for h, y in pieces]
+    elif head.weight.requires_grad:
+        found = [checkpoint(_of_layer, head, h, y, use_reentrant=False) for h, y in pieces]
+    else:
+        frozen: Any = Frozen.apply
+        found = [(frozen(h, head.weight, head.bias, y), y.new_zeros(len(y))) for h, y in pieces]
+    nll, right = zip(*found, strict=True) if found else ((hidden.sum(1),), (wanted,))
+    return torch.cat(nll).float(), torch.cat(right)
+
+
+def _of_layer(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    return _of_logits(head(hidden), wanted)
+
+
+def _of_logits(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (n,) negative log-likelihoods and (n,) hits of logits (n, vocabulary)."""
+    nll = F.cross_entropy(logits.float(), wanted, reduction="none")
+    hits = wanted.new_zeros(len(wanted)) if logits.requires_grad else (logits.argmax(1) == wanted).to(wanted.dtype)
+    return nll, hits
+
+
+class Frozen(torch.autograd.Function):
+    """Negative log-likelihood under a frozen output layer.
+
+    The gradient of the hidden states is made in the forward pass, while the logits are there: d nll / d hidden =
+    (softmax(logits) - one_hot(wanted)) W. Backward scales it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor) -> Tensor:
+        """Take hidden (n, d), weight (vocabulary, d), bias (vocabulary,), wanted (n,); return (n,) float32."""
+        logits = F.linear(hidden, weight, bias).float()  # (n, vocabulary)
+        kept = torch.log_softmax(logits, 1)  # (n, vocabulary)
+        nll = -kept.gather(1, wanted[:, None]).squeeze(1)
+        slope = kept.exp_()  # (n, vocabulary)
+        slope[torch.arange(len(wanted)), wanted] -= 1
+        product = slope.to(weight.dtype) @ weight  # (n, d), in bfloat16 under autocast as the logits are
+        ctx.save_for_backward(product.to(hidden.dtype))  # (n, d)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Scale the kept gradient by that of each token (n,)."""
+        (slope,) = ctx.saved_tensors
+        return gradient[:, None].to(slope.dtype) * slope, None, None, None
+
