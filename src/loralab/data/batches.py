@@ -111,7 +111,8 @@ def collate_together(
     labels = picked.pop("labels", None)
     batch = tokenizer.pad(picked, padding="max_length", max_length=t, return_tensors="pt", verbose=False)
     if labels is not None:
-        batch["labels"] = _padded_labels(labels, t, tokenizer.padding_side)
+        wide = t if max(map(len, labels)) <= t else padded(max(map(len, labels)))  # a target may be longer
+        batch["labels"] = _padded_labels(labels, wide, tokenizer.padding_side)
     return {key: tensor.to(device) for key, tensor in batch.items()}, sizes
 
 

@@ -256,12 +256,34 @@ def _object(row: Any) -> dict[str, Any]:
     return row
 
 
+def _read_conll(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read a CoNLL file: a word and, last on its line, its tag; an empty line ends a sentence."""
+    columns: Columns = {"tokens": [], "tags": []}
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*path.read_text(encoding="utf-8-sig").split("\n"), ""], 1):
+        cells = line.split()
+        if cells[:1] == ["-DOCSTART-"] or line.startswith("# "):
+            continue
+        if len(cells) == 1:
+            raise ValueError(f"line {number} has a word without a tag")
+        if cells:
+            words.append(cells[0])
+            tags.append(cells[-1])
+        elif words:
+            columns["tokens"].append(words)
+            columns["tags"].append(tags)
+            words, tags = [], []
+    return list(columns), {name: columns[name] for name in wanted if name in columns}
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], tuple[list[str], Columns]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".conll": _read_conll,
 }
 
 

@@ -8,12 +8,13 @@ from loralab import data
 from loralab.data import Task, checks, tables
 from loralab.data.own_files import OwnFile
 from loralab.errors import UserError, hint
-from loralab.objectives import causal, classification
+from loralab.objectives import causal, choice, classification, multi_label, seq2seq, similarity, tagging
 from loralab.objectives.objective import Array, Batch, Encoding, Objective, ragged
 
 __all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "find", "load", "of", "ragged"]
 
-OBJECTIVES = {row.name: row for row in (classification.OBJECTIVE, causal.OBJECTIVE)}
+FILES = (classification, multi_label, tagging, choice, similarity, causal, seq2seq)
+OBJECTIVES: dict[str, Objective] = {file.OBJECTIVE.name: file.OBJECTIVE for file in FILES}
 DEFAULT = "classification"  # of tasks by name, and of files whose columns --text and --label name
 
 

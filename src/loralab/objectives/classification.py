@@ -1,17 +1,36 @@
 """Classification and regression: one text or two, a class or a score."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.data import Split, Task, own_files
+from loralab.data import Split, Task, own_files, tables
 from loralab.data.batches import Rows, tokenized
 from loralab.data.metrics import is_constant, score
+from loralab.data.own_files import OwnFile
 from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
 
+COLUMNS = (
+    ("text", "label"),
+    ("sentence", "label"),
+    ("sentence1", "sentence2", "label"),
+    ("premise", "hypothesis", "label"),
+    ("question", "sentence", "label"),
+)
 SCORE = ("score",)  # the name of a regression's output
+
+
+def read(file: OwnFile) -> Task:
+    """Make the task of a file; without --text and --label its columns are one of COLUMNS. Raises UserError."""
+    if not file.text and file.label is None:
+        there = {*tables.names(file.train)}
+        if fits := [names for names in COLUMNS if {*names} <= there]:
+            *text, label = max(fits, key=len)
+            file = replace(file, text=tuple(text), label=label)
+    return own_files.load(file)
 
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
@@ -53,11 +72,8 @@ def center(model: Any, task: Task) -> None:
 OBJECTIVE = Objective(
     name="classification",
     task_type="SEQ_CLS",
-    wants=(
-        ("text", "label"), ("sentence", "label"), ("text", "label_text"), ("sentence1", "sentence2", "label"),
-        ("premise", "hypothesis", "label"), ("question", "sentence", "label"),
-    ),
-    read=own_files.load,
+    wants=COLUMNS,
+    read=read,
     encode=encode,
     forward=head_outputs,
     loss=loss,
@@ -65,4 +81,4 @@ OBJECTIVE = Objective(
     begin=center,
     names=lambda task: task.labels or SCORE,
     collapsed=collapsed,
-)  # fmt: skip
+)

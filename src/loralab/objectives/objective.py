@@ -60,6 +60,8 @@ class Objective:
     """Names of the head's outputs."""
     collapsed: Callable[[Array], bool] = lambda predictions: False
     """Whether predictions (rows, ...) are the same for all rows, so that nothing was learned."""
+    whole: Callable[[Task], bool] = lambda task: False
+    """Whether the loss compares the rows of a step, so that a step cannot be divided."""
     of: Callable[[Task, Mapping[str, Any]], Task] | None = None
     """Make its task of a classification or regression by name (cola, stsb, ...), with options; None if it cannot."""
 

@@ -110,4 +110,3 @@ class Frozen(torch.autograd.Function):
         """Scale the kept gradient by that of each token (n,)."""
         (slope,) = ctx.saved_tensors
         return gradient[:, None].to(slope.dtype) * slope, None, None, None
-

@@ -1,6 +1,7 @@
 """All that a run needs before its first step: the task, the model with its adapter, and tokenized rows."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     def start_batches() -> Iterator[dict[str, Tensor]]:
         return _start_batches(train, settings, tokenizer)
 
+    _check_whole(objective, task, settings)
     steps = settings.steps(len(train))
     recipe = recipe.for_steps(steps)
     notes += recipe.notes(steps)
@@ -94,6 +96,15 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
     return PreparedRun(name, *parts, tuple(notes), plan)
+
+
+def _check_whole(objective: Objective, task: Task, settings: Settings) -> None:
+    """Refuse to divide a step whose rows are compared with each other."""
+    if objective.whole(task) and (settings.accumulate > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UserError(
+            f"{task.name}: the rows of a step are each other's negatives, so it cannot be divided: leave --accumulate "
+            "out and train in one process, or give negatives of your own in a column"
+        )
 
 
 def _check_same_base(model: Any, settings: Settings, cache: dict[Any, Any]) -> None:

@@ -1,0 +1,142 @@
+"""Multi-label classification: one text or two, and any number of labels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from loralab.data import Split, Task, checks, tables
+from loralab.data.batches import Rows, tokenized
+from loralab.data.own_files import OwnFile, divided
+from loralab.errors import UserError
+from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
+
+NAME = "multi-label"
+SEPARATOR = ";"  # between the labels of a CSV cell
+YES_OR_NO = {"1": True, "0": False, "true": True, "false": False}
+
+
+def read(file: OwnFile) -> Task:
+    """Make the task of a file: a column of lists (`labels`), or with --label A,B,C a column of 0 and 1 for each label.
+
+    A cell of a CSV is a JSON list or names with ; between them. Raises UserError.
+    """
+    there = tables.names(file.train)
+    text = file.text or next((names for names in (("text",), ("sentence",)) if {*names} <= {*there}), ("text",))
+    label = file.label or "labels"
+    columns = (label,) if label in there else tuple(label.split(","))
+    rows, found = _rows(file.train, text, columns)
+    names = columns if len(columns) > 1 else tuple(sorted(set().union(*found)))
+    if len(names) < 2:
+        raise UserError(f"{file.train}: {len(names)} label in column {label!r}: expected at least two different ones")
+    counts = ", ".join(f"{name} ({sum(name in row for row in found)})" for name in names)
+    outside = None
+    if file.validation is not None:
+        outside = Split(*_numbered(file.validation, names, *_rows(file.validation, text, columns)))
+    notes = [f"labels are read as {len(names)} that a row may have at once: {counts}"]
+    split = Split(*_numbered(file.train, names, rows, found))
+    return divided(file, split, outside, names, ("f1_micro", "f1_macro", "exact"), notes, NAME)
+
+
+def _rows(path: Path, text: tuple[str, ...], labels: tuple[str, ...]) -> tuple[list[Any], list[set[str]]]:
+    """Return the texts and the labels of each row."""
+    columns = tables.read(path, (*text, *labels))
+    faults: checks.Faults = {}
+    texts = [checks.convert(columns[name], checks.text, f"column {name!r}: ", faults) for name in text]
+    if len(labels) == 1:
+        found = checks.convert(columns[labels[0]], _listed, f"column {labels[0]!r}: ", faults)
+    else:
+        each = [checks.convert(columns[name], _yes, f"column {name!r}: ", faults) for name in labels]
+        found = [] if faults else [
+            {name for name, yes in zip(labels, row, strict=True) if yes} for row in zip(*each, strict=True)
+        ]  # fmt: skip
+    checks.raise_faults(path, faults)
+    return list(zip(*texts, strict=True)), found
+
+
+def _listed(cell: Any) -> set[str]:
+    if isinstance(cell, str):
+        try:
+            cell = (
+                json.loads(cell) if cell.lstrip().startswith("[") else [x for x in cell.split(SEPARATOR) if x.strip()]
+            )
+        except ValueError:
+            raise ValueError("a cell that begins a JSON list and is none") from None
+    if not isinstance(cell, list):
+        raise ValueError(f"{checks.kind(cell)} instead of a list of labels")
+    names = [checks.literal(value).strip() for value in cell]
+    if len(set(names)) < len(names):
+        raise ValueError("a label twice")
+    if not all(names):
+        raise ValueError("an empty label")
+    return set(names)
+
+
+def _yes(cell: Any) -> bool:
+    answer = YES_OR_NO.get(checks.literal(cell).strip().lower())
+    if answer is None:
+        raise ValueError(f"{checks.shown(cell)} instead of 0, 1, true or false")
+    return answer
+
+
+def _numbered(
+    path: Path, names: tuple[str, ...], texts: list[Any], found: list[set[str]]
+) -> tuple[list[Any], list[Any]]:
+    faults: checks.Faults = {}
+
+    def row(mine: set[str]) -> list[int]:
+        if new := mine - set(names):
+            raise ValueError(f"new value {checks.shown(min(new))}, which train lacks,")
+        return [int(name in mine) for name in names]
+
+    labels = checks.convert(found, row, "label: ", faults)
+    checks.raise_faults(path, faults)
+    return texts, labels
+
+
+def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
+    """Tokenize texts; the labels are 0 or 1 for each name, (rows, labels)."""
+    columns, truncated = tokenized(split.texts, tokenizer, how.max_length)
+    return Rows(columns, torch.tensor(split.labels, dtype=torch.float32), truncated, how.max_length)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows,): the mean binary cross-entropy over the labels; logits and labels (rows, labels)."""
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+
+
+def score(task: Task, logits: Array, labels: Array) -> dict[str, float]:
+    """Return F1 over all labels, the mean F1 of each, and the share of rows that are right in every label."""
+    found = logits > 0
+    f1 = {f"f1_{kind}": float(f1_score(labels, found, average=kind, zero_division=0)) for kind in ("micro", "macro")}
+    return {**f1, "exact": float((found == labels).all(1).mean())}
+
+
+def begin(model: Any, task: Task) -> None:
+    """Let transformers use the same loss for the model."""
+    model.config.problem_type = "multi_label_classification"
+
+
+def collapsed(logits: Array) -> bool:
+    """Tell whether all rows have the same labels."""
+    found = logits > 0
+    return bool(np.all(found == found[0]))
+
+
+OBJECTIVE = Objective(
+    name=NAME,
+    task_type="SEQ_CLS",
+    wants=(("text", "labels"), ("sentence", "labels")),
+    read=read,
+    encode=encode,
+    forward=head_outputs,
+    loss=loss,
+    score=score,
+    begin=begin,
+    collapsed=collapsed,
+)

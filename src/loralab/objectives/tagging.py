@@ -1,0 +1,212 @@
+"""Tagging: a tag for every word, as in named entities (BIO tags) and parts of speech."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loralab.data import Split, Task, checks, tables
+from loralab.data.batches import IGNORED, Rows
+from loralab.data.own_files import OwnFile, divided
+from loralab.errors import UserError
+from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
+
+NAME = "tagging"
+COLUMNS = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("text", "entities"))
+SPAN = re.compile(r"O|[BIES]-.+")  # tags that mark spans
+Span = tuple[str, int, int]  # type, first word, last word
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read(file: OwnFile) -> Task:
+    """Make the task of a file with words and tags, of a CoNLL file, or of texts with `entities` (start, end, label)."""
+    there = {*tables.names(file.train)}
+    given = (*file.text, file.label) if file.label else ()
+    words, tags = next((names for names in (given, *COLUMNS) if len(names) == 2 and {*names} <= there), COLUMNS[0])
+    rows, found = _rows(file.train, words, tags)
+    names = tuple(sorted(set().union(*found), key=lambda tag: (tag != "O", tag)))
+    if len(names) < 2:
+        raise UserError(f"{file.train}: all tags are {names[0]!r}: expected at least two different ones")
+    outside = None
+    if file.validation is not None:
+        others, unseen = _rows(file.validation, words, tags)
+        outside = Split(others, _ids(file.validation, names, unseen))
+    metrics = ("span_f1", "accuracy") if spans_are_marked(names) else ("accuracy", "f1_macro")
+    notes = [f"{len(names)} tags: {', '.join(names[:10])}{', ...' * (len(names) > 10)}"]
+    return divided(file, Split(rows, _ids(file.train, names, found)), outside, names, metrics, notes, NAME)
+
+
+def _rows(path: Path, words: str, tags: str) -> tuple[list[tuple[str, ...]], list[list[str]]]:
+    columns = tables.read(path, (words, tags))
+    faults: checks.Faults = {}
+    change = _of_entities if tags == "entities" else _of_lists
+    cells = zip(columns[words], columns[tags], strict=True)
+    rows = checks.convert(cells, lambda row: change(*row), "", faults)
+    checks.raise_faults(path, faults)
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _of_lists(words: Any, tags: Any) -> tuple[tuple[str, ...], list[str]]:
+    for name, value in (("words", words), ("tags", tags)):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{checks.kind(value)} instead of a list of {name}, or an empty one")
+    if len(words) != len(tags):
+        raise ValueError(f"{len(words)} words but {len(tags)} tags")
+    return tuple(map(checks.text, words)), [checks.text(checks.literal(tag)) for tag in tags]
+
+
+def _of_entities(text: Any, entities: Any) -> tuple[tuple[str, ...], list[str]]:
+    """Return words and BIO tags of a text whose entities are given by their first and last character."""
+    places = [match.span() for match in re.finditer(r"\w+|[^\w\s]", checks.text(text))]
+    tags = ["O"] * len(places)
+    if not isinstance(entities, list):
+        raise ValueError(f"{checks.kind(entities)} instead of a list of entities")
+    for entity in entities:
+        try:
+            start, end, label = int(entity["start"]), int(entity["end"]), str(entity["label"])
+        except (TypeError, KeyError, ValueError):
+            raise ValueError("an entity without start, end and label") from None
+        inside = [i for i, (a, b) in enumerate(places) if a < end and start < b]
+        if not inside or places[inside[0]][0] != start or places[inside[-1]][1] != end:
+            raise ValueError(f"an entity at {start} to {end} that does not begin and end with words")
+        if any(tags[i] != "O" for i in inside):
+            raise ValueError(f"entities that overlap at {start}")
+        tags[inside[0] : inside[-1] + 1] = [f"B-{label}", *[f"I-{label}"] * (len(inside) - 1)]
+    return tuple(text[a:b] for a, b in places), tags
+
+
+def _ids(path: Path, names: Sequence[str], found: Sequence[list[str]]) -> list[list[int]]:
+    places = {name: place for place, name in enumerate(names)}
+    faults: checks.Faults = {}
+
+    def row(tags: list[str]) -> list[int]:
+        if new := [tag for tag in tags if tag not in places]:
+            raise ValueError(f"new tag {checks.shown(new[0])}, which train lacks,")
+        return [places[tag] for tag in tags]
+
+    ids = checks.convert(found, row, "", faults)
+    checks.raise_faults(path, faults)
+    return ids
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
+    """Tokenize words; the first token of each has its tag, the others none. Rows.labels are (rows, tokens)."""
+    texts = [" ".join(words) for words in split.texts]
+    made = tokenizer(texts, truncation=True, max_length=how.max_length, return_offsets_mapping=True, verbose=False)
+    offsets = made.pop("offset_mapping")
+    labels, cut = [], 0
+    for words, tags, places in zip(split.texts, split.labels, offsets, strict=True):
+        starts = [0, *accumulate(len(word) + 1 for word in words)]  # of each word in the text
+        first: dict[int, int] = {}  # word -> its first token
+        for token, (begin, end) in enumerate(places):
+            if end > begin:
+                first.setdefault(bisect_right(starts, end - 1) - 1, token)
+        row = [IGNORED] * len(places)
+        for word, token in first.items():
+            row[token] = tags[word]
+        labels.append(row)
+        cut += len(first) < len(words)
+    widest = max(map(len, labels))
+    padded = torch.tensor([row + [IGNORED] * (widest - len(row)) for row in labels])  # (rows, tokens)
+    columns = {**made, "labels": labels}
+    return Rows(columns, padded, cut, how.max_length, weights=(padded != IGNORED).sum(1))
+
+
+# ---- loss and metrics ------------------------------------------------------------------------------------------------
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows,): the sum of the cross-entropies of its words; logits (rows, t, tags), labels (rows, t)."""
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED).sum(1)
+
+
+def predict(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows, t): the tag of each word, IGNORED where there is none."""
+    return torch.where(labels == IGNORED, labels, logits.argmax(-1))
+
+
+def spans_are_marked(names: Sequence[str]) -> bool:
+    """Tell whether tags mark spans, as B-PER and I-PER do."""
+    return all(map(SPAN.fullmatch, names)) and len(names) > 1
+
+
+def spans(tags: Sequence[str]) -> Iterator[Span]:
+    """Yield the spans of a row of BIO or BIOES tags, as conlleval and seqeval find them."""
+    start, kind = 0, ""  # of the open span
+    before = "O"
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        begins = mark in ("B", "S") or (mark != "O" and (before[0] in "OES" or name != kind))
+        if kind and (mark == "O" or begins):
+            yield kind, start, place - 1
+            kind = ""
+        if begins:
+            start, kind = place, name
+        before = tag
+
+
+def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
+    """Return the metrics of tags (rows, t): F1 of whole spans, or of tags where they mark none; and accuracy."""
+    assert task.labels is not None
+    counts = by_type(task, predictions, labels)
+    right, found, there = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0, 0)
+    words = labels != IGNORED
+    predictions = predictions[:, : labels.shape[1]]
+    accuracy = float((predictions == labels)[words].mean())
+    if spans_are_marked(task.labels):
+        return {"span_f1": _f1(right, found, there), "accuracy": accuracy}
+    return {"accuracy": accuracy, "f1_macro": float(np.mean([_f1(*row) for row in counts.values()]))}
+
+
+def by_type(task: Task, predictions: Array, labels: Array) -> dict[str, tuple[int, int, int]]:
+    """Return for each type of span, or each tag, how many are right, how many are found, and how many there are."""
+    assert task.labels is not None
+    marked = spans_are_marked(task.labels)
+    counts: dict[str, list[int]] = {}
+    for found, truth in zip(predictions, labels, strict=True):
+        places = np.flatnonzero(truth != IGNORED)
+        rows = [[task.labels[int(tag)] for tag in row[places]] for row in (found, truth)]
+        if marked:
+            mine, wanted = (set(spans(row)) for row in rows)
+        else:
+            mine, wanted = ({(tag, i, i) for i, tag in enumerate(row)} for row in rows)
+        for column, group in enumerate((mine & wanted, mine, wanted)):
+            for kind, *_ in group:
+                counts.setdefault(kind, [0, 0, 0])[column] += 1
+    return {kind: (a, b, c) for kind, (a, b, c) in sorted(counts.items())}
+
+
+def _f1(right: int, found: int, there: int) -> float:
+    return 2 * right / (found + there) if found + there else 0.0
+
+
+def collapsed(predictions: Array) -> bool:
+    """Tell whether every word of every row has the same tag."""
+    tags = predictions[predictions != IGNORED]
+    return bool((tags == tags[0]).all())
+
+
+OBJECTIVE = Objective(
+    name=NAME,
+    task_type="TOKEN_CLS",
+    wants=COLUMNS,
+    read=read,
+    encode=encode,
+    forward=head_outputs,
+    loss=loss,
+    score=score,
+    predict=predict,
+    collapsed=collapsed,
+)

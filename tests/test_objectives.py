@@ -1,0 +1,368 @@
+"""Objectives: the laws that a run of every kind of task keeps, and what each kind computes, against slow oracles."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+import loralab
+from loralab import models as named_models
+from loralab import objectives
+from loralab.data.batches import IGNORED, collate, sorted_batches
+from loralab.errors import UserError
+from loralab.objectives import Encoding, ragged, tagging, vocabulary
+from loralab.run import Settings, train, train_together
+from loralab.run.setup import prepare
+
+ADJECTIVES = ["red", "blue", "big", "small"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+# ---- a small file of each kind ---------------------------------------------------------------------------------------
+
+
+def rows_of(kind: str, count: int, seed: int) -> list[dict]:
+    """Rows that a small model can learn something of."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        animal, extra = random.choice(["cat", "dog"]), list(random.choice(ADJECTIVES, random.integers(0, 5)))
+        words = ["the", *extra, animal, "sees"]
+        text, score = " ".join(words), float(len(extra)) + 0.5
+        found = sorted({str(word) for word in extra})
+        made.append(
+            {
+                "classification": {"text": text, "label": str(animal)},
+                "regression": {"text": text, "label": score},
+                "multi-label": {"text": text, "labels": found},
+                "tagging": {
+                    "tokens": words,
+                    "tags": ["B-ADJ" if w in ADJECTIVES else "B-CAT" if w == "cat" else "O" for w in words],
+                },
+                "multiple-choice": {
+                    "question": text,
+                    "choices": ["a cat", "a dog", "the big"][: 2 + len(extra) % 2],
+                    "answer": ["cat", "dog"].index(animal),
+                },
+                "similarity": {"sentence1": text, "sentence2": f"a {animal}", "score": len(extra) / 4},
+                "triplets": {
+                    "anchor": text,
+                    "positive": f"a {animal} likes",
+                    "negative": f"a {'dog' if animal == 'cat' else 'cat'} likes",
+                },
+                "pairs": {"anchor": text, "positive": f"a {animal} {' '.join(extra)}"},
+                "chat": {
+                    "messages": [
+                        {"role": "user", "content": text},
+                        {"role": "assistant", "content": f"a {animal}"},
+                        {"role": "user", "content": "likes"},
+                        {"role": "assistant", "content": f"the {animal} likes"},
+                    ]
+                },
+                "completion": {"prompt": text, "completion": f" a {animal} likes the {animal}"},
+                "text": {"text": text},
+                "seq2seq": {"source": text, "target": f"a {animal} {' '.join(reversed(extra))}"},
+            }[kind]
+        )
+    return made
+
+
+MODEL = {"chat": "llama", "completion": "llama", "text": "llama", "seq2seq": "t5"}
+KINDS = [
+    "classification", "regression", "multi-label", "tagging", "multiple-choice", "similarity", "triplets", "pairs",
+    "chat", "completion", "text", "seq2seq",
+]  # fmt: skip
+DIVIDED = [kind for kind in KINDS if kind != "pairs"]  # the others' steps cannot be divided
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """A model folder of each architecture, without dropout, its weights random."""
+    root = tmp_path_factory.mktemp("bases")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "<user>", "<assistant>", "<system>"]
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
+    configs = {
+        "bert": BertConfig(
+            vocab_size=31, **sizes, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+        ),
+        "llama": LlamaConfig(vocab_size=31, **sizes, num_key_value_heads=1, max_position_embeddings=64),
+        "t5": T5Config(vocab_size=31, d_model=24, d_kv=7, d_ff=37, num_layers=2, num_heads=3, dropout_rate=0),
+    }
+    classes = {"bert": BertModel, "llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
+    for kind, config in configs.items():
+        words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if kind == "bert":
+            words.post_processor = processors.TemplateProcessing(
+                single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+            )
+        if kind == "t5":
+            words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 4)])
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+        tokenizer.chat_template = TEMPLATE if kind == "llama" else None
+        tokenizer.save_pretrained(root / kind)
+        config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 4, 0
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            make = getattr(classes[kind], "from_config", classes[kind])
+            make(config).save_pretrained(root / kind)
+    return {kind: root / kind for kind in configs}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("rows")
+    for kind in KINDS:
+        lines = [json.dumps(row) for row in rows_of(kind, 90, 3)]
+        (root / f"{kind}.jsonl").write_text("\n".join(lines))
+    return {kind: root / f"{kind}.jsonl" for kind in KINDS}
+
+
+def settings(kind, bases, files, out, **changed) -> Settings:
+    usual = {"batch_size": 12, "max_length": 40, "rank": 3, "lr": 0.02, "epochs": 2, "dtype": "float32"}
+    base = bases[MODEL.get(kind, "bert")]
+    return Settings(task=str(files[kind]), model=str(base), out=out, **(usual | changed))
+
+
+def history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter/adapter.safetensors")
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_learns_and_the_base_does_not(kind, bases, files, tmp_path):
+    s = settings(kind, bases, files, tmp_path / "run", epochs=6, batch_size=8)
+    before = {key: t.clone() for key, t in prepare(s).model.state_dict().items() if "lora" not in key}
+    train(s)
+    losses = [record["train_loss"] for record in history(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    again = prepare(dataclasses.replace(s, out=tmp_path / "again")).model.state_dict()
+    assert all(torch.equal(t, again[key]) for key, t in before.items())
+    assert any(t.abs().sum() > 0 for key, t in adapter(tmp_path / "run").items() if key.endswith("B"))
+
+
+@pytest.mark.parametrize("kind", DIVIDED)
+def test_a_step_is_the_same_however_its_rows_are_divided(kind, bases, files, tmp_path):
+    for parts in (1, 3, 5):
+        train(settings(kind, bases, files, tmp_path / str(parts), accumulate=parts))
+    whole = history(tmp_path / "1")
+    for parts in ("3", "5"):
+        for a, b in zip(whole, history(tmp_path / parts), strict=True):
+            assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        for key, t in adapter(tmp_path / "1").items():
+            torch.testing.assert_close(adapter(tmp_path / parts)[key], t, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["tagging", "completion", pytest.param("seq2seq", marks=pytest.mark.slow)])
+def test_two_processes_take_the_step_of_one(kind, bases, files, tmp_path):
+    s = settings(kind, bases, files, tmp_path / "one")
+    train(s)
+    flags = ["--task", s.task, "--model", s.model, "--out", str(tmp_path / "two"), "--dtype", "float32"]
+    flags += ["--lr", "0.02", "--epochs", "2", "--batch-size", "12", "--rank", "3", "--max-length", "40"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "loralab", "train", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loralab.__file__).parents[1])}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["validation"] == pytest.approx(a["validation"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_in_one_pass_are_the_runs_alone(kind, bases, files, tmp_path):
+    changed = ({"lr": 0.02}, {"lr": 0.01, "rank": 2, "seed": 4}, {"method": "vera", "rank": 8, "lr": 0.03})
+    many = [settings(kind, bases, files, tmp_path / f"pass-{i}", **more) for i, more in enumerate(changed)]
+    assert all(isinstance(outcome, dict) for outcome in train_together(many))
+    for i, more in enumerate(changed):
+        train(settings(kind, bases, files, tmp_path / f"alone-{i}", **more))
+        for a, b in zip(history(tmp_path / f"alone-{i}"), history(tmp_path / f"pass-{i}"), strict=True):
+            assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(kind, bases, files, tmp_path, cut_off):
+    changed = {"eval_every": 4, "checkpoint_every": 3}
+    whole = train(settings(kind, bases, files, tmp_path / "whole", **changed))
+    with cut_off(6), pytest.raises(KeyboardInterrupt):
+        train(settings(kind, bases, files, tmp_path / "parts", **changed))
+    parts = train(settings(kind, bases, files, tmp_path / "parts", resume=True, **changed))
+    assert parts["metrics"] == whole["metrics"]
+    a, b = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_predicts_what_the_run_did(kind, bases, files, tmp_path):
+    s = settings(kind, bases, files, tmp_path / "run")
+    result = train(s)
+    run = prepare(s)
+    objective, rows = run.objective, run.validation["validation"]
+    base = named_models.pretrained(s.model, objective.task_type, objective.outputs(run.task)).model
+    handle = loralab.load(base, tmp_path / "run/adapter")
+    parts, order = [], []
+    with torch.no_grad():
+        for chosen in sorted_batches(rows.lengths, 7):
+            batch = collate(rows, chosen, run.tokenizer, torch.device("cpu"))
+            out = objective.forward(handle.model, batch)
+            out = out.view(len(chosen), -1, *out.shape[1:]).squeeze(1) if rows.sequences > 1 else out
+            parts.append(objective.predict(out, batch.get("labels", rows.labels[chosen])).numpy())
+            order += chosen
+    found = ragged(parts)[np.argsort(order)]
+    kept = load_file(tmp_path / "run/predictions.safetensors")
+    np.testing.assert_allclose(found, kept["validation/logits"].numpy(), atol=2e-4)
+    scores = objective.score(run.task, found, rows.labels.numpy())
+    assert scores == pytest.approx(result["metrics"], abs=1e-3)
+
+
+def test_a_step_whose_rows_are_each_others_negatives_is_not_divided(bases, files, tmp_path):
+    with pytest.raises(UserError, match="cannot be divided"):
+        train(settings("pairs", bases, files, tmp_path, accumulate=2))
+
+
+# ---- steps, time and evaluation within an epoch ----------------------------------------------------------------------
+
+
+def test_a_run_evaluates_within_epochs_and_ends_at_its_last_step(bases, files, tmp_path):
+    s = settings("chat", bases, files, tmp_path / "a", eval_every=2, max_steps=7, epochs=5)
+    result = train(s)
+    rows = history(tmp_path / "a")
+    steps_an_epoch = -(-result["protocol"]["train"] // s.batch_size)
+    assert [row["step"] for row in rows] == sorted(
+        {2, 4, 6, 7, steps_an_epoch} - ({8} if steps_an_epoch > 7 else set())
+    )
+    assert rows[0]["epoch"] == pytest.approx(2 / steps_an_epoch, abs=1e-3)
+    best = min(range(len(rows)), key=lambda i: rows[i]["held_out"]["loss"])
+    assert result["selected_epoch"] == rows[best]["epoch"]
+    assert result["metric"]["best_on_validation"] == min(row["validation"]["loss"] for row in rows)
+
+
+def test_a_run_ends_when_its_time_is_over(bases, files, tmp_path):
+    train(settings("text", bases, files, tmp_path / "a", epochs=500, max_time="0.4s"))
+    assert 1 <= history(tmp_path / "a")[-1]["step"] < 500
+
+
+@pytest.mark.parametrize("text", ["", "5", "0s", "-3m", "1e3s", "2 h", "h", "1d"])
+def test_a_time_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="max_time"):
+        Settings(task="cola", max_time=text)
+
+
+# ---- what each kind computes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("learns", [True, False])
+def test_likelihoods_are_those_of_all_logits(bases, plain, learns, monkeypatch):
+    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * 31 * 5)  # five tokens at a time
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.lm_head.weight.requires_grad_(learns)
+    if plain:
+        vocabulary.prepare(model)
+        assert vocabulary._PLAIN[model]
+    ids = torch.randint(4, 31, (3, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[0, :4] = IGNORED
+    weights = torch.tensor([0.3, 1.7, -0.6])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED).sum(1)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad((nll * weights).sum(), learned)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    outputs = objectives.OBJECTIVES["causal"].forward(model, batch)
+    torch.testing.assert_close(outputs[:, 0], nll)
+    assert outputs[:, 1].tolist() == (labels[:, 1:] != IGNORED).sum(1).tolist()
+    for found, right in zip(torch.autograd.grad((outputs[:, 0] * weights).sum(), learned), wanted, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        hits = objectives.OBJECTIVES["causal"].forward(model, batch)[:, 2]
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum(1)
+    assert hits.tolist() == right.tolist()
+
+
+def test_a_model_that_changes_its_logits_is_not_taken_for_plain(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    inner = model.forward
+    model.forward = lambda **inputs: (out := inner(**inputs), setattr(out, "logits", out.logits.tanh() * 3))[0]
+    vocabulary.prepare(model)
+    assert not vocabulary._PLAIN[model]
+
+
+def seqeval_spans(tags: list[str]) -> set[tuple[str, int, int]]:
+    """Spans by conlleval's table of chunk starts and ends, written out."""
+    found, begin, kind_before, mark_before = set(), 0, "", "O"
+    for i, tag in enumerate([*tags, "O"]):
+        mark, kind = (tag, "") if tag == "O" else tag.split("-", 1)
+        ends = mark_before in ("E", "S") or (mark_before in ("B", "I") and mark in ("B", "S", "O"))
+        ends = ends or (mark_before != "O" and kind_before != kind)
+        starts = mark in ("B", "S") or (mark_before in ("E", "S", "O") and mark in ("E", "I"))
+        starts = starts or (mark != "O" and kind_before != kind)
+        if ends and mark_before != "O":
+            found.add((kind_before, begin, i - 1))
+        if starts:
+            begin = i
+        mark_before, kind_before = mark, kind
+    return found
+
+
+def test_spans_are_those_of_conlleval():
+    random = np.random.default_rng(0)
+    tags = ["O", *[f"{mark}-{kind}" for mark in "BIES" for kind in ("PER", "LOC")]]
+    for _ in range(3000):
+        row = list(random.choice(tags, random.integers(1, 9)))
+        assert set(tagging.spans(row)) == seqeval_spans(row), row
+
+
+def test_words_are_cut_into_tokens_and_the_first_has_the_tag(minilm):
+    tokenizer = named_models.tokenizer(str(minilm))
+    words = ("Zürich", "unbelievably", "rains", ",", "said", "O'Neill-Smith")
+    split = objectives.data.Split([words], [[0, 1, 2, 3, 4, 5]])
+    task = objectives.data.Task("t", tuple("abcdef"), ("accuracy",), split, {"validation": split}, "")
+    rows = tagging.encode(task, split, tokenizer, Encoding(64, True))
+    pieces = tokenizer(list(words), is_split_into_words=True)
+    expected, before = [], None
+    for word in pieces.word_ids():
+        expected.append(IGNORED if word is None or word == before else word)
+        before = word
+    assert rows.columns["input_ids"][0] == pieces["input_ids"]
+    assert rows.columns["labels"][0] == expected
