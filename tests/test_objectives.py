@@ -160,7 +160,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_the_base_does_not(kind, bases, files, tmp_path):
-    s = settings(kind, bases, files, tmp_path / "run", epochs=6, batch_size=8)
+    s = settings(kind, bases, files, tmp_path / "run", epochs=12, batch_size=8, lr=0.003, rank=6)
     before = {key: t.clone() for key, t in prepare(s).model.state_dict().items() if "lora" not in key}
     train(s)
     losses = [record["train_loss"] for record in history(tmp_path / "run")]
@@ -179,6 +179,8 @@ def test_a_step_is_the_same_however_its_rows_are_divided(kind, bases, files, tmp
         for a, b in zip(whole, history(tmp_path / parts), strict=True):
             assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
         for key, t in adapter(tmp_path / "1").items():
+            if kind == "multiple-choice" and t.shape == (1,):
+                continue  # the bias of the score: the same for all choices, so its gradient is rounding alone
             torch.testing.assert_close(adapter(tmp_path / parts)[key], t, rtol=0, atol=1e-3)
 
 
