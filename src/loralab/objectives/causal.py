@@ -20,7 +20,7 @@ from loralab.data.batches import IGNORED, Rows
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
 from loralab.errors import UserError
-from loralab.objectives import templates, vocabulary
+from loralab.objectives import classification, templates, vocabulary
 from loralab.objectives.objective import Array, Batch, Encoding, Objective
 
 NAME = "causal"
@@ -38,7 +38,7 @@ def read(file: OwnFile) -> Task:
     rows = _rows(file.train, form)
     outside = None if file.validation is None else _rows(file.validation, form)
     notes = [f"rows are read as {'+'.join(form.columns)}"]
-    return divided(file, rows, outside, None, LANGUAGE, notes, NAME)
+    return divided(file, rows, outside, None, LANGUAGE, notes, NAME, form.columns)
 
 
 def _rows(path: Any, form: chats.Form) -> Split:
@@ -61,7 +61,9 @@ def of(task: Task, options: Mapping[str, Any]) -> Task:
     words = ", ".join(map(repr, task.labels))
     note = f"rows are prompts, and the labels {words} their completions; scores compare the likelihoods of these words"
     metrics = tuple(dict.fromkeys([*task.metrics, "accuracy"]))
-    return build(task.name, task.labels, metrics, splits.pop("train"), splits, (*task.notes, note), NAME, options)
+    return build(
+        task.name, task.labels, metrics, splits.pop("train"), splits, (*task.notes, note), NAME, options, task.columns
+    )
 
 
 def _prompts(rows: Split) -> Split:
@@ -139,6 +141,11 @@ def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     return {"loss": mean, "perplexity": math.exp(min(mean, MOST)), "token_accuracy": float(right / tokens)}
 
 
+def parts(task: Task, predictions: Array, labels: Array) -> dict[str, dict[str, float]]:
+    """Return the metrics of each class of a classification."""
+    return {} if task.labels is None else classification.parts(task, predictions, labels)
+
+
 OBJECTIVE = Objective(
     name=NAME,
     task_type="CAUSAL_LM",
@@ -153,4 +160,5 @@ OBJECTIVE = Objective(
     prepare=vocabulary.prepare,
     names=lambda task: (),
     of=of,
+    parts=parts,
 )

@@ -217,12 +217,6 @@ class Settings(StepSettings):
         """Return these settings with every other one at its default: a key for what depends on these alone."""
         return Settings(**{"task": self.task, **{key: self.of(key) for key in keys}})
 
-    @property
-    def objective_options(self) -> dict[str, Any]:
-        """What the objective of the task is told; nothing where all is at its default."""
-        template = {"template": str(self.template)} if self.template else {}
-        return template | ({"loss_on": self.loss_on} if self.loss_on != "auto" else {})
-
     def steps(self, rows: int) -> int:
         """Return the optimizer steps of the whole run on that many training rows."""
         whole = self.epochs * -(-rows // self.batch_size)

@@ -15,6 +15,7 @@ from loralab.data import Task
 from loralab.data.batches import Rows, collate, epoch_batches, longest
 from loralab.errors import UserError
 from loralab.objectives import Encoding, Objective
+from loralab.objectives.templates import template_of
 from loralab.run import policies
 from loralab.run.settings import SOURCE, Settings, StepSettings
 
@@ -126,8 +127,11 @@ def _task(settings: Settings, cache: dict[Any, Any]) -> Task:
 def task_of(s: Settings) -> Task:
     """Read the task that a run's settings name. Raises UserError."""
     regression = None if s.problem_type == "auto" else s.problem_type == "regression"
+    options = {} if s.loss_on == "auto" else {"loss_on": str(s.loss_on)}
+    if s.template is not None:
+        options["template"] = template_of(s.template)
     columns: dict[str, Any] = {"text": s.text, "label": s.label, "validation": s.validation, "regression": regression}
-    return objectives.load(s.task, s.data, objective=s.objective, options=s.objective_options, **columns)
+    return objectives.load(s.task, s.data, objective=s.objective, options=options, **columns)
 
 
 def objective_of(s: Settings) -> Objective:
