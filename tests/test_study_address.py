@@ -111,7 +111,8 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "rounds": 2, "set": ("stabilized=true",),
     "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
-    "selection": "last", "patience": 3,
+    "selection": "last", "patience": 3, "eval_every": 7, "max_steps": 9, "max_time": "9m",
+    "objective": "multi-label", "loss_on": "all",
 }  # fmt: skip
 
 
@@ -122,9 +123,13 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     fields = {f.name for f in dataclasses.fields(Settings)}
     free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
     assert set(free) == NOT_RESULT
-    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "span"} >= fields
+    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "span", "template"} >= fields
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
+    template = tmp_path / "template.jinja"
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        found.append(address(dataclasses.replace(base, template=template)))
     found += [address(dataclasses.replace(base, policy="groups", span=span)) for span in (None, 2)]
     assert len(set(found)) == len(found)
     assert address(dataclasses.replace(base, **free)) == address(base)
@@ -136,7 +141,7 @@ def test_equal_runs_have_one_address_however_they_are_written(tiny, own, tmp_pat
         return address(Settings(**{**usual, **given}))
 
     assert at(method="lora+") == at(method="lora", lr=recipe("lora+").lr, lr_ratio=16)
-    assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification")
+    assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification", objective="classification")
     assert at(method="full") == at(method="full", targets="mlp")
     moved, copied = shutil.copy(own["class"], tmp_path / "other.csv"), shutil.copytree(tiny, tmp_path / "model")
     assert at() == at(task=str(moved), model=str(copied))

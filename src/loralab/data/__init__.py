@@ -8,7 +8,19 @@ from loralab.data.selection import held_out, sample
 from loralab.data.task import Split, Task, build
 from loralab.errors import UserError, hint
 
-__all__ = ["METRICS", "Split", "Task", "build", "held_out", "is_constant", "load", "names", "sample", "score"]
+__all__ = [
+    "METRICS",
+    "Split",
+    "Task",
+    "build",
+    "held_out",
+    "is_constant",
+    "is_name",
+    "load",
+    "names",
+    "sample",
+    "score",
+]
 
 EMBEDDED = ("minimal-pairs", "demo", "embedded")  # its name and its aliases
 
@@ -16,6 +28,11 @@ EMBEDDED = ("minimal-pairs", "demo", "embedded")  # its name and its aliases
 def names() -> tuple[str, ...]:
     """Return the names of all tasks that have one."""
     return (EMBEDDED[0], *glue.TABLE)
+
+
+def is_name(task: str) -> bool:
+    """Tell whether a task is known by this name."""
+    return task.lower() in EMBEDDED or glue.canonical(task) is not None
 
 
 def load(task: str, data: Path | str | None = None) -> Task:

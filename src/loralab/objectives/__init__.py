@@ -52,11 +52,11 @@ def load(
     if path.is_file():
         raise UserError(f"{task}: a file ending in {', '.join(tables.READERS)} was expected")
     given = {"--text": text, "--label": label, "--validation": validation, "--problem-type": regression is not None}
-    found = data.load(task, folder)
-    if any(given.values()):
+    if any(given.values()) and data.is_name(task):
         used = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{used} given, but {task} knows its columns: leave it out, it is for a file of your own")
-    if row.name == found.objective:
+    found = data.load(task, folder)
+    if objective is None or row.name == found.objective:
         return found
     if row.of is None:
         able = ", ".join(name for name, other in OBJECTIVES.items() if other.of is not None)

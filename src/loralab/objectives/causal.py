@@ -34,7 +34,11 @@ MOST = 709.0  # largest loss whose perplexity is a float
 def read(file: OwnFile) -> Task:
     """Make the task of a file in one of the forms of data/chats.py. Raises UserError that names the bad rows."""
     there = set(tables.names(file.train))
-    form = next(form for form in sorted(chats.FORMS, key=lambda f: -len(f.columns)) if there >= {*form.columns})
+    fits = [form for form in chats.FORMS if there >= {*form.columns}]
+    if not fits:
+        forms = "; ".join("+".join(form.columns) for form in chats.FORMS)
+        raise UserError(f"{file.train}: columns {', '.join(sorted(there))} are none of {forms}")
+    form = max(fits, key=lambda form: len(form.columns))
     rows = _rows(file.train, form)
     outside = None if file.validation is None else _rows(file.validation, form)
     notes = [f"rows are read as {'+'.join(form.columns)}"]
