@@ -23,7 +23,7 @@ from loralab.methods import starts
 from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.schema import listed
-from loralab.targets import ALL, Targets, shape_of
+from loralab.targets import ALL, ReachNote, Targets, meant_in_vain, shape_of
 
 NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,7 +116,8 @@ class Adapters(AdaptedModel):
         """
         self.check_attached()
         spec = install.spec_of(self, name, method, settings, targets, head, labels)
-        r = spec.recipe
+        r, coverage = spec.recipe, spec.coverage
+        in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
         directions = None if filled else start_directions(self, r, spec.paths, batches)
         if r.store or spec.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
@@ -132,6 +133,8 @@ class Adapters(AdaptedModel):
         if spec.base_names:
             self.active.activate(name)
         self._follow()
+        if in_vain is not None:
+            warnings.warn(f"adapter {name!r}: {in_vain}", ReachNote, stacklevel=3)
 
     def remove(self, name: str) -> None:
         """Take an adapter off the model; its layers stay wrapped until `detach`.
@@ -207,7 +210,7 @@ class Adapters(AdaptedModel):
             base={**base, "sha256": self.base_sha256},
             tensors={key: t for key, (_, t) in tensors.items()},
             roles={key: role for key, (role, _) in tensors.items()},
-            counts=self.counts(name),
+            counts=self.counts(name) | _unreached(spec),
             constants=_constants_sha256(self, spec),
         )
         return files.write(file, folder)
@@ -443,6 +446,12 @@ def _constants_sha256(handle: AdaptedModel, spec: AdapterSpec) -> str | None:
     """sha256 of the frozen tensors that a method draws from a seed and no file holds; None where there are none."""
     drawn = handle.constants(spec)
     return fingerprint(sorted(drawn.items()), exact=True) if drawn else None
+
+
+def _unreached(spec: AdapterSpec) -> dict[str, int]:
+    """How many values of the model no target reaches, for `loralab inspect`, which has no model; empty where none."""
+    count = 0 if spec.coverage is None else spec.coverage.unreached_values
+    return {"unreached": count} if count else {}
 
 
 def _base_name(model: nn.Module) -> dict[str, Any]:

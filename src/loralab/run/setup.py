@@ -1,6 +1,7 @@
 """All that a run needs before its first step: the task, the model with its adapter, and tokenized rows."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from loralab.data.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.errors import UserError
 from loralab.run import policies
 from loralab.run.settings import SOURCE, Settings, StepSettings
+from loralab.targets import ReachNote
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
 
@@ -57,8 +59,10 @@ def prepare_together(many: Sequence[Settings]) -> list[PreparedRun]:
     """
     runs: list[PreparedRun] = []
     cache: dict[Any, Any] = {}  # tasks and rows that several runs read
-    for i, settings in enumerate(many):
-        runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReachNote)  # the result has it among its warnings
+        for i, settings in enumerate(many):
+            runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
     return runs
 
 
