@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from loralab import files, install, peft_format
+from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
 from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
@@ -82,6 +83,13 @@ class Adapters(AdaptedModel):
         super().__init__(model)
         self.steps = StepHooks(self)
         self.on_model: Any = None  # the hook that runs before a forward pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin as a copy, perhaps in another process: all that `attach` asks of torch holds for it too."""
+        vars(self).update(state)
+        follow_checkpoints()
+        if self.on_model is not None:
+            watch(self)
 
     def connect(self) -> None:
         """Let the model know of its adapters, once the first of them is there."""
