@@ -1,4 +1,4 @@
-"""requirements.lock is constraints.txt with hashes: the same packages and versions, every file by its hash, no address."""
+"""requirements.lock is constraints.txt with hashes: the same versions, every file by its hash, and no address."""
 
 import re
 from pathlib import Path

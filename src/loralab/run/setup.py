@@ -14,6 +14,8 @@ from loralab.adapters import Adapters, attach
 from loralab.data import Task
 from loralab.data.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.errors import UserError
+from loralab.fast.block import SAME_ATTENTION
+from loralab.fast.encoders import layers_of
 from loralab.run import policies
 from loralab.run.settings import SOURCE, Settings, StepSettings
 from loralab.targets import ReachNote
@@ -75,6 +77,10 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     model, tokenizer = _model(settings, task)
     _check_same_base(model, settings, cache)
     rows, notes = _rows(settings, task, model, tokenizer, cache)
+    notes += settings.idle().values()
+    if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
+        what = f"attention={settings.attention!r} with speed='auto'"
+        notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
     labels, train = task.labels or ("score",), rows["train"]
 
     def start_batches() -> Iterator[dict[str, Tensor]]:
