@@ -365,9 +365,9 @@ def merge_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def read(folder: Path | str) -> AdapterFile:
     """Read an adapter folder, in loralab's layout or PEFT's. Raises UserError for anything else."""
     folder = Path(folder)
-    if not (folder / peft_format.HEADER).exists():
+    if not peft_format.places(folder)[1].exists():
         return files.read(folder)
-    if (folder / files.HEADER).exists():
+    if files.places(folder)[1].exists():
         raise UserError(
             f"{folder} holds two adapters, {files.HEADER} and {peft_format.HEADER}, and nothing tells which is newer: "
             "remove the files of one of them"
