@@ -264,8 +264,9 @@ class Adapters(AdaptedModel):
         """Stand in for the model's own method, which would write a base under names that no model reads.
 
         Writes the active adapter as `save` does, each other one into a folder of its name inside, and what learns once
-        more as model.safetensors, from which Trainer goes on. There is no whole model in the folder, so its config.json
-        makes `from_pretrained` fail and says why; `adapters.merge().save_pretrained(folder)` writes one.
+        more as model.safetensors, from which Trainer goes on, with the draws and counts of methods that act at every
+        step. There is no whole model in the folder, so its config.json makes `from_pretrained` fail and says why;
+        `adapters.merge().save_pretrained(folder)` writes one.
         Raises UserError if the folder cannot be written, or is to be pushed to the hub.
         """
         self.check_attached()
@@ -281,7 +282,7 @@ class Adapters(AdaptedModel):
         own = {id(t) for name in self.specs for t in self.state(name).values()}
         state = {key: t for key, t in self.model.named_parameters() if id(t) in own}  # without repeats
         try:
-            write_tensors(folder / "model.safetensors", state)
+            write_tensors(folder / "model.safetensors", state | self.steps.saved())
             write_json(
                 folder / "config.json",
                 {"model_type": "loralab-adapter", "vocab_size": NO_MODEL, "hidden_size": NO_MODEL},
