@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,13 @@ from loralab.adapters import Adapters, attach
 from loralab.data import Task
 from loralab.data.batches import Rows, collate, epoch_batches, longest
 from loralab.errors import UserError
+from loralab.fast.block import SAME_ATTENTION
+from loralab.fast.encoders import layers_of
 from loralab.objectives import Encoding, Objective
 from loralab.objectives.templates import template_of
 from loralab.run import policies
 from loralab.run.settings import SOURCE, Settings, StepSettings
+from loralab.targets import ReachNote
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
 
@@ -60,8 +64,10 @@ def prepare_together(many: Sequence[Settings]) -> list[PreparedRun]:
     """
     runs: list[PreparedRun] = []
     cache: dict[Any, Any] = {}  # tasks and rows that several runs read
-    for i, settings in enumerate(many):
-        runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReachNote)  # the result has it among its warnings
+        for i, settings in enumerate(many):
+            runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
     return runs
 
 
@@ -74,6 +80,10 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     model, tokenizer = _model(settings, task)
     _check_same_base(model, settings, cache)
     rows, notes = _rows(settings, task, model, tokenizer, cache)
+    notes += settings.idle().values()
+    if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
+        what = f"attention={settings.attention!r} with speed='auto'"
+        notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
     objective, train = objectives.of(task), rows["train"]
     labels = objective.names(task)
 

@@ -65,14 +65,14 @@ def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
 
 
 def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
-    if (folder / peft_format.HEADER).is_file():
-        base = _string(read_header(folder / peft_format.HEADER).get("base_model_name_or_path"))
-        known = saved.read(folder, _string(read_header(folder / peft_format.HEADER).get("task_type")))
+    if (place := peft_format.places(folder)[1]).is_file():
+        base = _string(read_header(place).get("base_model_name_or_path"))
+        known = saved.read(folder, _string(read_header(place).get("task_type")))
         return AdapterFolder(folder, name or folder.resolve().name, (), base, None, known.objective)
-    header = read_header(folder / files.HEADER)
+    header = read_header(place := files.places(folder)[1])
     base_entry = header.get("base")
     if not isinstance(base_entry, dict):
-        raise UserError(f"{folder / files.HEADER}: not an adapter header, it names no base")
+        raise UserError(f"{place}: not an adapter header, it names no base")
     own_name, settings = str(header.get("name")), _settings(folder)
     base = _string(settings.get("model")) or _string(base_entry.get("name"))
     known = saved.read(folder, _string(base_entry.get("task_type")))
