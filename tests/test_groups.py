@@ -370,7 +370,7 @@ def test_a_span_needs_groups_and_two_layers(tiny, own, tmp_path, plan, span):
 
     with pytest.raises(UserError) as caught:
         settings(tiny, own, tmp_path, policy=plan, span=span)
-    assert f"span={span} with policy={plan!r}" in str(caught.value)
+    assert f"span={span} with policy={plan!r}: " in str(caught.value)
 
 
 def test_a_projection_of_more_numbers_than_it_can_count_is_refused():

@@ -27,6 +27,7 @@ from transformers import (
 import loralab
 from loralab import models as named_models
 from loralab import objectives
+from loralab.cli import main
 from loralab.data.batches import IGNORED, collate, sorted_batches
 from loralab.errors import UserError
 from loralab.objectives import Encoding, ragged, tagging, vocabulary
@@ -89,6 +90,10 @@ def rows_of(kind: str, count: int, seed: int) -> list[dict]:
     return made
 
 
+MODEL_OBJECTIVE = {
+    "regression": "classification", "triplets": "similarity", "pairs": "similarity", "chat": "causal",
+    "completion": "causal", "text": "causal",
+}  # fmt: skip
 MODEL = {"chat": "llama", "completion": "llama", "text": "llama", "seq2seq": "t5"}
 KINDS = [
     "classification", "regression", "multi-label", "tagging", "multiple-choice", "similarity", "triplets", "pairs",
@@ -368,3 +373,137 @@ def test_words_are_cut_into_tokens_and_the_first_has_the_tag(minilm):
         before = word
     assert rows.columns["input_ids"][0] == pieces["input_ids"]
     assert rows.columns["labels"][0] == expected
+
+
+# ---- what a user runs afterwards -------------------------------------------------------------------------------------
+
+
+def run_json(capsys, *words) -> dict:
+    assert main([*map(str, words)]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(kind, bases, files, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    rows = rows_of(kind, 25, 8)
+    other.write_text("\n".join(map(json.dumps, rows)))
+    result = train(settings(kind, bases, files, tmp_path / "run", validation=other, epochs=4, lr=0.003))
+    folder = tmp_path / "run/adapter"
+    found = run_json(capsys, "evaluate", folder, "--task", other, "--json", "--batch-size", 7)
+    assert (found["rows"], found["objective"]) == (25, MODEL_OBJECTIVE.get(kind, kind))
+    assert found["metrics"] == pytest.approx(result["metrics"], abs=1e-3)
+    if kind in ("chat", "completion", "text", "seq2seq"):
+        assert main(["predict", "--adapters", str(folder), "--input", str(other)]) == 2
+        assert "loralab generate" in capsys.readouterr().err
+        return
+    if kind == "similarity":
+        assert found["metrics"]["pearson"] > 0
+    wanted = ("sentence1", "sentence2", "anchor", "positive", "text", "tokens", "question", "choices")
+    bare = [{key: value for key, value in row.items() if key in wanted} for row in rows]
+    (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))
+    answers = run_json(capsys, "predict", "--adapters", folder, "--input", tmp_path / "bare.jsonl", "--json")
+    assert len(answers) == 25
+    expected = found["metrics"].get("accuracy")
+    if kind == "classification":
+        assert np.mean([a["label"] == r["label"] for a, r in zip(answers, rows, strict=True)]) == pytest.approx(
+            expected
+        )
+    if kind == "multiple-choice":
+        right = [a["answer"] == r["choices"][r["answer"]] for a, r in zip(answers, rows, strict=True)]
+        assert np.mean(right) == pytest.approx(expected)
+    if kind == "tagging":
+        pairs = [(x, y) for a, r in zip(answers, rows, strict=True) for x, y in zip(a["tags"], r["tags"], strict=True)]
+        assert np.mean([x == y for x, y in pairs]) == pytest.approx(expected)
+    if kind == "multi-label":
+        right = [set(a["labels"]) == set(r["labels"]) for a, r in zip(answers, rows, strict=True)]
+        assert np.mean(right) == pytest.approx(found["metrics"]["exact"])
+    if kind in ("similarity", "pairs", "triplets"):
+        assert all(-1.001 <= a["similarity"] <= 1.001 for a in answers)
+
+
+BAD = {  # file -> words of the error
+    "two kinds": ([{"text": "the", "label": "a", "tokens": ["the"], "tags": ["O"]}], ("fit", "--objective")),
+    "no kind": ([{"words": "the", "y": 1}], ("fit no objective", "prompt+completion", "--text and --label")),
+    "roles": (
+        [{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}],
+        ("row 1", "user was expected"),
+    ),
+    "the user ends": ([{"messages": [{"role": "user", "content": "a"}]}], ("ends with the user", "row 1")),
+    "no turns": ([{"messages": []}], ("without turns", "row 1")),
+    "an unknown role": ([{"messages": [{"role": "bot", "content": "a"}]}], ("'bot'", "row 1")),
+    "no content": ([{"messages": [{"role": "user"}]}], ("without role and content", "row 1")),
+    "an empty message": ([{"messages": [{"role": "user", "content": " "}]}], ("empty message", "row 1")),
+    "an empty completion": ([{"prompt": "a", "completion": " "}] * 9, ("empty", "9 rows")),
+    "a number for a prompt": ([{"prompt": 3, "completion": "b"}], ("number instead of text", "row 1")),
+    "tags that do not align": ([{"tokens": ["the", "cat"], "tags": ["O"]}], ("2 words but 1 tags", "row 1")),
+    "an answer that is none": ([{"question": "a", "choices": ["the", "cat"], "answer": 2}], ("none of its 2", "row 1")),
+    "one choice": ([{"question": "a", "choices": ["the"], "answer": 0}], ("at least two choices", "row 1")),
+    "a label twice": ([{"text": "the", "labels": ["a", "a"]}], ("twice", "row 1")),
+    "one label": ([{"text": "the", "labels": ["a"]}] * 9, ("at least two different ones",)),
+    "scores that are one": ([{"sentence1": "a", "sentence2": "the", "score": 1}] * 9, ("all scores are 1.0",)),
+    "a long prompt": (
+        [{"prompt": "the cat " * 40, "completion": "a"}] * 9,
+        ("before anything to learn", "--max-length"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_one_line(case, bases, tmp_path, capsys):
+    rows, words = BAD[case]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = bases["llama" if {"messages", "prompt"} & rows[0].keys() else "bert"]
+    flags = ["--task", tmp_path / "bad.jsonl", "--model", base, "--out", tmp_path / "run", "--max-length", 32]
+    assert main(["train", *map(str, flags)]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert said.count("\n") <= 2
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_labels_unknown_at_evaluation_are_named(bases, files, tmp_path, capsys):
+    train(settings("tagging", bases, files, tmp_path / "run", epochs=1))
+    (tmp_path / "new.jsonl").write_text(json.dumps({"tokens": ["the", "cat"], "tags": ["O", "B-DOG"]}))
+    assert main(["evaluate", str(tmp_path / "run/adapter"), "--task", str(tmp_path / "new.jsonl")]) == 2
+    assert "new tag 'B-DOG'" in capsys.readouterr().err
+
+
+def test_a_conll_file_is_read_as_words_and_tags(bases, files, tmp_path):
+    lines = []
+    for row in rows_of("tagging", 90, 3):
+        lines += [*(f"{w} X {t}" for w, t in zip(row["tokens"], row["tags"], strict=True)), ""]
+    (tmp_path / "rows.conll").write_text("-DOCSTART- -X- O\n\n" + "\n".join(lines))
+    found = objectives.load(str(tmp_path / "rows.conll"))
+    same = objectives.load(str(files["tagging"]))
+    assert (found.train, found.labels, found.objective) == (same.train, same.labels, "tagging")
+
+
+def test_entities_of_a_text_become_tags(tmp_path):
+    row = {
+        "text": "Anna Bell likes Rome.",
+        "entities": [{"start": 0, "end": 9, "label": "PER"}, {"start": 16, "end": 20, "label": "LOC"}],
+    }
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 9))
+    task = objectives.load(str(tmp_path / "rows.jsonl"))
+    words, tags = task.train.texts[0], [task.labels[i] for i in task.train.labels[0]]
+    assert list(zip(words, tags, strict=True)) == [
+        ("Anna", "B-PER"), ("Bell", "I-PER"), ("likes", "O"), ("Rome", "B-LOC"), (".", "O")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cells", [["red;big", "", "big"], ['["red","big"]', "[]", '["big"]'], None])
+def test_labels_of_a_csv_are_lists_names_or_columns(cells, tmp_path):
+    if cells is None:
+        text = "text,red,big\nthe cat,1,1\na dog,0,false\nthe dog,0,TRUE\n"
+        flags = {"label": "red,big", "text": "text"}
+    else:
+        text = "text,labels\n" + "".join(
+            f'{t},"{c.replace(chr(34), chr(34) * 2)}"\n'
+            for t, c in zip(("the cat", "a dog", "the dog"), cells, strict=True)
+        )
+        flags = {}
+    (tmp_path / "rows.csv").write_text(text)
+    task = objectives.load(str(tmp_path / "rows.csv"), objective="multi-label", whole=True, **flags)
+    named = [{task.labels[i] for i, yes in enumerate(row) if yes} for row in task.train.labels]
+    assert named == [{"red", "big"}, set(), {"big"}]

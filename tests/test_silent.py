@@ -15,6 +15,7 @@ import weakref
 import pytest
 import torch
 from archs import CONFIGS, build, rows, shake
+from test_steps import LENGTH, STEPPED
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -1043,14 +1044,14 @@ def test_save_pretrained_writes_adapters_and_never_half_a_base(kind, tmp_path):
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "plain").eval()), right, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "vera", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "bitfit", *STEPPED])
 def test_trainer_goes_on_from_what_it_saved(method, tmp_path):
     from test_trainer import examples
     from transformers import Trainer, TrainingArguments
 
     def trained(folder, resume=None, steps=4):
         model = build("bert")
-        adapters = loralab.attach(model, method, head=True, **settings(method))
+        adapters = loralab.attach(model, method, head=True, **settings(method, **LENGTH.get(method, {})))
         given = TrainingArguments(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, seed=3,
             use_cpu=True, report_to="none", save_strategy="steps", save_steps=2, disable_tqdm=True,

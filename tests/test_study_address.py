@@ -107,12 +107,14 @@ def test_stored_runs_of_delta_lora_are_those_of_revision_1(glue, stored_models, 
 OTHERWISE = {  # a value that no other row has, for every setting that can decide a result
     "train_rows": 50, "validation_rows": 20,
     "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
-    "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "policy": "drop", "keep": 0.5,
-    "rounds": 2, "set": ("stabilized=true",),
+    "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "policy": "drop",
+    "set": ("stabilized=true",),
     "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
-    "selection": "last", "patience": 3,
+    "selection": "last", "patience": 3, "eval_every": 7, "max_steps": 9, "max_time": "9m",
+    "objective": "multi-label", "loss_on": "all",
 }  # fmt: skip
+OF_POLICY = {"drop": {"keep": 0.5}, "alora": {"rounds": 2}, "groups": {"span": 2}}  # refused with another policy
 
 
 def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_path):
@@ -122,10 +124,16 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     fields = {f.name for f in dataclasses.fields(Settings)}
     free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
     assert set(free) == NOT_RESULT
-    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "span"} >= fields
+    of_policy = {key for values in OF_POLICY.values() for key in values}
+    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "template"} | of_policy >= fields
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
-    found += [address(dataclasses.replace(base, policy="groups", span=span)) for span in (None, 2)]
+    found += [address(dataclasses.replace(base, policy="groups")), address(dataclasses.replace(base, policy="alora"))]
+    found += [address(dataclasses.replace(base, policy=policy, **values)) for policy, values in OF_POLICY.items()]
+    template = tmp_path / "template.jinja"
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        found.append(address(dataclasses.replace(base, template=template)))
     assert len(set(found)) == len(found)
     assert address(dataclasses.replace(base, **free)) == address(base)
 
@@ -136,7 +144,7 @@ def test_equal_runs_have_one_address_however_they_are_written(tiny, own, tmp_pat
         return address(Settings(**{**usual, **given}))
 
     assert at(method="lora+") == at(method="lora", lr=recipe("lora+").lr, lr_ratio=16)
-    assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification")
+    assert at() == at(rank=8, alpha=16, lr=1e-3, problem_type="classification", objective="classification")
     assert at(method="full") == at(method="full", targets="mlp")
     moved, copied = shutil.copy(own["class"], tmp_path / "other.csv"), shutil.copytree(tiny, tmp_path / "model")
     assert at() == at(task=str(moved), model=str(copied))

@@ -97,7 +97,7 @@ def test_runs_of_other_seeds_rates_tasks_and_sizes_come_to_what_they_come_to_alo
             plain(tiny, own, lr=5e-3),  # the same batches and masks as the first
             plain(tiny, own, seed=1, epochs=3, batch_size=13),
             plain(tiny, own, "value", seed=2, rank=5, schedule="cosine", clip=0.1),
-            plain(tiny, own, seed=3, selection="last", patience=1, head_lr=1e-3),
+            plain(tiny, own, seed=3, selection="validation", patience=1, head_lr=1e-3),
         ],
         tmp_path,
     )

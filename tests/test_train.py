@@ -1,6 +1,7 @@
 """Runs: they learn, repeat bit for bit, go on after an interruption, and take the same step on many processes."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 import loralab
-from loralab import UserError, models
+from loralab import UserError, models, objectives
 from loralab.data.batches import epoch_batches, longest, sorted_batches
 from loralab.disk import read_header
 from loralab.recipe import NAMED
@@ -242,14 +243,14 @@ def test_a_run_that_ends_at_one_class_says_so(tiny, own, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(tiny, own, tmp_path, monkeypatch):
-    losses = loop_module.row_losses
+    row = objectives.OBJECTIVES["classification"]
 
     def burst(logits, labels):
         burst.calls += 1
-        return losses(logits, labels) * (float("nan") if burst.calls == 12 else 1.0)
+        return row.loss(logits, labels) * (float("nan") if burst.calls == 12 else 1.0)
 
     burst.calls = 0
-    monkeypatch.setattr(loop_module, "row_losses", burst)
+    monkeypatch.setitem(objectives.OBJECTIVES, "classification", dataclasses.replace(row, loss=burst))
     with pytest.raises(
         UserError, match=r"loss is nan at step 12 \(epoch 2\), lr .*last good checkpoint is .*checkpoint"
     ):

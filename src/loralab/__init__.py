@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from loralab.no_kernels import refuse
+
 if TYPE_CHECKING:
     from loralab.adapters import Adapters, attach, load
     from loralab.errors import UserError
@@ -45,3 +47,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+refuse()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loralab import cache
 from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
-from loralab.errors import UserError
+from loralab.errors import UserError, check_once
 from loralab.files import fingerprint
 from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
@@ -135,6 +135,7 @@ class AdaptedModel:
         Call it before the model is wrapped: the tensors of all other adapters are left out of the wrapper's sight, as
         it waits for a gradient of every tensor that it sees. Raises UserError for an unknown name.
         """
+        check_once("synchronize", names)
         self.synchronized = tuple(map(self.only, names))
         self._follow()
 
@@ -226,6 +227,7 @@ class AdaptedModel:
                 self._follow_labels()
 
     def _check_use(self, names: Any, chosen: tuple[str, ...], ids: Any) -> None:
+        check_once("use", chosen)
         if unknown := [name for name in chosen if name not in self.specs]:
             raise UserError(
                 f"no adapter {', '.join(map(repr, unknown))} here: there are {', '.join(self.names) or 'none'}"

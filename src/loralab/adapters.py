@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from loralab import files, install, peft_format
+from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
 from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
@@ -23,7 +24,7 @@ from loralab.methods import starts
 from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.schema import listed
-from loralab.targets import ALL, Targets, shape_of
+from loralab.targets import ALL, ReachNote, Targets, meant_in_vain, shape_of
 
 NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +84,13 @@ class Adapters(AdaptedModel):
         self.steps = StepHooks(self)
         self.on_model: Any = None  # the hook that runs before a forward pass
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin as a copy, perhaps in another process: all that `attach` asks of torch holds for it too."""
+        vars(self).update(state)
+        follow_checkpoints()
+        if self.on_model is not None:
+            watch(self)
+
     def connect(self) -> None:
         """Let the model know of its adapters, once the first of them is there."""
         if self.on_model is None:
@@ -116,7 +124,8 @@ class Adapters(AdaptedModel):
         """
         self.check_attached()
         spec = install.spec_of(self, name, method, settings, targets, head, labels)
-        r = spec.recipe
+        r, coverage = spec.recipe, spec.coverage
+        in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
         directions = None if filled else start_directions(self, r, spec.paths, batches)
         if r.store or spec.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
@@ -132,6 +141,8 @@ class Adapters(AdaptedModel):
         if spec.base_names:
             self.active.activate(name)
         self._follow()
+        if in_vain is not None:
+            warnings.warn(f"adapter {name!r}: {in_vain}", ReachNote, stacklevel=3)
 
     def remove(self, name: str) -> None:
         """Take an adapter off the model; its layers stay wrapped until `detach`.
@@ -207,7 +218,7 @@ class Adapters(AdaptedModel):
             base={**base, "sha256": self.base_sha256},
             tensors={key: t for key, (_, t) in tensors.items()},
             roles={key: role for key, (role, _) in tensors.items()},
-            counts=self.counts(name),
+            counts=self.counts(name) | _unreached(spec),
             constants=_constants_sha256(self, spec),
         )
         return files.write(file, folder)
@@ -253,8 +264,9 @@ class Adapters(AdaptedModel):
         """Stand in for the model's own method, which would write a base under names that no model reads.
 
         Writes the active adapter as `save` does, each other one into a folder of its name inside, and what learns once
-        more as model.safetensors, from which Trainer goes on. There is no whole model in the folder, so its config.json
-        makes `from_pretrained` fail and says why; `adapters.merge().save_pretrained(folder)` writes one.
+        more as model.safetensors, from which Trainer goes on, with the draws and counts of methods that act at every
+        step. There is no whole model in the folder, so its config.json makes `from_pretrained` fail and says why;
+        `adapters.merge().save_pretrained(folder)` writes one.
         Raises UserError if the folder cannot be written, or is to be pushed to the hub.
         """
         self.check_attached()
@@ -270,7 +282,7 @@ class Adapters(AdaptedModel):
         own = {id(t) for name in self.specs for t in self.state(name).values()}
         state = {key: t for key, t in self.model.named_parameters() if id(t) in own}  # without repeats
         try:
-            write_tensors(folder / "model.safetensors", state)
+            write_tensors(folder / "model.safetensors", state | self.steps.saved())
             write_json(
                 folder / "config.json",
                 {"model_type": "loralab-adapter", "vocab_size": NO_MODEL, "hidden_size": NO_MODEL},
@@ -354,9 +366,9 @@ def merge_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def read(folder: Path | str) -> AdapterFile:
     """Read an adapter folder, in loralab's layout or PEFT's. Raises UserError for anything else."""
     folder = Path(folder)
-    if not (folder / peft_format.HEADER).exists():
+    if not peft_format.places(folder)[1].exists():
         return files.read(folder)
-    if (folder / files.HEADER).exists():
+    if files.places(folder)[1].exists():
         raise UserError(
             f"{folder} holds two adapters, {files.HEADER} and {peft_format.HEADER}, and nothing tells which is newer: "
             "remove the files of one of them"
@@ -443,6 +455,12 @@ def _constants_sha256(handle: AdaptedModel, spec: AdapterSpec) -> str | None:
     """sha256 of the frozen tensors that a method draws from a seed and no file holds; None where there are none."""
     drawn = handle.constants(spec)
     return fingerprint(sorted(drawn.items()), exact=True) if drawn else None
+
+
+def _unreached(spec: AdapterSpec) -> dict[str, int]:
+    """How many values of the model no target reaches, for `loralab inspect`, which has no model; empty where none."""
+    count = 0 if spec.coverage is None else spec.coverage.unreached_values
+    return {"unreached": count} if count else {}
 
 
 def _base_name(model: nn.Module) -> dict[str, Any]:

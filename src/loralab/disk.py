@@ -50,6 +50,46 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replacing_both(first: Path, last: Path) -> Iterator[tuple[Path, Path]]:
+    """Give two paths to write, the `last` one last, then put both in their places: a pair is the old or the new one.
+
+    A process that is killed on the way leaves one of the two whole; `newest` tells readers where it is, and the next
+    write clears up. Raises OSError.
+    """
+    _settle(first, last)
+    written = _beside(first), _beside(last)
+    try:
+        yield written
+    except BaseException:
+        for path in reversed(written):
+            path.unlink(missing_ok=True)
+        raise
+    _settle(first, last)
+
+
+def newest(first: Path, last: Path) -> tuple[Path, Path]:
+    """Where the files of a pair are: in their places, or beside them if a writer was killed when both were whole."""
+    if not _beside(last).exists():
+        return first, last
+    return (_beside(first) if _beside(first).exists() else first), _beside(last)
+
+
+def _settle(first: Path, last: Path) -> None:
+    """Put a pair that is whole in its place, or remove what there is of one that is not."""
+    if not _beside(last).exists():
+        _beside(first).unlink(missing_ok=True)
+        return
+    for path in (first, last):  # once the last has gone, the first is in its place on the disk
+        if _beside(path).exists():
+            os.replace(_beside(path), path)
+            _sync(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, then rename it to `path`, which must not exist: it appears whole or not at all.
 

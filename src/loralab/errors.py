@@ -1,7 +1,8 @@
 """The one exception for what a user can mend: its message says what came, what was expected and what to do."""
 
 import difflib
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -16,3 +17,9 @@ def near(word: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
 def hint(word: str, known: Collection[str], cutoff: float = 0.6) -> str:
     """`near` as a part of a message: " (did you mean 'lora'?)", or nothing."""
     return "" if (meant := near(word, known, cutoff)) is None else f" (did you mean {meant!r}?)"
+
+
+def check_once(what: str, names: Iterable[str]) -> None:
+    """Raise UserError if a list that names things, as `what` calls it, names one of them twice."""
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{what} gives {', '.join(map(repr, twice))} twice: name each once")

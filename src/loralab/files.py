@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab.disk import TensorHeader, read_header, read_tensors, tensor_headers, write_json, write_tensors
+from loralab.disk import (
+    TensorHeader,
+    newest,
+    read_header,
+    read_tensors,
+    replacing_both,
+    tensor_headers,
+    write_json,
+    write_tensors,
+)
 from loralab.errors import UserError
 from loralab.methods import starts
 from loralab.rankmap import LayerRank
@@ -91,7 +100,7 @@ def write(file: AdapterFile, folder: Path | str) -> Path:
     not be read again, such as one with values that are not finite.
     """
     folder = Path(folder)
-    one_layout(folder, PEFT_HEADER, PEFT_TENSORS)
+    one_layout(folder, PEFT_TENSORS, PEFT_HEADER)
     if wrong := contents_problems(file):
         raise UserError(f"adapter {file.name!r} cannot be saved: {'; '.join(wrong)}")
     header = {
@@ -110,21 +119,26 @@ def write(file: AdapterFile, folder: Path | str) -> Path:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # the header last: a folder without it is no adapter
-        write_tensors(folder / TENSORS, file.tensors)
-        header["tensors"] = {
-            key: {"dtype": written.dtype, "shape": list(written.shape), "sha256": tensor_sha256(file.tensors[key])}
-            for key, written in tensor_headers(folder / TENSORS).items()
-        }
-        write_json(folder / HEADER, sealed(header))
+        with replacing_both(folder / TENSORS, folder / HEADER) as (tensors, last):
+            write_tensors(tensors, file.tensors)
+            header["tensors"] = {
+                key: {"dtype": written.dtype, "shape": list(written.shape), "sha256": tensor_sha256(file.tensors[key])}
+                for key, written in tensor_headers(tensors).items()
+            }
+            write_json(last, sealed(header))
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
 
 
-def one_layout(folder: Path, *others: str) -> None:
+def places(folder: Path) -> tuple[Path, Path]:
+    """Where an adapter of loralab's layout has its tensors and its header, also after a save that was cut off."""
+    return newest(folder / TENSORS, folder / HEADER)
+
+
+def one_layout(folder: Path, tensors: str, header: str) -> None:
     """Raise UserError if a folder holds files of another layout: it would hold two adapters, and be read as one."""
-    if found := [name for name in others if (folder / name).exists()]:
+    if found := [place.name for place in newest(folder / tensors, folder / header) if place.exists()]:
         raise UserError(
             f"{folder} holds an adapter in another layout ({', '.join(found)}): choose another folder, or remove "
             "these files first"
@@ -138,11 +152,12 @@ def read(folder: Path | str) -> AdapterFile:
     not as they were saved, and for one whose parts do not fit each other.
     """
     folder = Path(folder)
-    header = read_header(folder / HEADER)
-    _check_header(folder / HEADER, header)
-    found = tensor_headers(folder / TENSORS)
-    recipe = _recipe(folder / HEADER, header["recipe"], found)
-    tensors = read_tensors(folder / TENSORS)
+    stored, place = places(folder)
+    header = read_header(place)
+    _check_header(place, header)
+    found = tensor_headers(stored)
+    recipe = _recipe(place, header["recipe"], found)
+    tensors = read_tensors(stored)
     file = AdapterFile(
         header["name"], recipe, header["coverage"], header["head"], header["labels"],
         dict.fromkeys(BASE) | header["base"], tensors, header.get("roles", {}), header.get("counts", {}),

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
 from loralab.methods.base import Factors
 
+KEYS = "loralab_steps/"  # of the state of the steps, beside the parameters of a model in a file of Trainer
 LISTENING: "weakref.WeakSet[StepHooks]" = weakref.WeakSet()  # those called at every optimizer's step while they live
 REGISTERED: list[Any] = []  # the one pair of torch hooks that calls them
 
@@ -54,6 +55,7 @@ class StepHooks:
         self.hooked: set[str] = set()  # adapters with a step that these hooks have seen
         self.current: dict[str, tuple[torch.optim.Optimizer, Any]] = {}  # between before_step and after_step
         self.on_model: Any = None
+        self.on_load: Any = None
 
     def add(self, name: str, seed: int) -> None:
         """Begin to serve a fresh adapter; `seed` decides its draws."""
@@ -81,13 +83,15 @@ class StepHooks:
         """Hook the model. The hook is a bound method, so a deep copy of the model calls the copy of this object."""
         if self.on_model is None:
             self.on_model = self.handle.model.register_forward_pre_hook(self.before_forward)
+            self.on_load = self.handle.model.register_load_state_dict_pre_hook(self.before_load)
         listen(self)
 
     def disconnect(self) -> None:
         """Take the hook off the model."""
-        if self.on_model is not None:
-            self.on_model.remove()
-        self.on_model = None
+        for hook in (self.on_model, self.on_load):
+            if hook is not None:
+                hook.remove()
+        self.on_model = self.on_load = None
         LISTENING.discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,6 +101,18 @@ class StepHooks:
         vars(self).update(state)
         if self.on_model is not None:
             listen(self)
+
+    def saved(self) -> dict[str, Tensor]:
+        """`state_dict` under the keys by which `before_load` finds it among the parameters of a model."""
+        return {KEYS + key: t for key, t in self.state_dict().items()}
+
+    def before_load(self, _model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        """Take the state of the steps out of a state of the model that has it (a hook of the model).
+
+        Raises UserError as `load_state_dict` does.
+        """
+        if steps := {key: state.pop(key) for key in list(state) if key.startswith(KEYS)}:
+            self.load_state_dict({key.removeprefix(KEYS): t for key, t in steps.items()})
 
     def before_forward(self, *_: Any) -> None:
         """Draw for the active adapters in a training forward; in any other, no draw is in effect."""

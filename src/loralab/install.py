@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from loralab import rankmap
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
-from loralab.errors import UserError
+from loralab.errors import UserError, check_once
 from loralab.heads import head_of, outside_backbone, own_copy, under
 from loralab.layer import Adapted, AdaptedHead, Constants, put_back
 from loralab.methods import starts
@@ -32,6 +32,8 @@ def spec_of(
     labels: Sequence[str],
 ) -> AdapterSpec:
     """The specification of an adapter. Raises UserError for what cannot be added, before anything has changed."""
+    for what, names in {"targets": targets, "head": head, "labels": labels}.items():
+        check_once(what, () if isinstance(names, str | bool) else names)
     r = recipe(method, **settings)
     if r.policy and r.ranks is None:
         raise UserError(
@@ -65,6 +67,8 @@ def _check_heads(handle: AdaptedModel, heads: Sequence[str], labels: Sequence[st
     there = {path for path, _ in handle.model.named_modules(remove_duplicate=False)}
     if missing := [path for path in heads if path not in there]:
         raise UserError(f"head={', '.join(missing)}: the model has no such module")
+    if nested := [path for path in heads if under(path, [other for other in heads if other != path])]:
+        raise UserError(f"head: {nested[0]} is inside another of these modules, which is copied whole: leave it out")
     for path in heads:
         if path not in handle.heads and (problem := obstacle(handle.model.get_submodule(path))):
             raise UserError(f"head {path}: {problem}")

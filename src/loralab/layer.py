@@ -108,7 +108,12 @@ class Adapted(nn.Module):
             add_hook_to_module(self, hook)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_own_weight": None}
+        """A copy of the weight is that of the module which it is tied to: in one copy of a model a tensor is one."""
+        return {**self.__dict__, "_own_weight": self.own_weight()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tied = state["_own_weight"]
+        super().__setstate__({**state, "_own_weight": None if tied is None else ref(tied)})  # type: ignore[no-untyped-call]
 
     def own_weight(self) -> Tensor | None:
         """The parameter that a stored weight was made of, if somebody still has it: a module that it is tied to."""

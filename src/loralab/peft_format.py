@@ -18,9 +18,11 @@ from torch import Tensor
 from loralab import files
 from loralab.disk import (
     TensorHeader,
+    newest,
     read_header,
     read_metadata,
     read_tensors,
+    replacing_both,
     tensor_headers,
     write_json,
     write_tensors,
@@ -105,15 +107,16 @@ def read(folder: Path) -> AdapterFile:
     Raises UserError for what is no such folder or is damaged, and for settings under which the adapter would be another
     function here. Tensors have no checksums in this format, so changed values are not seen.
     """
-    config = read_header(folder / HEADER)
-    _check_config(folder / HEADER, config)
-    headers = tensor_headers(folder / TENSORS)
-    _check_ranks(folder / HEADER, config, headers)
-    tensors, paths, heads, projection = _sorted(folder / TENSORS, config.get("modules_to_save") or ())
-    recipe = _recipe(folder / HEADER, config, paths)
+    stored, place = places(folder)
+    config = read_header(place)
+    _check_config(place, config)
+    headers = tensor_headers(stored)
+    _check_ranks(place, config, headers)
+    tensors, paths, heads, projection = _sorted(stored, config.get("modules_to_save") or ())
+    recipe = _recipe(place, config, paths)
     assert recipe.factors is not None
     _check_projection(folder, recipe.factors, projection)
-    labels, model_class = _from_metadata(folder / TENSORS)
+    labels, model_class = _from_metadata(stored)
     base = {
         **dict.fromkeys(files.BASE),
         "name": config.get("base_model_name_or_path"),
@@ -278,6 +281,11 @@ def _from_metadata(place: Path) -> tuple[list[str], str | None]:
     return labels, metadata.get("class")
 
 
+def places(folder: Path) -> tuple[Path, Path]:
+    """Where an adapter of PEFT's layout has its tensors and its config, also after a save that was cut off."""
+    return newest(folder / TENSORS, folder / HEADER)
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -307,15 +315,16 @@ def write(
     tensors |= {f"{PREFIX}{path}.lora_magnitude_vector": m for path, m in gains.items()}
     tensors |= {PREFIX + key: tensor for key, tensor in head.items()}
     folder = Path(folder)
-    one_layout(folder, files.HEADER, files.TENSORS)
+    one_layout(folder, files.TENSORS, files.HEADER)
     if odd := [key for key, t in tensors.items() if not t.isfinite().all()]:
         raise UserError(f"the adapter cannot be exported: values that are not finite: {listed(odd)}")
     config = {**_config(base, heads, ranks), "use_dora": bool(gains)}
     metadata = {"format": "pt", "labels": json.dumps(list(labels)), "class": base.get("class")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / TENSORS, tensors, {key: text for key, text in metadata.items() if text is not None})
-        write_json(folder / HEADER, config)
+        with replacing_both(folder / TENSORS, folder / HEADER) as (first, last):
+            write_tensors(first, tensors, {key: text for key, text in metadata.items() if text is not None})
+            write_json(last, config)
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
@@ -352,7 +361,7 @@ def _config(base: Mapping[str, Any], heads: Sequence[str], ranks: dict[str, int]
 
 def vllm_notes(folder: Path) -> list[str]:
     """What vLLM refuses, or must be told, of an adapter in PEFT's layout."""
-    config = read_header(folder / HEADER)
+    config = read_header(places(folder)[1])
     notes = []
     if config.get("use_dora"):
         notes.append("vLLM refuses DoRA (use_dora): merge the adapter for it instead")

@@ -232,6 +232,8 @@ def check(r: Recipe) -> Recipe:
 def _learn_problems(factors: Factors, r: Recipe) -> list[str]:
     """Why the roles that a recipe trains cannot be trained, or would never change."""
     name, wrong = factors.kind, []
+    if len(set(r.train or ())) < len(r.train or ()):
+        wrong.append(f"train={r.train}: name each role once")
     if not factors.problems():
         counted = factors.sizes(8, 8)  # the roles that can learn; no snapshot, counter or gates of a map
         known = [role for role in r.roles if role == "m" or role in counted]

@@ -2,12 +2,16 @@
 
 A preset is a set of parts (q, k, v, o, mlp); a row of LAYERS says what an architecture calls each part. Names are
 matched by whole components of a module's path. GPT-2 keeps q, k and v in one layer, so any of them means that layer.
+
+Only linear layers can be adapted. The experts of a mixture are parameters of three dimensions and no layers: what no
+target reaches is counted, and told of where it is much and the targets mean it.
 """
 
 import re
 from collections import Counter
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +37,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
 }
 ALL = "all-linear"  # every linear layer of the backbone, whatever it is called
+MUCH = 0.01  # share of a model's values: below it, what no target reaches is listed and not warned of
 
 _BERT = {
     "q": ("attention.self.query",),
@@ -97,27 +102,52 @@ READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the
 READ_PAST_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear  # what MultiheadAttention calls its out_proj
 
 
+class ReachNote(UserWarning):
+    """Weights that the targets of an adapter mean are no linear layers, so that they are not adapted."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Which layers a target matched: pattern -> paths, and the linear layers left alone."""
 
     matched: dict[str, list[str]]
     left: list[str]
+    unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Matrices that are no linear layer's, which no target reaches: path of the parameter -> shape."""
+    size: int = 0
+    """Values of the whole model."""
 
     @property
     def paths(self) -> list[str]:
         """Paths of the adapted layers."""
         return list(dict.fromkeys(path for paths in self.matched.values() for path in paths))
 
+    @property
+    def unreached_values(self) -> int:
+        """How many values no target reaches."""
+        return sum(map(prod, self.unreached.values()))
+
     def keep(self, paths: Container[str]) -> "Coverage":
         """Without the matched layers that are not in `paths`, which count as left alone."""
         matched = {pattern: [p for p in found if p in paths] for pattern, found in self.matched.items()}
         left = [*self.left, *(path for path in self.paths if path not in paths)]
-        return Coverage({pattern: found for pattern, found in matched.items() if found}, left)
+        return replace(self, matched={pattern: found for pattern, found in matched.items() if found}, left=left)
+
+    def note(self) -> str | None:
+        """What no target reaches, in words; None if there is nothing."""
+        if not self.unreached:
+            return None
+        kinds: dict[str, list[str]] = {}
+        for path, shape in self.unreached.items():
+            kinds.setdefault(f"{len(shape)}-D weights of no plain linear layer", []).append(path)
+        what = "; ".join(f"{kind}: {summary(paths)}" for kind, paths in kinds.items())
+        share = self.unreached_values / self.size
+        return f"not adapted, whatever the targets: {self.unreached_values:,} values, {share:.1%} of the model ({what})"
 
     def __str__(self) -> str:
         rows = [f"{pattern}: {summary(paths)}" for pattern, paths in self.matched.items()]
-        return "; ".join([*rows, f"left alone: {summary(self.left) or 'none'}"])
+        note = self.note()
+        return "; ".join([*rows, f"left alone: {summary(self.left) or 'none'}", *([] if note is None else [note])])
 
 
 def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Coverage:
@@ -133,24 +163,51 @@ def cover(model: nn.Module, targets: Targets, outside: Sequence[str] = ()) -> Co
     }
     exact = [p for p in linear if type(model.get_submodule(p)) in (*LINEAR, Adapted, READ_PAST_LINEAR)]
     odd = [p for p in linear if parametrize.is_parametrized(model.get_submodule(p))]
-    matched = {}
-    for pattern, test in _patterns(model, targets).items():
+    patterns, matched = _patterns(model, targets), {}
+    for pattern, test in patterns.items():
         meant = [p for p in (*exact, *odd) if any(test.fullmatch(path) for path in linear[p])]
         for path in meant:
             if (problem := _read_past(model, path) or obstacle(model.get_submodule(path))) is not None:
                 raise UserError(f"targets match {path}, but {problem}")
         matched[pattern] = meant
+    unreached, size = _unreached(model, outside), sum(p.numel() for p in model.parameters())
     if nothing := [pattern for pattern, paths in matched.items() if not paths]:
-        test = _patterns(model, targets)[nothing[0]]
+        test = patterns[nothing[0]]
         if in_head := [path for path, _ in model.named_modules() if test.fullmatch(path) and under(path, outside)]:
             raise UserError(f"targets: {in_head[0]} is in the head, which is not adapted: head=True trains it")
+        if found := meant_in_vain(Coverage({nothing[0]: []}, [], unreached, size), model, targets, 0.0):
+            raise UserError(f"targets {nothing[0]!r}: {found}")
         near = hint(nothing[0], [*PRESETS, ALL, *exact], cutoff=0.75)
         raise UserError(
             f"targets {', '.join(map(repr, nothing))} match no linear layer{near}; presets: "
             f"{', '.join([*PRESETS, ALL])}; layers here: {summary(exact) or 'none'}"
         )
     chosen = set(Coverage(matched, []).paths)
-    return Coverage(matched, [path for path in exact if path not in chosen])
+    return Coverage(matched, [path for path in exact if path not in chosen], unreached, size)
+
+
+def meant_in_vain(coverage: Coverage, model: nn.Module, targets: Targets, least: float = MUCH) -> str | None:
+    """A note of what no target reaches and these mean, by its path or that of its module; `least` is a share."""
+    tests = [test for pattern, test in _patterns(model, targets).items() if pattern in coverage.matched]
+    meant = {
+        path: shape
+        for path, shape in coverage.unreached.items()
+        if any(test.fullmatch(place) for test in tests for place in (path, path.rpartition(".")[0]))
+    }
+    coverage = replace(coverage, unreached=meant)
+    return coverage.note() if coverage.unreached_values >= least * coverage.size else None
+
+
+def _unreached(model: nn.Module, outside: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each matrix, or stack of them, that no layer of a kind that can be adapted has."""
+    known = (*LINEAR, Adapted, READ_PAST_LINEAR, nn.Embedding)  # a table that is looked up is no matrix of a product
+    layers = [module for module in model.modules() if type(module) in known]
+    reached = {id(p) for layer in layers for p in layer.parameters()}
+    return {
+        path: tuple(p.shape)
+        for path, p in model.named_parameters()
+        if p.ndim > 1 and id(p) not in reached and not under(path, outside)
+    }
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:

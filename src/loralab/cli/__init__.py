@@ -56,6 +56,10 @@ COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when 
         "Check that an adapter folder is complete and fits a base model.",
         "loralab verify runs/reviews/adapter --model minilm",
     ),
+    "evaluate": (
+        "Score an adapter on a file with labels: metrics overall and for each class or type.",
+        "loralab evaluate runs/reviews/adapter --task test.csv --label stars",
+    ),
     "predict": (
         "Predict the rows of a file with one adapter, or each row with its own.",
         "loralab predict --adapters runs/*/adapter --input rows.csv --adapter-column task --out answers.csv",

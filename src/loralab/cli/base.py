@@ -8,10 +8,12 @@ from typing import Any
 
 from loralab import adapters, models
 from loralab.adapters import Adapters, put
+from loralab.data import tables
 from loralab.errors import UserError
 from loralab.files import AdapterFile, FolderNote, inside
 from loralab.peft_format import LABELLED, task_type
 from loralab.schema import listed
+from loralab.serve import adapter_folders
 
 
 def read(folder: Path, name: str | None = None) -> AdapterFile:
@@ -31,6 +33,24 @@ def load(model: str, folder: Path, name: str | None = None, whole: bool = False)
     file = read(folder, name)
     base = plain(model, file, folder, whole)
     return put(base.model, file, folder, name), base.tokenizer
+
+
+def model_of(given: str | None, folder: Path, file: AdapterFile) -> str:
+    """The name of an adapter's base: as given, as its run was given it, or as the folder has it. Raises UserError."""
+    known = None if given else next(iter(adapter_folders([str(folder)]).values()))
+    name = given or (known and known.base) or file.base.get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{folder} names no base: say which with --model")
+    return name
+
+
+def check_out(path: Path | None) -> None:
+    """Raise UserError for a file of answers that exists, or whose kind cannot be written."""
+    if path is not None and path.exists():
+        raise UserError(f"--out {path} exists: choose a new file")
+    kinds = (*tables.WRITERS, ".parquet")
+    if path is not None and path.suffix.lower() not in kinds:
+        raise UserError(f"--out {path}: a name ending in {', '.join(kinds)} was expected")
 
 
 def plain(model: str, file: AdapterFile, folder: Path, whole: bool = False) -> models.Pretrained:

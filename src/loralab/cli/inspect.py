@@ -93,6 +93,7 @@ def facts(file: AdapterFile, folder: Path) -> dict[str, Any]:
         "labels": file.labels,
         "base": file.base,
         "values": sum(t.numel() for t in file.tensors.values()),
+        "unreached": file.counts.get("unreached", 0),  # values of the base that no target reaches
         "bytes": folder_size(folder),
     }
 
@@ -205,8 +206,16 @@ def _show_facts(folder: Path, file: AdapterFile, data: dict[str, Any]) -> None:
     shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _changed_settings(data["recipe"]).items())
     shown["layers"] = summary(file.paths)
     shown["base"] = f"{file.base.get('name')}, sha256 {str(file.base.get('sha256') or 'not stored')[:16]}"
+    shown["unreached"] = _unreached(file)
     shown["values"], shown["bytes"] = f"{data['values']:,}", size_text(data["bytes"])
     pairs(str(folder), {key: _printable(value or "none") for key, value in shown.items()})
+
+
+def _unreached(file: AdapterFile) -> str:
+    """How much of the base is in weights of no linear layer: experts of three dimensions, say."""
+    count, base = file.counts.get("unreached", 0), file.counts.get("base", 0)
+    share = f", {count / base:.1%} of the base" if base > 0 else ""
+    return f"{count:,} values of no linear layer, which no target reaches{share}" if count else ""
 
 
 def _printable(text: str) -> str:

@@ -10,11 +10,16 @@ import torch
 from torch import nn
 
 from loralab import models
+from loralab.cli import base
 from loralab.cli.show import Json, as_bytes
 from loralab.data import checks, tables
 from loralab.errors import UserError
+from loralab.objectives import saved
 from loralab.report.numbers import spans
 from loralab.serve import AdapterFolder, Answer, Pool, Predictor, Request, adapter_folders
+from loralab.serve.answers import answer_rows
+
+Row = dict[str, Any] | UserError  # what a row is answered, by column
 
 USUAL = (("text",), ("sentence",))  # columns of text to try where neither flag nor adapter names them
 
@@ -37,8 +42,9 @@ def predict(
 ) -> None:
     """Answer every row of a CSV, TSV, JSON or parquet file; rows of different adapters share batches.
 
-    Writes the same columns and label and probabilities; a regression's label is its number. Rows that cannot be
-    answered are all named, and nothing is written.
+    Writes the same columns and those of the answers: label and probabilities (a regression's label is its number), or
+    labels, tags and entities, answer, similarity or embedding, as the adapter was trained. Rows that cannot be answered
+    are all named, and nothing is written.
 
     Parameters
     ----------
@@ -70,15 +76,15 @@ def predict(
     _check(batch_size, max_length, rank, out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
     columns = tables.read_all(input)
-    added = [prefix + name for name in ("label", "probabilities", *(["error"] if keep_going else []))]
-    if doubled := [name for name in added if name in columns]:
-        raise UserError(f"{input}: column {', '.join(doubled)} is there already; --prefix renames the new ones")
     requests = _requests(input, columns, folders, adapter_column, text or [])
-    predictor = _predictor(model, folders, budget, (batch_size, rank, max_length))
     before = time.perf_counter()
-    answers = predictor.answer(requests)
+    if all(folder.objective == "classification" for folder in folders.values()):
+        predictor = _predictor(model, folders, budget, (batch_size, rank, max_length))
+        answers = [_as_columns(answer) for answer in predictor.answer(requests)]
+    else:
+        answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
     _refuse(input, answers, keep_going)
-    _deliver({**columns, **dict(zip(added, _columns(answers), strict=False))}, input, out, json)
+    _deliver({**columns, **_columns(input, list(columns), answers, prefix, keep_going)}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
 
@@ -87,10 +93,7 @@ def _check(batch_size: int, max_length: int | None, rank: int | None, out: Path 
     for flag, value in (("--batch-size", batch_size), ("--max-length", max_length), ("--rank", rank)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: expected 1 or more")
-    if out is not None and out.exists():
-        raise UserError(f"--out {out} exists: choose a new file")
-    if out is not None and out.suffix.lower() not in tables.READERS:
-        raise UserError(f"--out {out}: a name ending in {', '.join(tables.READERS)} was expected")
+    base.check_out(out)
 
 
 def _requests(
@@ -144,7 +147,30 @@ def _predictor(
     return Predictor(Pool(new_base, budget), tokenizer, folders, *rest)
 
 
-def _refuse(path: Path, answers: Sequence[Answer | UserError], keep_going: bool) -> None:
+def _each_alone(
+    requests: Sequence[Request],
+    folders: Mapping[str, AdapterFolder],
+    model: str | None,
+    batch_size: int,
+    rank: int | None,
+    max_length: int | None,
+) -> list[Row]:
+    """Answer the rows of one adapter after the other, each on its own model class."""
+    found: list[Row] = [UserError(f"no adapter {request.adapter!r}") for request in requests]
+    for name in dict.fromkeys(request.adapter for request in requests if request.adapter in folders):
+        mine = [i for i, request in enumerate(requests) if request.adapter == name]
+        folder = folders[name].folder
+        known = saved.read(folder, base.read(folder).base.get("task_type"))
+        handle, tokenizer = base.load(base.model_of(model, folder, base.read(folder)), folder)
+        cells = [requests[i].texts for i in mine]
+        with handle.use(handle.names[0], rank=rank):
+            answers = answer_rows(handle, known, cells, tokenizer, max_length, batch_size)
+        for i, answer in zip(mine, answers, strict=True):
+            found[i] = answer
+    return found
+
+
+def _refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
     """Name every row that has no answer."""
     faults: checks.Faults = {}
     for row, answer in enumerate(answers, 1):
@@ -158,11 +184,22 @@ def _refuse(path: Path, answers: Sequence[Answer | UserError], keep_going: bool)
     print(f"note: no answer for {listed}", file=sys.stderr)
 
 
-def _columns(answers: Sequence[Answer | UserError]) -> tuple[list[Any], list[Any], list[str | None]]:
-    """Return the columns of labels, probabilities and errors."""
-    good = [None if isinstance(answer, UserError) else answer for answer in answers]
-    errors = [str(answer) if isinstance(answer, UserError) else None for answer in answers]
-    return [a and a.label for a in good], [a and a.probabilities for a in good], errors
+def _as_columns(answer: Answer | UserError) -> Row:
+    return answer if isinstance(answer, UserError) else answer._asdict()
+
+
+def _columns(
+    path: Path, there: Sequence[str], answers: Sequence[Row], prefix: str, keep_going: bool
+) -> dict[str, list[Any]]:
+    """Return the new columns: those that any answer has, and with --keep-going the errors. Raises UserError."""
+    good = [{} if isinstance(answer, UserError) else answer for answer in answers]
+    names = list(dict.fromkeys(name for answer in good for name in answer))
+    added = {prefix + name: [answer.get(name) for answer in good] for name in names}
+    if keep_going:
+        added[f"{prefix}error"] = [str(answer) if isinstance(answer, UserError) else None for answer in answers]
+    if doubled := [name for name in added if name in there]:
+        raise UserError(f"{path}: column {', '.join(doubled)} is there already; --prefix renames the new ones")
+    return added
 
 
 def _deliver(columns: tables.Columns, path: Path, out: Path | None, json: bool) -> None:

@@ -9,7 +9,20 @@ from loralab.data.selection import held_out, sample
 from loralab.data.task import Split, Task, build
 from loralab.errors import UserError, hint
 
-__all__ = ["METRICS", "Split", "Task", "build", "held_out", "is_constant", "load", "names", "objective", "sample", "score"]
+__all__ = [
+    "METRICS",
+    "Split",
+    "Task",
+    "build",
+    "held_out",
+    "is_constant",
+    "is_name",
+    "load",
+    "names",
+    "objective",
+    "sample",
+    "score",
+]
 
 EMBEDDED: dict[str, tuple[str, Callable[[], Task]]] = {  # name -> its objective, and what makes it
     "minimal-pairs": ("classification", embedded.load),
@@ -21,6 +34,11 @@ ALIASES = {"demo": "minimal-pairs", "embedded": "minimal-pairs"}
 def names() -> tuple[str, ...]:
     """Return the names of all tasks that have one."""
     return (*EMBEDDED, *glue.TABLE)
+
+
+def is_name(task: str) -> bool:
+    """Tell whether a task is known by this name."""
+    return _embedded(task) is not None or glue.canonical(task) is not None
 
 
 def load(task: str, data: Path | str | None = None) -> Task:

@@ -83,7 +83,7 @@ def load(name: str, data: Path | None = None) -> Task:
         splits[split] = _split(source, glue)
         notes += _notes(split, splits[split], official, source.broken)
     train = splits.pop("train")
-    return build(key, glue.labels, glue.metrics, train, splits, tuple(notes))
+    return build(key, glue.labels, glue.metrics, train, splits, tuple(notes), columns=glue.columns)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class OwnFile:
     label: str | None = None
     regression: bool | None = None  # None: guess from how the labels look
     options: Mapping[str, Any] = field(default_factory=dict)  # of an objective, as the template of a chat
+    names: tuple[str, ...] | None = None  # labels that are known; None: those of the file
+    whole: bool = False  # whether all rows are one split, as where a trained adapter is evaluated
 
     def __post_init__(self) -> None:
         for path in (self.train, self.validation):
@@ -43,18 +45,19 @@ def load(file: OwnFile) -> Task:
     label = _check(file)
     texts, values = _read(file.train, file.text, label)
     regression = labels.is_regression(file.train, values) if file.regression is None else file.regression
-    names = None if regression else labels.class_names(values)
+    names = None if regression else file.names or labels.class_names(values)
 
     def ids(path: Path, values: list[Any]) -> list[int] | list[float]:
         return labels.numbers(path, label, values) if names is None else labels.class_ids(path, names, values)
 
     rows = Split(texts, ids(file.train, values))
-    require_two(file.train, names, rows)
+    if not file.whole:
+        require_two(file.train, names, rows)
     outside = None
     if file.validation is not None:
         others = _read(file.validation, file.text, label)
         outside = Split(others[0], ids(file.validation, others[1]))
-    return divided(file, rows, outside, names, _metrics(names), labels.notes(values, names))
+    return divided(file, rows, outside, names, _metrics(names), labels.notes(values, names), columns=file.text)
 
 
 def divided(
@@ -65,9 +68,15 @@ def divided(
     metrics: tuple[str, ...],
     notes: Sequence[str],
     objective: str = "classification",
+    columns: Sequence[str] = (),
 ) -> Task:
-    """Make the task of a file's rows and those of its validation file; without one a fifth is held out for it."""
+    """Make the task of a file's rows and those of its validation file; without one a fifth is held out for it.
+
+    `columns` are those from which the input of a row is read.
+    """
     notes = list(notes)
+    if file.whole:
+        return build(file.train.stem, names, metrics, rows, {}, tuple(notes), objective, file.options, tuple(columns))
     if outside is None:
         inside, outside = _divided(file.train, rows, names)
         by = "stratified by label" if has_strata(rows) else "drawn by the data's hash"
@@ -77,7 +86,7 @@ def divided(
     repeated = sum(map(set(inside.texts).__contains__, outside.texts))
     notes += [f"{repeated} of {len(outside)} rows of validation have the text of a row of train"] * bool(repeated)
     splits = (inside, {"validation": outside})
-    return build(file.train.stem, names, metrics, *splits, tuple(notes), objective, file.options)
+    return build(file.train.stem, names, metrics, *splits, tuple(notes), objective, file.options, tuple(columns))
 
 
 def _divided(path: Path, rows: Split, names: tuple[str, ...] | None) -> tuple[Split, Split]:

@@ -46,6 +46,7 @@ class Task:
     notes: tuple[str, ...] = ()  # what the user should know, one sentence each
     objective: str = "classification"  # a row of objectives.OBJECTIVES
     options: Mapping[str, Any] = field(default_factory=dict)  # of that objective, as the template of a chat
+    columns: tuple[str, ...] = ()  # of the file, from which the input of a row is read
 
     @property
     def num_outputs(self) -> int:
@@ -77,12 +78,13 @@ def build(
     notes: tuple[str, ...] = (),
     objective: str = "classification",
     options: Mapping[str, Any] | None = None,
+    columns: tuple[str, ...] = (),
 ) -> Task:
     """Make the Task of these splits. Raises UserError for what cannot be trained or scored."""
     for split, rows in {"train": train, **validation}.items():
         if not len(rows):
             raise UserError(f"{name}: {split} has no rows; at least one is needed: check the data")
-    if objective == "classification":
+    if objective == "classification" and validation:
         require_two(f"{name} train", labels, train)
     sha256 = digest(labels, {"train": train, **validation})
-    return Task(name, labels, metrics, train, validation, sha256, notes, objective, options or {})
+    return Task(name, labels, metrics, train, validation, sha256, notes, objective, options or {}, columns)

@@ -34,26 +34,29 @@ def load(
     validation: Path | str | None = None,
     regression: bool | None = None,
     options: Mapping[str, Any] | None = None,
+    names: tuple[str, ...] | None = None,
+    whole: bool = False,
 ) -> Task:
     """Load a task by its name, or from a file of one's own.
 
     `folder` is that of GLUE. For own files only are the text columns, the label column, a validation file, and whether
     the labels are scores (None: guess from how they look). `objective` is the kind of task, by default what the columns
-    say; `options` are its settings that are not at their defaults. Raises UserError.
+    say; `options` are its settings that are not at their defaults. `names` are labels that are known, and `whole`
+    leaves all rows of a file in train, both for the evaluation of a trained adapter. Raises UserError.
     """
     path, options = Path(task), dict(options or {})
     row = find(task, objective, bool(text or label))
     if path.suffix.lower() in tables.READERS:
         columns = (text,) if isinstance(text, str) else tuple(text)
         other = None if validation is None else Path(validation)
-        return row.read(OwnFile(path, other, columns, label, regression, options))
+        return row.read(OwnFile(path, other, columns, label, regression, options, names, whole))
     if path.is_file():
         raise UserError(f"{task}: a file ending in {', '.join(tables.READERS)} was expected")
     given = {"--text": text, "--label": label, "--validation": validation, "--problem-type": regression is not None}
-    found = data.load(task, folder)
-    if any(given.values()):
+    if any(given.values()) and data.is_name(task):
         used = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{used} given, but {task} knows its columns: leave it out, it is for a file of your own")
+    found = data.load(task, folder)
     if row.name == found.objective:
         return replace(found, options=options)
     if row.of is None:

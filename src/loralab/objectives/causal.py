@@ -20,7 +20,7 @@ from loralab.data.batches import IGNORED, Rows
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
 from loralab.errors import UserError
-from loralab.objectives import templates, vocabulary
+from loralab.objectives import classification, templates, vocabulary
 from loralab.objectives.objective import Array, Batch, Encoding, Objective
 
 NAME = "causal"
@@ -34,11 +34,15 @@ MOST = 709.0  # largest loss whose perplexity is a float
 def read(file: OwnFile) -> Task:
     """Make the task of a file in one of the forms of data/chats.py. Raises UserError that names the bad rows."""
     there = set(tables.names(file.train))
-    form = next(form for form in sorted(chats.FORMS, key=lambda f: -len(f.columns)) if there >= {*form.columns})
+    fits = [form for form in chats.FORMS if there >= {*form.columns}]
+    if not fits:
+        forms = "; ".join("+".join(form.columns) for form in chats.FORMS)
+        raise UserError(f"{file.train}: columns {', '.join(sorted(there))} are none of {forms}")
+    form = max(fits, key=lambda form: len(form.columns))
     rows = _rows(file.train, form)
     outside = None if file.validation is None else _rows(file.validation, form)
     notes = [f"rows are read as {'+'.join(form.columns)}"]
-    return divided(file, rows, outside, None, LANGUAGE, notes, NAME)
+    return divided(file, rows, outside, None, LANGUAGE, notes, NAME, form.columns)
 
 
 def _rows(path: Any, form: chats.Form) -> Split:
@@ -61,7 +65,9 @@ def of(task: Task, options: Mapping[str, Any]) -> Task:
     words = ", ".join(map(repr, task.labels))
     note = f"rows are prompts, and the labels {words} their completions; scores compare the likelihoods of these words"
     metrics = tuple(dict.fromkeys([*task.metrics, "accuracy"]))
-    return build(task.name, task.labels, metrics, splits.pop("train"), splits, (*task.notes, note), NAME, options)
+    return build(
+        task.name, task.labels, metrics, splits.pop("train"), splits, (*task.notes, note), NAME, options, task.columns
+    )
 
 
 def _prompts(rows: Split) -> Split:
@@ -139,6 +145,11 @@ def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     return {"loss": mean, "perplexity": math.exp(min(mean, MOST)), "token_accuracy": float(right / tokens)}
 
 
+def parts(task: Task, predictions: Array, labels: Array) -> dict[str, dict[str, float]]:
+    """Return the metrics of each class of a classification."""
+    return {} if task.labels is None else classification.parts(task, predictions, labels)
+
+
 OBJECTIVE = Objective(
     name=NAME,
     task_type="CAUSAL_LM",
@@ -153,4 +164,5 @@ OBJECTIVE = Objective(
     prepare=vocabulary.prepare,
     names=lambda task: (),
     of=of,
+    parts=parts,
 )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import Rows, tokenized
 from loralab.data.own_files import OwnFile, divided
+from loralab.objectives.classification import shares
 from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
 
 NAME = "multiple-choice"
@@ -20,7 +21,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def read(file: OwnFile) -> Task:
     """Make the task of a file; the answer is the place of a choice (from 0), its letter (from A) or its text."""
     outside = None if file.validation is None else _rows(file.validation)
-    return divided(file, _rows(file.train), outside, None, ("accuracy",), [], NAME)
+    return divided(file, _rows(file.train), outside, None, ("accuracy",), [], NAME, COLUMNS[:2])
 
 
 def _rows(path: Path) -> Split:
@@ -81,6 +82,19 @@ def score(task: Task, scores: Array, labels: Array) -> dict[str, float]:
     return {"accuracy": float((scores.argmax(1) == labels[:, 0]).mean())}
 
 
+def ask(question: Any, choices: Any) -> tuple[tuple[Any, ...], Any]:
+    """Return question and choices of a row."""
+    texts, _, count = _row(question, choices, 0)
+    return texts, (0, count)
+
+
+def answer(task: Task, row: tuple[Any, ...], scores: Array) -> dict[str, Any]:
+    """Return the choice with the highest score, and the probabilities of all; scores (choices,)."""
+    choices = row[1:]
+    found = shares(choices, scores[: len(choices)])
+    return {"answer": max(found, key=found.__getitem__), "probabilities": found}
+
+
 OBJECTIVE = Objective(
     name=NAME,
     task_type="SEQ_CLS",
@@ -93,5 +107,7 @@ OBJECTIVE = Objective(
     outputs=lambda task: 1,
     predict=predict,
     names=lambda task: ("score",),
+    ask=ask,
+    answer=answer,
     collapsed=lambda scores: bool((scores.argmax(1) == scores.argmax(1)[0]).all()),
 )

@@ -1,9 +1,12 @@
 """Classification and regression: one text or two, a class or a score."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +55,32 @@ def scores(task: Task, logits: Array, labels: Array) -> dict[str, float]:
     return score(task.metrics, logits, labels)
 
 
+def parts(task: Task, logits: Array, labels: Array) -> dict[str, dict[str, float]]:
+    """Return precision, recall, F1 and rows of each class."""
+    if task.labels is None:
+        return {}
+    ids = range(len(task.labels))
+    columns = precision_recall_fscore_support(labels, logits.argmax(1), labels=ids, zero_division=0)
+    heads = ("precision", "recall", "f1", "rows")
+    return {
+        name: dict(zip(heads, map(float, row), strict=True))
+        for name, row in zip(task.labels, zip(*columns, strict=True), strict=True)
+    }
+
+
+def answer(task: Task, row: tuple[Any, ...], logits: Array) -> dict[str, Any]:
+    """Return the label and its probabilities, or the number of a regression; logits (outputs,)."""
+    if task.labels is None:
+        return {"label": float(logits[0])}
+    return {"label": task.labels[int(logits.argmax())], "probabilities": shares(task.labels, logits)}
+
+
+def shares(names: Sequence[str], logits: Array) -> dict[str, float]:
+    """Return the softmax of logits (names,) by name."""
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return dict(zip(names, (weights / weights.sum()).tolist(), strict=True))
+
+
 def collapsed(logits: Array) -> bool:
     """Tell whether all rows have one class; a regression (rows, 1) is not looked at."""
     return logits.shape[1] > 1 and is_constant(logits)
@@ -81,4 +110,6 @@ OBJECTIVE = Objective(
     begin=center,
     names=lambda task: task.labels or SCORE,
     collapsed=collapsed,
+    answer=answer,
+    parts=parts,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ def read(file: OwnFile) -> Task:
     label = file.label or "labels"
     columns = (label,) if label in there else tuple(label.split(","))
     rows, found = _rows(file.train, text, columns)
-    names = columns if len(columns) > 1 else tuple(sorted(set().union(*found)))
+    names = file.names or (columns if len(columns) > 1 else tuple(sorted(set().union(*found))))
     if len(names) < 2:
         raise UserError(f"{file.train}: {len(names)} label in column {label!r}: expected at least two different ones")
     counts = ", ".join(f"{name} ({sum(name in row for row in found)})" for name in names)
@@ -40,7 +40,7 @@ def read(file: OwnFile) -> Task:
         outside = Split(*_numbered(file.validation, names, *_rows(file.validation, text, columns)))
     notes = [f"labels are read as {len(names)} that a row may have at once: {counts}"]
     split = Split(*_numbered(file.train, names, rows, found))
-    return divided(file, split, outside, names, ("f1_micro", "f1_macro", "exact"), notes, NAME)
+    return divided(file, split, outside, names, ("f1_micro", "f1_macro", "exact"), notes, NAME, text)
 
 
 def _rows(path: Path, text: tuple[str, ...], labels: tuple[str, ...]) -> tuple[list[Any], list[set[str]]]:
@@ -117,6 +117,29 @@ def score(task: Task, logits: Array, labels: Array) -> dict[str, float]:
     return {**f1, "exact": float((found == labels).all(1).mean())}
 
 
+def parts(task: Task, logits: Array, labels: Array) -> dict[str, dict[str, float]]:
+    """Return precision, recall, F1 and rows of each label."""
+    columns = precision_recall_fscore_support(labels, logits > 0, zero_division=0)
+    heads = ("precision", "recall", "f1", "rows")
+    return {
+        name: dict(zip(heads, map(float, row), strict=True))
+        for name, row in zip(task.labels or (), zip(*columns, strict=True), strict=True)
+    }
+
+
+def ask(*cells: Any) -> tuple[tuple[Any, ...], Any]:
+    """Return the texts of a row."""
+    return tuple(map(checks.text, cells)), []
+
+
+def answer(task: Task, row: tuple[Any, ...], logits: Array) -> dict[str, Any]:
+    """Return the labels whose probability is above a half, and all probabilities; logits (labels,)."""
+    chances = (1 / (1 + np.exp(-logits.astype(np.float64)))).tolist()
+    names = task.labels or ()
+    found = [name for name, logit in zip(names, logits, strict=True) if logit > 0]
+    return {"labels": found, "probabilities": dict(zip(names, chances, strict=True))}
+
+
 def begin(model: Any, task: Task) -> None:
     """Let transformers use the same loss for the model."""
     model.config.problem_type = "multi_label_classification"
@@ -139,4 +162,7 @@ OBJECTIVE = Objective(
     score=score,
     begin=begin,
     collapsed=collapsed,
+    ask=ask,
+    answer=answer,
+    parts=parts,
 )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from loralab.data import Split, Task
+from loralab.data import Split, Task, checks
 from loralab.data.batches import Rows
 from loralab.data.own_files import OwnFile
 
@@ -27,6 +27,11 @@ class Encoding:
 
     max_length: int  # tokens
     train: bool  # whether the rows are trained on, or evaluated
+
+
+def ask_texts(*cells: Any) -> tuple[tuple[Any, ...], Any]:
+    """Return the texts of a row, with a label that stands for none."""
+    return tuple(map(checks.text, cells)), 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class Objective:
     """Whether predictions (rows, ...) are the same for all rows, so that nothing was learned."""
     whole: Callable[[Task], bool] = lambda task: False
     """Whether the loss compares the rows of a step, so that a step cannot be divided."""
+    ask: Callable[..., tuple[tuple[Any, ...], Any]] = ask_texts
+    """The cells of a row to answer -> the row and a label that stands for none; raises ValueError."""
+    answer: Callable[[Task, tuple[Any, ...], Array], dict[str, Any]] | None = None
+    """Task, row and its prediction -> the columns of its answer; None where `loralab generate` writes it."""
+    parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
+    """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
     of: Callable[[Task, Mapping[str, Any]], Task] | None = None
     """Make its task of a classification or regression by name (cola, stsb, ...), with options; None if it cannot."""
 

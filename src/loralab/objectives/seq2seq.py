@@ -24,7 +24,7 @@ def read(file: OwnFile) -> Task:
     columns = next((names for names in (given, *COLUMNS) if len(names) == 2 and {*names} <= there), COLUMNS[0])
     outside = None if file.validation is None else _rows(file.validation, columns)
     notes = [f"rows are read as {columns[0]} and {columns[1]}"]
-    return divided(file, _rows(file.train, columns), outside, None, LANGUAGE, notes, NAME)
+    return divided(file, _rows(file.train, columns), outside, None, LANGUAGE, notes, NAME, columns[:1])
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Split:

@@ -47,7 +47,7 @@ def read(file: OwnFile) -> Task:
     rows = _rows(file.train, columns, scored)
     outside = None if file.validation is None else _rows(file.validation, columns, scored)
     metrics = CORRELATIONS if scored else ("accuracy",) if len(columns) == 3 else RANKS
-    return divided(file, rows, outside, None, metrics, [f"rows are read as {'+'.join(columns)}"], NAME)
+    return divided(file, rows, outside, None, metrics, [f"rows are read as {'+'.join(columns)}"], NAME, columns[:2])
 
 
 def _rows(path: Path, columns: tuple[str, ...], scored: bool) -> Split:
@@ -59,7 +59,7 @@ def _rows(path: Path, columns: tuple[str, ...], scored: bool) -> Split:
     if scored:
         labels = checks.convert(cells[columns[-1]], checks.number, f"column {columns[-1]!r}: ", faults)
     checks.raise_faults(path, faults)
-    if scored and len(set(labels)) == 1:
+    if scored and len(set(labels)) == 1 and len(labels) > 1:
         raise UserError(f"{path}: all scores are {labels[0]}: expected at least two different ones")
     return Split(list(zip(*found, strict=True)), labels)
 
@@ -68,7 +68,7 @@ def of(task: Task, options: Mapping[str, Any]) -> Task:
     """Make the task of a regression over two texts. Raises UserError for another."""
     if task.labels is not None or len(task.train.texts[0]) != 2:
         raise UserError(f"{task.name} has no scores of pairs of texts: choose stsb, or leave --objective out")
-    return build(task.name, None, CORRELATIONS, task.train, task.validation, task.notes, NAME, options)
+    return build(task.name, None, CORRELATIONS, task.train, task.validation, task.notes, NAME, options, task.columns)
 
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
@@ -103,6 +103,8 @@ def loss(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 def predict(embeddings: Tensor, labels: Tensor) -> Tensor:
     """Return the cosines of the anchor (rows, 1 or 2); of pairs without a score the embeddings (rows, 2, d)."""
+    if embeddings.ndim == 2:  # one text a row
+        return embeddings[:, None]
     if embeddings.shape[1] == 2 and labels.isnan().any():
         return embeddings
     return (embeddings[:, :1] * embeddings[:, 1:]).sum(-1)
@@ -125,6 +127,18 @@ def collapsed(predictions: Array) -> bool:
     return predictions.ndim == 2 and bool(np.ptp(predictions) < 1e-6)
 
 
+def ask(*cells: Any) -> tuple[tuple[Any, ...], Any]:
+    """Return the texts of a row: two are compared, one gets its embedding."""
+    return tuple(map(checks.text, cells)), None
+
+
+def answer(task: Task, row: tuple[Any, ...], embeddings: Array) -> dict[str, Any]:
+    """Return the cosine of two texts, or the embedding of one; embeddings (1 or 2, d)."""
+    if len(embeddings) == 1:
+        return {"embedding": embeddings[0].tolist()}
+    return {"similarity": float(embeddings[0] @ embeddings[1])}
+
+
 OBJECTIVE = Objective(
     name=NAME,
     task_type="FEATURE_EXTRACTION",
@@ -139,5 +153,7 @@ OBJECTIVE = Objective(
     names=lambda task: (),
     collapsed=collapsed,
     of=of,
+    ask=ask,
+    answer=answer,
     whole=lambda task: task.metrics == RANKS,
 )

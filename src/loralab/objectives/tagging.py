@@ -20,6 +20,7 @@ from loralab.objectives.objective import Array, Encoding, Objective, head_output
 
 NAME = "tagging"
 COLUMNS = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("text", "entities"))
+WORD = re.compile(r"\w+|[^\w\s]")
 SPAN = re.compile(r"O|[BIES]-.+")  # tags that mark spans
 Span = tuple[str, int, int]  # type, first word, last word
 
@@ -33,7 +34,7 @@ def read(file: OwnFile) -> Task:
     given = (*file.text, file.label) if file.label else ()
     words, tags = next((names for names in (given, *COLUMNS) if len(names) == 2 and {*names} <= there), COLUMNS[0])
     rows, found = _rows(file.train, words, tags)
-    names = tuple(sorted(set().union(*found), key=lambda tag: (tag != "O", tag)))
+    names = file.names or tuple(sorted(set().union(*found), key=lambda tag: (tag != "O", tag)))
     if len(names) < 2:
         raise UserError(f"{file.train}: all tags are {names[0]!r}: expected at least two different ones")
     outside = None
@@ -42,7 +43,7 @@ def read(file: OwnFile) -> Task:
         outside = Split(others, _ids(file.validation, names, unseen))
     metrics = ("span_f1", "accuracy") if spans_are_marked(names) else ("accuracy", "f1_macro")
     notes = [f"{len(names)} tags: {', '.join(names[:10])}{', ...' * (len(names) > 10)}"]
-    return divided(file, Split(rows, _ids(file.train, names, found)), outside, names, metrics, notes, NAME)
+    return divided(file, Split(rows, _ids(file.train, names, found)), outside, names, metrics, notes, NAME, (words,))
 
 
 def _rows(path: Path, words: str, tags: str) -> tuple[list[tuple[str, ...]], list[list[str]]]:
@@ -66,7 +67,7 @@ def _of_lists(words: Any, tags: Any) -> tuple[tuple[str, ...], list[str]]:
 
 def _of_entities(text: Any, entities: Any) -> tuple[tuple[str, ...], list[str]]:
     """Return words and BIO tags of a text whose entities are given by their first and last character."""
-    places = [match.span() for match in re.finditer(r"\w+|[^\w\s]", checks.text(text))]
+    places = [match.span() for match in WORD.finditer(checks.text(text))]
     tags = ["O"] * len(places)
     if not isinstance(entities, list):
         raise ValueError(f"{checks.kind(entities)} instead of a list of entities")
@@ -192,6 +193,35 @@ def _f1(right: int, found: int, there: int) -> float:
     return 2 * right / (found + there) if found + there else 0.0
 
 
+def parts(task: Task, predictions: Array, labels: Array) -> dict[str, dict[str, float]]:
+    """Return precision, recall, F1 and number of each type of span, or of each tag."""
+    return {
+        kind: {"precision": right / max(found, 1), "recall": right / max(there, 1), "f1": _f1(right, found, there),
+               "spans": float(there)}
+        for kind, (right, found, there) in by_type(task, predictions, labels).items()
+    }  # fmt: skip
+
+
+def ask(cell: Any) -> tuple[tuple[Any, ...], Any]:
+    """Return the words of a row, from a list or a text, and a tag for each that stands for none."""
+    words = tuple(map(checks.text, cell)) if isinstance(cell, list) else tuple(WORD.findall(checks.text(cell)))
+    if not words:
+        raise ValueError("no words")
+    return words, [0] * len(words)
+
+
+def answer(task: Task, row: tuple[Any, ...], tags: Array) -> dict[str, Any]:
+    """Return the tag of each word, and the spans that they mark; tags (tokens,). A word that was cut off has no tag."""
+    names = task.labels or ()
+    found: list[str | None] = [names[int(tag)] for tag in tags if tag != IGNORED]
+    known = [tag for tag in found if tag is not None]
+    entities = [
+        {"label": kind, "text": " ".join(row[first : last + 1]), "words": [first, last]}
+        for kind, first, last in (spans(known) if spans_are_marked(names) else ())
+    ]
+    return {"tags": found + [None] * (len(row) - len(found)), "entities": entities}
+
+
 def collapsed(predictions: Array) -> bool:
     """Tell whether every word of every row has the same tag."""
     tags = predictions[predictions != IGNORED]
@@ -209,4 +239,7 @@ OBJECTIVE = Objective(
     score=score,
     predict=predict,
     collapsed=collapsed,
+    ask=ask,
+    answer=answer,
+    parts=parts,
 )

@@ -66,10 +66,10 @@ def _shared(left: list[int], right: list[int]) -> list[int]:
     return left[:same]
 
 
-def template_of(path: str) -> str:
+def template_of(path: Path) -> str:
     """Read a template file. Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--template {path} cannot be read: {problem}") from problem
     if len(text) > CHARACTERS:
@@ -77,8 +77,8 @@ def template_of(path: str) -> str:
     return text
 
 
-def _chat(row: chats.Row, tokenizer: Any, path: str | None, loss_on: str) -> Tokens:
-    template = template_of(path) if path else tokenizer.chat_template
+def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> Tokens:
+    template = given or tokenizer.chat_template
     if template is None:
         raise UserError("the tokenizer has no chat template: give one with --template FILE (Jinja)")
     messages = chats.messages(row)

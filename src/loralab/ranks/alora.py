@@ -151,7 +151,8 @@ def _coverage(spec: Any, ranks: RankMap) -> Coverage:
     """The layers that have an adapter now; one that had lost all its ranks comes back under its own path."""
     back = {path: [path] for path in ranks.adapted if path not in spec.paths}
     matched = {**spec.coverage.matched, **back}
-    return Coverage(matched, [path for path in spec.coverage.left if path not in back]).keep(ranks.adapted)
+    left = [path for path in spec.coverage.left if path not in back]
+    return replace(spec.coverage, matched=matched, left=left).keep(ranks.adapted)  # type: ignore[no-any-return]
 
 
 def _check(adapters: AdaptedModel, name: str) -> None:

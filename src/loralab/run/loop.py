@@ -26,7 +26,7 @@ from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
 from loralab.disk import read_json
 from loralab.errors import UserError
-from loralab.objectives import ragged
+from loralab.objectives import ragged, saved
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
@@ -348,6 +348,7 @@ class Loop:
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
+                saved.save(state.folder.path / "adapter", run.task, run.settings.max_length)
             state.folder.finish(result, state.predictions)
         for warning in result["warnings"]:
             self._say(state, f"warning: {warning}")

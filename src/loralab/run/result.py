@@ -14,6 +14,7 @@ from loralab.data.metrics import best
 from loralab.fast.machine import hardware
 from loralab.recipe import to_json
 from loralab.run.setup import PreparedRun
+from loralab.targets import meant_in_vain
 
 
 def facts(run: PreparedRun) -> dict[str, Any]:
@@ -90,9 +91,12 @@ def result_of(
 
 
 def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
-    if not selected["one_class"]:
-        return []
-    return [
-        f"every validation row is predicted the same class at the selected epoch: {run.settings.method} did not learn "
-        f"{run.task.name}; try another --lr, more --epochs, or --targets all-linear"
-    ]
+    found, coverage, s = [], run.adapters.coverage(run.name), run.settings
+    if coverage is not None and (in_vain := meant_in_vain(coverage, run.model, s.targets)) is not None:
+        found.append(in_vain)
+    if selected["one_class"]:
+        found.append(
+            f"every validation row is predicted the same class at the selected epoch: {s.method} did not learn "
+            f"{run.task.name}; try another --lr, more --epochs, or --targets all-linear"
+        )
+    return found

@@ -7,7 +7,7 @@ a setting has one name, one default and one check everywhere.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 
 from loralab import options
+from loralab.data import glue
 from loralab.errors import UserError
 from loralab.fast import Speed
 from loralab.fast.machine import precision
 from loralab.rankmap import RankMap
-from loralab.recipe import Recipe, recipe
+from loralab.recipe import NAMED, Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
 LossOn = Literal["auto", "completion", "assistant", "all"]
@@ -34,6 +35,7 @@ LEAST = {
 }  # fmt: skip
 MOST = {"seed": 2**32 - 1, "threads": 4096}  # numpy takes no larger seed
 POSITIVE = ("lr", "head_lr", "threads", "train_rows", "validation_rows")  # None or above 0
+NOTED = ("targets", "data")  # a study shares them among methods and tasks: where they do nothing, a note says so
 OF_RECIPE = ("rank", "alpha", "lr", "lr_ratio", "dropout", "store", "policy")  # flags that are settings of the method
 
 
@@ -178,7 +180,7 @@ class Settings(StepSettings):
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate goes on after warm-up."""
+    """How the learning rate goes on after warm-up; constant has none."""
     warmup: float = 0.06
     """Share of all steps in which the learning rate rises; the GLUE scripts of LoRA use 0.06."""
     clip: float = 1.0
@@ -203,25 +205,33 @@ class Settings(StepSettings):
             wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")
         if not 0 <= self.keep <= 1:
             wrong.append(f"keep={self.keep}: expected a share of the importance, 0 to 1")
-        if self.span is not None and (self.policy != "groups" or self.span < 2):
-            wrong.append(
-                f"span={self.span} with policy={self.policy!r}: policy='groups' takes a span of 2 or more layers"
-            )
+        if self.span is not None and self.span < 2:
+            wrong.append(f"span={self.span} with policy={self.policy!r}: expected 2 or more layers")
         if self.max_time is not None and seconds(self.max_time) is None:
             wrong.append(f"max_time={self.max_time}: expected a time above 0 as 90s, 15m or 2h")
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
-        return wrong
+        return wrong + [text for key, text in self.idle().items() if key not in NOTED]
+
+    def idle(self) -> dict[str, str]:
+        """Setting -> why it would do nothing, of those that are given and belong to what is not chosen."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        given = {key: value for key in BELONGS if (value := self.of(key)) != defaults[key]}
+        found = {key: reason for key in given if (reason := BELONGS[key](self)) is not None}
+        return {key: f"{key}={given[key]} with {reason}" for key, reason in found.items()}
+
+    @property
+    def makes_map(self) -> str | None:
+        """The policy that makes the rank map of this run: one that is given, or that of the method."""
+        if self.ranks is not None:
+            return None
+        texts = dict(text.partition("=")[::2] for text in self.set)
+        row = NAMED.get(self.method)
+        return self.policy or texts.get("policy") or (None if row is None else row[0].policy)
 
     def only(self, keys: Sequence[str]) -> "Settings":
         """Return these settings with every other one at its default: a key for what depends on these alone."""
         return Settings(**{"task": self.task, **{key: self.of(key) for key in keys}})
-
-    @property
-    def objective_options(self) -> dict[str, Any]:
-        """What the objective of the task is told; nothing where all is at its default."""
-        template = {"template": str(self.template)} if self.template else {}
-        return template | ({"loss_on": self.loss_on} if self.loss_on != "auto" else {})
 
     def steps(self, rows: int) -> int:
         """Return the optimizer steps of the whole run on that many training rows."""
@@ -249,3 +259,46 @@ def seconds(text: str) -> float | None:
     if unit not in UNITS or re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number) is None:
         return None
     return float(number) * UNITS[unit] or None
+
+
+# ---- settings that belong to others ----------------------------------------------------------------------------------
+
+
+def _of_policy(name: str) -> Callable[[Settings], str | None]:
+    """Why a setting of one rank policy does nothing."""
+
+    def reason(s: Settings) -> str | None:
+        if s.makes_map == name:
+            return None
+        other = "a rank map that is given" if s.ranks else f"policy={s.makes_map!r}"
+        return f"{other}: it is policy={name!r} that takes it, so leave it out"
+
+    return reason
+
+
+def _of_layers(s: Settings) -> str | None:
+    adapts = s.method not in NAMED or NAMED[s.method][0].factors is not None
+    return None if adapts else f"method={s.method!r}: it adapts no layer, so targets choose nothing"
+
+
+def _of_glue(s: Settings) -> str | None:
+    return None if glue.canonical(s.task) else f"task={s.task!r}: that is the folder of GLUE, and it is not read here"
+
+
+# setting -> why it would do nothing beside the others, None where it does something; columns of a file: data.load
+BELONGS: dict[str, Callable[[Settings], str | None]] = {
+    "keep": _of_policy("drop"),
+    "rounds": _of_policy("alora"),
+    "span": _of_policy("groups"),
+    "policy": lambda s: "a rank map that is given: no policy makes one, so leave one out" if s.ranks else None,
+    "warmup": lambda s: (
+        "schedule='constant': the rate is constant from the first step on, so leave one out"
+        if s.schedule == "constant" and s.warmup
+        else None
+    ),
+    "patience": lambda s: (
+        "selection='last': no epoch is better than the last, so none is waited for" if s.selection == "last" else None
+    ),
+    "targets": _of_layers,
+    "data": _of_glue,
+}

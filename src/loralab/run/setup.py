@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,13 @@ from loralab.adapters import Adapters, attach
 from loralab.data import Task
 from loralab.data.batches import Rows, collate, epoch_batches, longest
 from loralab.errors import UserError
+from loralab.fast.block import SAME_ATTENTION
+from loralab.fast.encoders import layers_of
 from loralab.objectives import Encoding, Objective
+from loralab.objectives.templates import template_of
 from loralab.run import policies
 from loralab.run.settings import SOURCE, Settings, StepSettings
+from loralab.targets import ReachNote
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
 
@@ -59,8 +64,10 @@ def prepare_together(many: Sequence[Settings]) -> list[PreparedRun]:
     """
     runs: list[PreparedRun] = []
     cache: dict[Any, Any] = {}  # tasks and rows that several runs read
-    for i, settings in enumerate(many):
-        runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReachNote)  # the result has it among its warnings
+        for i, settings in enumerate(many):
+            runs.append(_prepare(settings, f"run-{i}", runs[0].adapters if runs else None, cache))
     return runs
 
 
@@ -73,6 +80,10 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     model, tokenizer = _model(settings, task)
     _check_same_base(model, settings, cache)
     rows, notes = _rows(settings, task, model, tokenizer, cache)
+    notes += settings.idle().values()
+    if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
+        what = f"attention={settings.attention!r} with speed='auto'"
+        notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
     objective, train = objectives.of(task), rows["train"]
     labels = objective.names(task)
 
@@ -126,8 +137,11 @@ def _task(settings: Settings, cache: dict[Any, Any]) -> Task:
 def task_of(s: Settings) -> Task:
     """Read the task that a run's settings name. Raises UserError."""
     regression = None if s.problem_type == "auto" else s.problem_type == "regression"
+    options = {} if s.loss_on == "auto" else {"loss_on": str(s.loss_on)}
+    if s.template is not None:
+        options["template"] = template_of(s.template)
     columns: dict[str, Any] = {"text": s.text, "label": s.label, "validation": s.validation, "regression": regression}
-    return objectives.load(s.task, s.data, objective=s.objective, options=s.objective_options, **columns)
+    return objectives.load(s.task, s.data, objective=s.objective, options=options, **columns)
 
 
 def objective_of(s: Settings) -> Objective:

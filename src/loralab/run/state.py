@@ -15,6 +15,7 @@ from loralab.data.batches import epoch_batches
 from loralab.data.metrics import better
 from loralab.errors import UserError
 from loralab.optimizers import adamw
+from loralab.run import generators
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Layers, by_layer, of_adapter
 from loralab.run.settings import seconds
@@ -229,6 +230,7 @@ class RunState:
             tensors |= {f"optimizer/{i}/{key}": t for key, t in state.items()}
         tensors |= {f"steps/{key}": t for key, t in self.run.adapters.steps.state_dict(self.run.name).items()}
         tensors["random"] = self.generator.get_state()
+        tensors |= {f"generators/{device}": t for device, t in generators.states(self.run.model).items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.folder.write_checkpoint(vars(self.progress) | {"learning_rates": rates}, tensors)
 
@@ -241,15 +243,18 @@ class RunState:
         if found is None:
             return False
         try:
-            self._load(*found)
+            missing = self._load(*found)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.folder.checkpoint} does not fit this run ({error}); another version may have written it: "
                 "remove it to start the run anew"
             ) from error
+        if missing:
+            say(f"the checkpoint was written on another device: what {', '.join(missing)} draws begins anew")
         return True
 
-    def _load(self, saved: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _load(self, saved: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+        """Take what a checkpoint holds; return the devices whose generators it does not know."""
         rates = saved.pop("learning_rates")
         self.progress = Progress(**saved)
         self._set(_under("current", tensors))
@@ -263,7 +268,10 @@ class RunState:
         self.schedule.last_epoch = self.progress.step
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.generator.set_state(tensors["random"])
+        here, states = generators.states(self.run.model), _under("generators", tensors)
+        generators.restore({device: state for device, state in states.items() if device in here})
+        self.generator.set_state(tensors["random"])  # last: alone it is the CPU's own
+        return [device for device in here if device not in states and device != "cpu"]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

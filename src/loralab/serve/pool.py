@@ -24,6 +24,7 @@ from loralab.data import glue
 from loralab.disk import read_header
 from loralab.errors import UserError
 from loralab.files import AdapterFile
+from loralab.objectives import saved
 from loralab.run.memory import tensor_bytes
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -38,6 +39,7 @@ class AdapterFolder:
     text: tuple[str, ...]  # columns it was trained on; empty where the folder does not say
     base: str | None  # name of the base, as the run was given it or as the folder has it
     sha256: str | None  # of that base
+    objective: str = "classification"
 
 
 def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
@@ -63,16 +65,20 @@ def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
 
 
 def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
-    if (folder / peft_format.HEADER).is_file():
-        base = _string(read_header(folder / peft_format.HEADER).get("base_model_name_or_path"))
-        return AdapterFolder(folder, name or folder.resolve().name, (), base, None)
-    header = read_header(folder / files.HEADER)
+    if (place := peft_format.places(folder)[1]).is_file():
+        base = _string(read_header(place).get("base_model_name_or_path"))
+        known = saved.read(folder, _string(read_header(place).get("task_type")))
+        return AdapterFolder(folder, name or folder.resolve().name, (), base, None, known.objective)
+    header = read_header(place := files.places(folder)[1])
     base_entry = header.get("base")
     if not isinstance(base_entry, dict):
-        raise UserError(f"{folder / files.HEADER}: not an adapter header, it names no base")
+        raise UserError(f"{place}: not an adapter header, it names no base")
     own_name, settings = str(header.get("name")), _settings(folder)
     base = _string(settings.get("model")) or _string(base_entry.get("name"))
-    return AdapterFolder(folder, name or own_name, _text(own_name, settings), base, _string(base_entry.get("sha256")))
+    known = saved.read(folder, _string(base_entry.get("task_type")))
+    text = tuple(known.columns) or _text(own_name, settings)
+    digest = _string(base_entry.get("sha256"))
+    return AdapterFolder(folder, name or own_name, text, base, digest, known.objective)
 
 
 def _string(value: Any) -> str | None:

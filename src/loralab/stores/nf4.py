@@ -5,10 +5,6 @@ are kept in 8 bits with one float32 for each 256 of them: 4 + 8/64 + 32/(64*256)
 Any size fits: the last block is padded with zeros, which do not change its absmax.
 """
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,34 +19,12 @@ AT_ONCE = 4096  # blocks a call; on CPU bitsandbytes makes temporaries of 16 tim
 
 
 def library() -> Any:
-    """bitsandbytes.functional. Raises UserError if bitsandbytes is not installed.
-
-    Where the package `kernels` is installed, an import of bitsandbytes fetches compiled code from a hub. Nothing here
-    uses it, so that package is hidden meanwhile.
-    """
+    """bitsandbytes.functional. Raises UserError if bitsandbytes is not installed."""
     try:
-        with _without_kernels():
-            import bitsandbytes.functional as bnb
+        import bitsandbytes.functional as bnb
     except ImportError as error:
         raise UserError("stores nf4 and nf4-dq need bitsandbytes: pip install loralab[quant]") from error
     return bnb
-
-
-@contextmanager
-def _without_kernels() -> Iterator[None]:
-    """Make `import kernels` fail inside the block, and keep bitsandbytes from telling that it did."""
-    if "bitsandbytes" in sys.modules:
-        yield
-        return
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    modules: dict[str, Any] = sys.modules
-    hidden = {name: modules.pop(name) for name in list(modules) if name.partition(".")[0] == "kernels"}
-    modules["kernels"] = None
-    try:
-        yield
-    finally:
-        del modules["kernels"]
-        modules.update(hidden)
 
 
 def encode(W: Tensor, double: bool) -> Kept:

@@ -25,7 +25,7 @@ from loralab.disk import sha256
 from loralab.recipe import FACTORS, Recipe, to_json
 from loralab.run import Settings
 from loralab.run.settings import LEARNED, NOT_RESULT, SOURCE
-from loralab.run.setup import task_of
+from loralab.run.setup import objective_of, task_of
 
 VERSION = 1  # of the rule that makes addresses
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
@@ -39,7 +39,7 @@ MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*",
 Frozen = Mapping[str, tuple[str, Any]]
 SETTINGS: Frozen = {
     "targets": ("targets", "all-linear"),
-    "objective": ("objective", None),
+    "objective": ("objective", "classification"),
     "template": ("template", None),  # its hash
     "loss_on": ("loss_on", "auto"),
     "train_rows": ("train_rows", None),
@@ -130,6 +130,7 @@ def content(settings: Settings) -> dict[str, Any]:
     recipe = settings.recipe()
     left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
     values = {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
+    values["objective"] = objective_of(settings).name
     if settings.template is not None:
         values["template"] = sha256(settings.template)
     defaults = {f.name: f.default for f in fields(Settings)}

@@ -1,0 +1,141 @@
+"""`loralab evaluate`: the metrics of an adapter on rows with labels, overall and for each class or type."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loralab import objectives
+from loralab.cli import base
+from loralab.cli.show import Json, as_json, table
+from loralab.data import Split, Task, tables
+from loralab.data.batches import longest
+from loralab.errors import UserError
+from loralab.objectives import saved
+from loralab.serve.answers import predictions
+
+SHOWN = 30  # classes or types in the table
+
+
+def evaluate(
+    adapter: Path,
+    /,
+    *,
+    task: str,
+    data: Path | None = None,
+    text: list[str] | None = None,
+    label: str | None = None,
+    model: str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    rank: int | None = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Score an adapter on a file with labels, or on the validation rows of a task by name.
+
+    Parameters
+    ----------
+    adapter: Path
+        An adapter folder of loralab or PEFT.
+    task: str
+        A file with the columns that training needs, or a task by name.
+    data: Path
+        Folder of the GLUE tasks.
+    text: list[str]
+        Columns of text; by default those the adapter was trained on.
+    label: str
+        Column of the label.
+    model: str
+        The base: a local folder, a hub name, or an alias; by default the one the adapter names.
+    batch_size: int
+        Rows of a batch.
+    max_length: int
+        Tokens after which a row is cut; by default as in training.
+    rank: int
+        Rank to evaluate at, for adapters trained for many.
+    out: Path
+        File for the answer of each row (CSV, TSV, JSON, JSONL or parquet); must not exist.
+    """
+    for flag, value in (("--batch-size", batch_size), ("--max-length", max_length), ("--rank", rank)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: expected 1 or more")
+    base.check_out(out)
+    file = base.read(adapter)
+    known = saved.read(adapter, file.base.get("task_type"))
+    found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels))
+    name = base.model_of(model, adapter, file)
+    handle, tokenizer = base.load(name, adapter)
+    split = _rows(found)
+    limits = [n for n in (max_length, known.max_length, longest(handle.model)) if n is not None]
+    with handle.use(handle.names[0], rank=rank):
+        made, rows = predictions(handle, found, split, tokenizer, min(limits, default=512), batch_size)
+    labels, objective = rows.labels.numpy(), objectives.of(found)
+    scores, parts = objective.score(found, made, labels), objective.parts(found, made, labels)
+    if out is not None:
+        tables.write(_answers(found, split, made), out)
+    result: dict[str, Any] = {"adapter": str(adapter), "task": found.name, "objective": found.objective}
+    result |= {"rows": len(rows), "metrics": scores, "parts": parts}
+    if json:
+        as_json(result)
+        return
+    for note in (*found.notes, *rows.notes, *_cut(rows.truncated, len(rows), rows.max_length)):
+        print(f"note: {note}", file=sys.stderr)
+    table(
+        f"{adapter} on {found.name}: {len(rows)} rows",
+        ("metric", "value"),
+        [(k, f"{v:.4f}") for k, v in scores.items()],
+    )
+    if parts:
+        heads = list(next(iter(parts.values())))
+        lines = [(key, *(_number(head, row[head]) for head in heads)) for key, row in list(parts.items())[:SHOWN]]
+        more = f", the first {SHOWN} of {len(parts)}" if len(parts) > SHOWN else ""
+        table(f"by class or type{more}", ("", *heads), lines)
+
+
+def _task(
+    known: saved.Saved, task: str, data: Path | None, text: tuple[str, ...], label: str | None, labels: tuple[str, ...]
+) -> Task:
+    """Read the rows under the objective and the labels of the adapter."""
+    names = labels if known.labels is None and known.objective != "causal" else tuple(known.labels or ())
+    is_file = Path(task).suffix.lower() in tables.READERS
+    if is_file and not text and label is not None:
+        text = tuple(known.columns)
+    usual = label is None and known.objective == "classification"
+    there = tables.names(Path(task)) if is_file else []
+    if is_file and usual and {*known.columns, "label"} <= {*there} and known.columns:
+        text, label = text or tuple(known.columns), "label"
+    found = objectives.load(
+        task, data, objective=known.objective, text=text, label=label, options=known.options,
+        regression=names in (("score",),) and known.objective == "classification" if is_file else None,
+        names=names or None, whole=True,
+    )  # fmt: skip
+    wanted = tuple(found.labels or ())
+    if names and names != ("score",) and wanted != names:
+        raise UserError(f"the adapter's labels are {', '.join(names)}, those of {task} {', '.join(wanted) or 'scores'}")
+    return replace(found, options=known.options)
+
+
+def _rows(task: Task) -> Split:
+    """Return the rows of a file, or the first validation split of a task by name."""
+    return next(iter(task.validation.values()), task.train)
+
+
+def _cut(truncated: int, rows: int, most: int) -> list[str]:
+    return [f"{truncated} of {rows} rows are longer than {most} tokens and were cut"] if truncated else []
+
+
+def _number(head: str, value: float) -> str:
+    return f"{value:,.0f}" if head in ("rows", "spans") else f"{value:.4f}"
+
+
+def _answers(task: Task, split: Split, made: Any) -> dict[str, list[Any]]:
+    """Return the columns of the file of answers."""
+    answer = objectives.of(task).answer
+    if answer is None or len(made) != len(split):
+        raise UserError(f"--out: {task.objective} has no answer for each row; loralab generate writes texts")
+    rows = [answer(task, row, found) for row, found in zip(split.texts, made, strict=True)]
+    columns: dict[str, list[Any]] = {"row": [" | ".join(map(str, row)) for row in split.texts]}
+    if task.labels is not None and isinstance(split.labels[0], int):
+        columns["truth"] = [task.labels[label] for label in split.labels]
+    return columns | {key: [row.get(key) for row in rows] for key in rows[0]}

@@ -1,0 +1,58 @@
+"""What an adapter was trained to do: `task.json` in its folder, written by a run and read by predict and evaluate."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab import schema
+from loralab.data import Split, Task
+from loralab.disk import read_json, write_json
+from loralab.errors import UserError
+
+FILE = "task.json"
+OF_TYPE = {  # PEFT's task type -> the objective of an adapter that does not say it
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "tagging",
+    "CAUSAL_LM": "causal",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "FEATURE_EXTRACTION": "similarity",
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The task of a run, without its rows."""
+
+    objective: str
+    task: str
+    columns: list[str] = field(default_factory=list)  # of the file that a row's input is read from
+    labels: list[str] | None = None
+    metrics: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
+    max_length: int | None = None  # tokens
+
+    def of(self, rows: Split) -> Task:
+        """Return a task of rows that have no labels, for their encoding."""
+        labels = None if self.labels is None else tuple(self.labels)
+        return Task(self.task, labels, tuple(self.metrics), rows, {}, "", (), self.objective, self.options)
+
+
+def save(folder: Path, task: Task, max_length: int) -> None:
+    """Write the file into an adapter folder."""
+    labels = None if task.labels is None else list(task.labels)
+    saved = Saved(
+        task.objective, task.name, list(task.columns), labels, list(task.metrics), dict(task.options), max_length
+    )
+    write_json(folder / FILE, asdict(saved))
+
+
+def read(folder: Path, task_type: str | None = None) -> Saved:
+    """Read the file of an adapter folder; without one, what the adapter's task type says. Raises UserError."""
+    path = folder / FILE
+    if not path.exists():
+        return Saved(OF_TYPE.get(task_type or "", "classification"), folder.resolve().name)
+    content: dict[str, Any] = read_json(path)
+    optional = {"columns", "labels", "metrics", "options", "max_length"}
+    if problems := schema.field_problems(content, schema.fields_of(Saved), optional=optional):
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return Saved(**content)

@@ -1,0 +1,83 @@
+"""Run an adapter of any objective over rows: what `loralab evaluate` scores and `loralab predict` answers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from loralab import objectives
+from loralab.adapters import Adapters
+from loralab.data import Split, Task
+from loralab.data.batches import Rows, collate, longest, sorted_batches
+from loralab.errors import UserError
+from loralab.objectives import Array, Encoding, ragged
+from loralab.objectives.saved import Saved
+
+
+@torch.no_grad()
+def predictions(
+    adapters: Adapters,
+    task: Task,
+    split: Split,
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int = 32,
+    told: Callable[[int], None] = lambda rows: None,
+) -> tuple[Array, Rows]:
+    """Return what the active adapter predicts of the rows of a split (rows, ...), and these rows as tokens.
+
+    `told` is called with the number of rows of every batch that is done. Raises UserError.
+    """
+    objective = objectives.of(task)
+    rows = objective.encode(task, split, tokenizer, Encoding(max_length, train=False))
+    device = next(adapters.model.parameters()).device
+    parts, order = [], []
+    width = objective.outputs(task)
+    with adapters.caching():
+        for chosen in sorted_batches(rows.lengths, batch_size):
+            batch = collate(rows, chosen, tokenizer, device)
+            outputs = objective.forward(adapters.model, batch)  # (sequences, ...)
+            outputs = outputs if width is None else outputs[..., :width]
+            if rows.sequences > 1:
+                outputs = outputs.view(len(chosen), rows.sequences, *outputs.shape[1:])
+            labels = batch.get("labels", rows.labels[chosen].to(device))
+            parts.append(objective.predict(outputs, labels).float().cpu().numpy())
+            order += chosen
+            told(len(chosen))
+    return ragged(parts)[np.argsort(order)], rows
+
+
+def answer_rows(
+    adapters: Adapters,
+    known: Saved,
+    cells: Sequence[tuple[Any, ...]],
+    tokenizer: Any,
+    max_length: int | None = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any] | UserError]:
+    """Return what the active adapter answers to each row, by column; a UserError for a row that cannot be answered."""
+    objective = objectives.OBJECTIVES[known.objective]
+    if objective.answer is None:
+        return [UserError(f"the adapter writes texts ({known.objective}): use loralab generate")] * len(cells)
+    found: list[Any] = [None] * len(cells)
+    rows, labels, places = [], [], []
+    for i, cell in enumerate(cells):
+        try:
+            row, label = objective.ask(*cell)
+        except (ValueError, TypeError) as fault:
+            found[i] = UserError(
+                str(fault) if isinstance(fault, ValueError) else "other columns than it was trained on"
+            )
+            continue
+        rows.append(row)
+        labels.append(label)
+        places.append(i)
+    if rows:
+        split = Split(rows, labels)
+        task = known.of(split)
+        limits = [n for n in (max_length, longest(adapters.model)) if n is not None]
+        made, _ = predictions(adapters, task, split, tokenizer, min(limits, default=512), batch_size)
+        for i, row, prediction in zip(places, rows, made, strict=True):
+            found[i] = objective.answer(task, row, prediction)
+    return found
