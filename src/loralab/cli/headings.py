@@ -12,6 +12,8 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "selection eval-every patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
+    "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
+    "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
     "Run": "out resume checkpoint-every dtype dtypes speed attention threads track markdown json",
 }
 MANY = 15  # flags
