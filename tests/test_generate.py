@@ -1,10 +1,11 @@
-"""Generation: each row gets the answer that it gets alone, whatever shares its batch, and as PEFT and a merge give it."""
+"""Generation: a row gets the answer that it gets alone, whatever shares its batch; PEFT and a merge give the same."""
 
 import io
 import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import loralab
+from loralab import objectives
 from loralab.cli import main
 from loralab.data import chats, tables
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.objectives.generation import Decoding
+from loralab.run import Settings, train
+from loralab.run.settings import GenerateMetric
 from loralab.serve import BASE, Generator, Pool, adapter_folders
 from loralab.serve.generation import Request
 
@@ -120,13 +124,16 @@ def test_a_row_gets_in_a_mixed_batch_what_it_gets_alone(base, folders, way):
                 )  # fmt: skip
                 for other in (peft, merged):
                     got = other.generate(**ids, **decoding.arguments(plain, tokenizer))
-                    assert texts == tokenizer.batch_decode(got[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+                    assert texts == tokenizer.batch_decode(
+                        got[:, ids["input_ids"].shape[1] :], skip_special_tokens=True
+                    )
     different = {name: [texts for r, texts in zip(asked, mixed, strict=True) if r.adapter == name] for name in ADAPTERS}
     assert len(set(map(str, different.values()))) == len(ADAPTERS)  # else all of this says nothing of adapters
 
 
 def test_what_a_sample_is(base, folders):
     """The seed decides it; other seeds give other answers; torch's own generator is left alone."""
+
     def made(seed: int) -> list:
         way = Decoding(max_new_tokens=9, temperature=2.0, num_return_sequences=2, seed=seed)
         return generator(base, folders, way).answer([Request("A", (text,)) for text in PROMPTS])
@@ -288,7 +295,7 @@ def test_bad_input_is_one_line(base, folders, tmp_path, capsys, flags):
     tables.write({"question": ["a"], "answer": ["b"]}, tmp_path / "o.jsonl")
     tables.write({"prompt": ["a"], "answer": ["b"]}, tmp_path / "t.jsonl")
     places = {"BASE": base, "ROWS": tmp_path / "r.jsonl", "OTHER": tmp_path / "o.jsonl", "TAKEN": tmp_path / "t.jsonl"}
-    places |= {name: path for name, path in folders.items()} | {"base=A": f"base={folders['A']}"}
+    places |= {**folders, "base=A": f"base={folders['A']}"}
     code, out, err = run(capsys, "generate", *(places.get(flag, flag) for flag in flags))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert BAD[flags] in err
@@ -350,3 +357,63 @@ def test_exact_and_rouge():
             generation.rouge_l("a", "b")
     else:
         assert generation.rouge_l("the cat sees", "the dog sees") == pytest.approx(2 / 3)
+
+
+# ---- the metric of a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def completions(tmp_path) -> Path:
+    rows = [{"prompt": f"the {size} cat", "completion": f" {size} dog"} for size in ["red", "blue", "big", "small"] * 8]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_path):
+    """It is taken with the selected adapter, on at most so many rows, and is what `loralab generate` would give."""
+    given = {"task": str(completions), "model": str(base), "rank": 8, "lr": 2e-2, "epochs": 6, "batch_size": 5}
+    given["max_length"] = 16
+    results = {}
+    for rows in (3, 100):
+        settings = Settings(**given, generate_metric="exact", generate_rows=rows, out=tmp_path / f"run{rows}")
+        results[rows] = train(settings)["metrics"]
+    plain = train(Settings(**given, out=tmp_path / "plain"))["metrics"]
+    assert {key: value for key, value in results[100].items() if key != "exact"} == plain
+    task = objectives.load(str(completions))
+    asked = task.validation["validation"].texts
+    entry = f"run={tmp_path / 'run100' / 'adapter'}"
+    pool = Pool(lambda: loralab_base(base)[0], heads=False)
+    maker = Generator(pool, loralab_base(base)[1], adapter_folders([entry]), Decoding(max_new_tokens=40))
+    texts = maker.answer([Request("run", row[:1]) for row in asked])
+    right = [text.strip() == row[1].strip() for (text,), row in zip(texts, asked, strict=True)]
+    assert results[100]["exact"] == pytest.approx(sum(right) / len(right))
+    assert results[100]["exact"] > 0.5  # else it would say little
+    assert results[3]["exact"] * 3 == pytest.approx(round(results[3]["exact"] * 3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric", "says"),
+    [
+        ([{"text": "the cat"}, {"text": "the dog"}] * 5, "exact", "rows of plain text ask nothing"),
+        ([{"prompt": "the cat", "completion": "a"}] * 9, "json", "the answer 'a' is no JSON: choose exact"),
+        (
+            [{"prompt": "cat " * (LIMIT - 4), "completion": "a"}] * 9,
+            "exact",
+            "are more than the 64 that the model takes",
+        ),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 9, "exact", "rows has no answers to write"),
+    ],
+)
+def test_a_metric_that_cannot_be_taken_is_refused_before_training(base, tmp_path, rows, metric, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"text": ("text",), "label": "label"} if "label" in rows[0] else {}
+    settings = {"task": str(path), "model": str(base), "max_length": LIMIT, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match=says):
+        train(Settings(**settings, **columns, generate_metric=metric))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_metric_is_a_setting():
+    assert {*get_args(GenerateMetric)} == {*generation.METRICS}

@@ -65,7 +65,7 @@ COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when 
         "loralab predict --adapters runs/*/adapter --input rows.csv --adapter-column task --out answers.csv",
     ),
     "generate": (
-        "Let a decoder write: prompts from flags, a file or a chat, with one adapter, several, or each row with its own.",
+        "Let a decoder answer prompts, the rows of a file or a chat, with one adapter, several, or one a row.",
         "loralab generate --adapters runs/json/adapter --input rows.jsonl --out answers.jsonl",
     ),
     "merge": (

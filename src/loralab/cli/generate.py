@@ -57,7 +57,8 @@ def generate(
     prompt: list[str]
         Texts to answer. The answer to a single one is printed while it is written.
     input: Path
-        Rows to answer: a CSV, TSV, JSON, JSONL or parquet file with messages, conversations, prompt, instruction or text.
+        Rows to answer: a CSV, TSV, JSON, JSONL or parquet file with a column messages, conversations, prompt,
+        instruction or text.
     chat: bool
         Talk at the terminal. /reset forgets what was said, /adapter NAME changes the adapter, Ctrl-D ends.
     adapters: list[str]
@@ -98,7 +99,7 @@ def generate(
         tables.require(input, list(columns), [adapter_column])
         wanted = {ANSWER: [_adapter(cell) for cell in columns[adapter_column]]}
     elif len(names) > 1 and not side_by_side:
-        raise UserError(f"{len(names)} adapters: add --side-by-side, or name the column of each row's (--adapter-column)")
+        raise UserError(f"{len(names)} adapters: add --side-by-side, or name each row's in a column (--adapter-column)")
     else:
         wanted = {name if side_by_side else ANSWER: [name] * len(prompts) for name in names}
     _check_new(input, columns, [prefix + name for name in wanted], keep_going)
@@ -108,7 +109,7 @@ def generate(
         return
     found = _answers(generator, prompts, wanted)
     faults = [next((texts for texts in row if isinstance(texts, UserError)), None) for row in zip(*found.values())]  # noqa: B905
-    refuse(input or Path("--prompt"), faults, keep_going)
+    refuse(input or Path("--prompt"), [fault or {} for fault in faults], keep_going)
     added = {prefix + name: [None if isinstance(x, UserError) else x for x in texts] for name, texts in found.items()}
     errors = {prefix + ERROR: [fault and str(fault) for fault in faults]} if keep_going else {}
     _deliver({**columns, **added, **errors}, list(added), input, out, json)
@@ -230,8 +231,8 @@ def _answers(
     found: dict[str, list[Any]] = {column: list(prompts) for column in wanted}
     answers = generator.answer([request for *_, request in asked])
     for (column, row, _), texts in zip(asked, answers, strict=True):
-        single = not isinstance(texts, UserError) and generator.decoding.num_return_sequences == 1
-        found[column][row] = texts[0] if single else texts
+        one = generator.decoding.num_return_sequences == 1
+        found[column][row] = texts[0] if one and not isinstance(texts, UserError) else texts
     return found
 
 
@@ -303,7 +304,7 @@ def _said(generator: Generator, asked: chats.Row, name: str) -> str:
     if isinstance(texts, UserError):
         raise texts
     print(_shown(texts))
-    return texts[0]
+    return str(texts[0])
 
 
 def _known(generator: Generator, name: str) -> str:

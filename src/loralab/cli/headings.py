@@ -10,7 +10,7 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "validation-rows max-length lengths template loss-on model models",
     "Method": "method methods set rank alpha targets ranks layers policy keep rounds span dropout lr-ratio store",
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
-    "Protocol": "selection eval-every patience seed",
+    "Protocol": "generate-metric generate-rows selection eval-every patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
     "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
     "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",

@@ -51,7 +51,7 @@ def load(task: str, data: Path | str | None = None) -> Task:
 
 
 def objective(task: str) -> str:
-    """Return the objective of a task by name, which need not be known: of all but some embedded ones, classification."""
+    """Return the objective of a task by name; of a name that nobody knows, classification."""
     name = _embedded(task)
     return "classification" if name is None else EMBEDDED[name][0]
 

@@ -19,8 +19,8 @@ FEWEST, MOST = 5, 8  # fields of a record, with the name
 METRICS = ("loss", "perplexity", "token_accuracy")  # of objective causal; `--generate-metric json` reads the answers
 
 QUESTION = (
-    "Write this as one JSON object with name, age, city, job, languages (list), member (true/false), "
-    "balance (below 0 if owed), alias. Leave out what is not said.\n\n"
+    "As JSON: name, age, city, job, languages (list), member (true/false), balance (below 0 if owed), alias; "
+    "only what is said.\n\n"
 )
 
 WORDS: dict[str, dict[str, str]] = {
@@ -49,8 +49,8 @@ WORDS: dict[str, dict[str, str]] = {
 }
 RARE = 0.15  # share of words that are drawn from behind the bar, and of other unusual values
 
-TENS = "twenty thirty forty fifty sixty seventy".split()
-ONES = " one two three four five six seven eight nine".split(" ")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy")
+ONES = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # field -> wordings of what is said; {} is the value
 SAID: dict[str, tuple[str, ...]] = {

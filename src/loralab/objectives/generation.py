@@ -1,7 +1,7 @@
 """Answers of a language model: transformers' `generate` on prompts, and what an answer is worth against the right one.
 
 A prompt is a text, or a chat that ends with the user. Prompts of a batch are padded on the left, so that each ends
-where its answer begins.
+where its answer begins; those of an encoder-decoder, which writes its answer apart, on the right.
 """
 
 import json
@@ -139,9 +139,10 @@ def answers(
     Rows are repeated by beams and by answers, each next to itself, as `repeat_interleave` does; so must be the ids of
     adapters in use. The caller says what is cached. `streamer` is transformers', for one prompt.
     """
-    ids, mask = left_padded(prompts, tokenizer.pad_token_id)  # (rows, t)
+    apart = bool(model.config.is_encoder_decoder)
+    ids, mask = _padded(prompts, tokenizer.pad_token_id, left=not apart)  # (rows, t)
     device = next(model.parameters()).device
-    width = 0 if model.config.is_encoder_decoder else ids.shape[1]
+    width = 0 if apart else ids.shape[1]
     stops = [_stops(tokenizer, width, decoding.stop)] if decoding.stop else None
     with torch.random.fork_rng(enabled=decoding.samples):
         if decoding.samples:
@@ -159,11 +160,13 @@ def answers(
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and attention mask (rows, t) of prompts that all end at the right."""
+def _padded(prompts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask (rows, t) of prompts."""
     t = padded(max(map(len, prompts)))
-    ids = torch.tensor([[pad] * (t - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (t - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids, mask = torch.full((len(prompts), t), pad), torch.zeros(len(prompts), t, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        part = slice(t - len(prompt), t) if left else slice(len(prompt))
+        ids[row, part], mask[row, part] = torch.tensor(prompt), 1
     return ids, mask
 
 

@@ -73,6 +73,8 @@ class Objective:
     """Task, row and its prediction -> the columns of its answer; None where `loralab generate` writes it."""
     parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
     """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
+    asked: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], str]] | None = None
+    """A row -> the prompt that the model answers, and the right answer; None where it writes none. Raises UserError."""
     of: Callable[[Task, Mapping[str, Any]], Task] | None = None
     """Make its task of a classification or regression by name (cola, stsb, ...), with options; None if it cannot."""
 

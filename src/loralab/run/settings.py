@@ -23,6 +23,7 @@ from loralab.rankmap import RankMap
 from loralab.recipe import NAMED, Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
+GenerateMetric = Literal["exact", "json", "rouge"]
 LossOn = Literal["auto", "completion", "assistant", "all"]
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
@@ -31,7 +32,7 @@ SOURCE = ("task", "data", "text", "label", "problem_type", "validation", *LEARNE
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "rounds": 1, "max_length": 4, "seed": 0,
     "patience": 0, "checkpoint_every": 0, "eval_every": 0, "max_steps": 1, "weight_decay": 0, "clip": 0, "labels": 1,
-    "layers": 1,
+    "layers": 1, "generate_rows": 1,
 }  # fmt: skip
 MOST = {"seed": 2**32 - 1, "threads": 4096}  # numpy takes no larger seed
 POSITIVE = ("lr", "head_lr", "threads", "train_rows", "validation_rows")  # None or above 0
@@ -153,6 +154,11 @@ class Settings(StepSettings):
     """Train on this many rows, drawn by the data's hash and stratified by label; all by default."""
     validation_rows: int | None = None
     """Report on this many rows of each validation split, drawn in the same way; all by default."""
+    generate_metric: GenerateMetric | None = None
+    """At the end let the selected adapter write answers, and score them: exact (the same text), json (the first JSON in
+    the answer says the same) or rouge (ROUGE-L, needs loralab[rouge])."""
+    generate_rows: int = 100
+    """Most rows of the reported split that are answered for --generate-metric."""
     seed: int = 0
     """Decides the start of head and adapter, the order of the data, and dropout."""
     out: Path | None = None

@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Generator:
-    """Answers requests to any adapters. It never raises for a request, but gives a UserError in place of its answers."""
+    """Answers requests to any adapters. A request that cannot be answered gets a UserError in place of its answers."""
 
     pool: Pool
     tokenizer: Any
