@@ -400,7 +400,7 @@ def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_p
         (
             [{"prompt": "cat " * (LIMIT - 4), "completion": "a"}] * 9,
             "exact",
-            "are more than the 64 that the model takes",
+            "are more than the 64",
         ),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 9, "exact", "rows has no answers to write"),
     ],
