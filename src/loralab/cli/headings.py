@@ -10,7 +10,7 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "max-length lengths model models",
     "Method": "method methods set rank alpha targets ranks layers policy keep rounds span dropout lr-ratio store",
     "Optimization": "epochs batch-size accumulate lr head-lr weight-decay schedule warmup clip",
-    "Protocol": "selection patience seed",
+    "Protocol": "selection held-out patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
     "Run": "out resume checkpoint-every dtype dtypes speed attention threads track markdown json",
 }

@@ -38,10 +38,19 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
     chosen = f"epoch {result['selected_epoch']}, by {protocol['selection']}" + " (optimistic)" * protocol["optimistic"]
     return {
         metric["name"]: f"{metric['selected']:.4f}  ({chosen})",
-        "  last epoch": f"{metric['last']:.4f}",
-        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: selected on validation)",
+        **_by_epoch(metric),
         **({"other metrics": others} if others else {}),
         "values that learn": f"{counts['adapter']:,} adapter + {counts['head']:,} head; base {counts['base']:,}",
         "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s",
         "peak memory": f"{size_text(result['memory']['peak_bytes'])} above what the imports take",
+    }
+
+
+def _by_epoch(metric: dict[str, Any]) -> dict[str, str]:
+    """Return the lines of the last and the best epoch, where the validation split was read after each."""
+    if metric["best_on_validation"] is None:
+        return {}
+    return {
+        "  last epoch": f"{metric['last']:.4f}",
+        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: selected on validation)",
     }

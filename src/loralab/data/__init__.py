@@ -5,11 +5,23 @@ from pathlib import Path
 
 from loralab.data import embedded, glue, own_files, tables
 from loralab.data.metrics import METRICS, is_constant, score
-from loralab.data.selection import held_out, sample
+from loralab.data.selection import held_out, held_out_unused, sample
 from loralab.data.task import Split, Task, build
 from loralab.errors import UserError, hint
 
-__all__ = ["METRICS", "Split", "Task", "build", "held_out", "is_constant", "load", "names", "sample", "score"]
+__all__ = [
+    "METRICS",
+    "Split",
+    "Task",
+    "build",
+    "held_out",
+    "held_out_unused",
+    "is_constant",
+    "load",
+    "names",
+    "sample",
+    "score",
+]
 
 EMBEDDED = ("minimal-pairs", "demo", "embedded")  # its name and its aliases
 

@@ -21,6 +21,8 @@ from loralab.rankmap import RankMap
 from loralab.recipe import Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
+HeldOut = Literal["tenth", "unused"]
+REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
 SOURCE = ("task", "data", "text", "label", "problem_type", "validation")  # they say which rows a run reads
@@ -167,6 +169,9 @@ class Settings(StepSettings):
     """Largest norm of the gradient; 0 turns clipping off."""
     selection: Selection = "held-out"
     """How the epoch is chosen: by a held-out tenth of train, the last one, or (optimistic) by the validation split."""
+    held_out: HeldOut = "tenth"
+    """Which rows are held out: a tenth of train, at most 1,000; or unused: up to 2,000 that --train-rows leaves out,
+    and the validation split is read once, at the selected epoch, on at most 5,000 rows."""
     patience: int = 0
     """Stop after this many epochs without a better score; 0 runs all epochs."""
     threads: int | None = None
@@ -189,6 +194,10 @@ class Settings(StepSettings):
             wrong.append(
                 f"span={self.span} with policy={self.policy!r}: policy='groups' takes a span of 2 or more layers"
             )
+        if self.held_out == "unused" and self.selection != "held-out":
+            wrong.append(
+                f"held_out='unused' with selection={self.selection!r}: only selection='held-out' holds rows out"
+            )
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
         return wrong
@@ -200,6 +209,11 @@ class Settings(StepSettings):
     def steps(self, rows: int) -> int:
         """Return the optimizer steps of the whole run on that many training rows."""
         return self.epochs * -(-rows // self.batch_size)
+
+    @property
+    def reads_validation_once(self) -> bool:
+        """Whether the validation split is read at the selected epoch only."""
+        return self.held_out == "unused"
 
     @property
     def folder(self) -> Path:

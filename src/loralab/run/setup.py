@@ -14,7 +14,7 @@ from loralab.data import Task
 from loralab.data.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.errors import UserError
 from loralab.run import policies
-from loralab.run.settings import SOURCE, Settings, StepSettings
+from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
 
@@ -120,7 +120,14 @@ def _rows(
 ) -> tuple[dict[str, Rows], list[str]]:
     """Return (tokenized rows of each split, notes)."""
     check_length(model, settings)
-    key = (id(task), settings.selection, settings.max_length, settings.train_rows, settings.validation_rows)
+    key = (
+        id(task),
+        settings.selection,
+        settings.held_out,
+        settings.max_length,
+        settings.train_rows,
+        settings.validation_rows,
+    )
     if key not in cache:
         texts, sizes = splits(task, settings)
         regression = task.labels is None
@@ -155,11 +162,15 @@ def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[
     held: dict[str, data.Split] = {}
     train = task.train
     if settings.selection == "held-out":
-        kept, out = data.held_out(train, task.sha256, task.labels is not None)
+        if settings.held_out == "unused":
+            kept, out = data.held_out_unused(train, task.sha256, task.labels is not None, settings.train_rows)
+        else:
+            kept, out = data.held_out(train, task.sha256, task.labels is not None)
         train, held = train.take(kept), {"held-out": train.take(out)}
     elif settings.selection == "validation":
         notes.append("validation: chosen on the reported split, so results are optimistic")
-    reported = {name: sampled(name, split, settings.validation_rows) for name, split in task.validation.items()}
+    most = settings.validation_rows or (REPORTED_ROWS if settings.reads_validation_once else None)
+    reported = {name: sampled(name, split, most) for name, split in task.validation.items()}
     return {"train": sampled("train", train, settings.train_rows), **held, **reported}, notes
 
 

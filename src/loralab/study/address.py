@@ -59,6 +59,7 @@ SETTINGS: Frozen = {
     "clip": ("clip", 1.0),
     "selection": ("selection", "held-out"),
     "patience": ("patience", 0),
+    "held_out": ("held_out", "tenth"),
 }
 RECIPE: Frozen = {
     "start": ("start", "kaiming"),
