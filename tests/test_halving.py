@@ -12,6 +12,7 @@ from scipy import stats
 
 from loralab import UserError
 from loralab.run.loop import Loop
+from loralab.study import load
 from loralab.study.bar import StudyBar
 from loralab.study.definition import KEPT
 from loralab.study.halving import EXTENSION, beyond, halving
@@ -108,9 +109,9 @@ def table(tiny, own, **given):
             {"name": "scores", "task": str(own["value"]), "train_rows": 150, **columns},
         ],
         "models": [str(tiny)], "seeds": [0, 1], "registered": True, "packed": True, "adapters": False,
-        "protocol": {"epochs": 3, "max_length": 32, "batch_size": 10, "held_out": "unused", "lr": 2e-2},
-        "methods": [{"name": "LoRA", "method": "lora", "rank": 3}, {"name": "LoRA-FA", "method": "lora-fa", "rank": 3}],
-        "tune": {"search": "halving", "lr_times": [0.3, 1.0, 3.0]},
+        "protocol": {"epochs": 4, "max_length": 32, "batch_size": 20, "held_out": "unused", "lr": 1e-2},
+        "methods": [{"name": "LoRA", "method": "lora", "rank": 3}, {"name": "DoRA", "method": "dora", "rank": 3}],
+        "tune": {"search": "halving", "lr_times": [0.5, 1.0, 2.0]},
         "compare": {"reference": "LoRA", "endpoints": ["thresholded", "auc-or-pearson", "log_likelihood"], "sd": 0.02},
         **given,
     }  # fmt: skip

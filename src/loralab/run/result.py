@@ -67,6 +67,7 @@ def result_of(
         "metric": {
             "name": name,
             "selected": selected["validation"][name],
+            "held_out": None if selected["held_out"] is None else selected["held_out"][name],
             "last": scores[-1],
             "best_on_validation": max(scores) if every else None,
         },
@@ -89,7 +90,7 @@ def result_of(
             "rows_held_out": s.held_out if s.selection == "held-out" else "none",
             "train": len(run.train),
             "held_out": len(run.held_out or ()),
-            "start": "pretrained",
+            "start": "pretrained" if s.from_adapter is None else "adapter",
         },
         "notes": list(run.notes),
         "warnings": _warnings(run, selected),

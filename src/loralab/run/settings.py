@@ -142,6 +142,8 @@ class Settings(StepSettings):
     """Train on this many rows, drawn by the data's hash and stratified by label; all by default."""
     validation_rows: int | None = None
     """Report on this many rows of each validation split, drawn in the same way; all by default."""
+    from_adapter: Path | None = None
+    """Start from the adapter of this folder; its head is used where the labels are the same."""
     seed: int = 0
     """Decides the start of head and adapter, the order of the data, and dropout."""
     out: Path | None = None

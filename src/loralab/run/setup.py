@@ -15,6 +15,7 @@ from loralab.data.batches import Rows, collate, encode, epoch_batches, longest
 from loralab.errors import UserError
 from loralab.run import policies
 from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
+from loralab.run.start import begin_from
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
 
@@ -87,6 +88,8 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
         shared = attach(model, recipe, name=name, head=True, batches=start_batches(), **options)
     else:
         shared.add(name, recipe, head=True, heads_of=model, batches=start_batches(), **options)
+    if settings.from_adapter is not None:
+        notes.append(begin_from(shared, name, settings.from_adapter))
     notes += [] if plan is None else [policies.note(recipe)]
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)

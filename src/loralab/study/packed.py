@@ -6,6 +6,7 @@ removed, so a study that is killed in between loses nothing, and the next stage 
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Packed:
             return None
         try:
             return cls(load(gzip.decompress(file.read_bytes())))
-        except (OSError, EOFError, SafetensorError) as error:
+        except (OSError, EOFError, zlib.error, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}): bring it back from a copy, or remove it") from error
 
     def of(self, address: str) -> dict[str, Tensor]:
@@ -46,11 +47,10 @@ class Packed:
         for key, tensor in self.tensors.items():
             owner, _, rest = key.partition("/")
             split, _, what = rest.rpartition("/")
-            if owner == address:
-                shared = what != "logits"
-                found[f"{split}/{'labels' if shared else what}"] = (
-                    self.tensors[f"{LABELS}/{what}"] if shared else tensor.float()
-                )
+            if owner == address and what == "logits":
+                found[f"{split}/logits"] = tensor.float()
+            elif owner == address:
+                found[f"{split}/labels"] = self.tensors[f"{LABELS}/{what}"]
         return found
 
 

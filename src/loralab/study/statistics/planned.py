@@ -99,7 +99,7 @@ def _on_the_mean(
         differences.append(np.array([np.mean([p.differences[s] for p in own]) for s in seeds]))
         rows.append(sum(p.rows for p in own) / len(own) ** 2)
         collapsed.append(sum(p.collapsed for p in own))
-    margins = [float(compare["margin"]["default"])] * len(methods)
+    margins = [margin_of(compare["margin"], endpoint)] * len(methods)
     return _family(MEAN, model, endpoint, methods, differences, rows, margins, collapsed, compare["alpha"])
 
 
