@@ -164,5 +164,6 @@ OBJECTIVE = Objective(
     prepare=vocabulary.prepare,
     names=lambda task: (),
     of=of,
+    takes=("template", "loss_on"),
     parts=parts,
 )

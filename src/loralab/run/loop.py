@@ -283,7 +283,9 @@ class Loop:
         for states in with_same_rows(due):
             with self._failing(states):
                 held_out = self._predictions(states, states[0].run.held_out)
-                validation = {key: self._predictions(states, rows) for key, rows in states[0].run.validation.items()}
+                once = states[0].settings.reads_validation_once
+                splits = {} if once else states[0].run.validation
+                validation = {key: self._predictions(states, rows) for key, rows in splits.items()}
             for i, state in enumerate(states):
                 if not state.stopped:
                     self._record(state, held_out[i], {key: found[i] for key, found in validation.items()})
@@ -342,9 +344,13 @@ class Loop:
         """Save the adapter of the selected epoch and write the result. Raises RunInterrupted."""
         state.restore_best()
         run, p = state.run, state.progress
+        if state.settings.reads_validation_once:
+            state.report({key: self._predictions([state], rows)[0] for key, rows in run.validation.items()})
+            if self.accelerator.is_main_process:
+                state.folder.write_metrics(p.history)
         layers = state.layers()
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
-        result = result_of(run, vars(p), memory, together=len(self.states), by_rank=self._by_rank(state))
+        result = result_of(run, vars(p), memory, len(self.states), self._by_rank(state), state.endpoints())
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)

@@ -24,6 +24,8 @@ from loralab.recipe import NAMED, Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
 LossOn = Literal["auto", "completion", "assistant", "all"]
+HeldOut = Literal["tenth", "unused"]
+REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
 LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
@@ -153,6 +155,8 @@ class Settings(StepSettings):
     """Train on this many rows, drawn by the data's hash and stratified by label; all by default."""
     validation_rows: int | None = None
     """Report on this many rows of each validation split, drawn in the same way; all by default."""
+    from_adapter: Path | None = None
+    """Start from the adapter of this folder; its head is used where the labels are the same."""
     seed: int = 0
     """Decides the start of head and adapter, the order of the data, and dropout."""
     out: Path | None = None
@@ -187,6 +191,9 @@ class Settings(StepSettings):
     """Largest norm of the gradient; 0 turns clipping off."""
     selection: Selection = "held-out"
     """How the epoch is chosen: by a held-out tenth of train, the last one, or (optimistic) by the validation split."""
+    held_out: HeldOut = "tenth"
+    """Which rows are held out: a tenth of train, at most 1,000; or unused: up to 2,000 that --train-rows leaves out,
+    and the validation split is read once, at the selected epoch, on at most 5,000 rows."""
     patience: int = 0
     """Stop after this many epochs without a better score; 0 runs all epochs."""
     threads: int | None = None
@@ -209,6 +216,10 @@ class Settings(StepSettings):
             wrong.append(f"span={self.span} with policy={self.policy!r}: expected 2 or more layers")
         if self.max_time is not None and seconds(self.max_time) is None:
             wrong.append(f"max_time={self.max_time}: expected a time above 0 as 90s, 15m or 2h")
+        if self.held_out == "unused" and self.selection != "held-out":
+            wrong.append(
+                f"held_out='unused' with selection={self.selection!r}: only selection='held-out' holds rows out"
+            )
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
         return wrong + [text for key, text in self.idle().items() if key not in NOTED]
@@ -237,6 +248,11 @@ class Settings(StepSettings):
         """Return the optimizer steps of the whole run on that many training rows."""
         whole = self.epochs * -(-rows // self.batch_size)
         return whole if self.max_steps is None else min(whole, self.max_steps)
+
+    @property
+    def reads_validation_once(self) -> bool:
+        """Whether the validation split is read at the selected epoch only."""
+        return self.held_out == "unused"
 
     @property
     def folder(self) -> Path:

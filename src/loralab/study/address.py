@@ -26,11 +26,12 @@ from loralab.recipe import FACTORS, Recipe, to_json
 from loralab.run import Settings
 from loralab.run.settings import LEARNED, NOT_RESULT, SOURCE
 from loralab.run.setup import objective_of, task_of
+from loralab.run.start import checksum
 
 VERSION = 1  # of the rule that makes addresses
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
 IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "policy", "store", "set"}
-IN_HASHES = {*SOURCE, "model"} - {*LEARNED}
+IN_HASHES = {*SOURCE, "model", "from_adapter"} - {*LEARNED}
 HUB = "hub "  # before the name of a model that is still there, in the place of its hash
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
@@ -65,6 +66,7 @@ SETTINGS: Frozen = {
     "max_steps": ("max_steps", None),
     "max_time": ("max_time", None),
     "eval_every": ("eval_every", 0),
+    "held_out": ("held_out", "tenth"),
 }
 RECIPE: Frozen = {
     "start": ("start", "kaiming"),
@@ -140,6 +142,7 @@ def content(settings: Settings) -> dict[str, Any]:
         "recipe": _recipe(recipe),
         "data": data(settings).sha256,
         "base": base(settings.model),
+        **({} if settings.from_adapter is None else {"from_adapter": adapter(settings.from_adapter)}),
     }
 
 
@@ -192,6 +195,12 @@ def _data(s: Settings) -> DataIdentity:
         return DataIdentity(f"{glue.HUB} {name}", glue.TABLE[name].official["train"], here=False)
     task = task_of(s)
     return DataIdentity(task.sha256, len(task.train), here=True)
+
+
+@cache
+def adapter(folder: Path) -> str:
+    """The hash of the files of an adapter that a run starts from."""
+    return checksum(folder)
 
 
 @cache
