@@ -13,7 +13,7 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "tune selection held-out eval-every patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
-    "Run": "out resume checkpoint-every dtype dtypes speed attention threads track markdown json",
+    "Run": "out resume checkpoint-every dtype dtypes speed checkpointing attention threads track markdown json",
 }
 MANY = 15  # flags
 

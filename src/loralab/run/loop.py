@@ -32,7 +32,7 @@ from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
 from loralab.run.result import facts, result_of
 from loralab.run.settings import Settings
-from loralab.run.setup import PreparedRun, prepare_together
+from loralab.run.setup import PreparedRun, prepare_together, recompute
 from loralab.run.sharing import Outputs, forward, passes, with_same_rows
 from loralab.run.state import RunState, failure
 from loralab.run.step import Forward
@@ -118,7 +118,9 @@ class Loop:
         self.adapters, model = runs[0].adapters, runs[0].model
         # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
         AcceleratorState._reset_state()
-        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.speed)
+        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.path)
+        if s.checkpointing:
+            recompute(model, s.model)
         if not self.alone:
             _check_streams(self.choices)
         self.accelerator = _accelerator(runs[0], self.choices.autocast)

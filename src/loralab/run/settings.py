@@ -79,6 +79,8 @@ class StepSettings:
     speed: Speed = "auto"
     """auto: the fast path, as far as machine and model allow it; off: plain transformers; compile: plain transformers
     through torch.compile, for GPUs."""
+    checkpointing: bool = False
+    """Recompute the activations within a layer in backward: less memory, more time, on the plain path only."""
     attention: str | None = None
     """Attention as transformers names it (eager, sdpa, flash_attention_2, ...); its own choice by default."""
 
@@ -105,6 +107,11 @@ class StepSettings:
     def of(self, key: str) -> Any:
         """Return the value of a setting by its name."""
         return getattr(self, key)
+
+    @property
+    def path(self) -> Speed:
+        """The speed that is used: the fast path recomputes nothing."""
+        return "off" if self.checkpointing else self.speed
 
     def recipe(self) -> Recipe:
         """Make the recipe of the method with the flags and --set.

@@ -227,3 +227,10 @@ def _start_batches(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[d
     batches = epoch_batches(rows.lengths, settings.batch_size, settings.seed, 0)
     for chosen in batches[: math.ceil(START_ROWS / settings.batch_size)]:
         yield collate(rows, chosen, tokenizer, torch.device("cpu"))
+
+
+def recompute(model: Any, name: str) -> None:
+    """Let a model recompute the activations of its layers in backward. Raises UserError where it cannot."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"checkpointing: {name} cannot recompute its activations")
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

@@ -56,6 +56,7 @@ SETTINGS: Frozen = {
     "span": ("span", None),
     "dtype": ("dtype", "float32"),  # what it is on the machine, not `auto`
     "speed": ("speed", "auto"),
+    "checkpointing": ("checkpointing", False),
     "attention": ("attention", None),
     "weight_decay": ("weight_decay", 0.01),
     "schedule": ("schedule", "linear"),
