@@ -6,6 +6,7 @@ template's own marks, or else from the template itself: the text of all messages
 the text of the whole chat.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +119,13 @@ def _spans(tokenizer: Any, template: str, messages: list[Any], whole: str) -> li
             continue
         before = _render(tokenizer, template, messages[:place], prompt=True)
         after = _render(tokenizer, template, messages[: place + 1])
-        if not (whole.startswith(before) and whole.startswith(after.rstrip())):
+        shared = os.path.commonprefix([after, whole]).rstrip()  # a template may end a chat with more than a turn
+        if not whole.startswith(before) or message["content"].strip() not in shared[len(before) :]:
             raise UserError(
                 "the chat template changes earlier messages when later ones come, so the assistant's turns cannot be "
                 "found: train on chats of one turn, mark them in the template with {% generation %}, or --loss-on all"
             )
-        spans.append((len(before), len(after.rstrip())))
+        spans.append((len(before), len(shared)))
     return spans
 
 
