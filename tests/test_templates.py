@@ -66,7 +66,9 @@ def letters() -> PreTrainedTokenizerFast:
     model = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<end>")
+    made = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<end>")
+    made.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]})
+    return made
 
 
 @pytest.mark.parametrize("loss_on", ["auto", "assistant", "completion", "all"])
@@ -79,7 +81,7 @@ def test_the_assistants_words_are_learned(name, loss_on, letters):
     expected = []
     for i, piece in enumerate(pieces):
         learned = loss_on == "all" or (isinstance(piece, list) and (loss_on != "completion" or i == last))
-        expected += [learned] * len(piece if isinstance(piece, str) else piece[0])
+        expected += [learned] * len(letters(piece if isinstance(piece, str) else piece[0])["input_ids"])
     assert [label != IGNORED for label in found.labels] == expected
     assert all(label in (IGNORED, i) for i, label in zip(found.ids, found.labels, strict=True))
 

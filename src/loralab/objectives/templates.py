@@ -6,7 +6,6 @@ template's own marks, or else from the template itself: the text of all messages
 the text of the whole chat.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> To
     elif MARK in template:
         return _marked(tokenizer, template, messages, loss_on)
     else:
-        spans = _spans(tokenizer, template, messages, whole)
+        spans = _spans(tokenizer, template, messages, whole, ids, places)
     if loss_on == "completion":
         spans = spans[-1:]
     learned = [any(a < end and begin < b for a, b in spans) and end > begin for begin, end in places]
@@ -111,15 +110,22 @@ def _marked(tokenizer: Any, template: str, messages: Any, loss_on: str) -> Token
     return Tokens(ids, [i if take else IGNORED for i, take in zip(ids, mask, strict=True)])
 
 
-def _spans(tokenizer: Any, template: str, messages: list[Any], whole: str) -> list[tuple[int, int]]:
-    """Return where in the text of a chat each assistant turn begins and ends, its end token included."""
+def _spans(
+    tokenizer: Any, template: str, messages: list[Any], whole: str, ids: list[int], places: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return where in the text of a chat each assistant turn begins and ends, its end token included.
+
+    `ids` are the tokens of the text `whole`, and `places` where in it they begin and end.
+    """
     spans = []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, template, messages[:place], prompt=True)
         after = _render(tokenizer, template, messages[: place + 1])
-        shared = os.path.commonprefix([after, whole]).rstrip()  # a template may end a chat with more than a turn
+        # a template may end a chat with more than a turn; compared as tokens, so that none is cut in two
+        same = len(_shared(list(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), ids))
+        shared = whole[: places[same - 1][1] if same else 0].rstrip()
         if not whole.startswith(before) or message["content"].strip() not in shared[len(before) :]:
             raise UserError(
                 "the chat template changes earlier messages when later ones come, so the assistant's turns cannot be "
