@@ -237,17 +237,17 @@ class RunFolder:
         with self.writing():
             write_tensors(self.path / "predictions.safetensors", predictions)
             write_json(self.result, result)
-        self._clear()
+        self.clear()
 
     def finished(self) -> dict[str, Any] | None:
         """Return the result of a finished run, or None; checkpoints that a killed process left beside it go."""
-        if not self.result.is_file():
-            return None
-        self._clear()
-        return read_json(self.result)
+        self.clear()
+        return read_json(self.result) if self.result.is_file() else None
 
-    def _clear(self) -> None:
-        """Remove what a finished run does not keep."""
+    def clear(self) -> None:
+        """Remove what a finished run does not keep, as a process that was killed at its end left it."""
+        if not self.result.is_file():
+            return
         for folder in self._checkpoints():
             shutil.rmtree(folder, ignore_errors=True)
         for path in (self.path / TRACEBACK, *self.path.glob("*.tmp")):
