@@ -260,7 +260,6 @@ def test_what_is_whole_is_taken(layout: str, own, foreign, place, plain):
     sounds: dict[str, Sound] = own if layout == "own" else foreign
     for name, sound in sounds.items():
         file = read_or_refused(written(place, sound.files), plain)
-    tally("mutated files")
         assert file is not None, name
         assert same(replace(file, name=sound.file.name), sound.file), name  # PEFT's is that of the folder
 
