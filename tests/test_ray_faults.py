@@ -102,10 +102,10 @@ def test_a_lost_node_loses_nothing(tiny, own, here, workers, tally):  # noqa: F8
             begun = [file.parents[1] for file in Path("runs/store").glob("*/checkpoint/progress.json")]
             if len(begun) == 2:
                 pids = {folder: json.loads((folder / ".lock").read_text())["pid"] for folder in begun}
+                raylet = node.all_processes["raylet"][0].process.pid
+                there = [f for f, pid in pids.items() if raylet in {p.pid for p in psutil.Process(pid).parents()}]
                 cluster.remove_node(node, allow_graceful=False)
-                lost.extend(
-                    f for f, pid in pids.items() if not psutil.pid_exists(pid) and not (f / "result.json").exists()
-                )
+                lost.extend(folder for folder in there if not (folder / "result.json").exists())
                 return
             time.sleep(0.01)
 

@@ -62,7 +62,7 @@ def with_ranks(work: PolicyInput) -> tuple[Recipe, dict[str, Any] | None]:
         return recipe, None
     if s.resume and (s.folder / "run.json").exists():
         before = read_facts(s.folder)
-        return from_json(before.get("recipe")), before.get("plan")
+        return from_json(before.get("recipe") or {}), before.get("plan")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"policy={recipe.policy!r} runs in one process: make the map there, then give every process --ranks"
