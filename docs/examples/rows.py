@@ -13,9 +13,18 @@ from random import Random
 GOOD = ["wonderful", "charming", "funny", "moving", "brilliant", "warm", "clever", "fine"]
 BAD = ["dull", "tedious", "clumsy", "noisy", "pointless", "weak", "stale", "grim"]
 FILMS = ["film", "story", "cast", "script", "ending", "music"]
-FIRST = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Fatou", "Georg", "Hana", "Ivo", "Jana", "Kofi", "Lena", "Marek", "Nadia", "Omar", "Petra", "Quinn", "Rosa", "Stefan", "Tariq"]
-LAST = ["Abel", "Brandt", "Costa", "Diallo", "Eriksen", "Ferrari", "Gruber", "Haas", "Ito", "Jansen", "Keller", "Lopez", "Meyer", "Novak", "Okoro", "Park"]
-TOWNS = ["Aarhus", "Bergen", "Cusco", "Dakar", "Essen", "Faro", "Genoa", "Hanoi", "Izmir", "Jaipur", "Kyoto", "Lagos", "Malmo", "Nairobi", "Oslo", "Porto"]
+FIRST = [
+    *("Anna", "Boris", "Chen", "Dalia", "Emeka", "Fatou", "Georg", "Hana", "Ivo", "Jana"),
+    *("Kofi", "Lena", "Marek", "Nadia", "Omar", "Petra", "Quinn", "Rosa", "Stefan", "Tariq"),
+]
+LAST = [
+    *("Abel", "Brandt", "Costa", "Diallo", "Eriksen", "Ferrari", "Gruber", "Haas"),
+    *("Ito", "Jansen", "Keller", "Lopez", "Meyer", "Novak", "Okoro", "Park"),
+]
+TOWNS = [
+    *("Aarhus", "Bergen", "Cusco", "Dakar", "Essen", "Faro", "Genoa", "Hanoi"),
+    *("Izmir", "Jaipur", "Kyoto", "Lagos", "Malmo", "Nairobi", "Oslo", "Porto"),
+]
 TOPICS = {
     "price": ["cheap", "expensive", "price", "costs"], "service": ["waiter", "friendly", "rude", "staff"],
     "food": ["soup", "bread", "tasty", "salty"], "place": ["garden", "noisy", "view", "terrace"],

@@ -106,7 +106,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         "labels": [piece.labels for piece in flat],
     }
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
-    labels = weights if task.labels is None else torch.tensor([split.labels[i] for i in kept])
+    labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
     notes = (lost,) if len(kept) < len(cut) else ()
     return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes)
 

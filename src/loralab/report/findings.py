@@ -16,6 +16,7 @@ import numpy as np
 from loralab.disk import read_header
 from loralab.errors import UserError
 from loralab.run import Settings
+from loralab.run.records import read_facts, read_result
 from loralab.study import Cell, Comparison, Run, ScheduledRun, Study, Summary, comparisons, load, summaries
 from loralab.study.definition import MARGIN, Compare
 
@@ -59,7 +60,7 @@ def _run(file: Path, folder: Path) -> FoundRun | None:
     result = read_header(file)
     if not {"task", "model", "method", "seed", "metric"} <= result.keys() or not file.with_name("run.json").is_file():
         return None
-    return str(file.parent.relative_to(folder)), result, read_header(file.with_name("run.json"))
+    return str(file.parent.relative_to(folder)), read_result(file.parent), read_facts(file.parent)
 
 
 def _schedule(found: Sequence[FoundRun]) -> tuple[list[ScheduledRun], int]:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
-from loralab.disk import read_json
 from loralab.errors import UserError
 from loralab.objectives import ragged, saved
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
+from loralab.run.records import read_result
 from loralab.run.result import facts, result_of
 from loralab.run.settings import Settings
 from loralab.run.setup import PreparedRun, prepare_together, recompute
@@ -83,7 +83,7 @@ def _open(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
     """Lock a folder and return its result if it is finished. Of several processes the first one locks it for all."""
     if _device_state().is_main_process:
         return folder.open(settings.to_json(), settings.resume)
-    return read_json(folder.result) if settings.resume and folder.result.is_file() else None
+    return read_result(folder.path) if settings.resume and folder.result.is_file() else None
 
 
 def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Reporter) -> list[Outcome]:

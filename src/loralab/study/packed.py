@@ -21,6 +21,7 @@ from loralab.errors import UserError
 
 FILE = "predictions.safetensors.gz"
 PREDICTIONS = "predictions.safetensors"  # of a run
+LARGEST = 2**31  # bytes of the file, unpacked
 LABELS = "labels"  # prefix of what runs share
 
 
@@ -37,7 +38,11 @@ class Packed:
         if not file.is_file():
             return None
         try:
-            return cls(load(gzip.decompress(file.read_bytes())))
+            with gzip.open(file) as stream:
+                content = stream.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise UserError(f"{file} holds more than {LARGEST:,} bytes, the most that is read here")
+            return cls(load(content))
         except (OSError, EOFError, zlib.error, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}): bring it back from a copy, or remove it") from error
 

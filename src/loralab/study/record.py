@@ -5,7 +5,6 @@ STUDY/predictions.safetensors.gz   of its reported runs, if it packs them
 STORE/ADDRESS/              a run folder; STORE is runs/store unless the study says otherwise
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from loralab.disk import read_header, read_tensors
 from loralab.errors import UserError
 from loralab.run.folder import FAILED
+from loralab.run.records import predictions_of, read_facts, read_history, read_result
+from loralab.schema import MOST, part_problems, problems
 from loralab.study.packed import PREDICTIONS, Packed
 
 Array = NDArray[Any]
@@ -43,6 +44,17 @@ class ScheduledRun:
     @property
     def key(self) -> Key:
         return self.task, self.model, self.method
+
+
+STUDY = {  # fields of study.json
+    "name": str, "about": str, "store": str, "definition": dict[str, Any], "notes": list[str], "question": str | None,
+    "compare": {"alpha": float, "margin": {"default": float}, "against": str | None},
+    "planned": list[Any],
+}  # fmt: skip
+SCHEDULED = {  # fields of a run in it
+    "task": str, "model": str, "method": str, "seed": int, "role": Role, "settings": dict[str, Any] | None,
+    "address": str | None, "tried": dict[str, Any],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,12 @@ class Run:
         elif self.packed is not None:
             tensors = self.packed.of(str(self.scheduled.address))
         else:
-            tensors = {}
-        if not tensors:
             return None
-        found = {key.rpartition("/")[0] for key in tensors}
+        if not (found := predictions_of(tensors, file)):
+            return None
         first = next(iter(found)) if len(found) == 1 else "validation_matched"  # MNLI alone has two
         order = sorted(found, key=lambda split: (split != first, split))
-        return {split: Predictions(*(tensors[f"{split}/{k}"].numpy() for k in ("logits", "labels"))) for split in order}
+        return {split: Predictions(*(t.numpy() for t in found[split])) for split in order}
 
     @property
     def reported(self) -> Predictions | None:
@@ -185,14 +196,7 @@ def read_run(store: Path, scheduled: ScheduledRun) -> Run | None:
     if scheduled.address is None or not (store / scheduled.address / "result.json").is_file():
         return None
     folder = store / scheduled.address
-    result, facts = read_header(folder / "result.json"), read_header(folder / "run.json")
-    return Run(scheduled, folder, result, history(folder), facts)
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    """The epochs of a run, finished or not."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return Run(scheduled, folder, read_result(folder), read_history(folder), read_facts(folder))
 
 
 def failure(store: Path, scheduled: ScheduledRun) -> str | None:
@@ -217,6 +221,13 @@ def load(folder: Path | str) -> Study:
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder} holds no study.json: expected the --out of a `loralab study`")
     data = read_header(folder / "study.json")
+    wrong = part_problems(data, STUDY, optional=("question",)) or problems(
+        data["compare"]["margin"], dict[str, float], "compare.margin"
+    )
+    for place, entry in enumerate(data["planned"] if not wrong else ()):
+        wrong += part_problems(entry, SCHEDULED, f"planned[{place}]")
+    if wrong:
+        raise UserError(f"{folder / 'study.json'} is damaged or of another version: {'; '.join(wrong[:MOST])}")
     try:
         schedule = tuple(ScheduledRun(**entry) for entry in data.pop("planned"))
         notes = tuple(data.pop("notes"))

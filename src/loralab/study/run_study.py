@@ -14,7 +14,7 @@ from typing import Any
 from loralab.disk import check_output_folder, read_header, write_json
 from loralab.errors import UserError
 from loralab.run import Settings
-from loralab.run.folder import FAILED
+from loralab.run.folder import FAILED, RunFolder
 from loralab.study.address import data
 from loralab.study.bar import StudyBar
 from loralab.study.definition import Definition
@@ -38,6 +38,9 @@ def run_study(definition: Definition, folder: Path, runner: Runner, bar: StudyBa
         _forget_failures(definition, scheduled)
     write(definition, folder, scheduled)
     left = [s for s in scheduled if not done(definition.store, s)]
+    for s in scheduled:
+        if s.address is not None:
+            RunFolder(definition.store / s.address).clear()
     rows = _rows(definition)
     bar.open(definition.name, len(scheduled), len(scheduled) - len(left), sum(rows[s.key] for s in left))
     try:

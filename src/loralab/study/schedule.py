@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from loralab.run import Settings
+from loralab.run.records import read_history
 from loralab.study import search
 from loralab.study.address import address
 from loralab.study.definition import Definition, StudyMethod, StudyTask, grid_points
 from loralab.study.halving import halving
-from loralab.study.record import Key, Role, ScheduledRun, collapses, failure, history, read_run
+from loralab.study.record import Key, Role, ScheduledRun, collapses, failure, read_run
 from loralab.study.search import Pruned, TuningState
 
 RunTrial = Callable[[Settings, Any, ScheduledRun], None]  # takes an Optuna trial; raises Pruned
@@ -111,7 +112,7 @@ def _outcome(cell: CellSettings, trial: Any, tried: Mapping[str, Any], run: RunT
     seed = cell.definition.tune.seed
     scheduled, settings = cell.scheduled("tune", seed, tried), cell.settings("tune", seed, tried)
     try:
-        for record in history(settings.folder):
+        for record in read_history(settings.folder):
             search.report(trial, record, settings.epochs)
         if run is not None and _score(cell, scheduled) is None:
             run(settings, trial, scheduled)
