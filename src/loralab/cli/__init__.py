@@ -64,6 +64,10 @@ COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when 
         "Predict the rows of a file with one adapter, or each row with its own.",
         "loralab predict --adapters runs/*/adapter --input rows.csv --adapter-column task --out answers.csv",
     ),
+    "generate": (
+        "Let a decoder answer prompts, the rows of a file or a chat, with one adapter, several, or one a row.",
+        "loralab generate --adapters runs/json/adapter --input rows.jsonl --out answers.jsonl",
+    ),
     "merge": (
         "Write a plain model with an adapter merged into its weights.",
         "loralab merge runs/reviews/adapter --model minilm --out merged",

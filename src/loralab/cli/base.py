@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from loralab.errors import UserError
 from loralab.files import AdapterFile, FolderNote, inside
 from loralab.peft_format import LABELLED, task_type
 from loralab.schema import listed
-from loralab.serve import adapter_folders
+from loralab.serve import AdapterFolder, adapter_folders
 
 
 def read(folder: Path, name: str | None = None) -> AdapterFile:
@@ -42,6 +43,14 @@ def model_of(given: str | None, folder: Path, file: AdapterFile) -> str:
     if not isinstance(name, str) or not name:
         raise UserError(f"{folder} names no base: say which with --model")
     return name
+
+
+def shared(given: str | None, folders: Iterable[AdapterFolder]) -> str:
+    """The name of the base of several adapters, as given or as they all name it. Raises UserError."""
+    bases = sorted({folder.base for folder in folders if folder.base})
+    if given is None and len(bases) != 1:
+        raise UserError(f"the adapters name {', '.join(bases) or 'no base'}: say which base with --model")
+    return given or bases[0]
 
 
 def check_out(path: Path | None) -> None:

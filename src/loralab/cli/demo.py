@@ -1,24 +1,40 @@
-"""`loralab demo`: the main job on embedded defaults."""
+"""`loralab demo`: the main job on embedded defaults, for an encoder or a decoder."""
 
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loralab.cli.show import Json, as_json, folder_size, table
+from loralab.cli import base
+from loralab.cli.show import Json, as_json, folder_size, pairs, table
+from loralab.data import records
 from loralab.disk import size_text
 from loralab.errors import UserError
-from loralab.run import Settings, train
+from loralab.objectives import generation
+from loralab.run import Settings, setup, train, written
 from loralab.run.bar import Bar
 
 METHODS = ("full", "head", "lora")  # each at its default learning rate
 GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 5}
+DECODER: dict[str, Any] = {  # few short steps; nothing is selected, so no row is held out for it
+    "task": "records", "method": "lora", "lr": 2e-3, "batch_size": 4, "epochs": 1, "train_rows": 240,
+    "validation_rows": 24, "max_length": 224, "selection": "last",
+}  # fmt: skip
+SHOWN = 3  # rows that are printed with their answers
 DRAWN_WITH = ("matplotlib", "jinja2")
 NO_REPORT = "none; it needs pip install 'loralab[report]'"
 COLUMNS = ("method", "Matthews", "trainable", "peak memory", "training", "adapter on disk")
 
 
-def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0, json: Json = False) -> None:
+def demo(
+    *,
+    model: str | None = None,
+    out: Path = Path("runs/demo"),
+    seed: int = 0,
+    decoder: bool = False,
+    json: Json = False,
+) -> None:
     """Fine-tune a small encoder on an embedded task: all of it, the head alone, and with LoRA. Write their report.
 
     This takes about two minutes on 2 cores.
@@ -26,12 +42,22 @@ def demo(*, model: str = "minilm", out: Path = Path("runs/demo"), seed: int = 0,
     Parameters
     ----------
     model: str
-        A local folder, a hub name, or an alias. minilm comes as a package and needs no network.
+        A local folder, a hub name, or an alias; by default minilm, which comes as a package and needs no network, and
+        for a decoder smollm2.
     out: Path
-        Folder for the three runs and their report; an earlier demo there is replaced.
+        Folder for the runs and their report; an earlier demo there is replaced.
     seed: int
-        Seed of all three runs.
+        Seed of all runs.
+    decoder: bool
+        Teach a small decoder to write JSON instead, and show its answers before and after.
     """
+    if decoder:
+        _decoder(Settings(**DECODER, model=model or "smollm2", seed=seed, out=out / "records"), json)
+    else:
+        _encoder(model or "minilm", out, seed, json)
+
+
+def _encoder(model: str, out: Path, seed: int, json: bool) -> None:
     runs = [Settings(**GIVEN, model=model, method=method, seed=seed, out=out / method) for method in METHODS]
     _clear([run.folder for run in runs])
     results = [{**train(run, Bar()), "adapter_bytes": folder_size(run.folder / "adapter")} for run in runs]
@@ -75,3 +101,36 @@ def _clear(folders: list[Path]) -> None:
         raise UserError(f"--out {foreign[0].parent}: {foreign[0]} is not a run of loralab; choose another folder")
     for folder in there:
         shutil.rmtree(folder)
+
+
+# ---- the decoder -----------------------------------------------------------------------------------------------------
+
+
+def _decoder(settings: Settings, json: bool) -> None:
+    """Train on the records, and print how many answers are right before and after, and some of them."""
+    _clear([settings.folder])
+    result = train(settings, Bar())
+    handle, tokenizer = base.load(settings.model, settings.folder / "adapter")
+    task = setup.task_of(settings)
+    split, asking = setup.reported(task, settings), replace(settings, generate_metric="json")
+    asked = written.questions(task, split, asking, handle.model, tokenizer)
+    who = {"base": None, settings.method: handle.names[0]}
+    texts = {name: written.answers(handle, adapter, asked, tokenizer, 8) for name, adapter in who.items()}
+    right = {
+        name: sum(generation.same_json(text, q.wanted) for text, q in zip(mine, asked, strict=True)) / len(asked)
+        for name, mine in texts.items()
+    }
+    rows = [
+        {"question": row[0][1].removeprefix(records.QUESTION), "right": row[1][1]}
+        | {name: mine[i] for name, mine in texts.items()}
+        for i, row in enumerate(split.texts[:SHOWN])
+    ]
+    if json:
+        as_json({"right": right, "rows": len(asked), "train_s": result["time"]["train_s"], "answers": rows})
+        return
+    trained = f"{result['protocol']['train']} rows, {result['time']['train_s']:.0f} s"
+    title = f"{task.name}: right of {len(asked)} new rows ({result['model']}, {settings.method} on {trained})"
+    table(title, ("answers of", "right"), [(name, f"{share:.2f}") for name, share in right.items()])
+    for row in rows:
+        pairs("", row)
+    print(f"run folder: {settings.folder}; try loralab generate --adapters {settings.folder / 'adapter'} --chat")

@@ -11,8 +11,10 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "Method": "method methods from-adapter set rank alpha targets ranks layers policy keep rounds span dropout "
     "lr-ratio store",
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
-    "Protocol": "tune selection held-out eval-every patience seed",
+    "Protocol": "tune generate-metric generate-rows selection held-out eval-every patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
+    "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
+    "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
     "Run": "out resume checkpoint-every dtype dtypes speed checkpointing attention threads track markdown json",
 }
 MANY = 15  # flags

@@ -83,7 +83,7 @@ def predict(
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
         answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
-    _refuse(input, answers, keep_going)
+    refuse(input, answers, keep_going)
     _deliver({**columns, **_columns(input, list(columns), answers, prefix, keep_going)}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
@@ -134,10 +134,7 @@ def _predictor(
     budget: int | None,
     rest: tuple[int, int | None, int | None],
 ) -> Predictor:
-    bases = sorted({adapter.base for adapter in folders.values() if adapter.base})
-    if model is None and len(bases) != 1:
-        raise UserError(f"the adapters name {', '.join(bases) or 'no base'}: say which base with --model")
-    name = model or bases[0]
+    name = base.shared(model, folders.values())
     first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
     spare: list[nn.Module] = [first]
 
@@ -170,7 +167,7 @@ def _each_alone(
     return found
 
 
-def _refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
+def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
     """Name every row that has no answer."""
     faults: checks.Faults = {}
     for row, answer in enumerate(answers, 1):

@@ -28,7 +28,19 @@ def chat(messages: Any, role: str = "role", content: str = "content") -> tuple[M
 
     After a system message, if there is one, user and assistant take turns, and the assistant ends it.
     """
-    pairs = _pairs(messages, role, content)
+    pairs = _in_turns(_pairs(messages, role, content))
+    if pairs[-1][0] != "assistant":
+        raise ValueError("a chat that ends with the user, so nothing is answered")
+    return pairs
+
+
+def open_chat(messages: Any, role: str = "role", content: str = "content") -> tuple[Message, ...]:
+    """Return a chat up to its last message of the user, which waits for an answer; raises ValueError as `chat` does."""
+    pairs = _in_turns(_pairs(messages, role, content))
+    return pairs[:-1] if pairs[-1][0] == "assistant" else pairs
+
+
+def _in_turns(pairs: tuple[Message, ...]) -> tuple[Message, ...]:
     turns = pairs[1:] if pairs and pairs[0][0] == "system" else pairs
     if not turns:
         raise ValueError("a chat without turns")
@@ -36,8 +48,6 @@ def chat(messages: Any, role: str = "role", content: str = "content") -> tuple[M
         expected = ("user", "assistant")[place % 2]
         if speaker != expected:
             raise ValueError(f"a chat with {speaker} where {expected} was expected: roles take turns, the user first")
-    if turns[-1][0] != "assistant":
-        raise ValueError("a chat that ends with the user, so nothing is answered")
     return pairs
 
 
@@ -68,9 +78,18 @@ def completion(prompt: Any, answer: Any) -> Row:
 
 def instruction(asked: Any, answer: Any, given: Any = None) -> tuple[Message, ...]:
     """Return a chat of one turn from an instruction, the input that it may have, and its output."""
+    return (*question(asked, given), ("assistant", checks.text(answer)))
+
+
+def question(asked: Any, given: Any = None) -> tuple[Message, ...]:
+    """Return the user's turn of an instruction and the input that it may have."""
     more = "" if given is None else checks.any_text(given)
-    question = f"{checks.text(asked)}\n\n{more}" if more.strip() else checks.text(asked)
-    return ("user", question), ("assistant", checks.text(answer))
+    return (("user", f"{checks.text(asked)}\n\n{more}" if more.strip() else checks.text(asked)),)
+
+
+def prompt(cell: Any) -> Row:
+    """Return a prompt: a text, or a chat where it is a list of messages."""
+    return open_chat(cell) if isinstance(cell, list) else (checks.text(cell),)
 
 
 FORMS = (
@@ -79,6 +98,13 @@ FORMS = (
     Form(("prompt", "completion"), completion),
     Form(("instruction", "output"), instruction, ("input",)),
     Form(("text",), lambda text: (checks.text(text),)),
+)
+PROMPTS = (  # files whose rows wait for an answer; the first form that fits counts, answers that are there are left out
+    Form(("messages",), open_chat),
+    Form(("conversations",), lambda messages: open_chat(messages, "from", "value")),
+    Form(("prompt",), prompt),
+    Form(("instruction",), question, ("input",)),
+    Form(("text",), prompt),
 )
 
 

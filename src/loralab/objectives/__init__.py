@@ -1,6 +1,7 @@
 """Objectives: the kinds of task. OBJECTIVES has a row for each; `load` finds the one that a task is of."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ __all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "find", "loa
 
 FILES = (classification, multi_label, tagging, choice, similarity, causal, seq2seq)
 OBJECTIVES: dict[str, Objective] = {file.OBJECTIVE.name: file.OBJECTIVE for file in FILES}
-DEFAULT = "classification"  # of tasks by name, and of files whose columns --text and --label name
+DEFAULT = "classification"  # of files whose columns --text and --label name
 
 
 def of(task: Task) -> Objective:
@@ -58,8 +59,8 @@ def load(
         used = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{used} given, but {task} knows its columns: leave it out, it is for a file of your own")
     found = data.load(task, folder)
-    if objective is None or row.name == found.objective:
-        return found
+    if row.name == found.objective:
+        return replace(found, options=options)
     if row.of is None:
         able = ", ".join(name for name, other in OBJECTIVES.items() if other.of is not None)
         raise UserError(f"{task} cannot be read as {row.name}: leave --objective out, or choose one of {able}")
@@ -78,7 +79,9 @@ def find(task: str, objective: str | None = None, labelled: bool = False) -> Obj
             raise UserError(f"no objective {objective!r}: there are {names}{hint(objective, OBJECTIVES)}")
         return OBJECTIVES[objective]
     path = Path(task)
-    if labelled or path.suffix.lower() not in tables.READERS:
+    if path.suffix.lower() not in tables.READERS:
+        return OBJECTIVES[data.objective(task)]
+    if labelled:
         return OBJECTIVES[DEFAULT]
     return _by_columns(path)
 

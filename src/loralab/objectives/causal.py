@@ -150,6 +150,15 @@ def parts(task: Task, predictions: Array, labels: Array) -> dict[str, dict[str, 
     return {} if task.labels is None else classification.parts(task, predictions, labels)
 
 
+def asked(row: chats.Row) -> tuple[chats.Row, str]:
+    """Return the prompt of a row, and its last answer. Raises UserError for a text, which asks nothing."""
+    if chats.is_chat(row):
+        return row[:-1], row[-1][1]
+    if len(row) == 1:
+        raise UserError("--generate-metric: rows of plain text ask nothing, leave it out")
+    return row[:1], row[1]
+
+
 OBJECTIVE = Objective(
     name=NAME,
     task_type="CAUSAL_LM",
@@ -165,5 +174,6 @@ OBJECTIVE = Objective(
     names=lambda task: (),
     of=of,
     takes=("template", "loss_on"),
+    asked=asked,
     parts=parts,
 )

@@ -79,6 +79,8 @@ class Objective:
     """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
     takes: tuple[str, ...] = ()
     """Names of its options."""
+    asked: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], str]] | None = None
+    """A row -> the prompt that the model answers, and the right answer; None where it writes none. Raises UserError."""
     of: Callable[[Task, Mapping[str, Any]], Task] | None = None
     """Make its task of a classification or regression by name (cola, stsb, ...), with options; None if it cannot."""
 

@@ -77,10 +77,20 @@ def template_of(path: Path) -> str:
     return text
 
 
-def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> Tokens:
+def before_answer(row: chats.Row, tokenizer: Any, given: str | None) -> str:
+    """Return the text of a chat that the assistant is to answer, up to where the answer begins. Raises UserError."""
+    return _render(tokenizer, _template(tokenizer, given), chats.messages(row), prompt=True)
+
+
+def _template(tokenizer: Any, given: str | None) -> str:
     template = given or tokenizer.chat_template
     if template is None:
         raise UserError("the tokenizer has no chat template: give one with --template FILE (Jinja)")
+    return str(template)
+
+
+def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> Tokens:
+    template = _template(tokenizer, given)
     messages = chats.messages(row)
     whole = _render(tokenizer, template, messages)
     found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -26,6 +26,7 @@ from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
 from loralab.errors import UserError
 from loralab.objectives import ragged, saved
+from loralab.run import written
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
@@ -353,6 +354,9 @@ class Loop:
         layers = state.layers()
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
         result = result_of(run, vars(p), memory, len(self.states), self._by_rank(state), state.endpoints())
+        with self.accelerator.autocast():
+            found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings)
+        result["metrics"] = {**result["metrics"], **found}
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)

@@ -23,6 +23,7 @@ from loralab.rankmap import RankMap
 from loralab.recipe import NAMED, Recipe, recipe
 
 Selection = Literal["held-out", "last", "validation"]
+GenerateMetric = Literal["exact", "json", "rouge"]
 LossOn = Literal["auto", "completion", "assistant", "all"]
 HeldOut = Literal["tenth", "unused"]
 REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
@@ -33,7 +34,7 @@ SOURCE = ("task", "data", "text", "label", "problem_type", "validation", *LEARNE
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "rounds": 1, "max_length": 4, "seed": 0,
     "patience": 0, "checkpoint_every": 0, "eval_every": 0, "max_steps": 1, "weight_decay": 0, "clip": 0, "labels": 1,
-    "layers": 1,
+    "layers": 1, "generate_rows": 1,
 }  # fmt: skip
 MOST = {"seed": 2**32 - 1, "threads": 4096}  # numpy takes no larger seed
 POSITIVE = ("lr", "head_lr", "threads", "train_rows", "validation_rows")  # None or above 0
@@ -164,6 +165,11 @@ class Settings(StepSettings):
     """Report on this many rows of each validation split, drawn in the same way; all by default."""
     from_adapter: Path | None = None
     """Start from the adapter of this folder; its head is used where the labels are the same."""
+    generate_metric: GenerateMetric | None = None
+    """At the end let the selected adapter write answers, and score them: exact (the same text), json (the first JSON in
+    the answer says the same) or rouge (ROUGE-L, needs loralab[rouge])."""
+    generate_rows: int = 100
+    """Most rows of the reported split that are answered for --generate-metric."""
     seed: int = 0
     """Decides the start of head and adapter, the order of the data, and dropout."""
     out: Path | None = None

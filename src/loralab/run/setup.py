@@ -19,9 +19,10 @@ from loralab.fast.block import SAME_ATTENTION
 from loralab.fast.encoders import layers_of
 from loralab.objectives import Encoding, Objective
 from loralab.objectives.templates import template_of
-from loralab.run import policies
+from loralab.run import policies, written
 from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
 from loralab.run.start import begin_from
+from loralab.run.written import Question
 from loralab.targets import ReachNote
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
@@ -42,6 +43,7 @@ class PreparedRun:
     validation: dict[str, Rows]
     notes: tuple[str, ...]
     plan: dict[str, Any] | None = None  # what made the rank map before the run, and what that cost
+    asked: tuple[Question, ...] = ()  # what is to be answered at the end, for --generate-metric
 
     @property
     def objective(self) -> Objective:
@@ -85,6 +87,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
         what = f"attention={settings.attention!r} with speed='auto'"
         notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
+    asked = written.questions(task, reported(task, settings), settings, model, tokenizer)
     objective, train = objectives.of(task), rows["train"]
     labels = objective.names(task)
 
@@ -109,7 +112,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     notes += [] if plan is None else [policies.note(recipe)]
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
-    return PreparedRun(name, *parts, tuple(notes), plan)
+    return PreparedRun(name, *parts, tuple(notes), plan, tuple(asked))
 
 
 def _check_whole(objective: Objective, task: Task, settings: Settings) -> None:
@@ -213,6 +216,11 @@ def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[
     most = settings.validation_rows or (REPORTED_ROWS if settings.reads_validation_once else None)
     reported = {name: sampled(name, split, most) for name, split in task.validation.items()}
     return {"train": sampled("train", train, settings.train_rows), **held, **reported}, notes
+
+
+def reported(task: Task, settings: Settings) -> data.Split:
+    """Return the rows of the split that is reported."""
+    return splits(task, settings)[0][next(iter(task.validation))]
 
 
 def check_length(model: Any, settings: StepSettings) -> None:

@@ -127,6 +127,8 @@ class Pool:
     """Bytes that adapters may take, with what they are lowered to; None sets no limit."""
     fast: bool = True
     """Whether layers run on the fast path where there is one."""
+    heads: bool = True
+    """Whether adapters must bring a head; without, the base's own answers."""
     models: dict[Kind, nn.Module] = field(default_factory=dict)
     loaded: "OrderedDict[Path, LoadedAdapter]" = field(default_factory=OrderedDict)  # the least recently used first
     count: int = 0  # adapters ever loaded
@@ -139,12 +141,17 @@ class Pool:
     @cached_property
     def base_sha256(self) -> str:
         """Hash of the plain base."""
-        return Adapters(self._model(None)).base_sha256
+        return Adapters(self.plain).base_sha256
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model whose base is as it was loaded; outside of `use` it answers without an adapter."""
+        return self._model(None)
 
     @property
     def any_model(self) -> nn.Module:
         """One of the models, made if there is none yet."""
-        return next(iter(self.models.values()), None) or self._model(None)
+        return next(iter(self.models.values()), None) or self.plain
 
     def handle(self, kind: Kind) -> Adapters:
         """Return the adapters of the model of a kind."""
@@ -170,6 +177,26 @@ class Pool:
             raise UserError(f"{folder} takes {adapter.size:,} bytes, more than the budget of {self.budget:,}")
         return None
 
+    def admit_all(
+        self, wanted: Sequence[Path], rank: int | None = None
+    ) -> tuple[dict[Path, LoadedAdapter], list[Path], dict[Path, UserError]]:
+        """Return the wanted adapters that are loaded together, those that have to wait, and those that fail.
+
+        One without the `rank` to evaluate at, where one is given, fails.
+        """
+        admitted: dict[Path, LoadedAdapter] = {}
+        failed: dict[Path, UserError] = {}
+        for place, folder in enumerate(wanted):
+            try:
+                adapter = self.admit(folder, admitted)
+                if adapter is None:
+                    return admitted, list(wanted[place:]), failed
+                with self.handle(adapter.kind).use(adapter.slot, rank=rank):  # raises for a rank it lacks
+                    admitted[folder] = adapter
+            except UserError as error:
+                failed[folder] = error
+        return admitted, [], failed
+
     def drop(self, folder: Path) -> None:
         """Remove an adapter from its model; a model that only it could use goes with it."""
         dropped = self.loaded.pop(folder)
@@ -184,7 +211,7 @@ class Pool:
         return self.models[kind]
 
     def _load(self, file: AdapterFile, folder: Path) -> LoadedAdapter:
-        if not file.heads:
+        if self.heads and not file.heads:
             raise UserError(f"{folder} has no head, so its answers would be those of a random one")
         kind, slot, self.count = _kind(file, folder), f"a{self.count}", self.count + 1
         model = self._model(kind)

@@ -106,26 +106,11 @@ class Predictor:
         """Answer a batch, in as many parts as the budget for adapters asks for."""
         waiting = list(dict.fromkeys(folders[j] for j in batch))
         while waiting:
-            admitted, waiting, failed = self._admitted(waiting)
+            admitted, waiting, failed = self.pool.admit_all(waiting, self.rank)
             yield from ((j, failed[folders[j]]) for j in batch if folders[j] in failed)
             for kind in dict.fromkeys(adapter.kind for adapter in admitted.values()):
                 mine = [j for j in batch if folders[j] in admitted and admitted[folders[j]].kind == kind]
                 yield from zip(mine, self._forward(mine, tokens, [admitted[folders[j]] for j in mine]), strict=True)
-
-    def _admitted(self, wanted: Sequence[Path]) -> tuple[dict[Path, LoadedAdapter], list[Path], dict[Path, UserError]]:
-        """Return the wanted adapters that are loaded together, those that have to wait, and those that fail."""
-        admitted: dict[Path, LoadedAdapter] = {}
-        failed: dict[Path, UserError] = {}
-        for place, folder in enumerate(wanted):
-            try:
-                adapter = self.pool.admit(folder, admitted)
-                if adapter is None:
-                    return admitted, list(wanted[place:]), failed
-                with self.pool.handle(adapter.kind).use(adapter.slot, rank=self.rank):  # raises for a rank it lacks
-                    admitted[folder] = adapter
-            except UserError as error:
-                failed[folder] = error
-        return admitted, [], failed
 
     def _forward(self, mine: Sequence[int], tokens: Rows, adapters: Sequence[LoadedAdapter]) -> Iterator[Answer]:
         handle = self.pool.handle(adapters[0].kind)

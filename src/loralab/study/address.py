@@ -45,6 +45,8 @@ SETTINGS: Frozen = {
     "loss_on": ("loss_on", "auto"),
     "train_rows": ("train_rows", None),
     "validation_rows": ("validation_rows", None),
+    "generate_metric": ("generate_metric", None),
+    "generate_rows": ("generate_rows", 100),
     "seed": ("seed", 0),
     "head_lr": ("head_lr", None),
     "epochs": ("epochs", 3),

@@ -1,0 +1,89 @@
+"""The metric of written answers, `--generate-metric`: taken once, at the end of a run, with the selected adapter."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from loralab import data, objectives
+from loralab.adapters import Adapters
+from loralab.data import Split, Task
+from loralab.data.batches import sorted_batches
+from loralab.errors import UserError
+from loralab.objectives import generation
+from loralab.objectives.generation import Decoding
+from loralab.run.settings import Settings
+
+SPARE = 32  # tokens that an answer may have above the longest right one: what is longer yet is wrong anyway
+
+
+class Question(NamedTuple):
+    """A prompt as tokens, and the right answer."""
+
+    ids: list[int]
+    wanted: str
+
+
+def questions(task: Task, split: Split, settings: Settings, model: Any, tokenizer: Any) -> list[Question]:
+    """Return what is asked at the end of a run: at most `generate_rows` rows of a split, drawn by the data's hash.
+
+    Raises UserError, before anything is trained, for a task whose rows have no answers to write, and for what would
+    fail then: a metric whose package is absent, answers that are no JSON, a prompt that the model cannot take.
+    """
+    metric, of_row = settings.generate_metric, objectives.of(task).asked
+    if metric is None:
+        return []
+    if of_row is None or task.labels is not None:
+        raise UserError(f"--generate-metric {metric}: {task.name} has no answers to write, leave it out")
+    if settings.generate_rows < len(split):
+        split = split.take(data.sample(split, task.sha256, False, settings.generate_rows))
+    made = []
+    for row in split.texts:
+        prompt, wanted = of_row(row)
+        if metric == "json" and not _is_json(wanted):
+            raise UserError(f"--generate-metric json: the answer {wanted[:40]!r} is no JSON: choose exact")
+        made.append(Question(generation.prompt_ids(prompt, tokenizer, task.options.get("template")), wanted))
+    generation.METRICS[metric](made[0].wanted, made[0].wanted)
+    decoding = _decoding(made, tokenizer)
+    for question in made:
+        generation.check_length(question.ids, model, decoding)
+    return made
+
+
+def scores(
+    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, settings: Settings
+) -> dict[str, float]:
+    """Return {metric: its mean over the questions}, answered with an adapter, or by the base (None)."""
+    metric = settings.generate_metric
+    if metric is None:
+        return {}
+    texts = answers(adapters, name, asked, tokenizer, settings.batch_size)
+    worth = [generation.METRICS[metric](text, q.wanted) for text, q in zip(texts, asked, strict=True)]
+    return {metric: sum(worth) / len(worth)}
+
+
+def answers(
+    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, batch_size: int
+) -> list[str]:
+    """Return the answer to each question, greedy, with an adapter or by the base (None)."""
+    found = [""] * len(asked)
+    decoding = _decoding(asked, tokenizer)
+    adapters.model.eval()
+    with adapters.use(name), adapters.caching():
+        for chosen in sorted_batches([len(question.ids) for question in asked], batch_size):
+            texts = generation.answers(adapters.model, tokenizer, [asked[i].ids for i in chosen], decoding)
+            for i, (text,) in zip(chosen, texts, strict=True):
+                found[i] = text
+    return found
+
+
+def _decoding(asked: Sequence[Question], tokenizer: Any) -> Decoding:
+    longest = max(len(tokenizer(question.wanted, verbose=False)["input_ids"]) for question in asked)
+    return Decoding(max_new_tokens=longest + SPARE)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
