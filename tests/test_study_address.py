@@ -111,7 +111,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "rounds": 2, "set": ("stabilized=true",),
     "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
-    "selection": "last", "patience": 3,
+    "selection": "last", "patience": 3, "held_out": "unused",
 }  # fmt: skip
 
 
