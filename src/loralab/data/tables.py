@@ -190,7 +190,7 @@ def _recorded_bytes(metadata: Any, columns: int) -> int:
     What it says of the columns of a row group is not asked: pyarrow ends the process where that is damaged.
     """
     groups = map(metadata.row_group, range(metadata.num_row_groups))
-    return sum(group.total_byte_size for group in groups) + CELL * columns * int(metadata.num_rows)
+    return sum(int(group.total_byte_size) for group in groups) + CELL * columns * int(metadata.num_rows)
 
 
 def _decoded_bytes(array: Any) -> int:

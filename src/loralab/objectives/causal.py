@@ -119,8 +119,8 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {key: t for key, t in batch.items() if key != "labels"}
     labels = batch["labels"][:, 1:]  # (sequences, t - 1): what each token but the last predicts
     learned = labels != IGNORED
-    nll, right = vocabulary.likelihoods(model, inputs, learned, labels[learned])  # (learned tokens,)
-    rows = learned.nonzero()[:, 0]  # (learned tokens,) the sequence of each
+    rows, places = learned.nonzero().unbind(1)  # (learned tokens,)
+    nll, right = vocabulary.likelihoods(model, inputs, (rows, places), labels[rows, places])  # (learned tokens,)
     sums = nll.new_zeros(len(labels)).index_add(0, rows, nll)
     hits = nll.new_zeros(len(labels)).index_add(0, rows, right.to(nll.dtype))
     return torch.stack([sums, learned.sum(1).to(nll.dtype), hits], 1)

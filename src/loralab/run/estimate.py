@@ -181,6 +181,8 @@ class Sizes(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return args[0].dtype is not torch.bool and 1
+        if func is torch.ops.aten.nonzero.default:  # as if all were
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> "Sizes":

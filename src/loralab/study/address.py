@@ -200,10 +200,12 @@ def _data(s: Settings) -> DataIdentity:
     return DataIdentity(task.sha256, len(task.train), here=True)
 
 
-@cache
 def adapter(folder: Path) -> str:
-    """The hash of the files of an adapter that a run starts from."""
-    return checksum(folder)
+    """The hash of the files of an adapter that a run starts from; where it is not there yet its name, to plan with."""
+    return _adapter(folder) if folder.exists() else f"not there: {folder}"
+
+
+_adapter = cache(checksum)
 
 
 @cache

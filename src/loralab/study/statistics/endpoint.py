@@ -28,7 +28,7 @@ def metric_of(run: Run, endpoint: str) -> str:
 def value(run: Run, endpoint: str) -> float | None:
     """The endpoint of a run; None where the run does not have it."""
     name = metric_of(run, endpoint)
-    known = {**run.result["metrics"], **run.result.get("endpoints", {})}
+    known = {**run.result.get("metrics", {}), **run.result.get("endpoints", {})}
     if endpoint == SELECTED or (endpoint == THRESHOLD and name not in THRESHOLDED):
         return run.selected
     if endpoint == THRESHOLD:

@@ -32,6 +32,8 @@ class PlannedFamily:
     seeds: tuple[int, ...]  # of each contrast
     errors_of_seeds: tuple[float, ...]  # of each contrast: its standard error without the luck of the rows
     collapsed: tuple[int, ...]  # of each contrast: runs of method and reference that learned nothing
+    margins: tuple[float, ...]  # of each contrast
+    places: tuple[tuple[str, str | None], ...]  # of each contrast: method, and its task, None for the mean
 
 
 @dataclass
@@ -100,7 +102,8 @@ def _on_the_mean(
         rows.append(sum(p.rows for p in own) / len(own) ** 2)
         collapsed.append(sum(p.collapsed for p in own))
     margins = [margin_of(compare["margin"], endpoint)] * len(methods)
-    return _family(MEAN, model, endpoint, methods, differences, rows, margins, collapsed, compare["alpha"])
+    places = [(method, None) for method in methods]
+    return _family(MEAN, model, endpoint, places, differences, rows, margins, collapsed, compare["alpha"])
 
 
 def _by_task(
@@ -110,21 +113,24 @@ def _by_task(
     endpoint: str,
     compare: Mapping[str, Any],
 ) -> PlannedFamily:
-    places = [(task, method, p) for task, own in pairs.items() for method, p in own.items()]
-    names = [f"{method} on {task}" for task, method, _ in places]
-    differences = [np.array(list(p.differences.values())) for _, _, p in places]
-    margins = [margin_of(compare["margin"], metrics[task]) for task, _, _ in places]
-    rows, collapsed = [p.rows for _, _, p in places], [p.collapsed for _, _, p in places]
-    return _family(BY_TASK, model, endpoint, names, differences, rows, margins, collapsed, compare["alpha"])
+    found = {(method, task): p for task, own in pairs.items() for method, p in own.items()}
+    differences = [np.array(list(p.differences.values())) for p in found.values()]
+    margins = [margin_of(compare["margin"], metrics[task]) for _, task in found]
+    rows, collapsed = [p.rows for p in found.values()], [p.collapsed for p in found.values()]
+    return _family(BY_TASK, model, endpoint, list(found), differences, rows, margins, collapsed, compare["alpha"])
 
 
 def _family(
-    name: str, model: str, endpoint: str, methods: Sequence[str], differences: Sequence[Array], rows: Sequence[float],
-    margins: Sequence[float], collapsed: Sequence[int], alpha: float,
+    name: str, model: str, endpoint: str, places: Sequence[tuple[str, str | None]], differences: Sequence[Array],
+    rows: Sequence[float], margins: Sequence[float], collapsed: Sequence[int], alpha: float,
 ) -> PlannedFamily:  # fmt: skip
-    made = contrasts_of(methods, differences, rows, margins, alpha)
+    names = [method if task is None else f"{method} on {task}" for method, task in places]
+    made = contrasts_of(names, differences, rows, margins, alpha)
     of_seeds = tuple(math.sqrt(max(c.error**2 - own, 0.0)) for c, own in zip(made, rows, strict=True))
-    return PlannedFamily(name, model, endpoint, tuple(made), tuple(map(len, differences)), of_seeds, tuple(collapsed))
+    seeds = tuple(map(len, differences))
+    return PlannedFamily(
+        name, model, endpoint, tuple(made), seeds, of_seeds, tuple(collapsed), tuple(margins), tuple(places)
+    )
 
 
 def contrasts_of(
