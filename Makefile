@@ -26,7 +26,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
+.PHONY: help examples demo test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -40,7 +40,7 @@ test: lint types  ## lint, types, tests
 test-all: test  ## all tests: those that kill workers of Ray, time commands and the like run after the others, alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-reliability: $(VENV)/dev.stamp  ## the long forms of the fault, file, edit and label tests
+reliability: $(VENV)/dev.stamp  ## kills, faults, damaged files, edits, threads, long runs; docs/reliability.md (40 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format; import-linter: imports run down
@@ -57,6 +57,9 @@ format: $(VENV)/dev.stamp  ## let ruff mend what it can
 
 structure: $(VENV)/dev.stamp  ## files by storey, rings, what a run and a load cross; the drawing in docs/architecture.md
 	$(BIN)/python tests/structure.py --svg docs/pictures/storeys.svg
+
+examples: $(VENV)/dev.stamp  ## write the rows of docs/objectives.md and run its commands, in order (it needs ../shared/data/glue for one)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/examples.py docs/objectives.md
 
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py

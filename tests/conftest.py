@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
 import itertools
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from loralab.errors import UserError
 torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
+LONG = "LORALAB_CAMPAIGN" in os.environ  # `make reliability`
+TIMES = int(os.environ.get("LORALAB_CAMPAIGN", "1"))  # how many times its short form a test of the campaign is
 WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "big", "small"]
 
 
@@ -78,6 +81,20 @@ def cut_off(monkeypatch):
     return at
 
 
+@pytest.fixture
+def tally(record_property):
+    """`tally("kills", 9)` counts what a test tried, and what of it failed; reliability.py adds it up over all tests."""
+
+    def count(kind: str, tried: int = 1, failed: int = 0) -> None:
+        counts[kind] += tried
+        counts[f"{kind} failed"] += failed
+
+    counts = Counter()
+    yield count
+    for kind, number in counts.items():
+        record_property(kind, number)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A BERT of a few thousand values with a word tokenizer, as a model folder."""
@@ -121,4 +138,4 @@ def own(tmp_path_factory) -> dict[str, Path]:
 
 # the same examples at each run; a campaign draws others (tests/reliability.py)
 hypothesis.settings.register_profile("repeatable", derandomize=True)
-hypothesis.settings.load_profile("default" if "LORALAB_CAMPAIGN" in os.environ else "repeatable")
+hypothesis.settings.load_profile("default" if LONG else "repeatable")

@@ -2,10 +2,12 @@
 
     python faults.py PLANS.json REPORTS.json
 
-A plan holds `runs` (settings, which share passes if there are several), `fault` (kill, or the name of an errno),
-`points` (how many of all operations to try, 0 for every one) and `twice` (whether the process that goes on is killed
-too). The first process is left alone and counts the operations. For each point a process gets the fault there, then a
-process with the same settings has to come to the same tensors, metrics and results. The report lists what did not.
+A plan holds `runs` (settings, which share passes if there are several) or `study` (the table of a study file) with the
+runner that it goes `on`; `fault` (kill, kill at random, or the name of an errno), `points` (how many of all operations
+to try, 0 for every one) and `twice` (whether the process that goes on is killed too). The first process is left alone
+and counts the operations. For each point a process gets the fault there, or is killed after a random time, then a
+process with the same settings has to come to the same tensors, metrics and results. The report counts the faults that
+came and lists what is not the same.
 """
 
 import errno
@@ -13,9 +15,11 @@ import gc
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,6 +29,10 @@ from loralab import disk
 from loralab.errors import UserError
 from loralab.run import RunInterrupted, Settings, train_together
 from loralab.run.setup import prepare
+from loralab.study.bar import StudyBar
+from loralab.study.run_study import run_study
+from loralab.study.runners import runner
+from loralab.study.toml import define
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
@@ -90,8 +98,8 @@ class Faults:
             raise OSError(code, os.strerror(code))
 
 
-def fork(work) -> int:
-    """The exit code of a child that does some work; negative: it was killed."""
+def fork(work, seconds: float | None = None) -> int:
+    """The exit code of a child that does some work; negative: it was killed, as after `seconds` if it still works."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -103,37 +111,60 @@ def fork(work) -> int:
             code = 1
         sys.stderr.flush()
         os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def child(runs: list[dict], root: Path, fault: str, at: int, notes: Path):
+def child(plan: dict, root: Path, fault: str, at: int, notes: Path):
+    """The work of a process: train, and write how many operations that took and what errors it came to."""
+
     def work() -> int:
         faults = Faults(root, fault, at)
-        many = [Settings(**run, text=("sentence",), out=root / str(i), resume=True) for i, run in enumerate(runs)]
         faults.install()
-        outcomes = train_together(many)
+        errors = study(plan, root) if "study" in plan else runs(plan, root)
         faults.quiet = True
-        errors = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
         told = [f"{type(e).__name__}: {e}" for e in errors]
-        notes.write_text(json.dumps({"operations": faults.done, "errors": told}))
-        unexpected = [e for e in errors if not isinstance(e, RunInterrupted) and "cannot be written" not in str(e)]
+        came = fault not in ("kill", "none") and len(faults.done) >= at
+        notes.write_text(json.dumps({"operations": faults.done, "errors": told, "came": came}))
+        outside = RunInterrupted, OSError
+        unexpected = [e for e in errors if not isinstance(e, outside) and "cannot be written" not in str(e)]
         return 4 if unexpected else USER_ERROR if errors else 0
 
     return work
 
 
+def runs(plan: dict, root: Path) -> list[UserError]:
+    many = [Settings(**run, text=("sentence",), out=root / str(i), resume=True) for i, run in enumerate(plan["runs"])]
+    return [outcome for outcome in train_together(many) if isinstance(outcome, UserError)]
+
+
+def study(plan: dict, root: Path) -> list[Exception]:
+    definition = define({**plan["study"], "store": str(root / "store")}, "study", root)
+    try:
+        done = run_study(definition, root / "study", runner(plan["on"]), StudyBar())
+    except (UserError, OSError) as error:  # the command line shows both as one line
+        return [error]
+    return [UserError(why) for cell in done.cells().values() for why in cell.failed]
+
+
 def state(root: Path) -> dict:
     """All that runs came to, but for time and memory."""
     found = {}
-    for folder in sorted(root.iterdir()):
+    for folder in sorted(file.parent for file in root.rglob("result.json")):
         result = json.loads((folder / "result.json").read_text())
         found[f"{folder.name} result"] = {k: v for k, v in result.items() if k not in ("time", "memory")}
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found[f"{folder.name} metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-        found[f"{folder.name} files"] = sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
         for name in ("adapter/adapter.safetensors", "predictions.safetensors"):
             with safe_open(folder / name, "pt") as file:
                 found[f"{folder.name} {name}"] = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    # the lock that a dead process leaves in a finished run of a study holds nothing, and nobody opens that run again
+    files = [p.relative_to(root) for p in root.rglob("*") if not p.match("store/*/.lock")]
+    found["files"] = sorted(map(str, files))
+    for file in root.glob("study/study.json"):
+        found["planned"] = json.loads(file.read_text())["planned"]
     return found
 
 
@@ -157,9 +188,10 @@ def different(a: dict, b: dict, tolerance: float) -> list[str]:
 def campaign(plan: dict, place: Path) -> dict:
     """The report of a plan; `place` is a folder for its runs."""
     place.mkdir()
-    runs, fault, notes = plan["runs"], plan["fault"], place / "notes.json"
-    whole = place / "whole"
-    assert fork(child(runs, whole, "none", 0, notes)) == 0, "the undisturbed run failed"
+    fault, notes, kills, came = plan["fault"], place / "notes.json", 0, 0
+    whole, started = place / "whole", time.monotonic()
+    assert fork(child(plan, whole, "none", 0, notes)) == 0, "the undisturbed run failed"
+    seconds = time.monotonic() - started
     operations, expected = json.loads(notes.read_text())["operations"], state(whole)
     count = len(operations)
     few = min(plan["points"] or count, count)
@@ -168,31 +200,43 @@ def campaign(plan: dict, place: Path) -> dict:
     for n in tried:
         root = place / f"cut-{n}"
         name = operations[n - 1].replace(str(whole), "")
-        code = fork(child(runs, root, fault, n, notes))
-        if fault == "kill" and code != -signal.SIGKILL:
-            problems.append(f"{n} {name}: exit code {code}, not killed")
-        if fault != "kill":
-            told = json.loads(notes.read_text())["errors"] if code in (USER_ERROR, 4, 0) else []
+        if fault == "kill at random":
+            after = random.uniform(0, seconds)
+            name = f"after {after:.3f} s"
+            kills += fork(child(plan, root, "none", 0, notes), after) == -signal.SIGKILL
+        elif fault == "kill":
+            code = fork(child(plan, root, fault, n, notes))
+            kills += code == -signal.SIGKILL
+            if code != -signal.SIGKILL:
+                problems.append(f"{n} {name}: exit code {code}, not killed")
+        else:
+            code = fork(child(plan, root, fault, n, notes))
+            note = json.loads(notes.read_text())
+            told = note["errors"] if code in (USER_ERROR, 4, 0) else []
+            came += note["came"]
             messages.update(text.replace(str(root), "ROOT") for text in told)
             if code not in (0, USER_ERROR) or any("\n" in text for text in told):
                 problems.append(f"{n} {name}: exit code {code}, {told}")
             if left := [str(path) for path in root.rglob("*.tmp")]:
                 problems.append(f"{n} {name}: {left} left behind")
         if plan.get("twice"):
-            fork(child(runs, root, "kill", 1 + n * 7 % count, notes))
-        code = fork(child(runs, root, "none", 0, notes))
+            kills += fork(child(plan, root, "kill", 1 + n * 7 % count, notes)) == -signal.SIGKILL
+        code = fork(child(plan, root, "none", 0, notes))
         if code != 0:
             problems.append(f"{n} {name}: it does not go on: exit code {code}, {notes.read_text()}")
-        elif wrong := different(state(root), expected, 1e-5 if len(runs) > 1 else 0.0):
+        elif wrong := different(state(root), expected, plan.get("tolerance", 0.0)):
             problems.append(f"{n} {name}: other {', '.join(wrong)}")
         shutil.rmtree(root, ignore_errors=True)
-    return {"operations": operations, "tried": len(tried), "problems": problems, "messages": sorted(messages)}
+    return {
+        "operations": operations, "kills": kills, "faults": came, "problems": problems, "messages": sorted(messages)
+    }  # fmt: skip
 
 
 def main(plans: Path, reports: Path) -> None:
     torch.set_num_threads(1)
     asked = json.loads(plans.read_text())
-    prepare(Settings(**asked[0]["runs"][0], text=("sentence",)))  # imports what every child needs
+    first = next(plan["runs"][0] for plan in asked if "runs" in plan)
+    prepare(Settings(**first, text=("sentence",)))  # imports what every child needs
     gc.collect()
     gc.freeze()  # else each child copies these objects when it collects its own
     made = [campaign(plan, reports.parent / f"plan-{i}") for i, plan in enumerate(asked)]

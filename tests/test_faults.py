@@ -1,6 +1,6 @@
 """What goes wrong from outside: kills, full disks, lost folders, second writers, damaged checkpoints, other data.
 
-LORALAB_CAMPAIGN=N (1 to 8) kills N methods before every single file operation instead of one before a few.
+`make reliability` kills before every file operation, and eight methods, instead of before a few.
 """
 
 import json
@@ -9,13 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import LONG, tiny_model
 from safetensors.torch import load_file
 from test_train import settings, tensors, timeless
 
@@ -26,7 +25,6 @@ from loralab.run import RunInterrupted, Settings, train, train_together
 from loralab.run.folder import RunFolder
 from loralab.run.state import RunState
 
-CAMPAIGN = int(os.environ.get("LORALAB_CAMPAIGN", "0"))
 METHODS = {  # settings with which each trains in six steps
     "lora": {}, "dylora": {"rank": 3}, "dora": {}, "adalora": {}, "qlora": {}, "full": {}, "vera": {}, "delta-lora": {}
 }  # fmt: skip
@@ -66,42 +64,46 @@ def reports(plans, place):
 # ---- at exact file operations ----------------------------------------------------------------------------------------
 
 
-def test_a_run_survives_a_kill_and_a_full_disk_at_any_file_operation(short, tmp_path):
-    """After each the same command comes to the same bits; a full disk is one line that names folder and reason."""
-    few = 0 if CAMPAIGN else 9
-    plans = [{"runs": [short], "fault": "kill", "points": few}, {"runs": [short], "fault": "ENOSPC", "points": few}]
-    for kill, full in [reports(plans, tmp_path)]:
-        assert len(kill["operations"]) > 90
-        assert kill["problems"] == full["problems"] == []
-        assert [t for t in full["messages"] if "No space left on device" not in t or "ROOT/0" not in t] == []
-        assert any("--resume goes on" in text for text in full["messages"])
+def test_runs_and_studies_survive_kills_and_faults_at_file_operations(short, tmp_path, tally):
+    """The same command comes to the same bits; a full disk, say, is one line that names folder and reason.
 
+    Runs that share a pass come to the same within rounding: a resumed one may share its steps with fewer.
+    """
 
-@pytest.mark.skipif(not CAMPAIGN, reason="the long form: set LORALAB_CAMPAIGN to how many methods, 1 to 8")
-def test_every_method_survives_a_kill_at_every_file_operation(short, tmp_path):
-    runs = [{**short, "method": m, "seed": i, **METHODS[m]} for i, m in enumerate(list(METHODS)[:CAMPAIGN])]
-    plans = [{"runs": [run], "fault": "kill", "points": 0, "twice": True} for run in runs]
-    plans += [{"runs": [run], "fault": fault, "points": 20} for run in runs for fault in ("EACCES", "EROFS", "EIO")]
-    plans += [{"runs": [short, {**short, "seed": 1}, {**short, "method": "dora"}], "fault": "kill", "points": 0}]
-    for plan, report in zip(plans, reports(plans, tmp_path), strict=True):
-        assert report["problems"] == [], plan
+    def points(few, more):
+        return more if LONG else few
 
-
-@pytest.mark.skipif(not CAMPAIGN, reason="the long form: set LORALAB_CAMPAIGN")
-def test_a_run_survives_kills_at_random_times(short, tmp_path):
-    flags = ["--epochs", "12", "--text", "sentence", "--resume"]
-    flags += [
-        word for key, value in short.items() if key != "epochs" for word in (f"--{key.replace('_', '-')}", str(value))
+    alone, shared = [short], [short, {**short, "seed": 1}, {**short, "method": "dora"}]
+    data = {"name": "animals", "task": short["task"], "text": "sentence", "label": "label"}
+    protocol = {key: short[key] for key in ("epochs", "batch_size", "max_length", "lr", "checkpoint_every")}
+    study = {"tasks": [data], "models": [short["model"]], "seeds": [0], "protocol": protocol}
+    study["methods"] = ["lora", "head"]
+    one_pass = {"tolerance": 1e-5}
+    plans = [
+        {"runs": alone, "fault": "kill", "points": points(7, 0)},
+        {"runs": alone, "fault": "ENOSPC", "points": points(5, 40)},
+        {"runs": alone, "fault": "kill at random", "points": points(1, 20)},
+        {"runs": shared, "fault": "kill", "points": points(2, 20)} | one_pass,
+        {"study": study, "on": "in-turn", "fault": "kill", "points": points(2, 20)},
+        {"study": study, "on": "in-turn", "fault": "ENOSPC", "points": points(2, 20)},
     ]
-    command = [sys.executable, "-m", "loralab", "train", *flags, "--out"]
-    subprocess.run([*command, "whole"], cwd=tmp_path, check=True, capture_output=True)
-    for _ in range(20 * CAMPAIGN):
-        process = subprocess.Popen([*command, "cut"], cwd=tmp_path, stdout=-3, stderr=-3)
-        time.sleep(random.uniform(3, 15))
-        process.kill()
-        process.wait()
-    subprocess.run([*command, "cut"], cwd=tmp_path, check=True, capture_output=True)
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    if LONG:
+        runs = [[{**short, "method": m, "seed": i, **METHODS[m]}] for i, m in enumerate(METHODS)]
+        plans += [{"study": study, "on": "together", "fault": "kill", "points": 20} | one_pass]
+        plans += [{"study": study, "on": "together", "fault": "EROFS", "points": 10} | one_pass]
+        plans += [{"runs": shared, "fault": "ENOSPC", "points": 10} | one_pass]
+        plans += [{"runs": run, "fault": "kill", "points": 8, "twice": True} for run in runs]
+        plans += [{"runs": run, "fault": "kill at random", "points": 4} for run in runs]
+        plans += [{"runs": run, "fault": f, "points": 2} for run in runs for f in ("EROFS", "EIO")]
+    done = reports(plans, tmp_path)
+    for report in done:
+        tally("kills", report["kills"], len(report["problems"]) if report["kills"] else 0)
+        tally("file faults", report["faults"], len(report["problems"]) if report["faults"] else 0)
+    assert [(plan, report["problems"]) for plan, report in zip(plans, done, strict=True) if report["problems"]] == []
+    full = done[1]
+    assert len(full["operations"]) > 90
+    assert [t for t in full["messages"] if "No space left on device" not in t or "ROOT/0" not in t] == []
+    assert any("--resume goes on" in text for text in full["messages"])
 
 
 def assert_same(a, b):
@@ -123,8 +125,9 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(disk, short, tmp_path, capsys):
+def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(disk, short, tmp_path, capsys, tally):
     place, grow = disk
+    tally("file faults")
     flags = ["train", "--text", "sentence", "--out", str(place / "run"), "--resume"]
     flags += flags_of(short)
     assert main(flags) == 2
@@ -139,8 +142,9 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(di
 
 
 @pytest.mark.parametrize("made_again", [False, True])
-def test_a_folder_that_is_removed_in_the_middle_is_not_made_again(short, tmp_path, monkeypatch, made_again):
+def test_a_folder_that_is_removed_in_the_middle_is_not_made_again(short, tmp_path, monkeypatch, tally, made_again):
     """Nor is anything written to it when it is another process's by then."""
+    tally("file faults")
     s, folder = Settings(**short, text=("sentence",), out=tmp_path / "r", resume=True), tmp_path / "r"
     real = RunState.step
 

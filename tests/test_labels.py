@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import TIMES
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import cli  # noqa: F401  (fixture)
 
@@ -97,9 +98,13 @@ def write(path: Path, column: Sequence[Literal]) -> Path:
     return path
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObject) -> None:
+def many(examples: int) -> settings:
+    return settings(max_examples=examples * TIMES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@many(300)
+@given(draw=st.data())
+def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObject, tally: Callable[..., None]) -> None:
     suffix, other, out = (draw.draw(st.sampled_from([*tables.READERS])) for _ in range(3))
     column = draw.draw(COLUMNS[suffix].filter(lambda column: len({text for text, _ in column}) > 1))
     shown = [text for text, _ in column]
@@ -109,6 +114,7 @@ def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObjec
         folder = Path(name)
         train = write(folder / f"train{suffix}", column)
         more = write(folder / f"more{other}", [(text, text) for text in shown] if other != suffix else column)
+        tally("label files", 3)
         task = objectives.load(str(train), text="a", label="y", validation=more, regression=False)
         assert task.labels is not None
         assert sorted(task.labels) == sorted(set(shown))
@@ -126,7 +132,7 @@ def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObjec
         assert (again.labels, again.train.labels) == (task.labels, task.train.labels)
 
 
-@settings(max_examples=100, deadline=None)
+@many(100)
 @given(st.lists(numerals.filter(lambda x: abs(float(x)) < 1e300), min_size=2), st.data())
 def test_a_regression_reads_the_same_numbers_from_every_format(column: list[str], draw: st.DataObject) -> None:
     scores = [float(text) for text in column]
@@ -217,7 +223,7 @@ def test_classes_are_in_the_order_of_their_numbers() -> None:
 # --- files as they come back ---
 
 
-@settings(max_examples=100, deadline=None)
+@many(100)
 @given(st.lists(numerals, min_size=1), st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))
 def test_numbers_of_a_json_file_come_back_as_they_were_written(column: list[str], out: str) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -226,7 +232,7 @@ def test_numbers_of_a_json_file_come_back_as_they_were_written(column: list[str]
         assert list(map(checks.literal, tables.read_all(Path(name) / f"out{out}")["y"])) == column
 
 
-@settings(max_examples=100, deadline=None)
+@many(100)
 @given(st.lists(texts, min_size=1), st.lists(texts, min_size=1), st.sampled_from([*tables.READERS]))
 def test_texts_come_back_as_they_are(first: list[str], second: list[str], out: str) -> None:
     rows = min(len(first), len(second))

@@ -12,8 +12,9 @@ import pytest
 from scipy import stats
 
 from loralab.data import METRICS
+from loralab.data.counts import COUNTS
 from loralab.study.statistics import MeanEstimate, holm, mcnemar, mean_estimate, resampled, smallest
-from loralab.study.statistics.resample import COUNTS, NUMBERS, RANGES, _drawn, _of_classes, _of_numbers, _weights
+from loralab.study.statistics.resample import NUMBERS, RANGES, _drawn, _of_classes, _of_numbers, _weights
 
 LUCK = 1e-3
 ALPHA = 0.05

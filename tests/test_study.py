@@ -3,11 +3,7 @@
 import dataclasses
 import errno
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +20,6 @@ from loralab.run.estimate import estimate as memory
 from loralab.run.setup import prepare
 from loralab.study import load
 from loralab.study.bar import StudyBar
-from loralab.study.on_ray import cause
 from loralab.study.results import outline
 from loralab.study.run_study import run_study
 from loralab.study.runners import runner
@@ -392,7 +387,7 @@ def test_the_outline_counts_and_guesses_from_what_is_done(tiny, own, here):
     assert guess["peak_bytes"] == max(run.result["memory"]["peak_bytes"] for run in runs)
 
 
-# ---- search and Ray --------------------------------------------------------------------------------------------------
+# ---- search and runners ----------------------------------------------------------------------------------------------
 
 
 def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, here, begun, cut_off):
@@ -416,71 +411,6 @@ def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, h
     count = len(begun)
     carried_out(study(tiny, own, **given))
     assert len(begun) == count  # what was pruned stays pruned, what is finished is read
-
-
-@pytest.fixture
-def killer(monkeypatch):
-    """Kills the first process of each name once a run has a checkpoint; the list says when."""
-    pytest.importorskip("ray", reason="needs loralab[ray]")
-    psutil = pytest.importorskip("psutil")
-    source = str(Path(loop_module.__file__).parents[2])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))))
-    killed = []
-
-    def kill(names):
-        for _ in range(6000):
-            there = psutil.Process().children(recursive=True)
-            found = [next((p for p in there if p.name().startswith(name)), None) for name in names]
-            if list(Path("runs/store").glob("*/checkpoint/progress.json")) and None not in found:
-                for process in found:
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(time.time())
-                return
-            time.sleep(0.01)
-
-    @contextmanager
-    def killing(*names):
-        thread = threading.Thread(target=kill, args=(names,))
-        thread.start()
-        yield killed
-        thread.join()
-
-    return killing
-
-
-LONG = {"seeds": [0], "methods": [{"method": "lora", "epochs": 40}]}
-
-
-@pytest.mark.slow
-def test_a_worker_of_ray_that_is_killed_loses_nothing(tiny, own, here, killer):
-    with killer("ray::_work") as killed:
-        done = carried_out(study(tiny, own, **LONG), on="ray")
-    (cell,) = done.cells().values()
-    (run,) = cell.runs
-    assert killed
-    assert (run.folder / "run.json").stat().st_mtime < killed[0]  # it went on: a run that starts anew writes it again
-    (expected,) = next(iter(carried_out(study(tiny, own, **LONG, store="elsewhere"), "other").cells().values())).runs
-    assert [row["validation"] for row in run.history] == [row["validation"] for row in expected.history]
-    assert run.result["metric"] == expected.result["metric"]
-
-
-@pytest.mark.slow
-def test_when_ray_itself_is_killed_no_run_has_failed_and_the_same_command_goes_on(tiny, own, here, killer):
-    with pytest.raises(UserError, match="Ray itself ended.*same command goes on"), killer("raylet", "ray::_work"):
-        carried_out(study(tiny, own, **LONG), on="ray")
-    assert not list(Path("runs/store").glob("*/failed.json"))
-    (cell,) = carried_out(study(tiny, own, **LONG), on="ray").cells().values()
-    assert len(cell.runs) == 1
-
-
-def test_a_worker_of_ray_tells_its_cause():
-    ray = pytest.importorskip("ray", reason="needs loralab[ray]")
-    task_error = ray.exceptions.RayTaskError("_work", "Traceback ...", KeyError("layer.3"))
-    assert cause(ray, task_error) == "KeyError: 'layer.3'"
-    assert cause(ray, ray.exceptions.RayTaskError("_work", "Traceback ...", UserError("no task"))) == "no task"
-    assert cause(ray, ray.exceptions.OutOfMemoryError("of 16 GB\nmore")).endswith("ran out of memory: of 16 GB")
-    assert "died 6 times" in cause(ray, ray.exceptions.WorkerCrashedError())
-    assert cause(ray, ray.exceptions.RuntimeEnvSetupError("no pip")).startswith("RuntimeEnvSetupError: ")
 
 
 @pytest.mark.parametrize(

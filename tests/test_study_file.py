@@ -42,7 +42,7 @@ VALUES = {  # of every type that TOML has
 }
 WHOLE = {
     "name": "whole", "about": "all that a file can hold", "seeds": [3, 4], "data": "glue", "store": "mine",
-    "adapters": False, "registered": True, "models": ["minilm", "./own"],
+    "adapters": False, "packed": True, "registered": True, "models": ["minilm", "./own"],
     "tasks": ["rte", {"task": "a.csv", "name": "mine", "text": ["x", "y"], "label": "z", "validation": "b.csv",
                       "problem_type": "classification", "epochs": 4}],
     "protocol": {"batch_size": 8, "warmup": 0.1, "schedule": "cosine"},
@@ -50,11 +50,11 @@ WHOLE = {
                          "each": {"wait": [5, 7]}, "tune": {"lr_times": [0.5, 2.0], "dropout": [0.0]}}],
     "tune": {"search": "grid", "trials": 3, "seed": 77, "weight_decay": [0.0, 0.1]},
     "compare": {"alpha": 0.1, "against": "full", "margin": {"accuracy": 0.02, "default": 0.03}, "reference": "full",
-                "family": "by task", "endpoints": ["selected", "accuracy"]},
+                "family": "by task", "endpoints": ["selected", "accuracy"], "sd": 0.02},
 }  # fmt: skip
 ACCEPTED = {  # place -> names of VALUES that are right there; places that are not here take none
     ("name",): {"text"}, ("about",): {"text", "empty text"}, ("seeds",): {"whole numbers"}, ("data",): {"text"},
-    ("store",): {"text"}, ("adapters",): {"truth"}, ("registered",): {"truth"}, ("models",): {"text", "texts"},
+    ("store",): {"text"}, ("adapters",): {"truth"}, ("packed",): {"truth"}, ("registered",): {"truth"}, ("models",): {"text", "texts"},
     ("tasks",): {"text", "texts"}, ("methods",): {"texts"}, ("protocol",): set(), ("tune",): set(), ("compare",): set(),
     ("tasks", 1): {"text"}, ("tasks", 1, "task"): {"text"}, ("tasks", 1, "name"): {"text"},
     ("tasks", 1, "text"): {"text", "empty text", "texts", "empty list"}, ("tasks", 1, "label"): {"text", "empty text"},
@@ -71,7 +71,7 @@ ACCEPTED = {  # place -> names of VALUES that are right there; places that are n
     ("tune", "weight_decay"): {"whole numbers", "numbers"},
     ("compare", "alpha"): {"number"}, ("compare", "against"): set(), ("compare", "reference"): set(),
     ("compare", "family"): set(),
-    ("compare", "endpoints"): set(), ("compare", "margin"): {"whole", "number"},
+    ("compare", "endpoints"): set(), ("compare", "margin"): {"whole", "number"}, ("compare", "sd"): {"whole", "number"},
     ("compare", "margin", "accuracy"): {"whole", "number"}, ("compare", "margin", "default"): {"whole", "number"},
 }  # fmt: skip
 
@@ -102,8 +102,8 @@ def test_the_places_are_all_there_are():
 
 def test_a_file_of_everything_is_read_and_nothing_is_lost(tmp_path):
     d = define(copy.deepcopy(WHOLE), "x", tmp_path)
-    assert (d.name, d.seeds, d.data, str(d.store), d.adapters, d.registered) == (
-        "whole", (3, 4), tmp_path / "glue", "mine", False, True,
+    assert (d.name, d.seeds, d.data, str(d.store), d.adapters, d.packed, d.registered, d.compare.sd) == (
+        "whole", (3, 4), tmp_path / "glue", "mine", False, True, True, 0.02,
     )  # fmt: skip
     assert d.models == ("minilm", str(tmp_path / "own"))
     assert [t.label for t in d.tasks] == ["rte", "mine"]

@@ -6,7 +6,19 @@ from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints the message as one line on stderr and exits with code 2."""
+    """Bad input. The command line prints the message as one line on stderr and exits with code 2.
+
+    What a message quotes from files cannot break the line or steer a terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text on one line: line breaks and tabs become spaces, other characters that do not print their escapes."""
+    shown = (c if c.isprintable() else " " if c in "\n\r\t" else repr(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(shown)
 
 
 def near(word: str, known: Collection[str], cutoff: float = 0.6) -> str | None:

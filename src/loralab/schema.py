@@ -36,6 +36,22 @@ def field_problems(data: Any, fields: Mapping[str, Any], name: str = "", optiona
     return wrong[:MOST]
 
 
+def part_problems(data: Any, fields: Mapping[str, Any], name: str = "", optional: Collection[str] = ()) -> list[str]:
+    """The same for an object that may have more fields; an annotation may be another such table of fields."""
+    if not isinstance(data, dict):
+        return [f"{name}={shown(data)}: expected an object"]
+    start = f"{name}." if name else ""
+    wrong = []
+    for key, expected in fields.items():
+        if key not in data:
+            wrong += [] if key in optional else [f"{start}{key} missing"]
+        elif isinstance(expected, Mapping):
+            wrong += part_problems(data[key], expected, start + key)
+        else:
+            wrong += problems(data[key], expected, start + key)
+    return wrong[:MOST]
+
+
 def fields_of(kind: type) -> dict[str, Any]:
     """Field -> annotation of a dataclass."""
     hints = typing.get_type_hints(kind)

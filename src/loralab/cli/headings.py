@@ -8,13 +8,14 @@ from rich.console import Console, ConsoleOptions
 HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/test_cli.py)
     "Task, data and model": "task tasks data objective text label problem-type validation train-rows rows "
     "validation-rows max-length lengths template loss-on model models",
-    "Method": "method methods set rank alpha targets ranks layers policy keep rounds span dropout lr-ratio store",
+    "Method": "method methods from-adapter set rank alpha targets ranks layers policy keep rounds span dropout "
+    "lr-ratio store",
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
-    "Protocol": "generate-metric generate-rows selection eval-every patience seed",
+    "Protocol": "tune generate-metric generate-rows selection held-out eval-every patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
     "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
     "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
-    "Run": "out resume checkpoint-every dtype dtypes speed attention threads track markdown json",
+    "Run": "out resume checkpoint-every dtype dtypes speed checkpointing attention threads track markdown json",
 }
 MANY = 15  # flags
 

@@ -53,8 +53,20 @@ def _planned(family: PlannedFamily, study: Study) -> None:
 
 
 def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
-    numbers = (f"{s.mean:.3f}", _number(s.sd), _interval(s.low, s.high), str(s.seeds), f"{s.inflation:+.3f}")
+    numbers = (f"{s.mean:.3f}", _number(s.sd), _interval(s.low, s.high), str(s.seeds), _signed(s.inflation))
     return s.method, *numbers, f"{result['counts']['trainable']:,}", str(s.tuning)
+
+
+def _power(found: dict[str, Any]) -> str:
+    """A line of what a family of tests can find."""
+    unit = " standard deviations of a paired difference over seeds" * (found["source"] == "unknown")
+    known = "" if unit else f" (a paired difference over seeds varies by {found['sd']:.3f}, by {found['source']})"
+    digits = 1 if unit else 3
+    return (
+        f"{found['family']}, {Path(found['model']).name}, {found['tests']} tests, {found['seeds']} seeds: can find "
+        f"{found['smallest']:.{digits}f}{unit}, and show equal within {found['margin']:.{digits}f}, "
+        f"each with 80 % power{known}"
+    )
 
 
 def _states(s: Summary) -> None:
@@ -94,6 +106,10 @@ def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
         print(f"note: {note}")
 
 
+def _signed(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:+.3f}"
+
+
 def _number(x: float) -> str:
     return "" if math.isnan(x) else f"{x:.3f}"
 
@@ -110,6 +126,8 @@ def show_outline(outline: dict[str, Any]) -> None:
     table(f"{outline['name']}: the schedule", ("task", "model", "method", "tuning", "runs", "done"), rows, 3)
     shared = f" ({outline['shared']} more are shared)" if outline["shared"] else ""
     print(f"{outline['runs']} runs{shared}, {outline['done']} done")
+    for found in outline["power"]:
+        print(_power(found))
     guess = outline["estimate"]
     if guess["guessed"] or guess["planned"]:
         print(f"left: about {clock(guess['seconds'])} of training; peak memory {size_text(guess['peak_bytes'])}")

@@ -1,32 +1,46 @@
 """`loralab train`: one run."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from accelerate import PartialState
 from cyclopts import Parameter
 
-from loralab.cli.show import Json, as_json, pairs
+from loralab.cli.show import Json, as_json, pairs, table
 from loralab.disk import size_text
 from loralab.run import Settings
 from loralab.run import train as run
 from loralab.run.bar import Bar
+from loralab.run.tune import Tried, metric_of
+from loralab.run.tune import tune as try_rates
+
+TUNE = """Try several learning rates in shared passes, those given or four around the method's own, and take the run
+that held-out rows choose."""
 
 
 def train(
     settings: Annotated[Settings, Parameter(name="*")],
     *,
+    tune: Annotated[tuple[float, ...] | None, Parameter(help=TUNE)] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune one model on one task with one method.
 
     Writes a run folder: run.json, metrics.jsonl, adapter/ and, last, result.json.
     """
+    tried: list[Tried] = []
+    if tune is not None:
+        tried, best = try_rates(settings, tune, Bar())
+        settings = replace(settings, out=best.folder, lr=best.lr, resume=True)  # the run that is finished there
     result = run(settings, Bar())
     if not PartialState().is_main_process:
         return
     if json:
         as_json(result)
     else:
+        if tried:
+            _show_rates(tried, best)
         pairs(f"{result['task']}, {result['model']}, {result['method']}, seed {result['seed']}", summary(result))
         print(f"run folder: {settings.folder}")
 
@@ -38,10 +52,29 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
     chosen = f"epoch {result['selected_epoch']}, by {protocol['selection']}" + " (optimistic)" * protocol["optimistic"]
     return {
         metric["name"]: f"{metric['selected']:.4f}  ({chosen})",
-        "  last epoch": f"{metric['last']:.4f}",
-        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: selected on validation)",
+        **_by_epoch(metric),
         **({"other metrics": others} if others else {}),
         "values that learn": f"{counts['adapter']:,} adapter + {counts['head']:,} head; base {counts['base']:,}",
         "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s",
         "peak memory": f"{size_text(result['memory']['peak_bytes'])} above what the imports take",
     }
+
+
+def _by_epoch(metric: dict[str, Any]) -> dict[str, str]:
+    """Return the lines of the last and the best epoch, where the validation split was read after each."""
+    if metric["best_on_validation"] is None:
+        return {}
+    return {
+        "  last epoch": f"{metric['last']:.4f}",
+        "  best epoch": f"{metric['best_on_validation']:.4f}  (optimistic: selected on validation)",
+    }
+
+
+def _show_rates(tried: Sequence[Tried], best: Tried) -> None:
+    """Print the table of rates with their held-out scores."""
+    rows = [
+        (f"{x.lr:g}", "" if x.held_out is None else f"{x.held_out:.4f}", "chosen" if x is best else x.why or "")
+        for x in tried
+    ]
+    table("learning rates", ("rate", f"held-out {metric_of(best)}", ""), rows)
+    print()

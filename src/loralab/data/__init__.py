@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loralab.data import embedded, glue, records, tables
 from loralab.data.metrics import METRICS, is_constant, score
-from loralab.data.selection import held_out, sample
+from loralab.data.selection import held_out, held_out_unused, sample
 from loralab.data.task import Split, Task, build
 from loralab.errors import UserError, hint
 
@@ -15,6 +15,7 @@ __all__ = [
     "Task",
     "build",
     "held_out",
+    "held_out_unused",
     "is_constant",
     "is_name",
     "load",

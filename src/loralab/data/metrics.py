@@ -96,6 +96,11 @@ def score(metrics: Sequence[str], logits: Array, labels: Sequence[float] | Array
     return {name: METRICS[name](logits, truth) for name in metrics}
 
 
+def is_regression(logits: Array) -> bool:
+    """Tell whether logits (rows, outputs) are scores: a head of classes has two outputs or more."""
+    return bool(logits.shape[1] == 1)
+
+
 def is_constant(logits: Array) -> bool:
     """Tell whether one class is predicted for every row, or one value by a regression: nothing was learned."""
-    return _constant(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1))
+    return _constant(logits[:, 0] if is_regression(logits) else logits.argmax(1))

@@ -16,6 +16,7 @@ from loralab.data.task import Split
 from loralab.errors import UserError
 
 SEED = 20210617  # any fixed number; this is the day LoRA appeared
+UNUSED = 2000  # rows that no run trains on are enough to choose an epoch and a threshold by
 BINS = 10  # quantile bins that stratify a regression
 
 Ints = NDArray[np.int64]
@@ -45,6 +46,20 @@ def held_out(
     seed = (int(sha256[:8], 16) + SEED) % 2**32
     out = _draw(spare, [groups[row] for row in spare], size, seed)
     return sorted(set(range(rows)) - set(out)), out
+
+
+def held_out_unused(
+    split: Split, sha256: str, classification: bool, train_rows: int | None
+) -> tuple[list[int], list[int]]:
+    """Divide rows of which `train_rows` will train: hold out up to UNUSED of the others, at least a tenth of all.
+
+    Returns and raises as `held_out` does.
+    """
+    rows = len(split)
+    unused = 0 if train_rows is None else min(UNUSED, rows - train_rows)
+    if unused <= min(1000, round(rows * 0.1)):
+        return held_out(split, sha256, classification)
+    return held_out(split, sha256, classification, 1.0, unused)
 
 
 def has_strata(split: Split) -> bool:

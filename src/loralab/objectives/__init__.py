@@ -46,6 +46,8 @@ def load(
     """
     path, options = Path(task), dict(options or {})
     row = find(task, objective, bool(text or label))
+    if idle := [f"--{name.replace('_', '-')}" for name in options if name not in row.takes]:
+        raise UserError(f"{', '.join(idle)} with objective {row.name}: it takes none, so leave it out")
     if path.suffix.lower() in tables.READERS:
         columns = (text,) if isinstance(text, str) else tuple(text)
         other = None if validation is None else Path(validation)

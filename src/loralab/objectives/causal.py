@@ -106,7 +106,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         "labels": [piece.labels for piece in flat],
     }
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
-    labels = weights if task.labels is None else torch.tensor([split.labels[i] for i in kept])
+    labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
     notes = (lost,) if len(kept) < len(cut) else ()
     return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes)
 
@@ -119,8 +119,8 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {key: t for key, t in batch.items() if key != "labels"}
     labels = batch["labels"][:, 1:]  # (sequences, t - 1): what each token but the last predicts
     learned = labels != IGNORED
-    nll, right = vocabulary.likelihoods(model, inputs, learned, labels[learned])  # (learned tokens,)
-    rows = learned.nonzero()[:, 0]  # (learned tokens,) the sequence of each
+    rows, places = learned.nonzero().unbind(1)  # (learned tokens,)
+    nll, right = vocabulary.likelihoods(model, inputs, (rows, places), labels[rows, places])  # (learned tokens,)
     sums = nll.new_zeros(len(labels)).index_add(0, rows, nll)
     hits = nll.new_zeros(len(labels)).index_add(0, rows, right.to(nll.dtype))
     return torch.stack([sums, learned.sum(1).to(nll.dtype), hits], 1)
@@ -173,6 +173,7 @@ OBJECTIVE = Objective(
     prepare=vocabulary.prepare,
     names=lambda task: (),
     of=of,
+    takes=("template", "loss_on"),
     asked=asked,
     parts=parts,
 )

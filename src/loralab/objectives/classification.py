@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from loralab.data import Split, Task, own_files, tables
 from loralab.data.batches import Rows, tokenized
+from loralab.data.endpoints import endpoints, threshold_of
 from loralab.data.metrics import is_constant, score
 from loralab.data.own_files import OwnFile
 from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
@@ -112,4 +113,6 @@ OBJECTIVE = Objective(
     collapsed=collapsed,
     answer=answer,
     parts=parts,
+    threshold=threshold_of,
+    endpoints=endpoints,
 )

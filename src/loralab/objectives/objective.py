@@ -67,12 +67,18 @@ class Objective:
     """Whether predictions (rows, ...) are the same for all rows, so that nothing was learned."""
     whole: Callable[[Task], bool] = lambda task: False
     """Whether the loss compares the rows of a step, so that a step cannot be divided."""
+    threshold: Callable[[str, Array, Array], float | None] = lambda metric, predictions, labels: None
+    """Metric, predictions and labels of held-out rows -> the best threshold of a decision, where there is one."""
+    endpoints: Callable[[str, Array, Array, float | None], dict[str, float]] = lambda *rest: {}
+    """Metric, predictions, labels and threshold -> what a comparison may look at beside the metrics."""
     ask: Callable[..., tuple[tuple[Any, ...], Any]] = ask_texts
     """The cells of a row to answer -> the row and a label that stands for none; raises ValueError."""
     answer: Callable[[Task, tuple[Any, ...], Array], dict[str, Any]] | None = None
     """Task, row and its prediction -> the columns of its answer; None where `loralab generate` writes it."""
     parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
     """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
+    takes: tuple[str, ...] = ()
+    """Names of its options."""
     asked: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], str]] | None = None
     """A row -> the prompt that the model answers, and the right answer; None where it writes none. Raises UserError."""
     of: Callable[[Task, Mapping[str, Any]], Task] | None = None

@@ -45,7 +45,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         short := sum(len(ids) > how.max_length for ids in free)
     ) else []  # fmt: skip
     columns = {"input_ids": columns["input_ids"], "attention_mask": columns["attention_mask"], "labels": targets}
-    return Rows(columns, weights, cut, how.max_length, weights=weights, notes=tuple(notes))
+    return Rows(columns, weights.float(), cut, how.max_length, weights=weights, notes=tuple(notes))
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:

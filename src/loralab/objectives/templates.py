@@ -100,7 +100,7 @@ def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> To
     elif MARK in template:
         return _marked(tokenizer, template, messages, loss_on)
     else:
-        spans = _spans(tokenizer, template, messages, whole)
+        spans = _spans(tokenizer, template, messages, whole, ids, places)
     if loss_on == "completion":
         spans = spans[-1:]
     learned = [any(a < end and begin < b for a, b in spans) and end > begin for begin, end in places]
@@ -120,20 +120,28 @@ def _marked(tokenizer: Any, template: str, messages: Any, loss_on: str) -> Token
     return Tokens(ids, [i if take else IGNORED for i, take in zip(ids, mask, strict=True)])
 
 
-def _spans(tokenizer: Any, template: str, messages: list[Any], whole: str) -> list[tuple[int, int]]:
-    """Return where in the text of a chat each assistant turn begins and ends, its end token included."""
+def _spans(
+    tokenizer: Any, template: str, messages: list[Any], whole: str, ids: list[int], places: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return where in the text of a chat each assistant turn begins and ends, its end token included.
+
+    `ids` are the tokens of the text `whole`, and `places` where in it they begin and end.
+    """
     spans = []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, template, messages[:place], prompt=True)
         after = _render(tokenizer, template, messages[: place + 1])
-        if not (whole.startswith(before) and whole.startswith(after.rstrip())):
+        # a template may end a chat with more than a turn; compared as tokens, so that none is cut in two
+        same = len(_shared(list(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), ids))
+        shared = whole[: places[same - 1][1] if same else 0].rstrip()
+        if not whole.startswith(before) or message["content"].strip() not in shared[len(before) :]:
             raise UserError(
                 "the chat template changes earlier messages when later ones come, so the assistant's turns cannot be "
                 "found: train on chats of one turn, mark them in the template with {% generation %}, or --loss-on all"
             )
-        spans.append((len(before), len(after.rstrip())))
+        spans.append((len(before), len(shared)))
     return spans
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Places = tuple[Tensor, Tensor]  # sequence and token of each
+
 PIECE_BYTES = 64e6  # of float32 logits that exist at once
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model's logits are its output layer's
@@ -51,17 +53,17 @@ def _is_plain(model: Any) -> bool:
     return logits is seen["logits"] and hidden.untyped_storage()._cdata == taken.untyped_storage()._cdata
 
 
-def likelihoods(model: Any, inputs: Mapping[str, Tensor], learned: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return (n,) the negative log-likelihood of each wanted token, and (n,) whether it has the largest logit.
 
-    `learned` (sequences, t - 1) says which tokens predict a wanted one (n,). Without gradients only the second is
-    computed; with them it is all False.
+    The token at `at` (n,), (n,) predicts the wanted one (n,). The second is found where no gradient is wanted, else it
+    is all 0.
     """
     head = model.get_output_embeddings()
     if not _PLAIN.get(model) or type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         logits = model(**inputs, use_cache=False).logits  # (sequences, t, vocabulary)
-        return _of_logits(logits[:, :-1][learned], wanted)
-    hidden = model.base_model(**inputs, use_cache=False)[0][:, :-1][learned]  # (n, d)
+        return _of_logits(logits[at], wanted)
+    hidden = model.base_model(**inputs, use_cache=False)[0][at]  # (n, d)
     size = max(1, int(PIECE_BYTES / 4 / len(head.weight)))
     pieces = zip(hidden.split(size), wanted.split(size), strict=True)
     if not torch.is_grad_enabled():

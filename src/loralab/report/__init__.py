@@ -24,6 +24,8 @@ def write(folder: Path | str, out: Path | str | None = None, published: Path | s
     from loralab.report import published as other_work
     from loralab.report.charts import charts
     from loralab.report.findings import findings, read
+    from loralab.report.planned_charts import planned_charts
+    from loralab.report.planned_table import contrasts
     from loralab.report.rank_charts import rank_charts
 
     out = folder / "report" if out is None else Path(out)
@@ -31,10 +33,12 @@ def write(folder: Path | str, out: Path | str | None = None, published: Path | s
     if not found.results:
         raise UserError(f"{folder}: no run of the study is finished, so there is nothing to report yet")
     made = tables.tables(found)
+    if found.planned:
+        made.insert(0, contrasts(found))
     if published is not None:
         names = list(dict.fromkeys(task for task, _ in found.places()))
         made.insert(-1, other_work.table(Path(published), names))  # before the runs
-    pictures = [*charts(found), *rank_charts(found)]
+    pictures = [*planned_charts(found), *charts(found), *rank_charts(found)]
     text = page.render(found, made, pictures)
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)

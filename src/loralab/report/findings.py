@@ -16,8 +16,10 @@ import numpy as np
 from loralab.disk import read_header
 from loralab.errors import UserError
 from loralab.run import Settings
+from loralab.run.records import read_facts, read_result
 from loralab.study import Cell, Comparison, Run, ScheduledRun, Study, Summary, comparisons, load, summaries
 from loralab.study.definition import MARGIN, Compare
+from loralab.study.statistics import PlannedFamily, planned
 
 K = TypeVar("K")
 COMPARE = {"alpha": Compare.alpha, "margin": {"default": MARGIN}, "against": Compare.against}
@@ -59,7 +61,7 @@ def _run(file: Path, folder: Path) -> FoundRun | None:
     result = read_header(file)
     if not {"task", "model", "method", "seed", "metric"} <= result.keys() or not file.with_name("run.json").is_file():
         return None
-    return str(file.parent.relative_to(folder)), result, read_header(file.with_name("run.json"))
+    return str(file.parent.relative_to(folder)), read_result(file.parent), read_facts(file.parent)
 
 
 def _schedule(found: Sequence[FoundRun]) -> tuple[list[ScheduledRun], int]:
@@ -174,6 +176,7 @@ class Findings:
     comparisons: list[Comparison]
     waiting: list[Cell]  # without a finished run
     methods: list[str]  # labels, in the order of the study: the order of colours
+    planned: list[PlannedFamily]  # none where the study plans no contrasts
 
     def places(self) -> dict[tuple[str, str], list[Result]]:
         """(task, model) -> its results."""
@@ -201,7 +204,7 @@ def findings(study: Study) -> Findings:
     reference = study.compare["against"] or next((r for r in REFERENCES if any(k[2] == r for k in cells)), None)
     results = [_result(cells[s.task, s.model, s.method], s, compared, reference) for s in summaries(study)]
     waiting = [cell for cell in cells.values() if not cell.runs]
-    return Findings(study, results, compared, waiting, list(dict.fromkeys(key[2] for key in cells)))
+    return Findings(study, results, compared, waiting, list(dict.fromkeys(key[2] for key in cells)), planned(study))
 
 
 def _result(cell: Cell, summary: Summary, compared: Sequence[Comparison], reference: str | None) -> Result:

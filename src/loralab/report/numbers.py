@@ -10,6 +10,10 @@ NAMES = {
     "f1_macro": "F1, macro",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "auc": "AUC",
+    "auc-or-pearson": "AUC or Pearson",
+    "selected": "own metric",
+    "thresholded": "own metric, at threshold",
 }
 
 

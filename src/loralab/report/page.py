@@ -13,7 +13,10 @@ from loralab.report.findings import Findings
 from loralab.report.style import svg
 from loralab.report.tables import Table, hardware
 
+LEADING = "contrasts"  # the section of charts that comes before any table
 SECTIONS = {  # section of a chart -> its title, and a hint to readers
+    LEADING: ("Differences to the reference", ""),
+    "rates": ("Learning rates that tuning tried", ""),
     "scores": ("Scores and learning curves", ""),
     "costs": (
         "Score against cost",
@@ -59,7 +62,8 @@ def render(f: Findings, tables: Sequence[Table], charts: Sequence[Chart]) -> str
         pictures.setdefault(chart.section, []).append(Picture(chart.title, chart.caption, drawn))
     with_charts = [Section(key, *SECTIONS[key], charts=pictures[key]) for key in SECTIONS if key in pictures]
     first, *rest = [Section(t.name, t.title, t.about, t, foreign=t.foreign) for t in tables]
-    sections = [first, *with_charts, *rest]
+    leading = [section for section in with_charts if section.id == LEADING]  # the answer before its numbers
+    sections = [*leading, first, *(section for section in with_charts if section not in leading), *rest]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_own("page.html"))

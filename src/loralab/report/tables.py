@@ -13,6 +13,7 @@ from loralab.disk import size_text
 from loralab.report import numbers as n
 from loralab.report.findings import Findings, Result
 from loralab.study import Comparison, Run
+from loralab.study.record import number
 
 MARKS = {
     "better": "good", "worse": "bad", "equivalent": "same", "same runs": "same", "indistinguishable": "unsure",
@@ -268,9 +269,9 @@ def runs(f: Findings) -> Table:
         Column("selected", lambda r: n.score(r.selected), lambda r: r.selected),
         Column("epoch", lambda r: str(r.result.get("selected_epoch", n.NONE)),
                lambda r: r.result.get("selected_epoch", 0), "that was selected"),
-        Column("last", lambda r: n.score(r.result["metric"]["last"]), lambda r: r.result["metric"]["last"]),
-        Column("best", lambda r: n.score(r.result["metric"]["best_on_validation"]),
-               lambda r: r.result["metric"]["best_on_validation"], "optimistic: chosen on the reported split"),
+        Column("last", lambda r: n.score(_by_epoch(r, "last")), lambda r: _by_epoch(r, "last")),
+        Column("best", lambda r: n.score(_by_epoch(r, "best_on_validation")),
+               lambda r: _by_epoch(r, "best_on_validation"), "optimistic: chosen on the reported split"),
         Column("training", lambda r: n.duration(r.result["time"]["train_s"]), lambda r: r.result["time"]["train_s"]),
         Column("peak memory", lambda r: size_text(r.result["memory"]["peak_bytes"]),
                lambda r: r.result["memory"]["peak_bytes"]),
@@ -281,6 +282,11 @@ def runs(f: Findings) -> Table:
     finished = [run for r in f.results for run in r.cell.runs]
     notes = ["Every finished run that the results are made of, without those of tuning"]
     return Table("runs", "Runs", columns, finished, _raw_run, notes)
+
+
+def _by_epoch(run: Run, key: str) -> float:
+    """A number that needs the validation split after each epoch; nan where it was read once."""
+    return number(run.result["metric"][key])
 
 
 def warnings_of(run: Run) -> str:

@@ -76,4 +76,5 @@ def epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
     held_out = record["held_out"]
     parts = [f"epoch {record['epoch']}/{epochs}", f"loss {record['train_loss']:.4f}"]
     parts += [f"held-out {metric} {held_out[metric]:.4f}"] if held_out else []
-    return "  ".join([*parts, f"validation {metric} {record['validation'][metric]:.4f}", f"{record['seconds']:.1f} s"])
+    parts += [f"validation {metric} {record['validation'][metric]:.4f}"] if record["validation"] else []
+    return "  ".join([*parts, f"{record['seconds']:.1f} s"])

@@ -23,13 +23,12 @@ from torch.utils.flop_counter import flop_registry
 from loralab import fast, models, objectives
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters
-from loralab.errors import UserError
 from loralab.fast import heap
 from loralab.optimizers import adamw
 from loralab.recipe import Recipe
 from loralab.run.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
 from loralab.run.settings import StepSettings
-from loralab.run.setup import check_length
+from loralab.run.setup import check_length, recompute
 from loralab.run.step import apply_gradients, forward_loss
 from loralab.stores import keep
 
@@ -47,8 +46,6 @@ class EstimateSettings(StepSettings):
     """Outputs of a new head."""
     objective: str = "classification"
     """Kind of task, which decides the model class and the loss."""
-    checkpointing: bool = False
-    """Recompute the activations within a layer in backward (`activation_checkpointing_enable`); plain path only."""
 
     def recipe(self) -> Recipe:
         """Make the recipe as a run begins with it. Raises UserError."""
@@ -151,12 +148,11 @@ class BlankStep:
         )
         setattr(model, HANDLE, handle)
         handle.active.activate("estimate")
-        speed = "off" if settings.checkpointing else settings.speed  # the fast path recomputes nothing
-        choices = fast.enable(model, settings.precision, speed)
+        choices = fast.enable(model, settings.precision, settings.path)
         self.autocast = choices.autocast
         self.heap_kept = any(c.piece == "heap" and c.used for c in choices)
         if settings.checkpointing:
-            _checkpoint(model, settings.model)
+            recompute(model, settings.model)
         self.steps = handle.steps
         self.model = model.train()
         self.activations: dict[str, int] = {}  # by layer
@@ -185,6 +181,8 @@ class Sizes(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return args[0].dtype is not torch.bool and 1
+        if func is torch.ops.aten.nonzero.default:  # as if all were
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> "Sizes":
@@ -228,9 +226,3 @@ class Meter(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.events.append((key, 0))
         self.now -= self.alive.pop(key)
-
-
-def _checkpoint(model: Any, name: str) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"checkpointing: {name} cannot recompute its activations")
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

@@ -31,6 +31,7 @@ from loralab.disk import (
 )
 from loralab.errors import UserError
 from loralab.recipe import OLD_FIELDS
+from loralab.run.records import read_facts, read_result
 from loralab.run.settings import NOT_RESULT, Settings
 
 LOCK, TRACEBACK, FAILED = ".lock", "traceback.txt", "failed.json"
@@ -164,14 +165,14 @@ class RunFolder:
             return
         if not resume:
             raise UserError(f"--out {self.path} holds another run: choose a new folder, or go on with --resume")
-        before = read_json(self.path / "run.json").get("settings", {})
+        before = read_facts(self.path).get("settings", {})
         if keys := changed(before, settings):
             changes = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in keys)
             raise UserError(f"--resume {self.path}: {changes}; a run goes on only with its own settings")
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError if data, base or recipe are not those that the run began with; `facts` as in run.json."""
-        before = read_json(self.path / "run.json")
+        before = read_facts(self.path)
         now = json.loads(json.dumps(dict(facts)))
         rows, rows_now = before.get("data", {}).get("sha256"), now["data"]["sha256"]
         base, base_now = before.get("base_sha256"), now["base_sha256"]
@@ -237,17 +238,17 @@ class RunFolder:
         with self.writing():
             write_tensors(self.path / "predictions.safetensors", predictions)
             write_json(self.result, result)
-        self._clear()
+        self.clear()
 
     def finished(self) -> dict[str, Any] | None:
         """Return the result of a finished run, or None; checkpoints that a killed process left beside it go."""
-        if not self.result.is_file():
-            return None
-        self._clear()
-        return read_json(self.result)
+        self.clear()
+        return read_result(self.path) if self.result.is_file() else None
 
-    def _clear(self) -> None:
-        """Remove what a finished run does not keep."""
+    def clear(self) -> None:
+        """Remove what a finished run does not keep, as a process that was killed at its end left it."""
+        if not self.result.is_file():
+            return
         for folder in self._checkpoints():
             shutil.rmtree(folder, ignore_errors=True)
         for path in (self.path / TRACEBACK, *self.path.glob("*.tmp")):

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
-from loralab.disk import read_json
 from loralab.errors import UserError
 from loralab.objectives import ragged, saved
 from loralab.run import written
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
+from loralab.run.records import read_result
 from loralab.run.result import facts, result_of
 from loralab.run.settings import Settings
-from loralab.run.setup import PreparedRun, prepare_together
+from loralab.run.setup import PreparedRun, prepare_together, recompute
 from loralab.run.sharing import Outputs, forward, passes, with_same_rows
 from loralab.run.state import RunState, failure
 from loralab.run.step import Forward
@@ -84,7 +84,7 @@ def _open(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
     """Lock a folder and return its result if it is finished. Of several processes the first one locks it for all."""
     if _device_state().is_main_process:
         return folder.open(settings.to_json(), settings.resume)
-    return read_json(folder.result) if settings.resume and folder.result.is_file() else None
+    return read_result(folder.path) if settings.resume and folder.result.is_file() else None
 
 
 def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Reporter) -> list[Outcome]:
@@ -119,7 +119,9 @@ class Loop:
         self.adapters, model = runs[0].adapters, runs[0].model
         # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
         AcceleratorState._reset_state()
-        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.speed)
+        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.path)
+        if s.checkpointing:
+            recompute(model, s.model)
         if not self.alone:
             _check_streams(self.choices)
         self.accelerator = _accelerator(runs[0], self.choices.autocast)
@@ -284,7 +286,9 @@ class Loop:
         for states in with_same_rows(due):
             with self._failing(states):
                 held_out = self._predictions(states, states[0].run.held_out)
-                validation = {key: self._predictions(states, rows) for key, rows in states[0].run.validation.items()}
+                once = states[0].settings.reads_validation_once
+                splits = {} if once else states[0].run.validation
+                validation = {key: self._predictions(states, rows) for key, rows in splits.items()}
             for i, state in enumerate(states):
                 if not state.stopped:
                     self._record(state, held_out[i], {key: found[i] for key, found in validation.items()})
@@ -343,9 +347,13 @@ class Loop:
         """Save the adapter of the selected epoch and write the result. Raises RunInterrupted."""
         state.restore_best()
         run, p = state.run, state.progress
+        if state.settings.reads_validation_once:
+            state.report({key: self._predictions([state], rows)[0] for key, rows in run.validation.items()})
+            if self.accelerator.is_main_process:
+                state.folder.write_metrics(p.history)
         layers = state.layers()
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
-        result = result_of(run, vars(p), memory, together=len(self.states), by_rank=self._by_rank(state))
+        result = result_of(run, vars(p), memory, len(self.states), self._by_rank(state), state.endpoints())
         with self.accelerator.autocast():
             found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings)
         result["metrics"] = {**result["metrics"], **found}

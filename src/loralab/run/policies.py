@@ -20,7 +20,6 @@ from loralab import fast, models
 from loralab.adapters import Adapters, attach
 from loralab.data import Split, held_out
 from loralab.data.batches import Rows, collate, epoch_batches, sorted_batches
-from loralab.disk import read_header
 from loralab.errors import UserError
 from loralab.objectives import Objective
 from loralab.optimizers import adamw
@@ -30,6 +29,7 @@ from loralab.ranks.drop import drop_map, importance, shapes
 from loralab.ranks.groups import groups as layer_groups
 from loralab.ranks.spectrum import error_map
 from loralab.recipe import Recipe, from_json
+from loralab.run.records import read_facts
 from loralab.run.settings import Settings
 from loralab.run.step import step
 from loralab.targets import cover
@@ -63,8 +63,8 @@ def with_ranks(work: PolicyInput) -> tuple[Recipe, dict[str, Any] | None]:
     if recipe.policy is None or recipe.ranks is not None:
         return recipe, None
     if s.resume and (s.folder / "run.json").exists():
-        before = read_header(s.folder / "run.json")
-        return from_json(before["recipe"]), before["plan"]
+        before = read_facts(s.folder)
+        return from_json(before.get("recipe") or {}), before.get("plan")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"policy={recipe.policy!r} runs in one process: make the map there, then give every process --ranks"

@@ -44,16 +44,22 @@ def facts(run: PreparedRun) -> dict[str, Any]:
 
 
 def result_of(
-    run: PreparedRun, progress: Mapping[str, Any], memory: Mapping[str, Any], together: int, by_rank: Mapping[str, Any]
+    run: PreparedRun,
+    progress: Mapping[str, Any],
+    memory: Mapping[str, Any],
+    together: int,
+    by_rank: Mapping[str, Any],
+    endpoints: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the content of result.json.
 
-    `progress` holds the fields of state.Progress, `together` is the number of runs over the same model, and `by_rank`
-    the metrics at each rank of a training for many ranks.
+    `progress` holds the fields of state.Progress, `together` is the number of runs over the same model, `by_rank` the
+    metrics at each rank of a training for many ranks, `endpoints` what a comparison may look at beside the metrics.
     """
     s, history = run.settings, progress["history"]
     name = run.task.metrics[0]
-    selected, scores = history[progress["best"]], [record["validation"][name] for record in history]
+    selected, scores = history[progress["best"]], [record["validation"].get(name) for record in history]
+    every = None not in scores  # else the validation split was read once
     seconds = max(progress["seconds"], 1e-9)
     return {
         "task": run.task.name,
@@ -63,10 +69,12 @@ def result_of(
         "metric": {
             "name": name,
             "selected": selected["validation"][name],
+            "held_out": None if selected["held_out"] is None else selected["held_out"][name],
             "last": scores[-1],
-            "best_on_validation": best(name, scores),
+            "best_on_validation": best(name, scores) if every else None,
         },
         "metrics": selected["validation"],
+        "endpoints": dict(endpoints),
         "selected_epoch": selected["epoch"],
         **({"by_rank": dict(by_rank)} if by_rank else {}),
         "counts": run.adapters.counts(run.name),
@@ -81,9 +89,10 @@ def result_of(
         "protocol": {
             "selection": s.selection,
             "optimistic": s.selection == "validation",
+            "rows_held_out": s.held_out if s.selection == "held-out" else "none",
             "train": len(run.train),
             "held_out": len(run.held_out or ()),
-            "start": "pretrained",
+            "start": "pretrained" if s.from_adapter is None else "adapter",
         },
         "notes": list(run.notes),
         "warnings": _warnings(run, selected),

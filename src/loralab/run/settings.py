@@ -25,6 +25,8 @@ from loralab.recipe import NAMED, Recipe, recipe
 Selection = Literal["held-out", "last", "validation"]
 GenerateMetric = Literal["exact", "json", "rouge"]
 LossOn = Literal["auto", "completion", "assistant", "all"]
+HeldOut = Literal["tenth", "unused"]
+REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
 LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
@@ -78,6 +80,8 @@ class StepSettings:
     speed: Speed = "auto"
     """auto: the fast path, as far as machine and model allow it; off: plain transformers; compile: plain transformers
     through torch.compile, for GPUs."""
+    checkpointing: bool = False
+    """Recompute the activations within a layer in backward: less memory, more time, on the plain path only."""
     attention: str | None = None
     """Attention as transformers names it (eager, sdpa, flash_attention_2, ...); its own choice by default."""
 
@@ -104,6 +108,11 @@ class StepSettings:
     def of(self, key: str) -> Any:
         """Return the value of a setting by its name."""
         return getattr(self, key)
+
+    @property
+    def path(self) -> Speed:
+        """The speed that is used: the fast path recomputes nothing."""
+        return "off" if self.checkpointing else self.speed
 
     def recipe(self) -> Recipe:
         """Make the recipe of the method with the flags and --set.
@@ -154,6 +163,8 @@ class Settings(StepSettings):
     """Train on this many rows, drawn by the data's hash and stratified by label; all by default."""
     validation_rows: int | None = None
     """Report on this many rows of each validation split, drawn in the same way; all by default."""
+    from_adapter: Path | None = None
+    """Start from the adapter of this folder; its head is used where the labels are the same."""
     generate_metric: GenerateMetric | None = None
     """At the end let the selected adapter write answers, and score them: exact (the same text), json (the first JSON in
     the answer says the same) or rouge (ROUGE-L, needs loralab[rouge])."""
@@ -193,6 +204,9 @@ class Settings(StepSettings):
     """Largest norm of the gradient; 0 turns clipping off."""
     selection: Selection = "held-out"
     """How the epoch is chosen: by a held-out tenth of train, the last one, or (optimistic) by the validation split."""
+    held_out: HeldOut = "tenth"
+    """Which rows are held out: a tenth of train, at most 1,000; or unused: up to 2,000 that --train-rows leaves out,
+    and the validation split is read once, at the selected epoch, on at most 5,000 rows."""
     patience: int = 0
     """Stop after this many epochs without a better score; 0 runs all epochs."""
     threads: int | None = None
@@ -215,6 +229,10 @@ class Settings(StepSettings):
             wrong.append(f"span={self.span} with policy={self.policy!r}: expected 2 or more layers")
         if self.max_time is not None and seconds(self.max_time) is None:
             wrong.append(f"max_time={self.max_time}: expected a time above 0 as 90s, 15m or 2h")
+        if self.held_out == "unused" and self.selection != "held-out":
+            wrong.append(
+                f"held_out='unused' with selection={self.selection!r}: only selection='held-out' holds rows out"
+            )
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
         return wrong + [text for key, text in self.idle().items() if key not in NOTED]
@@ -243,6 +261,11 @@ class Settings(StepSettings):
         """Return the optimizer steps of the whole run on that many training rows."""
         whole = self.epochs * -(-rows // self.batch_size)
         return whole if self.max_steps is None else min(whole, self.max_steps)
+
+    @property
+    def reads_validation_once(self) -> bool:
+        """Whether the validation split is read at the selected epoch only."""
+        return self.held_out == "unused"
 
     @property
     def folder(self) -> Path:

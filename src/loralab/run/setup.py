@@ -20,7 +20,8 @@ from loralab.fast.encoders import layers_of
 from loralab.objectives import Encoding, Objective
 from loralab.objectives.templates import template_of
 from loralab.run import policies, written
-from loralab.run.settings import SOURCE, Settings, StepSettings
+from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
+from loralab.run.start import begin_from
 from loralab.run.written import Question
 from loralab.targets import ReachNote
 
@@ -106,6 +107,8 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
         shared = attach(model, recipe, name=name, batches=start_batches(), **options)
     else:
         shared.add(name, recipe, heads_of=model if objective.new_head else None, batches=start_batches(), **options)
+    if settings.from_adapter is not None:
+        notes.append(begin_from(shared, name, settings.from_adapter))
     notes += [] if plan is None else [policies.note(recipe)]
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
@@ -157,7 +160,14 @@ def _rows(
 ) -> tuple[dict[str, Rows], list[str]]:
     """Return (tokenized rows of each split, notes)."""
     check_length(model, settings)
-    key = (id(task), settings.selection, settings.max_length, settings.train_rows, settings.validation_rows)
+    key = (
+        id(task),
+        settings.selection,
+        settings.held_out,
+        settings.max_length,
+        settings.train_rows,
+        settings.validation_rows,
+    )
     if key not in cache:
         texts, sizes = splits(task, settings)
         encode = objectives.of(task).encode
@@ -196,11 +206,15 @@ def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[
     held: dict[str, data.Split] = {}
     train = task.train
     if settings.selection == "held-out":
-        kept, out = data.held_out(train, task.sha256, task.labels is not None)
+        if settings.held_out == "unused":
+            kept, out = data.held_out_unused(train, task.sha256, task.labels is not None, settings.train_rows)
+        else:
+            kept, out = data.held_out(train, task.sha256, task.labels is not None)
         train, held = train.take(kept), {"held-out": train.take(out)}
     elif settings.selection == "validation":
         notes.append("validation: chosen on the reported split, so results are optimistic")
-    reported = {name: sampled(name, split, settings.validation_rows) for name, split in task.validation.items()}
+    most = settings.validation_rows or (REPORTED_ROWS if settings.reads_validation_once else None)
+    reported = {name: sampled(name, split, most) for name, split in task.validation.items()}
     return {"train": sampled("train", train, settings.train_rows), **held, **reported}, notes
 
 
@@ -221,3 +235,10 @@ def _start_batches(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[d
     batches = epoch_batches(rows.lengths, settings.batch_size, settings.seed, 0)
     for chosen in batches[: math.ceil(START_ROWS / settings.batch_size)]:
         yield collate(rows, chosen, tokenizer, torch.device("cpu"))
+
+
+def recompute(model: Any, name: str) -> None:
+    """Let a model recompute the activations of its layers in backward. Raises UserError where it cannot."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"checkpointing: {name} cannot recompute its activations")
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

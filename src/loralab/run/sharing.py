@@ -63,6 +63,8 @@ def alone(settings: Settings) -> str | None:
         return f"{settings.method} adds no low-rank products, so its layers take the plain path"
     if r.dropout:
         return f"dropout={r.dropout} on the adapter's input has no stream of its own"
+    if settings.checkpointing:
+        return "its activations are recomputed, which only the plain path does"
     if settings.speed != "auto":
         return f"speed is {settings.speed}"
     if settings.track:

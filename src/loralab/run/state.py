@@ -1,7 +1,7 @@
 """The state of one run while it trains: optimizer, schedule, progress and best epoch so far; and its checkpoints."""
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,12 +169,11 @@ class RunState:
             else run.objective.score(run.task, held_out, run.held_out.labels.numpy()),
             "validation": self.scores(validation),
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
+            "one_class": self._one_class(list(validation.values()) or [held_out]),
         }
-        predictions: dict[str, Tensor] = {}
-        for key, rows in run.validation.items():
-            found = validation[key]  # (rows, ...)
-            predictions |= {f"{key}/logits": torch.from_numpy(found), f"{key}/labels": rows.labels}
-            record["one_class"] = run.objective.collapsed(found)
+        if run.held_out is not None:
+            threshold = run.objective.threshold(run.task.metrics[0], held_out, run.held_out.labels.numpy())
+            record |= {} if threshold is None else {"threshold": threshold}
         p.history.append(record)
         p.loss, p.weight = 0.0, 0
         if self.ends_epoch:
@@ -183,13 +182,38 @@ class RunState:
         if p.best < 0 or better(metric, self._selecting(-1), self._selecting(p.best)) or s.selection == "last":
             p.best = len(p.history) - 1
             self.best = {key: t.detach().clone() for key, t in self.tensors().items()}
-            self.predictions = predictions
+            self.predictions = self._predictions(validation)
         return record
+
+    def report(self, validation: Mapping[str, Any]) -> None:
+        """Record the predictions (rows, ...) of the validation splits, which the selected epoch alone has."""
+        record = self.progress.history[self.progress.best]
+        record |= {"validation": self.scores(validation), "one_class": self._one_class(list(validation.values()))}
+        self.predictions = self._predictions(validation)
+
+    def _one_class(self, predictions: Sequence[Any]) -> bool:
+        """Tell whether the last of these splits has one class predicted for every row."""
+        return self.run.objective.collapsed(predictions[-1])
+
+    def _predictions(self, validation: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {
+            f"{key}/{what}": tensor
+            for key, logits in validation.items()
+            for what, tensor in (("logits", torch.from_numpy(logits)), ("labels", self.run.validation[key].labels))
+        }
+
+    def endpoints(self) -> dict[str, float]:
+        """Return what a comparison may look at beside the metrics: of the reported split, at the selected epoch."""
+        split, metric = next(iter(self.run.validation)), self.run.task.metrics[0]
+        logits, labels = (self.predictions[f"{split}/{what}"].numpy() for what in ("logits", "labels"))
+        threshold = self.progress.history[self.progress.best].get("threshold")
+        return self.run.objective.endpoints(metric, logits, labels, threshold)
 
     def scores(self, validation: Mapping[str, Any]) -> dict[str, float]:
         """Return every metric from the predictions (rows, ...) of each split; those of the first under their names."""
         found: dict[str, float] = {}
-        for i, (key, rows) in enumerate(self.run.validation.items()):
+        for i, key in enumerate(validation):
+            rows = self.run.validation[key]
             scores = self.run.objective.score(self.run.task, validation[key], rows.labels.numpy())
             found |= {name if i == 0 else f"{key}/{name}": value for name, value in scores.items()}
         return found

@@ -26,11 +26,12 @@ from loralab.recipe import FACTORS, Recipe, to_json
 from loralab.run import Settings
 from loralab.run.settings import LEARNED, NOT_RESULT, SOURCE
 from loralab.run.setup import objective_of, task_of
+from loralab.run.start import checksum
 
 VERSION = 1  # of the rule that makes addresses
 LENGTH = 16  # hex digits: two of a million runs meet with a chance of 3e-8
 IN_RECIPE = {"method", "rank", "alpha", "lr", "lr_ratio", "dropout", "ranks", "policy", "store", "set"}
-IN_HASHES = {*SOURCE, "model"} - {*LEARNED}
+IN_HASHES = {*SOURCE, "model", "from_adapter"} - {*LEARNED}
 HUB = "hub "  # before the name of a model that is still there, in the place of its hash
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
@@ -57,6 +58,7 @@ SETTINGS: Frozen = {
     "span": ("span", None),
     "dtype": ("dtype", "float32"),  # what it is on the machine, not `auto`
     "speed": ("speed", "auto"),
+    "checkpointing": ("checkpointing", False),
     "attention": ("attention", None),
     "weight_decay": ("weight_decay", 0.01),
     "schedule": ("schedule", "linear"),
@@ -67,6 +69,7 @@ SETTINGS: Frozen = {
     "max_steps": ("max_steps", None),
     "max_time": ("max_time", None),
     "eval_every": ("eval_every", 0),
+    "held_out": ("held_out", "tenth"),
 }
 RECIPE: Frozen = {
     "start": ("start", "kaiming"),
@@ -142,6 +145,7 @@ def content(settings: Settings) -> dict[str, Any]:
         "recipe": _recipe(recipe),
         "data": data(settings).sha256,
         "base": base(settings.model),
+        **({} if settings.from_adapter is None else {"from_adapter": adapter(settings.from_adapter)}),
     }
 
 
@@ -194,6 +198,14 @@ def _data(s: Settings) -> DataIdentity:
         return DataIdentity(f"{glue.HUB} {name}", glue.TABLE[name].official["train"], here=False)
     task = task_of(s)
     return DataIdentity(task.sha256, len(task.train), here=True)
+
+
+def adapter(folder: Path) -> str:
+    """The hash of the files of an adapter that a run starts from; where it is not there yet its name, to plan with."""
+    return _adapter(folder) if folder.exists() else f"not there: {folder}"
+
+
+_adapter = cache(checksum)
 
 
 @cache

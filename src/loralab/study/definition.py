@@ -9,6 +9,7 @@ from typing import Any, Literal
 from loralab import options
 from loralab.run import Settings
 
+KEPT = 3  # rates that halving takes to its second seed
 RELATIVE = "lr_times"  # in a grid: the method's own learning rate times this
 MARGIN = 0.01  # a difference nobody would change method for, on GLUE's scale of 0 to 1
 OF_RUN = frozenset(f.name for f in fields(Settings))  # every other setting belongs to a method
@@ -34,9 +35,14 @@ class StudyMethod:
 @dataclass(frozen=True)
 class Tune:
     grid: Mapping[str, Any] = field(default_factory=dict)  # setting -> values, or a range {low, high, log} for optuna
-    search: Literal["grid", "optuna"] = "grid"
+    search: Literal["grid", "optuna", "halving"] = "grid"
     trials: int = 8  # of optuna, for each method
     seed: int = 1000  # of tuning runs: no reported run has it, so none was chosen by its own luck
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of tuning runs, one a rung of halving."""
+        return (self.seed, self.seed + 1) if self.search == "halving" else (self.seed,)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Compare:
     against: str | None = None  # a label: each method against it; None: every two methods
     reference: str | None = None  # a label: the planned contrasts are those of each method with it; None plans none
     family: Literal["mean of tasks", "by task"] = "mean of tasks"  # the first family of planned contrasts
-    endpoints: tuple[str, ...] = ("selected",)  # of planned contrasts: the task's own metric, or metrics by name
+    endpoints: tuple[str, ...] = ("selected",)  # of planned contrasts: the task's own metric, or others by name
+    sd: float | None = None  # of a paired difference over seeds, as expected before the first run: for a dry run
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Definition:
     about: str = ""
     data: Path | None = None
     store: Path = Path("runs/store")
+    packed: bool = False  # true: predictions of reported runs in one file of the study, of tuning runs none
     adapters: bool = True  # false: the weights of a finished run are removed, its numbers stay
     registered: bool = False  # true: the study folder refuses another question
     protocol: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +82,10 @@ class Definition:
         grid = self.grid(method)
         if not grid:
             return 0
-        return self.tune.trials if self.tune.search == "optuna" else len(grid_points(grid))
+        if self.tune.search == "optuna":
+            return self.tune.trials
+        points = len(grid_points(grid))
+        return points + min(KEPT, points) if self.tune.search == "halving" else points
 
     def settings(
         self, task: StudyTask, model: str, method: StudyMethod, seed: int, tried: Mapping[str, Any]
@@ -91,3 +102,12 @@ class Definition:
 def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every point of a grid; none for an empty one."""
     return [dict(zip(grid, point, strict=True)) for point in product(*grid.values())] if grid else []
+
+
+def halving_problem(grid: Mapping[str, Any]) -> str | None:
+    """Why halving cannot search a grid, or None: it needs an order to say which value is at the edge."""
+    values = next(iter(grid.values()))
+    numbers = isinstance(values, list) and all(type(x) in (int, float) and x > 0 for x in values)
+    if len(grid) == 1 and numbers and len(values) >= KEPT:
+        return None
+    return f"takes one setting with {KEPT} or more numbers above 0, as lr_times = [0.1, 0.3, 1, 3, 10, 30]"

@@ -25,7 +25,7 @@ from loralab.study.record import Key, Run
 SAMPLE = 1000  # training rows whose lengths stand for all
 REACHED = 0.5  # of the rate of a large product, by a step; docs/benchmarks.md has 0.43 to 0.76
 EVALUATION = 0.5  # of the products of a step on the same rows, by evaluating them
-OF_ROWS = (*SOURCE, "model", "selection", "max_length", "batch_size", "train_rows", "validation_rows")
+OF_ROWS = (*SOURCE, "model", "selection", "held_out", "max_length", "batch_size", "train_rows", "validation_rows")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class EpochRows:
 
     objective: str
     train: int
-    evaluated: int
+    evaluated: int  # after each epoch
+    once: int  # at the end alone
     labels: int  # outputs of the head
     mean: float  # tokens that batches are padded to
     widest: int
@@ -97,7 +98,7 @@ def estimate_run(s: Settings) -> RunEstimate | None:
     except UserError:
         return None
     a_row = found.products / batch * rows.mean / rows.widest  # products are nearly linear in the length
-    operations = s.epochs * a_row * (rows.train + EVALUATION * rows.evaluated)
+    operations = a_row * (s.epochs * (rows.train + EVALUATION * rows.evaluated) + EVALUATION * rows.once)
     return RunEstimate(operations / (REACHED * _rate(s.precision)), found.peak)
 
 
@@ -113,5 +114,9 @@ def _rows(s: Settings) -> EpochRows:
         some = train.take(data.sample(train, task.sha256, task.labels is not None, SAMPLE))
     tokens = objectives.of(task).encode(task, some, models.tokenizer(s.model), Encoding(s.max_length, train=True))
     widths = [width(tokens, chosen) for chosen in epoch_batches(tokens.lengths, s.batch_size, 0, 0)]
-    evaluated = sum(len(split) for name, split in found.items() if name != "train")
-    return EpochRows(task.objective, len(train), evaluated, task.num_outputs, sum(widths) / len(widths), max(widths))
+    held_out = len(found.get("held-out", ()))
+    reported = sum(len(found[name]) for name in task.validation)
+    evaluated, once = (held_out, reported) if s.reads_validation_once else (held_out + reported, 0)
+    return EpochRows(
+        task.objective, len(train), evaluated, once, task.num_outputs, sum(widths) / len(widths), max(widths)
+    )

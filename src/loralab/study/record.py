@@ -1,12 +1,13 @@
 """A study as it lies on disk: study.json names every scheduled run, and the runs lie in a store by their address.
 
 STUDY/study.json            name, definition, scheduled runs (under the key "planned")
+STUDY/predictions.safetensors.gz   of its reported runs, if it packs them
 STORE/ADDRESS/              a run folder; STORE is runs/store unless the study says otherwise
 """
 
-import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from loralab.disk import read_header, read_tensors
 from loralab.errors import UserError
 from loralab.run.folder import FAILED
+from loralab.run.records import predictions_of, read_facts, read_history, read_result
+from loralab.schema import MOST, part_problems, problems
+from loralab.study.packed import PREDICTIONS, Packed
 
 Array = NDArray[Any]
 Key = tuple[str, str, str]  # task, model, label of the method
@@ -35,10 +39,22 @@ class ScheduledRun:
     settings: Mapping[str, Any] | None  # flags of `loralab train`; None while tuning has not chosen them
     address: str | None  # None as long as the settings are
     tried: Mapping[str, Any]  # what tuning varies, and its value in this run
+    rung: str | None = None  # of halving: 1, 2, or extension
 
     @property
     def key(self) -> Key:
         return self.task, self.model, self.method
+
+
+STUDY = {  # fields of study.json
+    "name": str, "about": str, "store": str, "definition": dict[str, Any], "notes": list[str], "question": str | None,
+    "compare": {"alpha": float, "margin": {"default": float}, "against": str | None},
+    "planned": list[Any],
+}  # fmt: skip
+SCHEDULED = {  # fields of a run in it
+    "task": str, "model": str, "method": str, "seed": int, "role": Role, "settings": dict[str, Any] | None,
+    "address": str | None, "tried": dict[str, Any],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Run:
     result: dict[str, Any]  # result.json
     history: list[dict[str, Any]]  # metrics.jsonl, a row an epoch
     facts: dict[str, Any]  # run.json
+    packed: Packed | None = None  # where a study keeps the predictions of its runs in one file
 
     @property
     def seed(self) -> int:
@@ -69,20 +86,29 @@ class Run:
 
     @property
     def inflation(self) -> float:
-        """What choosing the epoch on the reported split would have added."""
-        return float(self.result["metric"]["best_on_validation"]) - self.selected
+        """What choosing the epoch on the reported split would have added; nan where it was read once."""
+        return number(self.result["metric"]["best_on_validation"]) - self.selected
 
     @cached_property
     def predictions(self) -> dict[str, Predictions] | None:
         """By validation split, the reported one first; None where a run did not keep them."""
-        file = self.folder / "predictions.safetensors"
-        if not file.is_file():
+        file = self.folder / PREDICTIONS
+        if file.is_file():
+            tensors = read_tensors(file)
+        elif self.packed is not None:
+            tensors = self.packed.of(str(self.scheduled.address))
+        else:
             return None
-        tensors = read_tensors(file)
-        found = {key.rpartition("/")[0] for key in tensors}
+        if not (found := predictions_of(tensors, file)):
+            return None
         first = next(iter(found)) if len(found) == 1 else "validation_matched"  # MNLI alone has two
         order = sorted(found, key=lambda split: (split != first, split))
-        return {split: Predictions(*(tensors[f"{split}/{k}"].numpy() for k in ("logits", "labels"))) for split in order}
+        return {split: Predictions(*(t.numpy() for t in found[split])) for split in order}
+
+    @property
+    def reported(self) -> Predictions | None:
+        """The predictions of the split that is reported."""
+        return next(iter(self.predictions.values())) if self.predictions else None
 
 
 @dataclass(frozen=True)
@@ -93,6 +119,7 @@ class Cell:
     runs: tuple[Run, ...]  # finished final runs, by seed
     tuning: tuple[Run, ...]  # finished tuning runs
     trials: int  # tuning runs begun: finished, failed or pruned
+    tuning_collapsed: int  # of the finished ones: those that predict one class for every row
     pending: int  # final runs that are planned, not finished and not failed
     failed: tuple[str, ...]  # why the failed ones did
 
@@ -127,7 +154,13 @@ class Study:
 
     def run(self, scheduled: ScheduledRun) -> Run | None:
         """The finished run, or None."""
-        return read_run(self.store, scheduled)
+        run = read_run(self.store, scheduled)
+        return None if run is None else replace(run, packed=self.packed)
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """The predictions that the study keeps in one file, if it does."""
+        return Packed.read(self.folder)
 
     def cells(self) -> dict[Key, Cell]:
         """By (task, model, label), in the order of the study."""
@@ -143,7 +176,19 @@ class Study:
         tuning = [run for s in own if s.role == "tune" and (run := self.run(s))]
         trials = sum(s.address is not None and (self.store / s.address).is_dir() for s in own if s.role == "tune")
         pending = len(final) - len(runs) - len(failed)
-        return Cell(key, tuple(sorted(runs, key=lambda run: run.seed)), tuple(tuning), trials, pending, tuple(failed))
+        collapsed = sum(map(collapses, tuning))
+        by_seed = tuple(sorted(runs, key=lambda run: run.seed))
+        return Cell(key, by_seed, tuple(tuning), trials, collapsed, pending, tuple(failed))
+
+
+def number(value: float | None) -> float:
+    """A number of a result; nan for one that is not known."""
+    return math.nan if value is None else float(value)
+
+
+def collapses(run: Run) -> bool:
+    """Whether a run predicts one class for every row: it learned nothing."""
+    return bool(run.result["warnings"])
 
 
 def read_run(store: Path, scheduled: ScheduledRun) -> Run | None:
@@ -151,14 +196,7 @@ def read_run(store: Path, scheduled: ScheduledRun) -> Run | None:
     if scheduled.address is None or not (store / scheduled.address / "result.json").is_file():
         return None
     folder = store / scheduled.address
-    result, facts = read_header(folder / "result.json"), read_header(folder / "run.json")
-    return Run(scheduled, folder, result, history(folder), facts)
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    """The epochs of a run, finished or not."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return Run(scheduled, folder, read_result(folder), read_history(folder), read_facts(folder))
 
 
 def failure(store: Path, scheduled: ScheduledRun) -> str | None:
@@ -183,6 +221,13 @@ def load(folder: Path | str) -> Study:
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder} holds no study.json: expected the --out of a `loralab study`")
     data = read_header(folder / "study.json")
+    wrong = part_problems(data, STUDY, optional=("question",)) or problems(
+        data["compare"]["margin"], dict[str, float], "compare.margin"
+    )
+    for place, entry in enumerate(data["planned"] if not wrong else ()):
+        wrong += part_problems(entry, SCHEDULED, f"planned[{place}]")
+    if wrong:
+        raise UserError(f"{folder / 'study.json'} is damaged or of another version: {'; '.join(wrong[:MOST])}")
     try:
         schedule = tuple(ScheduledRun(**entry) for entry in data.pop("planned"))
         notes = tuple(data.pop("notes"))

@@ -8,6 +8,7 @@ from typing import Any
 from loralab.run import Settings
 from loralab.study.definition import Definition
 from loralab.study.estimate import estimate
+from loralab.study.power import power
 from loralab.study.record import Key, ScheduledRun, Study, done, read_run
 from loralab.study.schedule import cells
 from loralab.study.statistics import PlannedFamily, comparisons, planned, summaries
@@ -27,8 +28,11 @@ def as_data(study: Study) -> dict[str, Any]:
 
 
 def _family(family: PlannedFamily) -> dict[str, Any]:
-    rows = zip(family.contrasts, family.seeds, family.collapsed, strict=True)
-    contrasts = [_plain(dataclasses.asdict(c)) | {"seeds": seeds, "collapsed": lost} for c, seeds, lost in rows]
+    rows = zip(family.contrasts, family.seeds, family.errors_of_seeds, family.collapsed, strict=True)
+    contrasts = [
+        _plain(dataclasses.asdict(c) | {"error_of_seeds": of_seeds}) | {"seeds": seeds, "collapsed": lost}
+        for c, seeds, of_seeds, lost in rows
+    ]
     return {"name": family.name, "model": family.model, "endpoint": family.endpoint, "contrasts": contrasts}
 
 
@@ -53,6 +57,7 @@ def outline(definition: Definition, scheduled: Sequence[ScheduledRun]) -> dict[s
         "done": len(unique) - len(left),
         "shared": len(scheduled) - len(unique),
         "cells": [dict(zip(("task", "model", "method"), key, strict=True)) | row for key, row in rows.items()],
+        "power": [dataclasses.asdict(found) for found in power(definition, finished)],
         "estimate": dataclasses.asdict(estimate([(s.key, usual[s.key]) for s in left], finished)),
     }
 

@@ -14,10 +14,11 @@ from typing import Any
 from loralab.disk import check_output_folder, read_header, write_json
 from loralab.errors import UserError
 from loralab.run import Settings
-from loralab.run.folder import FAILED
+from loralab.run.folder import FAILED, RunFolder
 from loralab.study.address import data
 from loralab.study.bar import StudyBar
 from loralab.study.definition import Definition
+from loralab.study.packed import pack
 from loralab.study.record import Role, ScheduledRun, Study, done, failure, load
 from loralab.study.runners import Runner
 from loralab.study.schedule import CellSettings, blocks, cells, notes, schedule, tuning
@@ -37,13 +38,19 @@ def run_study(definition: Definition, folder: Path, runner: Runner, bar: StudyBa
         _forget_failures(definition, scheduled)
     write(definition, folder, scheduled)
     left = [s for s in scheduled if not done(definition.store, s)]
+    for s in scheduled:
+        if s.address is not None:
+            RunFolder(definition.store / s.address).clear()
     rows = _rows(definition)
     bar.open(definition.name, len(scheduled), len(scheduled) - len(left), sum(rows[s.key] for s in left))
     try:
         for stage in [list(cells(definition))] if runner.wide else blocks(definition):
             for role in ("tune", "final"):
                 _run_stage(definition, stage, role, runner, bar, rows)
-                write(definition, folder, schedule(definition))
+                scheduled = schedule(definition)
+                write(definition, folder, scheduled)
+                if definition.packed:
+                    _pack(definition, folder, scheduled)
     finally:
         bar.close()
     return load(folder)
@@ -57,14 +64,31 @@ def _run_stage(
             _search(cell, bar, rows[cell.key])
         return
     by_key = {cell.key: cell for cell in stage}
-    left: dict[str, ScheduledRun] = {}
-    for s in schedule(definition):
-        if s.role == role and s.key in by_key and s.address and not done(definition.store, s):
-            left.setdefault(s.address, s)  # two cells may want one run
-    bar.labels |= {address: label(s) for address, s in left.items()}
-    runs = [by_key[s.key].settings(role, s.seed, s.tried) for s in left.values()]
-    for settings, outcome in runner.run(runs, bar, definition.adapters):
-        bar.finished(settings, outcome, rows[left[settings.folder.name].key])
+    tried: set[str] = set()
+    while True:  # a rung of halving makes the next one; other roles have one round
+        scheduled = schedule(definition)
+        left: dict[str, ScheduledRun] = {}
+        for s in scheduled:
+            if s.role == role and s.key in by_key and s.address and not done(definition.store, s):
+                left.setdefault(s.address, s)  # two cells may want one run
+        left = {address: s for address, s in left.items() if address not in tried}
+        if not left:
+            return
+        tried |= left.keys()
+        bar.runs = len(scheduled)
+        bar.labels |= {address: label(s) for address, s in left.items()}
+        runs = [by_key[s.key].settings(role, s.seed, s.tried) for s in left.values()]
+        for settings, outcome in runner.run(runs, bar, definition.adapters):
+            bar.finished(settings, outcome, rows[left[settings.folder.name].key])
+
+
+def _pack(definition: Definition, folder: Path, scheduled: list[ScheduledRun]) -> None:
+    """Predictions of finished reported runs go into the study's file, those of tuning runs go."""
+    reported, tuned = (
+        {s.address for s in scheduled if s.role == role and s.address and done(definition.store, s)}
+        for role in ("final", "tune")
+    )
+    pack(folder, definition.store, sorted(reported), sorted(tuned - reported))
 
 
 def _search(cell: CellSettings, bar: StudyBar, rows: float) -> None:
@@ -104,7 +128,7 @@ def _forget_failures(definition: Definition, scheduled: list[ScheduledRun]) -> N
 
 # ---- study.json ------------------------------------------------------------------------------------------------------
 
-NOT_ASKED = ("about", "data", "store", "adapters", "registered")  # of a definition: no part of the question
+NOT_ASKED = ("about", "data", "store", "adapters", "packed", "registered")  # of a definition: no part of the question
 
 
 def check_study_folder(folder: Path) -> None:

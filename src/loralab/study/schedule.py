@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from loralab.run import Settings
+from loralab.run.records import read_history
 from loralab.study import search
 from loralab.study.address import address
 from loralab.study.definition import Definition, StudyMethod, StudyTask, grid_points
-from loralab.study.record import Key, Role, ScheduledRun, failure, history, read_run
+from loralab.study.halving import halving
+from loralab.study.record import Key, Role, ScheduledRun, collapses, failure, read_run
 from loralab.study.search import Pruned, TuningState
 
 RunTrial = Callable[[Settings, Any, ScheduledRun], None]  # takes an Optuna trial; raises Pruned
@@ -47,12 +49,14 @@ class CellSettings:
             found = replace(found, selection="held-out")
         return replace(found, out=self.store / address(found))
 
-    def scheduled(self, role: Role, seed: int, tried: Mapping[str, Any] | None) -> ScheduledRun:
+    def scheduled(
+        self, role: Role, seed: int, tried: Mapping[str, Any] | None, rung: str | None = None
+    ) -> ScheduledRun:
         """One run; `tried` is None while tuning has not chosen."""
         if tried is None:
-            return ScheduledRun(*self.key, seed, role, None, None, {})
+            return ScheduledRun(*self.key, seed, role, None, None, {}, rung)
         settings = self.settings(role, seed, tried)
-        return ScheduledRun(*self.key, seed, role, settings.to_json(), settings.folder.name, dict(tried))
+        return ScheduledRun(*self.key, seed, role, settings.to_json(), settings.folder.name, dict(tried), rung)
 
 
 def cells(definition: Definition) -> Iterator[CellSettings]:
@@ -77,7 +81,7 @@ def schedule(definition: Definition) -> list[ScheduledRun]:
     for block in blocks(definition):
         states = [(cell, tuning(cell)) for cell in block]
         for cell, state in states:
-            found += [cell.scheduled("tune", definition.tune.seed, tried) for tried in state.tried]
+            found += [cell.scheduled("tune", trial.seed, trial.tried, trial.rung) for trial in state.trials]
         for seed in definition.seeds:
             found += [cell.scheduled("final", seed, state.chosen) for cell, state in states]
     return found
@@ -90,9 +94,17 @@ def tuning(cell: CellSettings, run: RunTrial | None = None) -> TuningState:
         return TuningState([], {})
     if tune.search == "optuna":
         seed = zlib.crc32(" ".join(cell.key).encode())
-        return search.search(cell.grid, tune.trials, seed, lambda trial, tried: _outcome(cell, trial, tried, run))
+        return search.search(
+            cell.grid, tune.trials, tune.seed, seed, lambda trial, tried: _outcome(cell, trial, tried, run)
+        )
     points = grid_points(cell.grid)
-    return search.best_of_grid(points, [_score(cell, cell.scheduled("tune", tune.seed, tried)) for tried in points])
+    if tune.search == "halving":
+        return halving(
+            points, tune.seeds, lambda point, seed: _score(cell, cell.scheduled("tune", seed, point), alive=True)
+        )
+    return search.best_of_grid(
+        points, tune.seed, [_score(cell, cell.scheduled("tune", tune.seed, tried)) for tried in points]
+    )
 
 
 def _outcome(cell: CellSettings, trial: Any, tried: Mapping[str, Any], run: RunTrial | None) -> float | Pruned | None:
@@ -100,7 +112,7 @@ def _outcome(cell: CellSettings, trial: Any, tried: Mapping[str, Any], run: RunT
     seed = cell.definition.tune.seed
     scheduled, settings = cell.scheduled("tune", seed, tried), cell.settings("tune", seed, tried)
     try:
-        for record in history(settings.folder):
+        for record in read_history(settings.folder):
             search.report(trial, record, settings.epochs)
         if run is not None and _score(cell, scheduled) is None:
             run(settings, trial, scheduled)
@@ -109,12 +121,14 @@ def _outcome(cell: CellSettings, trial: Any, tried: Mapping[str, Any], run: RunT
     return _score(cell, scheduled)
 
 
-def _score(cell: CellSettings, scheduled: ScheduledRun) -> float | None:
-    """The held-out score of a tuning run, WORST if it failed, None if it has not been run."""
+def _score(cell: CellSettings, scheduled: ScheduledRun, alive: bool = False) -> float | None:
+    """The held-out score of a tuning run, WORST if it failed, or with `alive` collapsed; None if it is not run yet."""
     if failure(cell.store, scheduled):
         return search.WORST
     run = read_run(cell.store, scheduled)
-    return None if run is None else search.score(run.history, run.result)
+    if run is None:
+        return None
+    return search.WORST if alive and collapses(run) else search.score(run.history, run.result)
 
 
 def notes(definition: Definition) -> list[str]:
@@ -130,5 +144,7 @@ def notes(definition: Definition) -> list[str]:
         if own := sorted(set(method.settings) & set(definition.protocol)):
             found.append(f"{method.label} has its own {', '.join(own)}")
     if any(budgets.values()):
-        found.append(f"tuned on seed {definition.tune.seed}, chosen on held-out rows")
+        seeds = definition.tune.seeds
+        which = f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
+        found.append(f"tuned on {which}, chosen on held-out rows")
     return found

@@ -1,4 +1,4 @@
-"""How tuning chooses: the best point of a grid, or a search by Optuna.
+"""How tuning chooses: the best point of a grid, halving over seeds (halving.py), or a search by Optuna.
 
 Optuna's proposals are drawn from a seed, so the runs of the store are all the memory of a search. A search that goes on
 asks the same questions again, and answers those whose runs are there from their epochs. The same epochs prune the same
@@ -24,30 +24,40 @@ class Pruned(Exception):
 Outcome = Callable[[Any, Mapping[str, Any]], float | Pruned | None]  # of an Optuna trial and its values
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A tuning run."""
+
+    seed: int
+    tried: Mapping[str, Any] | None  # None: the search has not come to this trial
+    rung: str | None = None  # of halving
+
+
 @dataclass
 class TuningState:
     """How far the tuning of a cell is."""
 
-    tried: list[Mapping[str, Any] | None] = field(default_factory=list)  # None: the search has not come to this trial
+    trials: list[Trial] = field(default_factory=list)
     chosen: Mapping[str, Any] | None = None  # None: not known yet, or nothing worked
     stuck: bool = False  # every trial failed
 
 
-def best_of_grid(points: Sequence[Mapping[str, Any]], scores: Sequence[float | None]) -> TuningState:
+def best_of_grid(points: Sequence[Mapping[str, Any]], seed: int, scores: Sequence[float | None]) -> TuningState:
     """The point with the best score, of equal ones the first, once all have one (None: not run yet)."""
+    trials = [Trial(seed, point) for point in points]
     known = [score for score in scores if score is not None]
     if len(known) < len(scores):
-        return TuningState([*points])
+        return TuningState(trials)
     best = max(known)
-    return TuningState([*points], None if best == WORST else points[known.index(best)], stuck=best == WORST)
+    return TuningState(trials, None if best == WORST else points[known.index(best)], stuck=best == WORST)
 
 
-def search(grid: Mapping[str, Any], trials: int, seed: int, outcome: Outcome) -> TuningState:
-    """The search up to the first trial whose outcome is None (not run yet), or to its end."""
+def search(grid: Mapping[str, Any], trials: int, seed: int, draws: int, outcome: Outcome) -> TuningState:
+    """The search up to the first trial whose outcome is None (not run yet), or to its end; `draws` seeds proposals."""
     optuna, state, best = library(), TuningState(), WORST
     study = optuna.create_study(
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM),
+        sampler=optuna.samplers.TPESampler(seed=draws, n_startup_trials=RANDOM),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=RANDOM, n_warmup_steps=1),
     )
     for number in range(trials):
@@ -55,9 +65,9 @@ def search(grid: Mapping[str, Any], trials: int, seed: int, outcome: Outcome) ->
         tried = {key: _suggest(trial, key, values) for key, values in grid.items()}
         value = outcome(trial, tried)
         if value is None:
-            state.tried += [None] * (trials - number)
-            return TuningState(state.tried)
-        state.tried.append(tried)
+            state.trials += [Trial(seed, None)] * (trials - number)
+            return TuningState(state.trials)
+        state.trials.append(Trial(seed, tried))
         if isinstance(value, Pruned):
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif value == WORST:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from loralab.disk import read_header, write_json
+from loralab.disk import write_json
 from loralab.errors import UserError
 from loralab.run import Outcome, RunFailed, RunInterrupted, Settings, train_together
 from loralab.run.bar import Reporter
 from loralab.run.folder import FAILED, changed
+from loralab.run.records import read_facts, read_result
 from loralab.study.search import Pruned
 
 LOCKS = ".locks"  # in a store: a file for each run that was ever begun
@@ -58,7 +59,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _finished(folder: Path) -> Outcome | None:
-    return read_header(folder / "result.json") if (folder / "result.json").is_file() else None
+    return read_result(folder) if (folder / "result.json").is_file() else None
 
 
 def _train(many: Sequence[Settings], reporter: Reporter | None) -> list[Outcome]:
@@ -109,7 +110,7 @@ def _can_go_on(settings: Settings) -> bool:
     folder = settings.folder
     if (folder / "run.json").is_file():
         with suppress(UserError):  # a damaged run.json
-            if not changed(read_header(folder / "run.json").get("settings", {}), settings.to_json()):
+            if not changed(read_facts(folder).get("settings", {}), settings.to_json()):
                 return True
     shutil.rmtree(folder, ignore_errors=True)
     return False

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from loralab import options
 from loralab.data import METRICS, tables
+from loralab.data.endpoints import PARTS
 from loralab.errors import UserError, hint
 from loralab.recipe import NAMED
 from loralab.run import Settings
@@ -28,7 +29,9 @@ from loralab.study.definition import (
     StudyTask,
     Tune,
     grid_points,
+    halving_problem,
 )  # fmt: skip
+from loralab.study.statistics.endpoint import NAMES as ENDPOINTS
 
 HINTS = typing.get_type_hints(Settings)
 OF_TASK = ("task", "text", "label", "problem_type", "validation")
@@ -44,8 +47,8 @@ OF_METHOD = tuple(name for name in options.names() if name not in OF_RUN)
 FREE = (*(key for key in HINTS if key not in (*OF_TASK, *NOT_YOURS)), *OF_METHOD)  # for protocol, tasks and methods
 GRID = (*FREE, RELATIVE)
 TOP = (
-    "name", "about", "tasks", "models", "methods", "seeds", "data", "store", "adapters", "registered", "protocol",
-    "tune", "compare",
+    "name", "about", "tasks", "models", "methods", "seeds", "data", "store", "adapters", "packed", "registered",
+    "protocol", "tune", "compare",
 )  # fmt: skip
 LARGEST_SEED = 2**32 - 1  # numpy's
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", Path: "a path"}
@@ -196,6 +199,7 @@ def define(table: dict[str, Any], name: str, base: Path, **flags: Any) -> Defini
         or (problems.typed("data", table["data"], Path, None, base) if "data" in table else None),
         store=flags.get("store") or problems.typed("store", table.get("store", "runs/store"), Path, Definition.store),
         adapters=problems.typed("adapters", table.get("adapters", True), bool, True),
+        packed=problems.typed("packed", table.get("packed", False), bool, False),
         registered=problems.typed("registered", table.get("registered", False), bool, False),
         protocol=_protocol(table.get("protocol", {}), base, problems),
         tune=_tune(table.get("tune", {}), base, problems),
@@ -370,9 +374,8 @@ def _tune(value: Any, base: Path, problems: Problems) -> Tune:
     search, trials, seed = (table.pop(key, getattr(Tune, key)) for key in ("search", "trials", "seed"))
     problems.unknown_keys("tune", table, ("search", "trials", "seed", *GRID))
     known = {key: x for key, x in table.items() if key in GRID}
-    if search not in ("grid", "optuna"):
-        problems.add("tune", f"search={search!r}: expected 'grid' or 'optuna'")
-        search = "grid"
+    kind = typing.get_type_hints(Tune)["search"]
+    search = problems.typed("tune search", search, kind, Tune.search)
     return Tune(
         _grid("tune", known, GRID, base, problems),
         search,
@@ -386,7 +389,7 @@ def _compare(value: Any, problems: Problems) -> Compare:
     problems.unknown_keys("compare", table, tuple(f.name for f in fields(Compare)))
     alpha, margin = table.get("alpha", Compare.alpha), table.get("margin", {})
     margins = margin if isinstance(margin, dict) else {"default": margin}
-    problems.unknown_keys("compare margin", margins, (*METRICS, "default"))
+    problems.unknown_keys("compare margin", margins, (*METRICS, *PARTS, "default"))
     if type(alpha) is not float or not 0 < alpha < 1:
         problems.add("compare", f"alpha={alpha!r}: expected a number between 0 and 1")
         alpha = Compare.alpha
@@ -401,15 +404,19 @@ def _compare(value: Any, problems: Problems) -> Compare:
             labels[key] = None
     kind = typing.get_type_hints(Compare)["family"]
     family = problems.typed("compare family", table.get("family", Compare.family), kind, Compare.family)
+    sd = table.get("sd")
+    if sd is not None and (type(sd) not in (int, float) or not 0 < sd < math.inf):
+        problems.add("compare", f"sd={sd!r}: expected a number above 0, the spread of a paired difference over seeds")
+        sd = None
     endpoints = _endpoints(table.get("endpoints", list(Compare.endpoints)), problems)
     for key in sorted({"family", "endpoints"} & table.keys() if labels["reference"] is None else set()):
         problems.add("compare", f"{key} is of planned contrasts, which need a reference")
-    return Compare(alpha, {"default": MARGIN, **margins}, **labels, family=family, endpoints=endpoints)
+    return Compare(alpha, {"default": MARGIN, **margins}, **labels, family=family, endpoints=endpoints, sd=sd)
 
 
 def _endpoints(value: Any, problems: Problems) -> tuple[str, ...]:
     endpoints = problems.names("compare endpoints", value, "selected")
-    problems.unknown_keys("compare endpoints", dict.fromkeys(endpoints), ("selected", *METRICS))
+    problems.unknown_keys("compare endpoints", dict.fromkeys(endpoints), (*ENDPOINTS, *METRICS))
     problems.different("compare endpoints", endpoints)
     return endpoints or Compare.endpoints
 
@@ -438,6 +445,9 @@ def _check_tuning(d: Definition, method: StudyMethod, problems: Problems) -> Non
     grid, where = d.grid(method), f"method {method.label}"
     if fixed := sorted(set(grid) & set(method.settings)):
         problems.add(where, f"{', '.join(fixed)} is both set and tuned: leave one out, or give it its own tune = {{}}")
+    if grid and d.tune.search == "halving" and (why := halving_problem(grid)):
+        problems.add(where, f"search = 'halving' {why}")
+        return
     ranged = [key for key, values in grid.items() if isinstance(values, dict)]
     if ranged and d.tune.search != "optuna":
         problems.add(where, f"{', '.join(ranged)} is a range: only search = 'optuna' knows what to do with it")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from loralab.study.record import Array, Cell, Run, Study
+from loralab.study.record import Array, Cell, Study, collapses
 from loralab.study.statistics.contrasts import Contrast, contrast, family, moderated
+from loralab.study.statistics.endpoint import SELECTED, metric_of, value
 from loralab.study.statistics.estimates import shared_variance
 from loralab.study.statistics.table import Resamples, margin_of, places
 
-MEAN = "mean of tasks"
-SELECTED = "selected"  # the endpoint that is each task's own metric at the selected epoch
+MEAN, BY_TASK = "mean of tasks", "by task"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class PlannedFamily:
     endpoint: str
     contrasts: tuple[Contrast, ...]  # by task their method is "METHOD on TASK"
     seeds: tuple[int, ...]  # of each contrast
+    errors_of_seeds: tuple[float, ...]  # of each contrast: its standard error without the luck of the rows
     collapsed: tuple[int, ...]  # of each contrast: runs of method and reference that learned nothing
+    margins: tuple[float, ...]  # of each contrast
+    places: tuple[tuple[str, str | None], ...]  # of each contrast: method, and its task, None for the mean
 
 
 @dataclass
@@ -48,47 +51,43 @@ def planned(study: Study) -> list[PlannedFamily]:
     reference: str | None = compare.get("reference")
     if reference is None:
         return []
-    by_model: dict[str, dict[str, tuple[list[Cell], Resamples]]] = {}
-    for cells, resamples in places(study):
+    by_model: dict[str, dict[str, list[Cell]]] = {}
+    for cells, _ in places(study):
         task, model, _ = cells[0].key
-        by_model.setdefault(model, {})[task] = cells, resamples
+        by_model.setdefault(model, {})[task] = cells
     found = []
     for model, tasks in by_model.items():
         for endpoint in compare.get("endpoints", (SELECTED,)):
-            pairs = {task: own for task, place in tasks.items() if (own := _of_task(*place, reference, endpoint))}
+            pairs = {task: own for task, cells in tasks.items() if (own := _of_task(cells, reference, endpoint))}
             if compare.get("family", MEAN) == MEAN and pairs:
                 found.append(_on_the_mean(pairs, model, endpoint, compare))
             if pairs:
-                metrics = {task: str(cells[0].metric) for task, (cells, _) in tasks.items()}
+                metrics = {task: metric_of(cells[0].runs[0], endpoint) for task, cells in tasks.items()}
                 found.append(_by_task(pairs, metrics, model, endpoint, compare))
     return found
 
 
-def _of_task(cells: Sequence[Cell], resamples: Resamples, reference: str, endpoint: str) -> dict[str, _Pairs]:
+def _of_task(cells: Sequence[Cell], reference: str, endpoint: str) -> dict[str, _Pairs]:
     """Method -> its pairs with the reference; empty where the reference or the endpoint is not there."""
     base = next((cell for cell in cells if cell.key[2] == reference), None)
-    if base is None:
+    if base is None or all(value(run, endpoint) is None for run in base.runs):
         return {}
+    resamples = Resamples([run for cell in cells for run in cell.runs], endpoint)
     return {cell.key[2]: _paired(cell, base, resamples, endpoint) for cell in cells if cell is not base}
 
 
 def _paired(cell: Cell, base: Cell, resamples: Resamples, endpoint: str) -> _Pairs:
-    good, good_base = ({run.seed: run for run in c.runs if not run.result["warnings"]} for c in (cell, base))
+    good, good_base = ({run.seed: run for run in c.runs if not collapses(run)} for c in (cell, base))
     seeds = sorted(good.keys() & good_base.keys())
-    scores = {s: (_score(good[s], endpoint), _score(good_base[s], endpoint)) for s in seeds}
+    scores = {s: (value(good[s], endpoint), value(good_base[s], endpoint)) for s in seeds}
     seeds = [s for s in seeds if None not in scores[s]]
     pairs = _Pairs({s: scores[s][0] - scores[s][1] for s in seeds})  # type: ignore[operator]
     pairs.collapsed = len(cell.runs) - len(good) + len(base.runs) - len(good_base)
-    if endpoint == SELECTED and len(seeds) > 1:
+    if len(seeds) > 1:
         replicates = resamples.of([runs[s] for runs in (good, good_base) for s in seeds])  # (times, 2 seeds)
         if replicates is not None:
             pairs.rows = shared_variance(replicates[:, : len(seeds)] - replicates[:, len(seeds) :])
     return pairs
-
-
-def _score(run: Run, endpoint: str) -> float | None:
-    found = run.selected if endpoint == SELECTED else run.result["metrics"].get(endpoint)
-    return None if found is None else float(found)
 
 
 def _on_the_mean(
@@ -102,9 +101,9 @@ def _on_the_mean(
         differences.append(np.array([np.mean([p.differences[s] for p in own]) for s in seeds]))
         rows.append(sum(p.rows for p in own) / len(own) ** 2)
         collapsed.append(sum(p.collapsed for p in own))
-    margins = [float(compare["margin"]["default"])] * len(methods)
-    made = contrasts_of(methods, differences, rows, margins, compare["alpha"])
-    return PlannedFamily(MEAN, model, endpoint, tuple(made), tuple(map(len, differences)), tuple(collapsed))
+    margins = [margin_of(compare["margin"], endpoint)] * len(methods)
+    places = [(method, None) for method in methods]
+    return _family(MEAN, model, endpoint, places, differences, rows, margins, collapsed, compare["alpha"])
 
 
 def _by_task(
@@ -114,14 +113,24 @@ def _by_task(
     endpoint: str,
     compare: Mapping[str, Any],
 ) -> PlannedFamily:
-    places = [(task, method, p) for task, own in pairs.items() for method, p in own.items()]
-    names = [f"{method} on {task}" for task, method, _ in places]
-    differences = [np.array(list(p.differences.values())) for _, _, p in places]
-    of_task = {task: metrics[task] if endpoint == SELECTED else endpoint for task in pairs}
-    margins = [margin_of(compare["margin"], of_task[task]) for task, _, _ in places]
-    made = contrasts_of(names, differences, [p.rows for _, _, p in places], margins, compare["alpha"])
-    collapsed = tuple(p.collapsed for _, _, p in places)
-    return PlannedFamily("by task", model, endpoint, tuple(made), tuple(map(len, differences)), collapsed)
+    found = {(method, task): p for task, own in pairs.items() for method, p in own.items()}
+    differences = [np.array(list(p.differences.values())) for p in found.values()]
+    margins = [margin_of(compare["margin"], metrics[task]) for _, task in found]
+    rows, collapsed = [p.rows for p in found.values()], [p.collapsed for p in found.values()]
+    return _family(BY_TASK, model, endpoint, list(found), differences, rows, margins, collapsed, compare["alpha"])
+
+
+def _family(
+    name: str, model: str, endpoint: str, places: Sequence[tuple[str, str | None]], differences: Sequence[Array],
+    rows: Sequence[float], margins: Sequence[float], collapsed: Sequence[int], alpha: float,
+) -> PlannedFamily:  # fmt: skip
+    names = [method if task is None else f"{method} on {task}" for method, task in places]
+    made = contrasts_of(names, differences, rows, margins, alpha)
+    of_seeds = tuple(math.sqrt(max(c.error**2 - own, 0.0)) for c, own in zip(made, rows, strict=True))
+    seeds = tuple(map(len, differences))
+    return PlannedFamily(
+        name, model, endpoint, tuple(made), seeds, of_seeds, tuple(collapsed), tuple(margins), tuple(places)
+    )
 
 
 def contrasts_of(

@@ -14,6 +14,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from loralab.data.counts import COUNTS, divide
+from loralab.data.endpoints import PARTS
+
 Array = NDArray[Any]
 AT_ONCE = 2**22  # weights held at a time: 32 MB
 FEW = 8  # rows for each pattern, from which on patterns are drawn by their counts
@@ -21,7 +24,11 @@ FEW = 8  # rows for each pattern, from which on patterns are drawn by their coun
 
 def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, generator: Generator) -> Array:
     """(times, runs): the metric of every run, whose logits are (rows, outputs), on the same resamples of the rows."""
-    if metric in COUNTS:
+    if metric in PARTS:
+        parts = np.stack([PARTS[metric](x, labels) for x in logits], axis=1)  # (rows, runs)
+        score, counts = _of_parts(parts), np.ones(len(labels), dtype=np.int64)
+        strata = labels if logits[0].shape[1] > 1 else np.zeros(len(labels))
+    elif metric in COUNTS:
         table = np.stack([labels.astype(np.int64), *(x.argmax(1) for x in logits)], axis=1)
         patterns, counts = np.unique(table, axis=0, return_counts=True)
         score = _of_classes(metric, patterns, max(int(table.max()) + 1, *(x.shape[1] for x in logits)))
@@ -71,6 +78,11 @@ def _of_classes(metric: str, patterns: Array, classes: int) -> Callable[[Array],
     return score
 
 
+def _of_parts(parts: Array) -> Callable[[Array], Array]:
+    """Weights (times, rows) -> scores (times, runs) that are sums over rows of their parts (rows, runs)."""
+    return lambda weights: weights @ parts
+
+
 def _of_numbers(values: Array) -> Callable[[Array], Array]:
     """Weights (times, rows) -> Pearson correlations (times, runs) of column 0 with the others."""
     x = values - values.mean(0)  # the sums below would cancel for values far from 0
@@ -81,50 +93,11 @@ def _of_numbers(values: Array) -> Callable[[Array], Array]:
         mean_y, mean_x = w @ label, w @ outputs  # (times, 1), (times, runs)
         both = w @ (label * outputs) - mean_y * mean_x
         spread = (w @ label**2 - mean_y**2) * (w @ outputs**2 - mean_x**2)
-        return _divide(both, np.sqrt(np.maximum(spread, 0.0)))
+        return divide(both, np.sqrt(np.maximum(spread, 0.0)))
 
     return score
 
 
-def _accuracy(counts: Array) -> Array:
-    return _divide(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2)))
-
-
-def _f1_by_class(counts: Array) -> Array:
-    """(times, classes), nan for a class that nobody has or predicts."""
-    both = np.diagonal(counts, axis1=1, axis2=2)
-    total = counts.sum(1) + counts.sum(2)
-    return np.where(total > 0, _divide(2 * both, total), np.nan)
-
-
-def _f1(counts: Array) -> Array:
-    return np.nan_to_num(_f1_by_class(counts))[:, 1]
-
-
-def _f1_macro(counts: Array) -> Array:
-    by_class = _f1_by_class(counts)
-    return _divide(np.nansum(by_class, axis=1), (~np.isnan(by_class)).sum(1))
-
-
-def _matthews(counts: Array) -> Array:
-    """Of any number of classes (Gorodkin, 2004); 0 where labels or predictions are constant."""
-    total, right = counts.sum((1, 2)), np.trace(counts, axis1=1, axis2=2)
-    true, said = counts.sum(2), counts.sum(1)  # (times, classes)
-    both = right * total - (true * said).sum(1)
-    return _divide(both, np.sqrt((total**2 - (true**2).sum(1)) * (total**2 - (said**2).sum(1))))
-
-
-def _divide(over: Array, under: Array) -> Array:
-    out: Array = np.zeros(np.broadcast(over, under).shape)
-    return np.divide(over, under, out=out, where=under > 0)
-
-
-COUNTS: dict[str, Callable[[Array], Array]] = {  # from counts (times, label, prediction)
-    "accuracy": _accuracy,
-    "matthews_correlation": _matthews,
-    "f1": _f1,
-    "f1_macro": _f1_macro,
-}
 NUMBERS = ("pearson", "spearman")
 UNBOUNDED = (-np.inf, np.inf)
 RANGES = {  # the values a metric can take

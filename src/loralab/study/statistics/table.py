@@ -10,10 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from loralab.study.record import Array, Cell, Predictions, Run, Study
+from loralab.data.counts import COUNTS
+from loralab.study.record import Array, Cell, Predictions, Run, Study, number
 from loralab.study.statistics.contrasts import smallest_difference
+from loralab.study.statistics.endpoint import SELECTED, metric_of, rows_of
 from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate, within
-from loralab.study.statistics.resample import COUNTS, RANGES, UNBOUNDED, resampled
+from loralab.study.statistics.resample import RANGES, UNBOUNDED, resampled
 
 TIMES = 10_000  # resamples: the standard error of a variance of rows is then 1.4 % of it
 Verdict = Literal["better", "worse", "equivalent", "indistinguishable", "one seed", "same runs"]
@@ -99,13 +101,14 @@ def places(study: Study) -> list[tuple[list[Cell], "Resamples"]]:
 class Resamples:
     """Scores of the runs of one task and model on resampled rows, the same for all runs of the same rows."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], endpoint: str = SELECTED) -> None:
+        self.endpoint = endpoint
         self.runs = {run.folder: run for run in runs}
         self.scores: dict[bytes, dict[Path, Array]] = {}  # labels -> folder of a run -> (times,)
 
     def of(self, runs: Sequence[Run]) -> Array | None:
         """(times, runs); None unless all runs kept predictions of the same rows."""
-        splits = [_reported(run) for run in runs]
+        splits = [rows_of(run, self.endpoint) for run in runs]
         labels = {None if split is None else _bytes(split) for split in splits}
         if len(labels) > 1 or None in labels:
             return None
@@ -116,17 +119,13 @@ class Resamples:
         return np.stack([self.scores[key][run.folder] for run in runs], axis=1)
 
     def _scores(self, key: bytes) -> dict[Path, Array]:
-        found = {path: s for path, run in self.runs.items() if (s := _reported(run)) is not None and _bytes(s) == key}
-        metric = next(iter(self.runs.values())).result["metric"]["name"]
+        rows = {path: rows_of(run, self.endpoint) for path, run in self.runs.items()}
+        found = {path: s for path, s in rows.items() if s is not None and _bytes(s) == key}
+        metric = metric_of(next(iter(self.runs.values())), self.endpoint)
         generator = np.random.default_rng(zlib.crc32(metric.encode()))  # one answer, however often it is asked
         labels = next(iter(found.values())).labels
         scores = resampled(metric, [s.logits for s in found.values()], labels, TIMES, generator)
         return dict(zip(found, scores.T, strict=True))
-
-
-def _reported(run: Run) -> Predictions | None:
-    """The predictions of the split that is reported."""
-    return next(iter(run.predictions.values())) if run.predictions else None
 
 
 def _bytes(split: Predictions) -> bytes:
@@ -177,7 +176,10 @@ def _summary(cell: Cell, resamples: Resamples, level: float) -> Summary:
     scores = resamples.of(runs)
     over_seeds = mean_estimate(cell.scores)
     over_both = over_seeds if scores is None else mean_estimate(cell.scores, scores, _rows(runs[0]))
-    mean = {key: float(np.mean([run.result["metric"][key] for run in runs])) for key in ("last", "best_on_validation")}
+    mean = {
+        key: float(np.mean([number(run.result["metric"][key]) for run in runs]))
+        for key in ("last", "best_on_validation")
+    }
     low, high = RANGES.get(metric, UNBOUNDED)
     task, model, method = cell.key
     return Summary(
@@ -223,12 +225,12 @@ def _paired(metric: str, a: list[Run], b: list[Run], resamples: Resamples) -> tu
 
 
 def _rows(run: Run) -> int:
-    split = _reported(run)
+    split = run.reported
     return 0 if split is None else len(split.labels)
 
 
 def _right(run: Run) -> Array:
     """(rows,): whether the run predicts the label."""
-    split = _reported(run)
+    split = run.reported
     assert split is not None
     return np.asarray(split.logits.argmax(1) == split.labels)

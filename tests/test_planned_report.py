@@ -1,0 +1,121 @@
+"""The report of planned contrasts: every number again from the runs, and what the pictures show."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import synthetic
+
+from loralab.report import write
+from loralab.report.charts import styles_of
+from loralab.report.findings import findings
+from loralab.report.planned_charts import FAR, _chosen, forest, rates, reach, tried
+from loralab.report.planned_table import contrasts
+from loralab.report.style import styled
+from loralab.study import load
+from loralab.study.record import collapses
+
+TASKS = ("cola", "mrpc", "stsb")
+METHODS = ("lora", "full", "dora", "vera", "head")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return load(synthetic.planned(tmp_path_factory.mktemp("planned"), seeds=5, tasks=TASKS, methods=METHODS))
+
+
+@pytest.fixture(scope="module")
+def found(study):
+    return findings(study)
+
+
+def differences(study, method, task):
+    """Seed by seed, of the runs that learned something on both sides."""
+    a, b = (
+        {r.seed: r.selected for r in study.cells()[task, "mpnet", label].runs if not r.result["warnings"]}
+        for label in (method, "lora")
+    )
+    return np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
+
+
+def test_the_table_has_each_contrast_with_its_numbers(study, found):
+    table = contrasts(found)
+    rows = {(r.method, r.task): r for r in table.rows}
+    others = [m for m in METHODS if m != "lora"]
+    assert list(rows) == [(m, "mean of tasks") for m in others] + [(m, t) for t in TASKS for m in others]
+    shown = {column.title: column for column in table.columns}
+    for (method, task), row in rows.items():
+        if task != "mean of tasks":
+            expected = differences(study, method, task)
+            assert row.contrast.difference == pytest.approx(expected.mean())
+            assert shown["difference"].sort(row) == pytest.approx(expected.mean())
+            tuned = study.cells()[task, "mpnet", method].tuning
+            assert row.tuning_collapsed == sum(bool(run.result["warnings"]) for run in tuned)
+            costs = [sum(r.result["memory"]["ledger"].values()) for r in study.cells()[task, "mpnet", method].runs]
+            assert row.mean("step_bytes") == pytest.approx(np.mean(costs))
+    lost = {key: row.family.collapsed[row.place] for key, row in rows.items()}
+    assert lost["vera", "cola"] == lost["vera", "mean of tasks"] == 1
+    assert sum(lost.values()) == 2
+    assert rows["vera", "cola"].family.seeds[rows["vera", "cola"].place] == 4
+    best = {"vera": 0.09, "full": 1e-4}
+    for method, rate in best.items():
+        assert shown["best rate"].show(rows[method, "cola"]) == f"{rate:g}"
+
+
+def test_an_interval_over_seeds_is_no_wider_than_one_over_seeds_and_rows(found):
+    for family in found.planned:
+        for c, of_seeds in zip(family.contrasts, family.errors_of_seeds, strict=True):
+            assert 0 < of_seeds <= c.error
+
+
+def test_the_forest_has_a_line_for_each_contrast_and_arrows_for_those_far_off(found):
+    with styled():
+        ax = forest(found.planned).axes[0]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["mean of tasks", *TASKS] * 4
+    arrows = [text.get_text() for text in ax.texts if text.get_text().startswith(("−", "+"))]
+    far = [c for f in found.planned for c in f.contrasts if c.method.startswith("head")]
+    assert len(arrows) == len(far) == 4  # the head lies 0.4 below; the others within 0.05
+    assert ax.get_xlim()[1] < 0.1
+    low, high = ax.get_xlim()
+    near = [c for f in found.planned for c in f.contrasts if not c.method.startswith("head")]
+    assert all(low < c.low and c.high < high for c in near)
+
+
+def test_an_axis_of_one_contrast_holds_it(found):
+    c = found.planned[0].contrasts[0]
+    assert reach([(c, 0.01, 0.01, "x")]) >= max(abs(c.low), abs(c.high), 0.01)
+    assert FAR > 1
+
+
+def test_rates_are_drawn_as_they_were_tried(found):
+    results = found.places()["cola", "mpnet"]
+    with styled():
+        caption, fig = rates(results, styles_of(found.methods))
+    ax = fig.axes[0]
+    drawn = {line.get_label(): line.get_xydata() for line in ax.lines if not line.get_label().startswith("_")}
+    assert {r.label for r in results} - drawn.keys() == {r.label for r in results if f"scale: {r.label}," in caption}
+    for r in results:
+        if r.label not in drawn:
+            continue
+        expected = {}
+        for rate, runs in tried(r).items():
+            if not any(map(collapses, runs)):
+                name = runs[0].result["metric"]["name"]
+                expected[rate] = np.mean([x.history[x.result["selected_epoch"] - 1]["held_out"][name] for x in runs])
+        assert dict(map(tuple, drawn[r.label])) == pytest.approx(expected)
+        assert _chosen(r) in expected
+    assert {1e-3, 3e-3}.isdisjoint(drawn["full"][:, 0])  # two of its rates collapsed
+    crosses = [line for line in ax.lines if line.get_marker() == "x"]
+    assert sorted(x for line in crosses for x in line.get_xdata()) == pytest.approx([1e-3, 3e-3])
+
+
+def test_the_page_leads_with_the_answer(study, tmp_path):
+    page = write(study.folder, tmp_path / "report").read_text()
+    places = [page.index(f'<section id="{name}"') for name in ("contrasts", "planned", "rates", "results")]
+    assert places == sorted(places)
+    rows = list(csv.DictReader((tmp_path / "report/planned.csv").open()))
+    assert len(rows) == 4 * (1 + len(TASKS))
+    assert all(math.isfinite(float(row["difference"])) for row in rows)
+    assert (tmp_path / "report/planned.md").read_text().count("\n| ") == len(rows) + 2
