@@ -66,7 +66,7 @@ NOT_MEMBER = ("is not a member", "has not joined the club")
 OWES = ("owes {} euros", "is {} euros behind")
 NO_LANGUAGE = ("speaks no foreign language", "knows no other language")
 
-Record = dict[str, Any]  # field -> value, in the order of the fields
+Record = dict[str, Any]  # field -> value, in the order in which they are said: nothing else would be learned so soon
 
 
 def load() -> Task:
@@ -103,11 +103,10 @@ def _rows(split: str) -> Split:
 
 
 def _record(kinds: dict[str, str], rng: Random) -> tuple[Record, list[str]]:
-    """Return a record, and what is said of each of its fields but the name."""
-    chosen = _some(list(MAKERS), FEWEST - 1 + int(rng.random() * (MOST - FEWEST + 1)), rng)
+    """Return a record, and what is said of each of its fields but the name, in a drawn order."""
     record: Record = {"name": f"{_word(kinds['first'], rng)} {_word(kinds['last'], rng)}"}
     said = []
-    for field in (field for field in MAKERS if field in chosen):
+    for field in _some(list(MAKERS), FEWEST - 1 + int(rng.random() * (MOST - FEWEST + 1)), rng):
         record[field], text = MAKERS[field](kinds, rng)
         said.append(text)
     return record, said
@@ -172,10 +171,9 @@ MAKERS: dict[str, Callable[[dict[str, str], Random], tuple[Any, str]]] = {
 
 
 def _sentence(name: str, said: list[str], rng: Random) -> str:
-    """Return one sentence, or two, that say everything in some order."""
-    order = _some(said, len(said), rng)
-    cut = len(order) if rng.random() < 0.5 else 1 + int(rng.random() * (len(order) - 1))
-    parts = [(name, order[:cut]), (_one(("This person", "The same person"), rng), order[cut:])]
+    """Return one sentence, or two, that say everything."""
+    cut = len(said) if rng.random() < 0.5 else 1 + int(rng.random() * (len(said) - 1))
+    parts = [(name, said[:cut]), (_one(("This person", "The same person"), rng), said[cut:])]
     return " ".join(f"{who} {_joined(mine)}." for who, mine in parts if mine)
 
 
