@@ -26,13 +26,16 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
+.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
 
 demo: $(VENV)/demo.stamp  ## fine-tune a small encoder three ways, print the table, write the report
 	$(BIN)/loralab demo
+
+decoder: $(VENV)/dev.stamp  ## teach SmolLM2 a JSON format and let it write: the commands of docs/language-models.md
+	sed -n '/^loralab .*runs\/records/p' docs/language-models.md | PATH=$(BIN):$$PATH sh -ex
 
 test: lint types  ## lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -98,7 +98,7 @@ def test_help_of_a_command_lists_every_flag_of_it(cli, name):
     function = getattr(import_module(f"loralab.cli.{name}"), name)
     given = signature(function).parameters.items()
     wanted = {key.upper() if p.kind is p.POSITIONAL_ONLY else f"--{key.replace('_', '-')}" for key, p in given}
-    assert wanted - {"--settings"} <= set(out.split())
+    assert wanted - {"--settings", "--decoding"} <= set(out.split())
 
 
 def test_every_setting_of_a_run_is_a_flag_under_one_heading(cli):
@@ -106,7 +106,8 @@ def test_every_setting_of_a_run_is_a_flag_under_one_heading(cli):
     under = " ".join(HEADINGS.values()).split()
     assert len(set(under)) == len(under)
     assert {*(f.name.replace("_", "-") for f in dataclasses.fields(Settings)), "json"} <= set(under)
-    assert all((f"╭─ {heading} ─" in out) == (heading != "Measurement") for heading in HEADINGS)
+    others = {"Measurement", "Prompts and adapters", "Decoding"}
+    assert {heading for heading in HEADINGS if f"╭─ {heading} ─" not in out} == others
     assert "Parameters" not in out
 
 
@@ -149,7 +150,7 @@ def test_methods_are_a_table_or_json(cli):
         (["train", "--task", "cola", "--rnak", "3"], "--rnak. Did you mean --rank?"),
         (["train", "--task", "cola", "more"], "train cannot use 'more'"),
         (["train", "--task", "cola", "--task", "rte"], "--task specified multiple times"),
-        (["train", "--task", "colla"], "no task 'colla': there are minimal-pairs, cola, "),
+        (["train", "--task", "colla"], "no task 'colla': there are minimal-pairs, records, cola, "),
         (["train", "--task", "nowhere.csv", "--text", "a", "--label", "b"], "nowhere.csv does not exist"),
         (["train", "--task", "cola", "--data", "nowhere"], "nowhere does not exist"),
         (["train", "--task", "cola"], "pass --data DIR"),  # no network

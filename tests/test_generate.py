@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import loralab
 from loralab import objectives
-from loralab.cli import main
-from loralab.data import chats, tables
+from loralab.cli import demo, main
+from loralab.data import chats, records, tables
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.objectives.generation import Decoding
@@ -400,7 +400,7 @@ def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_p
         (
             [{"prompt": "cat " * (LIMIT - 4), "completion": "a"}] * 9,
             "exact",
-            "are more than the 64 that the model takes",
+            "are more than the 64",
         ),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 9, "exact", "rows has no answers to write"),
     ],
@@ -417,3 +417,34 @@ def test_a_metric_that_cannot_be_taken_is_refused_before_training(base, tmp_path
 
 def test_every_metric_is_a_setting():
     assert {*get_args(GenerateMetric)} == {*generation.METRICS}
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_of_a_decoder_shows_answers_before_and_after(base, tmp_path, capsys, monkeypatch):
+    model, tokenizer = loralab_base(base)
+    model.config.max_position_embeddings = 256
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "longer")
+    monkeypatch.setattr(demo, "DECODER", demo.DECODER | {"train_rows": 8, "validation_rows": 4})
+    given = ("demo", "--decoder", "--model", tmp_path / "longer", "--out", tmp_path / "demo")
+    code, out, _ = run(capsys, *given)
+    assert code == 0
+    shown = records.load().validation["validation"].texts
+    told = " ".join(out.split())
+    assert sum(row[0][1].removeprefix(records.QUESTION) in told for row in shown) == demo.SHOWN
+    code, out, _ = run(capsys, *given, "--json")  # in the place of the first
+    found = json.loads(out)
+    assert found["right"] == {"base": 0.0, "lora": 0.0}
+    assert [list(row) for row in found["answers"]] == [["question", "right", "base", "lora"]] * demo.SHOWN
+    assert any(row["base"] != row["lora"] for row in found["answers"])
+    (tmp_path / "demo" / "records" / "run.json").unlink()
+    assert "is not a run of loralab" in run(capsys, *given)[2]
+
+
+def test_a_demo_without_its_model_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORALAB_MODELS", str(tmp_path))
+    code, out, err = run(capsys, "demo", "--decoder", "--out", tmp_path / "demo")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the model smollm2 is not on this machine: `make models`" in err

@@ -102,6 +102,8 @@ def test_the_page_says_what_the_task_is():
     """Its hash, which names it in every run, and an example: whoever changes a word makes another task."""
     task = records.load()
     assert f"`{task.sha256}`" in PAGE
+    train, validation = records.ROWS.values()
+    assert f"Train has {train:,} rows, validation {validation}" in PAGE
     (text, record), *_ = records.pairs("validation")
     assert text in PAGE
     assert json.dumps(record, ensure_ascii=False) in PAGE

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loralab import models
 from loralab.cli import base
 from loralab.cli.show import Json, as_json, folder_size, pairs, table
 from loralab.data import records
@@ -108,6 +109,7 @@ def _clear(folders: list[Path]) -> None:
 
 def _decoder(settings: Settings, json: bool) -> None:
     """Train on the records, and print how many answers are right before and after, and some of them."""
+    models.resolve(settings.model)  # before anything is deleted
     _clear([settings.folder])
     result = train(settings, Bar())
     handle, tokenizer = base.load(settings.model, settings.folder / "adapter")
@@ -115,7 +117,7 @@ def _decoder(settings: Settings, json: bool) -> None:
     split, asking = setup.reported(task, settings), replace(settings, generate_metric="json")
     asked = written.questions(task, split, asking, handle.model, tokenizer)
     who = {"base": None, settings.method: handle.names[0]}
-    texts = {name: written.answers(handle, adapter, asked, tokenizer, 8) for name, adapter in who.items()}
+    texts = {name: written.answers(handle, adapter, asked, tokenizer) for name, adapter in who.items()}
     right = {
         name: sum(generation.same_json(text, q.wanted) for text, q in zip(mine, asked, strict=True)) / len(asked)
         for name, mine in texts.items()

@@ -13,6 +13,7 @@ from loralab.objectives import generation
 from loralab.objectives.generation import Decoding
 from loralab.run.settings import Settings
 
+AT_ONCE = 16  # rows of a batch: one token of each is a small product, so a batch of few rows takes as long
 SPARE = 32  # tokens that an answer may have above the longest right one: what is longer yet is wrong anyway
 
 
@@ -56,20 +57,18 @@ def scores(
     metric = settings.generate_metric
     if metric is None:
         return {}
-    texts = answers(adapters, name, asked, tokenizer, settings.batch_size)
+    texts = answers(adapters, name, asked, tokenizer)
     worth = [generation.METRICS[metric](text, q.wanted) for text, q in zip(texts, asked, strict=True)]
     return {metric: sum(worth) / len(worth)}
 
 
-def answers(
-    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, batch_size: int
-) -> list[str]:
+def answers(adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any) -> list[str]:
     """Return the answer to each question, greedy, with an adapter or by the base (None)."""
     found = [""] * len(asked)
     decoding = _decoding(asked, tokenizer)
     adapters.model.eval()
     with adapters.use(name), adapters.caching():
-        for chosen in sorted_batches([len(question.ids) for question in asked], batch_size):
+        for chosen in sorted_batches([len(question.ids) for question in asked], AT_ONCE):
             texts = generation.answers(adapters.model, tokenizer, [asked[i].ids for i in chosen], decoding)
             for i, (text,) in zip(chosen, texts, strict=True):
                 found[i] = text
