@@ -71,7 +71,15 @@ def show(title: str, contrasts: Iterable[Contrast]) -> None:
 
 def again(task: str, runs, reference: str) -> None:
     """One task: the mean (standard deviation over seeds) of what else the runs tell."""
-    columns = ("score", "AUC", "likelihood", "accuracy", "training loss, last epoch", "one class", "lowest seed")
+    columns = (
+        "score", "AUC", "likelihood", "accuracy", "training loss, last epoch", "one class", "lowest seed", "called 1",
+    )  # fmt: skip
+    labels = next((found[1] for own in runs.values() for run in own if (found := predicted(run))), None)
+    if labels is not None and set(np.unique(labels)) == {0, 1}:
+        share = float(np.mean(labels))
+        print(
+            f"{task}: {100 * share:.0f} % of the rows are of class 1; one class for all: {max(share, 1 - share):.3f}\n"
+        )
     print(f"| {task} | {' | '.join(columns)} |")
     print("| --- |" + " ---: |" * len(columns))
     aucs = {}
@@ -86,7 +94,7 @@ def again(task: str, runs, reference: str) -> None:
         cells = [
             spread(r.selected for r in own), spread(aucs.get(method, {}).values()), spread(nll), spread(right),
             spread(r.history[-1]["train_loss"] for r in own), str(sum(bool(r.result["warnings"]) for r in own)),
-            f"{min(r.selected for r in own):.3f}",
+            f"{min(r.selected for r in own):.3f}", called_1(kept),
         ]  # fmt: skip
         print(f"| {method} | {' | '.join(cells)} |")
     print()
@@ -96,6 +104,12 @@ def again(task: str, runs, reference: str) -> None:
         differences = [np.array([aucs[m][s] - aucs[reference][s] for s in seeds[m]]) for m in others]
         if others and all(len(d) > 1 for d in differences):
             show(f"{task}, AUC, against {reference}", paired(others, differences, MARGIN))
+
+
+def called_1(kept) -> str:
+    """The lowest and the highest share of rows that a run calls class 1."""
+    shares = [100 * float(np.mean(x.argmax(1))) for found in kept if found for x in found[:1] if x.shape[1] == 2]
+    return f"{min(shares):.0f} to {max(shares):.0f} %" if shares else ""
 
 
 def predicted(run):

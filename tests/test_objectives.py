@@ -1,6 +1,7 @@
 """Objectives: the laws that a run of every kind of task keeps, and what each kind computes, against slow oracles."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -265,6 +266,36 @@ def test_a_step_whose_rows_are_each_others_negatives_is_not_divided(bases, files
         train(settings("pairs", bases, files, tmp_path, accumulate=2))
 
 
+@pytest.mark.parametrize("kind", ["chat", "completion", "text"])
+def test_packed_rows_have_the_losses_of_rows_alone(kind, bases, files, tmp_path):
+    s = settings(kind, bases, files, tmp_path, pack=True)
+    run = prepare(s)
+    rows = run.train
+    assert rows.packed
+    chosen = list(range(17))
+    batch = collate(rows, chosen, run.tokenizer, torch.device("cpu"))
+    assert len(batch["input_ids"]) < 12
+    with torch.no_grad():
+        for name, t in run.model.named_parameters():
+            if name.endswith("B"):
+                t.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+        packed = run.objective.forward(run.model, batch)
+        plain = dataclasses.replace(rows, packed=False)
+        for i in chosen:
+            alone = run.objective.forward(run.model, collate(plain, [i], run.tokenizer, torch.device("cpu")))
+            torch.testing.assert_close(packed[i], alone[0], rtol=1e-4, atol=1e-4)
+    assert packed[:, 1].long().tolist() == rows.weights[chosen].tolist()
+
+
+def test_a_packed_run_is_the_run_up_to_rounding_and_others_refuse_to_pack(bases, files, tmp_path):
+    for pack in (False, True):
+        train(settings("chat", bases, files, tmp_path / str(pack), pack=pack, max_length=60))
+    for a, b in zip(history(tmp_path / "False"), history(tmp_path / "True"), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+    with pytest.raises(UserError, match="--pack"):
+        train(settings("tagging", bases, files, tmp_path / "other", pack=True))
+
+
 # ---- steps, time and evaluation within an epoch ----------------------------------------------------------------------
 
 
@@ -330,7 +361,14 @@ def test_likelihoods_are_those_of_all_logits(bases, plain, learns, monkeypatch):
 def test_a_model_that_changes_its_logits_is_not_taken_for_plain(bases):
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     inner = model.forward
-    model.forward = lambda **inputs: (out := inner(**inputs), setattr(out, "logits", out.logits.tanh() * 3))[0]
+
+    @functools.wraps(inner)
+    def capped(**inputs):
+        out = inner(**inputs)
+        out.logits = out.logits.tanh() * 3
+        return out
+
+    model.forward = capped
     vocabulary.prepare(model)
     assert not vocabulary._PLAIN[model]
 

@@ -2,13 +2,14 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import synthetic
 
 from loralab.report import write
-from loralab.report.charts import styles_of
+from loralab.report.charts import after_epochs, read_once, styles_of
 from loralab.report.findings import findings
 from loralab.report.planned_charts import FAR, _chosen, forest, rates, reach, tried
 from loralab.report.planned_table import contrasts
@@ -109,6 +110,15 @@ def test_rates_are_drawn_as_they_were_tried(found):
     assert {1e-3, 3e-3}.isdisjoint(drawn["full"][:, 0])  # two of its rates collapsed
     crosses = [line for line in ax.lines if line.get_marker() == "x"]
     assert sorted(x for line in crosses for x in line.get_xdata()) == pytest.approx([1e-3, 3e-3])
+
+
+def test_a_learning_curve_is_of_held_out_rows_where_validation_was_read_once(found):
+    run = found.results[0].cell.runs[0]
+    rows = [row | {"validation": row["validation"] if row["epoch"] == 2 else {}} for row in run.history]
+    once = replace(run, history=rows)
+    assert [read_once(run), read_once(once)] == [False, True]
+    assert after_epochs(once) == [row["held_out"] for row in rows]
+    assert after_epochs(run) == [row["validation"] for row in run.history]
 
 
 def test_the_page_leads_with_the_answer(study, tmp_path):

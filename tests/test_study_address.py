@@ -126,7 +126,7 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
     assert set(free) == NOT_RESULT
     of_policy = {key for values in OF_POLICY.values() for key in values}
-    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "template", "loss_on"} | of_policy >= fields
+    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "template", "loss_on", "pack"} | of_policy >= fields
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
     found += [address(dataclasses.replace(base, policy="groups")), address(dataclasses.replace(base, policy="alora"))]
@@ -135,7 +135,7 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     rows = [{"prompt": f"the {word}", "completion": word} for word in ("cat", "dog", "red", "blue")]
     chats.write_text("\n".join(map(json.dumps, rows)))
     causal = Settings(task=str(chats), model=str(tiny))
-    found += [address(causal), address(dataclasses.replace(causal, loss_on="all"))]
+    found += [address(dataclasses.replace(causal, **more)) for more in ({}, {"loss_on": "all"}, {"pack": True})]
     for text in ("{{ messages }}", "{{ messages[0] }}"):
         template.write_text(text)
         found.append(address(dataclasses.replace(causal, template=template)))

@@ -54,7 +54,8 @@ WHOLE = {
 }  # fmt: skip
 ACCEPTED = {  # place -> names of VALUES that are right there; places that are not here take none
     ("name",): {"text"}, ("about",): {"text", "empty text"}, ("seeds",): {"whole numbers"}, ("data",): {"text"},
-    ("store",): {"text"}, ("adapters",): {"truth"}, ("packed",): {"truth"}, ("registered",): {"truth"}, ("models",): {"text", "texts"},
+    ("store",): {"text"}, ("adapters",): {"truth"}, ("packed",): {"truth"}, ("registered",): {"truth"},
+    ("models",): {"text", "texts"},
     ("tasks",): {"text", "texts"}, ("methods",): {"texts"}, ("protocol",): set(), ("tune",): set(), ("compare",): set(),
     ("tasks", 1): {"text"}, ("tasks", 1, "task"): {"text"}, ("tasks", 1, "name"): {"text"},
     ("tasks", 1, "text"): {"text", "empty text", "texts", "empty list"}, ("tasks", 1, "label"): {"text", "empty text"},

@@ -18,7 +18,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> settings; wh
     "--method lora": {"method": "lora"},
     "--method lora-fa": {"method": "lora-fa"},
     "--targets attention-qv": {"targets": "attention-qv"},
-    "checkpointing, in a Trainer": {"checkpointing": True},
+    "--checkpointing": {"checkpointing": True},
 }
 WORTH = 0.99  # a change is listed if its peak is below this share
 

@@ -29,6 +29,7 @@ class Rows:
     sequences: int = 1  # of a row, one after another in `columns`
     weights: Tensor | None = None  # (rows,) what a row counts in the loss, as its learned tokens; None: each row 1
     notes: tuple[str, ...] = ()  # what the user should know of how the rows were made
+    packed: bool = False  # whether a batch has several rows in one sequence
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,6 +101,12 @@ def collate_together(
 
     b counts sequences. Short ones are padded; a part with fewer than the largest repeats its first.
     """
+    if parts[0][0].packed:
+        ((rows, chosen),) = parts
+        batch = pack(rows, chosen, tokenizer)
+        return {key: tensor.to(device) for key, tensor in batch.items()}, [
+            (len(batch["input_ids"]), batch["input_ids"].shape[1])
+        ]
     places = [rows.places(chosen) for rows, chosen in parts]
     sizes = [(len(mine), width(*part)) for mine, part in zip(places, parts, strict=True)]
     b, t = (max(column) for column in zip(*sizes, strict=True))
@@ -120,6 +127,44 @@ def _padded_labels(labels: list[list[int]], t: int, side: str) -> Tensor:
     """Return the labels of tokens as (sequences, t), IGNORED where there is padding."""
     spare = [[IGNORED] * (t - len(ids)) for ids in labels]
     return torch.tensor([s + ids if side == "left" else ids + s for ids, s in zip(labels, spare, strict=True)])
+
+
+def pack(rows: Rows, chosen: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    """Return the chosen rows in as few sequences of `max_length` tokens as the longest-first rule finds.
+
+    Rows do not see each other: the mask (s, 1, t, t) is added to attention scores, positions begin anew with each row,
+    and no row predicts the first token of the next. `rows` (s, t) has the place of each token's row among the chosen;
+    -1 is padding.
+    """
+    bins: list[list[int]] = []  # places among the chosen
+    room: list[int] = []
+    for place in sorted(range(len(chosen)), key=lambda i: -int(rows.lengths[chosen[i]])):
+        size = int(rows.lengths[chosen[place]])
+        fits = next((i for i, free in enumerate(room) if free >= size), None)
+        if fits is None:
+            fits = len(bins)
+            bins.append([])
+            room.append(rows.max_length)
+        bins[fits].append(place)
+        room[fits] -= size
+    s, t = len(bins), min(padded(rows.max_length - min(room)), rows.max_length)
+    pad = tokenizer.pad_token_id or 0
+    batch = {key: torch.full((s, t), fill) for key, fill in (("input_ids", pad), ("labels", IGNORED), ("rows", -1))}
+    batch["position_ids"] = torch.zeros(s, t, dtype=torch.long)
+    for i, places in enumerate(bins):
+        start = 0
+        for place in places:
+            ids, labels = (rows.columns[key][chosen[place]] for key in ("input_ids", "labels"))
+            span = slice(start, start + len(ids))
+            batch["input_ids"][i, span] = torch.tensor(ids)
+            batch["labels"][i, span] = torch.tensor([IGNORED, *labels[1:]])
+            batch["rows"][i, span] = place
+            batch["position_ids"][i, span] = torch.arange(len(ids))
+            start += len(ids)
+    same = batch["rows"][:, :, None] == batch["rows"][:, None, :]  # (s, t, t)
+    hidden = ~(same & torch.ones(t, t, dtype=torch.bool).tril())
+    batch["attention_mask"] = torch.zeros(s, 1, t, t).masked_fill(hidden[:, None], torch.finfo(torch.float32).min)
+    return batch
 
 
 def width(rows: Rows, chosen: Sequence[int]) -> int:

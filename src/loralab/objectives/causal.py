@@ -108,22 +108,27 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
     labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
     notes = (lost,) if len(kept) < len(cut) else ()
-    return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes)
+    packed = how.train and how.pack
+    return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes, packed)
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Return (sequences, 3): the negative log-likelihood of the learned tokens, their number, the right ones."""
-    inputs = {key: t for key, t in batch.items() if key != "labels"}
+    """Return (rows, 3): the negative log-likelihood of the learned tokens, their number, the right ones.
+
+    A row is a sequence, or a part of one where the batch is packed.
+    """
+    inputs = {key: t for key, t in batch.items() if key not in ("labels", "rows")}
     labels = batch["labels"][:, 1:]  # (sequences, t - 1): what each token but the last predicts
     learned = labels != IGNORED
-    rows, places = learned.nonzero().unbind(1)  # (learned tokens,)
-    nll, right = vocabulary.likelihoods(model, inputs, (rows, places), labels[rows, places])  # (learned tokens,)
-    sums = nll.new_zeros(len(labels)).index_add(0, rows, nll)
-    hits = nll.new_zeros(len(labels)).index_add(0, rows, right.to(nll.dtype))
-    return torch.stack([sums, learned.sum(1).to(nll.dtype), hits], 1)
+    sequences, places = learned.nonzero().unbind(1)  # (learned tokens,)
+    nll, right = vocabulary.likelihoods(model, inputs, (sequences, places), labels[sequences, places])
+    of_row = batch["rows"][sequences, places + 1] if "rows" in batch else sequences  # (learned tokens,)
+    rows = int(batch["rows"].max()) + 1 if "rows" in batch else len(labels)
+    columns = torch.stack([nll, torch.ones_like(nll), right.to(nll.dtype)], 1)  # (learned tokens, 3)
+    return nll.new_zeros(rows, 3).index_add(0, of_row, columns)
 
 
 def loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ OBJECTIVE = Objective(
     prepare=vocabulary.prepare,
     names=lambda task: (),
     of=of,
-    takes=("template", "loss_on"),
+    takes=("template", "loss_on", "pack"),
     asked=asked,
     parts=parts,
 )

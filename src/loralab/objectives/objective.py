@@ -27,6 +27,7 @@ class Encoding:
 
     max_length: int  # tokens
     train: bool  # whether the rows are trained on, or evaluated
+    pack: bool = False  # whether rows that are trained on share sequences
 
 
 def ask_texts(*cells: Any) -> tuple[tuple[Any, ...], Any]:

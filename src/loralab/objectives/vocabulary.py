@@ -7,6 +7,8 @@ afterwards, or whose output layer is adapted, gives them all.
 """
 
 from collections.abc import Mapping
+from inspect import signature
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +33,7 @@ def prepare(model: Any) -> None:
 def _is_plain(model: Any) -> bool:
     """Watch a forward pass: is the output layer's input the base's output, and its output the logits?"""
     head, seen = model.get_output_embeddings(), {}
-    if head is None or model.base_model is model:
+    if head is None or model.base_model is model or "logits_to_keep" not in signature(model.forward).parameters:
         return False
 
     def base_gives(module: Any, args: Any, output: Any) -> None:
@@ -63,7 +65,7 @@ def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Te
     if not _PLAIN.get(model) or type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         logits = model(**inputs, use_cache=False).logits  # (sequences, t, vocabulary)
         return _of_logits(logits[at], wanted)
-    hidden = model.base_model(**inputs, use_cache=False)[0][at]  # (n, d)
+    hidden = _hidden(model, inputs)[at]  # (n, d)
     size = max(1, int(PIECE_BYTES / 4 / len(head.weight)))
     pieces = zip(hidden.split(size), wanted.split(size), strict=True)
     if not torch.is_grad_enabled():
@@ -75,6 +77,26 @@ def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Te
         found = [(frozen(h, head.weight, head.bias, y), y.new_zeros(len(y))) for h, y in pieces]
     nll, right = zip(*found, strict=True) if found else ((hidden.sum(1),), (wanted,))
     return torch.cat(nll).float(), torch.cat(right)
+
+
+def _hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the last hidden states (sequences, t, d) of a forward pass of the whole model, with logits of one token.
+
+    The whole model runs because adapters and others have hooks on it.
+    """
+    seen, thread = [], get_ident()
+
+    def base_gives(module: Any, args: Any, output: Any) -> None:
+        if get_ident() == thread:
+            seen.append(output[0])
+
+    hook = model.base_model.register_forward_hook(base_gives)
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    (hidden,) = seen
+    return hidden  # type: ignore[no-any-return]
 
 
 def _of_layer(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from loralab.disk import size_text
 from loralab.report import numbers as n
 from loralab.report.findings import Cost, Findings, Result, pareto, swept
 from loralab.report.style import INK, MARKERS, MUTED, PAPER, SERIES, figure, styled
+from loralab.study import Run
 
 Style = tuple[str, str]  # colour and marker of a method, the same in every picture
 Drawing = tuple[str, str, str, Any] | None  # section, title without the task, caption, figure; None: nothing to draw
@@ -95,7 +96,7 @@ def intervals(results: Sequence[Result], styles: dict[str, Style]) -> Drawing:
 
 def metrics(results: Sequence[Result]) -> list[str]:
     """The metrics that were taken after each epoch, the one of the scores first."""
-    every = [name for r in results for run in r.cell.runs for row in run.history for name in row["validation"]]
+    every = [name for r in results for run in r.cell.runs for row in after_epochs(run) for name in row]
     return list(dict.fromkeys([r.summary.metric for r in results] + every))
 
 
@@ -122,16 +123,30 @@ def by_epoch(name: str) -> Draw:
         ax.xaxis.get_major_locator().set_params(integer=True)
         legend(fig, ax)
         hidden = off_scale(far, lambda r: float(np.nanmean(histories[r.label][1][:, -1])))
-        meaning = "After each epoch, on validation. Line: mean; band: lowest to highest seed."
+        rows = "held-out rows" if any(map(read_once, (run for r in shown for run in r.cell.runs))) else "validation"
+        meaning = f"After each epoch, on {rows}. Line: mean; band: lowest to highest seed."
         title = "learning curve" if name == results[0].summary.metric else f"learning curve, {n.metric(name)}"
         return "scores", title, f"{meaning}{choice}{hidden} {counted(results)}", fig
 
     return draw
 
 
+def read_once(run: Run) -> bool:
+    """Whether the validation split was read at the selected epoch only."""
+    return not all(row["validation"] for row in run.history)
+
+
+def after_epochs(run: Run) -> list[dict[str, float]]:
+    """The metrics after each epoch: on validation, on the held-out rows where that was read once."""
+    return [row["held_out" if read_once(run) else "validation"] or {} for row in run.history]
+
+
 def _history(r: Result, name: str) -> tuple[list[int], NDArray[np.float64]]:
     """Epochs, and values of a metric (seeds, epochs), nan where a run stopped earlier."""
-    by_seed = [{row["epoch"]: row["validation"].get(name, np.nan) for row in run.history} for run in r.cell.runs]
+    by_seed = [
+        {row["epoch"]: scores.get(name, np.nan) for row, scores in zip(run.history, after_epochs(run), strict=True)}
+        for run in r.cell.runs
+    ]
     epochs = sorted({epoch for scores in by_seed for epoch in scores})
     return epochs, np.array([[scores.get(epoch, np.nan) for epoch in epochs] for scores in by_seed])
 

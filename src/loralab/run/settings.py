@@ -159,6 +159,8 @@ class Settings(StepSettings):
     loss_on: LossOn = "auto"
     """Tokens that a causal model learns: the completion, every assistant turn of a chat, or all; auto: the first that
     the rows have."""
+    pack: bool = False
+    """Put several rows of a causal model's step into one sequence, where they do not see each other: less padding."""
     train_rows: int | None = None
     """Train on this many rows, drawn by the data's hash and stratified by label; all by default."""
     validation_rows: int | None = None

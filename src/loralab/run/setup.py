@@ -160,8 +160,11 @@ def _rows(
 ) -> tuple[dict[str, Rows], list[str]]:
     """Return (tokenized rows of each split, notes)."""
     check_length(model, settings)
+    if settings.pack and "pack" not in objectives.of(task).takes:
+        raise UserError(f"--pack with objective {task.objective}: only a causal model takes packed rows, leave it out")
     key = (
         id(task),
+        settings.pack,
         settings.selection,
         settings.held_out,
         settings.max_length,
@@ -172,7 +175,7 @@ def _rows(
         texts, sizes = splits(task, settings)
         encode = objectives.of(task).encode
         rows = {
-            name: encode(task, split, tokenizer, Encoding(settings.max_length, name == "train"))
+            name: encode(task, split, tokenizer, Encoding(settings.max_length, name == "train", settings.pack))
             for name, split in texts.items()
         }
         told = dict.fromkeys(note for r in rows.values() for note in r.notes)

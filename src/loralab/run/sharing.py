@@ -65,6 +65,8 @@ def alone(settings: Settings) -> str | None:
         return f"dropout={r.dropout} on the adapter's input has no stream of its own"
     if settings.checkpointing:
         return "its activations are recomputed, which only the plain path does"
+    if settings.pack:
+        return "its rows are packed"
     if settings.speed != "auto":
         return f"speed is {settings.speed}"
     if settings.track:
@@ -134,6 +136,8 @@ def forward(
     in_use = adapters.use(names, ids) if len(states) > 1 else adapters.use(names[0])
     with in_use, adapters.active.changed(streams=streams):
         outputs = model(batch)  # (K b, ...): of a head those of the widest head
+    if "rows" in batch:  # packed, so of one run
+        return [(outputs, parts[0][0].labels[parts[0][1]].to(device))]
     of_tokens = batch["labels"].split(b) if "labels" in batch else [None] * len(states)
     return [
         _of_run(state, out, labels, *part)

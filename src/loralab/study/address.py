@@ -43,6 +43,7 @@ SETTINGS: Frozen = {
     "objective": ("objective", "classification"),
     "template": ("template", None),  # its hash
     "loss_on": ("loss_on", "auto"),
+    "pack": ("pack", False),
     "train_rows": ("train_rows", None),
     "validation_rows": ("validation_rows", None),
     "generate_metric": ("generate_metric", None),
