@@ -19,7 +19,7 @@ from loralab.run.bar import Bar
 METHODS = ("full", "head", "lora")  # each at its default learning rate
 GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 5}
 DECODER: dict[str, Any] = {  # few short steps; nothing is selected, so no row is held out for it
-    "task": "records", "method": "lora", "lr": 2e-3, "batch_size": 4, "epochs": 1, "train_rows": 240,
+    "task": "records", "method": "lora", "lr": 2e-3, "batch_size": 4, "epochs": 1, "train_rows": 320,
     "validation_rows": 24, "max_length": 224, "selection": "last",
 }  # fmt: skip
 SHOWN = 3  # rows that are printed with their answers
