@@ -20,7 +20,7 @@ CHANGES = {  # setting -> a value with which a short run comes to other bits
     "train_rows": 50, "validation_rows": 20, "selection": "last", "speed": "off",
     "dtype": "float32" if fast_bfloat16() else "bfloat16",
 }  # fmt: skip
-NO_BITS = {"accumulate"}  # the gradient is the same
+NO_BITS = {"accumulate", "generate_metric"}  # the gradient is the same, or there is none any more
 WITH = {  # setting -> (where it does nothing, where it does something), each beside the setting
     "keep": ({"keep": 0.5}, [{}, {"policy": "alora"}, {"set": ("policy=groups",)}],
              [{"policy": "drop"}, {"method": "lora-drop"}]),
@@ -32,6 +32,7 @@ WITH = {  # setting -> (where it does nothing, where it does something), each be
     "patience": ({"patience": 2}, [{"selection": "last"}], [{}, {"selection": "validation"}]),
     "targets": ({"targets": "mlp"}, [{"method": "full", "rank": None}, {"method": "bitfit", "rank": None}],
                 [{}, {"method": "vera"}]),
+    "generate_rows": ({"generate_rows": 9}, [{}], [{"generate_metric": "exact"}]),
     "data": ({"data": "here"}, [{}, {"task": "minimal-pairs"}], [{"task": "CoLA"}, {"task": "sts-b"}]),
 }  # fmt: skip
 

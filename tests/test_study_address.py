@@ -113,7 +113,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
     "selection": "last", "patience": 3, "eval_every": 7, "max_steps": 9, "max_time": "9m",
     "objective": "multi-label", "checkpointing": True, "held_out": "unused",
-    "generate_metric": "exact", "generate_rows": 7,
+    "generate_metric": "exact",
 }  # fmt: skip
 OF_POLICY = {"drop": {"keep": 0.5}, "alora": {"rounds": 2}, "groups": {"span": 2}}  # refused with another policy
 
@@ -126,11 +126,15 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
     assert set(free) == NOT_RESULT
     of_policy = {key for values in OF_POLICY.values() for key in values}
-    assert set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "template", "loss_on", "pack"} | of_policy >= fields
+    assert (
+        set(OTHERWISE) | set(free) | IN_HASHES | {"ranks", "template", "loss_on", "pack", "generate_rows"} | of_policy
+        >= fields
+    )
     found = [address(dataclasses.replace(base, **{key: value})) for key, value in OTHERWISE.items()]
     found += [address(dataclasses.replace(base, task=str(own["value"]))), address(base)]
     found += [address(dataclasses.replace(base, policy="groups")), address(dataclasses.replace(base, policy="alora"))]
     found += [address(dataclasses.replace(base, policy=policy, **values)) for policy, values in OF_POLICY.items()]
+    found.append(address(dataclasses.replace(base, generate_metric="exact", generate_rows=7)))
     template, chats = tmp_path / "template.jinja", tmp_path / "chats.jsonl"
     rows = [{"prompt": f"the {word}", "completion": word} for word in ("cat", "dog", "red", "blue")]
     chats.write_text("\n".join(map(json.dumps, rows)))

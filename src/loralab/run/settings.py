@@ -330,6 +330,9 @@ BELONGS: dict[str, Callable[[Settings], str | None]] = {
     "patience": lambda s: (
         "selection='last': no epoch is better than the last, so none is waited for" if s.selection == "last" else None
     ),
+    "generate_rows": lambda s: (
+        "no generate_metric: no row is answered, so leave it out" if s.generate_metric is None else None
+    ),
     "targets": _of_layers,
     "data": _of_glue,
 }
