@@ -1,8 +1,8 @@
 """Measure what docs/objectives.md says of kinds of task: `python studies/kinds.py similarity|completion --data DIR`.
 
 similarity: Spearman of minilm's embeddings on STS-B's validation rows before training, with LoRA and with full
-fine-tuning, by seed. completion: SST-2 on smollm2 as prompts with one-word completions and as a classification with a new
-head, accuracy on the validation rows, by seed. Runs are kept in runs/kinds and not run again.
+fine-tuning, by seed. completion: SST-2 on smollm2 as prompts with one-word completions and as a classification with a
+new head, accuracy on the validation rows, by seed. Runs are kept in runs/kinds and not run again.
 """
 
 import argparse

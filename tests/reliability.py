@@ -90,7 +90,7 @@ JOBS = [  # (tests, how many times their short form), those that take longest fi
     ("test_faults.py", 1),
     ("test_endurance.py", 1),
     ("test_hostile_files.py", 6),
-    ("test_hostile.py", 8),
+    ("test_hostile.py", 10),
     ("test_labels.py", 1),
     ("test_silent.py -k stale_value", 1),
     ("test_silent.py -k threads_use", 4),

@@ -34,6 +34,13 @@ from loralab.errors import UserError
 from loralab.objectives import Encoding, ragged, tagging, vocabulary
 from loralab.run import Settings, train, train_together
 from loralab.run.setup import prepare
+from loralab.run.tune import tune
+from loralab.study.bar import StudyBar
+from loralab.study.run_study import run_study
+from loralab.study.runners import runner
+from loralab.study.statistics.resample import resampled
+from loralab.study.statistics.table import comparisons
+from loralab.study.toml import define
 
 ADJECTIVES = ["red", "blue", "big", "small"]
 TEMPLATE = (
@@ -545,3 +552,42 @@ def test_labels_of_a_csv_are_lists_names_or_columns(cells, tmp_path):
     task = objectives.load(str(tmp_path / "rows.csv"), objective="multi-label", whole=True, **flags)
     named = [{task.labels[i] for i, yes in enumerate(row) if yes} for row in task.train.labels]
     assert named == [{"red", "big"}, set(), {"big"}]
+
+
+# ---- studies: a loss is better where it is lower ---------------------------------------------------------------------
+
+
+def test_tuning_takes_the_rate_of_the_lowest_held_out_loss(bases, files, tmp_path):
+    tried, best = tune(settings("completion", bases, files, tmp_path / "t", lr=None, epochs=3), [1e-6, 1e-2, 1e-5])
+    losses = {found.lr: found.held_out for found in tried}
+    assert best.lr == 1e-2 == min(losses, key=losses.__getitem__)
+
+
+def test_a_study_of_a_language_model_calls_the_lower_loss_better(bases, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = {
+        "models": [str(bases["llama"])], "tasks": [{"task": str(files["chat"]), "name": "chat"}], "seeds": [0, 1, 2],
+        "protocol": {"epochs": 3, "batch_size": 12, "max_length": 40, "rank": 3, "dtype": "float32", "eval_every": 4},
+        "methods": [{"method": "lora", "lr": 0.01}, {"method": "lora", "lr": 1e-6, "name": "slow"}],
+        "compare": {"reference": "slow", "margin": {"default": 0.001}},
+    }  # fmt: skip
+    done = run_study(define(table, "chats", Path()), Path("out"), runner("in-turn"), StudyBar())
+    loss = {cell.key[2]: np.mean([run.selected for run in cell.runs]) for cell in done.cells().values()}
+    assert loss["lora"] < loss["slow"] - 0.05
+    (found,) = comparisons(done)
+    assert found.verdict == ("better" if found.a == "lora" else "worse")
+    assert found.rows == len(done.cells()[("chat", *next(iter(done.cells()))[1:])].runs[0].reported.labels)
+
+
+def test_resampled_losses_are_those_of_the_rows(bases):
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 9, 40).astype(float)
+    runs = [np.stack([random.random(40) * tokens, tokens, random.integers(0, 2, 40)], 1) for _ in range(3)]
+    for metric in ("loss", "perplexity", "token_accuracy"):
+        scores = resampled(metric, runs, tokens, 4000, np.random.default_rng(1))
+        task = objectives.data.Task("t", None, ("loss",), None, {}, "", objective="causal")
+        whole = [objectives.of(task).score(task, run, tokens)[metric] for run in runs]
+        np.testing.assert_allclose(scores.mean(0), whole, rtol=0.02)
+        rows = random.integers(0, 40, (4000, 40))
+        slow = np.array([objectives.of(task).score(task, runs[0][i], tokens[i])[metric] for i in rows])
+        assert scores[:, 0].std() == pytest.approx(slow.std(), rel=0.1)

@@ -7,8 +7,9 @@ Only classes of transformers are loaded, and only from safetensors or GGUF files
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,7 +157,7 @@ def pretrained(
         head["num_labels"] = num_labels
     if num_labels is not None and task == "SEQ_CLS":
         head["problem_type"] = "regression" if num_labels == 1 else "single_label_classification"
-    with _from_seed(seed), _quiet(), _one_line(name, kind):
+    with _from_seed(seed), _quiet(), _without_bar(folder), _one_line(name, kind):
         words = _tokenizer(folder)
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder,
@@ -331,6 +332,13 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_bar(folder: Path) -> Iterator[None]:
+    """Keep the bar of a GGUF file from stderr: it is tqdm's own, which no switch of transformers turns off."""
+    with redirect_stderr(StringIO()) if _gguf(folder) else nullcontext():
+        yield
 
 
 @contextmanager

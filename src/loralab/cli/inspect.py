@@ -14,6 +14,7 @@ from loralab.cli.show import Json, as_json, folder_size, number, pairs, table
 from loralab.disk import read_json, size_text
 from loralab.errors import UserError
 from loralab.files import AdapterFile
+from loralab.objectives import saved
 from loralab.rankmap import RankMap
 from loralab.recipe import to_json
 from loralab.targets import summary
@@ -91,6 +92,7 @@ def facts(file: AdapterFile, folder: Path) -> dict[str, Any]:
         "layers": file.paths,
         "head": file.heads,
         "labels": file.labels,
+        "objective": saved.read(folder, file.base.get("task_type")).objective,
         "base": file.base,
         "values": sum(t.numel() for t in file.tensors.values()),
         "unreached": file.counts.get("unreached", 0),  # values of the base that no target reaches

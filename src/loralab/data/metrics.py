@@ -58,14 +58,14 @@ def _correlation(function: Callable[[Array, Array], Any], logits: Array, labels:
 LOWER_IS_BETTER = {"loss", "perplexity"}
 
 
-def better(metric: str, score: float, than: float) -> bool:
-    """Tell whether a score of a metric is better than another."""
-    return score < than if metric in LOWER_IS_BETTER else score > than
+def upward(metric: str, score: float) -> float:
+    """Return a score so that more is better: of a loss its negative."""
+    return -score if metric in LOWER_IS_BETTER else score
 
 
 def best(metric: str, scores: Sequence[float]) -> float:
     """Return the best of some scores of a metric."""
-    return min(scores) if metric in LOWER_IS_BETTER else max(scores)
+    return max(scores, key=lambda score: upward(metric, score))
 
 
 METRICS: dict[str, Callable[[Array, Array], float]] = {

@@ -23,6 +23,7 @@ RESULT = {
     "time": {"train_s": float, "examples_per_s": float},
     "memory": {"peak_bytes": int, "ledger": dict[str, int]},
     "protocol": dict[str, Any], "notes": list[str], "warnings": list[str],
+    "collapsed": bool,
 }  # fmt: skip
 FACTS = {
     "settings": dict[str, Any], "recipe": dict[str, Any] | None, "plan": dict[str, Any] | None, "data": dict[str, Any],
@@ -33,7 +34,7 @@ EPOCH = {"epoch": float, "step": int, "train_loss": float, "held_out": Scores | 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json. Raises UserError if it is missing, damaged or of something else."""
-    return _checked(folder / "result.json", RESULT, optional=("by_rank",))
+    return _checked(folder / "result.json", RESULT, optional=("by_rank", "collapsed"))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def result_of(
             "start": "pretrained" if s.from_adapter is None else "adapter",
         },
         "notes": list(run.notes),
+        "collapsed": selected["one_class"],
         "warnings": _warnings(run, selected),
     }
 

@@ -95,6 +95,10 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
         return _start_batches(train, settings, tokenizer)
 
     _check_whole(objective, task, settings)
+    if not objective.new_head and recipe.factors is None and recipe.learn_base is None:
+        raise UserError(
+            f"--method {settings.method}: it learns a new head alone, and objective {task.objective} has none"
+        )
     steps = settings.steps(len(train))
     recipe = recipe.for_steps(steps)
     notes += recipe.notes(steps)

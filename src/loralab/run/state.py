@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from loralab.data.batches import epoch_batches
-from loralab.data.metrics import better
+from loralab.data.metrics import upward
 from loralab.errors import UserError
 from loralab.optimizers import adamw
 from loralab.run import generators
@@ -178,8 +178,7 @@ class RunState:
         p.loss, p.weight = 0.0, 0
         if self.ends_epoch:
             p.epoch, p.batch, self.batches = p.epoch + 1, 0, []
-        metric = run.task.metrics[0]
-        if p.best < 0 or better(metric, self._selecting(-1), self._selecting(p.best)) or s.selection == "last":
+        if p.best < 0 or self._selecting(-1) > self._selecting(p.best) or s.selection == "last":
             p.best = len(p.history) - 1
             self.best = {key: t.detach().clone() for key, t in self.tensors().items()}
             self.predictions = self._predictions(validation)
@@ -219,9 +218,9 @@ class RunState:
         return found
 
     def _selecting(self, index: int) -> float:
-        """Return the score of an epoch that selection compares."""
+        """Return the score of an evaluation that selection compares; more is better."""
         record, metric = self.progress.history[index], self.run.task.metrics[0]
-        return float((record["held_out"] or record["validation"])[metric])
+        return upward(metric, float((record["held_out"] or record["validation"])[metric]))
 
     def restore_best(self) -> None:
         """Set adapter and head to the selected epoch."""

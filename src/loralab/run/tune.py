@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loralab.data.metrics import upward
 from loralab.disk import check_output_folder, write_json
 from loralab.errors import UserError
 from loralab.run.bar import Reporter
@@ -51,11 +52,11 @@ def tune(settings: Settings, rates: Sequence[float], reporter: Reporter | None =
     for group in grouped(runs):
         outcomes |= zip((s.folder for s in group.runs), train_together(group.runs, reporter), strict=True)
     tried = [_tried(run, outcomes[run.folder]) for run in runs]
-    scores = [x.held_out for x in tried if x.why is None and x.held_out is not None]
-    if not scores:
+    left = [x for x in tried if x.why is None and x.held_out is not None]
+    if not left:
         reasons = "; ".join(f"{x.lr:g} {x.why}" for x in tried)
         raise UserError(f"--tune: no rate trained the task ({reasons}): try others, more --epochs or other --targets")
-    best = next(x for x in tried if x.why is None and x.held_out == max(scores))
+    best = max(left, key=lambda x: upward(metric_of(x), float(x.held_out or 0)))  # of equal ones the first
     rows = [{"lr": x.lr, "folder": x.folder.name, "held_out": x.held_out, "out": x.why} for x in tried]
     write_json(settings.folder / TABLE, {"metric": metric_of(best), "best": best.folder.name, "rates": rows})
     return tried, best
@@ -70,5 +71,5 @@ def metric_of(tried: Tried) -> str:
 def _tried(run: Settings, outcome: dict[str, Any] | UserError) -> Tried:
     if isinstance(outcome, UserError):
         return Tried(float(run.lr or 0), run.folder, None, None, str(outcome))
-    why = "predicts one class for every row" if outcome["warnings"] else None
+    why = "predicts one class for every row" if outcome["collapsed"] else None
     return Tried(float(run.lr or 0), run.folder, outcome, outcome["metric"]["held_out"], why)

@@ -86,7 +86,7 @@ def described(outcome: dict[str, Any] | Exception) -> str:
         return "pruned"
     if isinstance(outcome, Exception):
         return f"failed: {outcome}"
-    metric, unlearnt = outcome["metric"], "  (did not learn: one class for every row)" * bool(outcome["warnings"])
+    metric, unlearnt = outcome["metric"], "  (did not learn: one class for every row)" * outcome["collapsed"]
     return f"{metric['name']} {metric['selected']:.4f}  {clock(outcome['time']['train_s'])}{unlearnt}"
 
 

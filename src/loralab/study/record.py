@@ -188,7 +188,7 @@ def number(value: float | None) -> float:
 
 def collapses(run: Run) -> bool:
     """Whether a run predicts one class for every row: it learned nothing."""
-    return bool(run.result["warnings"])
+    return bool(run.result.get("collapsed", run.result["warnings"]))  # an older version had no other warning
 
 
 def read_run(store: Path, scheduled: ScheduledRun) -> Run | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from loralab.data.metrics import upward
 from loralab.errors import UserError
 
 WORST = float("-inf")  # the score of a run that failed
@@ -80,15 +81,17 @@ def search(grid: Mapping[str, Any], trials: int, seed: int, draws: int, outcome:
 
 
 def score(epochs: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> float:
-    """Score of the selected epoch on the rows that selected it."""
-    record = epochs[result["selected_epoch"] - 1]
-    return float((record["held_out"] or record["validation"])[result["metric"]["name"]])
+    """Score of the selected evaluation on the rows that selected it; more is better."""
+    record, metric = next(row for row in epochs if row["epoch"] == result["selected_epoch"]), result["metric"]["name"]
+    return upward(metric, float((record["held_out"] or record["validation"])[metric]))
 
 
 def report(trial: Any, record: Mapping[str, Any], epochs: int) -> None:
     """Report an epoch to its trial. Raises Pruned if the run is not worth going on."""
     scores = record["held_out"] or record["validation"]
-    trial.report(next(iter(scores.values())), record["epoch"])  # the first metric is the one that selects
+    metric, value = next(iter(scores.items()))  # the first metric is the one that selects
+    if record["epoch"] == int(record["epoch"]):
+        trial.report(upward(metric, value), int(record["epoch"]))
     if record["epoch"] < epochs and trial.should_prune():
         raise Pruned
 

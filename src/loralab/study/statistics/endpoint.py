@@ -7,6 +7,7 @@ auc, log_likelihood, or a metric by its name
 """
 
 from loralab.data.endpoints import PARTS, THRESHOLD, THRESHOLDED, moved
+from loralab.data.metrics import upward
 from loralab.study.record import Predictions, Run
 from loralab.study.statistics.resample import NUMBERS
 
@@ -26,7 +27,12 @@ def metric_of(run: Run, endpoint: str) -> str:
 
 
 def value(run: Run, endpoint: str) -> float | None:
-    """The endpoint of a run; None where the run does not have it."""
+    """The endpoint of a run, of a loss its negative: more is better. None where the run does not have it."""
+    found = _value(run, endpoint)
+    return None if found is None else upward(metric_of(run, endpoint), found)
+
+
+def _value(run: Run, endpoint: str) -> float | None:
     name = metric_of(run, endpoint)
     known = {**run.result.get("metrics", {}), **run.result.get("endpoints", {})}
     if endpoint == SELECTED or (endpoint == THRESHOLD and name not in THRESHOLDED):

@@ -28,6 +28,11 @@ def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, g
         parts = np.stack([PARTS[metric](x, labels) for x in logits], axis=1)  # (rows, runs)
         score, counts = _of_parts(parts), np.ones(len(labels), dtype=np.int64)
         strata = labels if logits[0].shape[1] > 1 else np.zeros(len(labels))
+    elif metric in RATIOS:
+        parts = np.stack([x[:, RATIOS[metric]] for x in logits], axis=1).astype(np.float64)  # (rows, runs)
+        tokens = logits[0][:, 1].astype(np.float64)  # (rows,)
+        score, counts = _of_ratios(metric, parts, tokens), np.ones(len(labels), dtype=np.int64)
+        strata = np.zeros(len(labels))
     elif metric in COUNTS:
         table = np.stack([labels.astype(np.int64), *(x.argmax(1) for x in logits)], axis=1)
         patterns, counts = np.unique(table, axis=0, return_counts=True)
@@ -83,6 +88,16 @@ def _of_parts(parts: Array) -> Callable[[Array], Array]:
     return lambda weights: weights @ parts
 
 
+def _of_ratios(metric: str, parts: Array, tokens: Array) -> Callable[[Array], Array]:
+    """Weights (times, rows) -> scores (times, runs): sums of parts (rows, runs) over sums of tokens (rows,)."""
+
+    def score(weights: Array) -> Array:
+        found: Array = (weights @ parts) / (weights @ tokens)[:, None]
+        return np.exp(found) if metric == "perplexity" else found
+
+    return score
+
+
 def _of_numbers(values: Array) -> Callable[[Array], Array]:
     """Weights (times, rows) -> Pearson correlations (times, runs) of column 0 with the others."""
     x = values - values.mean(0)  # the sums below would cancel for values far from 0
@@ -98,9 +113,10 @@ def _of_numbers(values: Array) -> Callable[[Array], Array]:
     return score
 
 
+RATIOS = {"loss": 0, "perplexity": 0, "token_accuracy": 2}  # metric of a language model -> column of its predictions
 NUMBERS = ("pearson", "spearman")
 UNBOUNDED = (-np.inf, np.inf)
 RANGES = {  # the values a metric can take
-    **dict.fromkeys(("accuracy", "f1", "f1_macro"), (0.0, 1.0)),
+    **dict.fromkeys(("accuracy", "f1", "f1_macro", "token_accuracy"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearson", "spearman"), (-1.0, 1.0)),
 }

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 from loralab.data.counts import COUNTS
-from loralab.study.record import Array, Cell, Predictions, Run, Study, number
+from loralab.data.metrics import upward
+from loralab.study.record import Array, Cell, Predictions, Run, Study, collapses, number
 from loralab.study.statistics.contrasts import smallest_difference
 from loralab.study.statistics.endpoint import SELECTED, metric_of, rows_of
 from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate, within
@@ -144,9 +145,10 @@ def corrected(found: Sequence[Comparison], estimates: Sequence[MeanEstimate], al
     out = []
     for i, (c, difference) in enumerate(zip(found, estimates, strict=True)):
         if not math.isnan(c.p):
+            up = upward(c.metric, c.difference)
             c = replace(
                 c, p_holm=p[i], p_equivalent_holm=same[i], smallest=smallest(difference, alpha / tests),
-                within_margin=bool(c.p_equivalent < alpha), verdict=verdict(c.difference, p[i], same[i], alpha),
+                within_margin=bool(c.p_equivalent < alpha), verdict=verdict(up, p[i], same[i], alpha),
             )  # fmt: skip
         out.append(c)
     return out
@@ -187,7 +189,7 @@ def _summary(cell: Cell, resamples: Resamples, level: float) -> Summary:
         *within(over_seeds.interval(level), low, high), *within(over_both.interval(level), low, high), over_both.rows,
         last=mean["last"], best_on_validation=mean["best_on_validation"], inflation=float(cell.inflation.mean()),
         pending=cell.pending, failed=len(cell.failed), tuning=cell.trials,
-        unlearnt=sum(bool(run.result["warnings"]) for run in runs),
+        unlearnt=sum(map(collapses, runs)),
     )  # fmt: skip
 
 
