@@ -7,6 +7,7 @@ not there, nothing is run. Names that have changed since are given to the progra
 """
 
 import argparse
+import html
 import os
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def clean(line: str) -> str:
 
 
 def row(name: str, code: int, lines: list[str]) -> str:
-    said = "<br>".join(f"`{line.replace('`', chr(39)).replace('|', '¦')}`" for line in lines)
+    said = "<br>".join(f"<code>{html.escape(line).replace('|', '¦')}</code>" for line in lines)
     return f"| {name} | {BEFORE.get(name, 'not described here')} | {code} | {said} |"
 
 

@@ -17,10 +17,15 @@ CHANGES = {  # setting -> a value with which a short run comes to other bits
     "method": "dora", "rank": 2, "alpha": 3.0, "targets": "attention", "lr": 0.03, "lr_ratio": 3.0, "head_lr": 0.003,
     "dropout": 0.3, "set": ("stabilized=true",), "store": "int8", "policy": "groups", "seed": 3, "epochs": 2,
     "batch_size": 15, "max_length": 4, "weight_decay": 0.9, "schedule": "constant", "warmup": 0.4, "clip": 0.01,
-    "train_rows": 50, "validation_rows": 20, "selection": "last", "speed": "off",
+    "train_rows": 50, "validation_rows": 20, "selection": "last", "speed": "off", "max_steps": 7,
+    "checkpointing": True,
     "dtype": "float32" if fast_bfloat16() else "bfloat16",
 }  # fmt: skip
 NO_BITS = {"accumulate", "generate_metric"}  # the gradient is the same, or there is none any more
+ELSEWHERE = {  # setting -> the tests that show what it does
+    "held_out": "test_endpoints.py", "from_adapter": "test_begin.py", "pack": "test_objectives.py",
+    "eval_every": "test_objectives.py", "max_time": "test_objectives.py",
+}  # fmt: skip
 WITH = {  # setting -> (where it does nothing, where it does something), each beside the setting
     "keep": ({"keep": 0.5}, [{}, {"policy": "alora"}, {"set": ("policy=groups",)}],
              [{"policy": "drop"}, {"method": "lora-drop"}]),
@@ -40,7 +45,12 @@ WITH = {  # setting -> (where it does nothing, where it does something), each be
 def test_the_table_names_settings_and_no_setting_is_forgotten():
     fields = {f.name for f in dataclasses.fields(Settings)}
     assert set(BELONGS) == set(WITH) <= fields
-    assert fields == set(CHANGES) | NO_BITS | set(WITH) | NOT_RESULT | set(SOURCE) | {"model", "ranks", "attention"}
+    assert fields == set(CHANGES) | NO_BITS | set(WITH) | NOT_RESULT | set(SOURCE) | {
+        *ELSEWHERE,
+        "model",
+        "ranks",
+        "attention",
+    }
 
 
 @pytest.fixture
