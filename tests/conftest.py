@@ -20,11 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils import is_bitsandbytes_available
 
+from loralab.data.tables import WRITERS
 from loralab.errors import UserError
 
 torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
+TABLES = (*WRITERS, ".parquet")  # kinds of file that are read and written
 LONG = "LORALAB_CAMPAIGN" in os.environ  # `make reliability`
 TIMES = int(os.environ.get("LORALAB_CAMPAIGN", "1"))  # how many times its short form a test of the campaign is
 WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "big", "small"]

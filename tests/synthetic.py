@@ -45,7 +45,7 @@ def run(folder, task="cola", model="mpnet", method="lora", seed=0, epochs=4, sel
                    "ledger": {"weights": 440_000_000, "activations": int(MEMORY.get(method, 2) * 3e8) + seed}},
         "protocol": {"selection": selection, "optimistic": selection == "validation", "train": 3000, "held_out": 300,
                      "start": "pretrained"},
-        "notes": [], "warnings": [],
+        "notes": [], "warnings": [], "collapsed": False,
     }  # fmt: skip
     if method == "dylora":
         result["by_rank"] = {str(r): {name: scores[chosen] - 0.1 / r} for r in (1, 2, 3, 4)}
@@ -150,6 +150,6 @@ def _edit(place: Path, far: float, lost: bool) -> None:
             row[split][name] = 0.0 if lost else row[split][name] - 0.06 * far**2
     result["metric"]["selected"] = rows[result["selected_epoch"] - 1]["validation"][name]
     result["metrics"][name] = result["metric"]["selected"]
-    result["warnings"] = ["one class"] if lost else []
+    result["collapsed"] = lost
     (place / "result.json").write_text(json.dumps(result))
     (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from conftest import TABLES
 from sklearn.model_selection import train_test_split
 
 from loralab import data, objectives
@@ -422,7 +423,7 @@ def as_written(path: Path, labels: list[Any]) -> list[str]:
     return [label if isinstance(label, str) else json.dumps(label) for label in labels]
 
 
-@pytest.mark.parametrize(("kind", "suffix"), list(product(KINDS, tables.READERS)), ids=str)
+@pytest.mark.parametrize(("kind", "suffix"), list(product(KINDS, TABLES)), ids=str)
 def test_own_files_of_every_format_and_kind_of_label(tmp_path: Path, kind: Any, suffix: str) -> None:
     labels, asked, classes = kind
     texts = ['"say hi", twice "', "7", "ä b\u2028c", " spaced "] * 10  # a number is text where text is expected
@@ -677,7 +678,7 @@ def test_a_small_parquet_of_many_gigabytes_is_refused_before_it_is_read(
 
 
 def test_the_limit_of_a_file_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [write(tmp_path / f"own{suffix}", GOOD) for suffix in tables.READERS]
+    paths = [write(tmp_path / f"own{suffix}", GOOD) for suffix in TABLES]
     for limit, refusal in (("1e-9", "LORALAB_DATA_GB=1"), ("much", "a number of gigabytes was expected"), ("1", "")):
         monkeypatch.setenv("LORALAB_DATA_GB", limit)
         for path in paths:

@@ -194,7 +194,7 @@ def test_a_rate_whose_run_collapsed_on_the_second_seed_is_not_chosen(whole, tiny
     (key, cell) = next(iter(whole.cells().items()))
     lost = next(r for r in cell.tuning if r.seed == 1001 and r.scheduled.tried["lr_times"] == before[key])
     file = tmp_path / "copy/store" / lost.scheduled.address / "result.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"warnings": ["one class"]}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"collapsed": True}))
     after = rates()
     assert after.pop(key) != before.pop(key)
     assert after == before

@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import TABLES
 from damage import LAYER, as_text, damaged, little_memory, many, rewritten  # noqa: F401  (fixture)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_study_file import WHOLE
 
-from loralab import UserError
-from loralab.data import load as load_data
+from loralab import UserError, objectives
 from loralab.data import tables
 from loralab.disk import sha256
 from loralab.rankmap import LayerRank, RankMap
@@ -239,19 +239,19 @@ def changed_table(data: st.DataObject, file: Path, columns: dict[str, list]) -> 
 
 @many
 @given(st.data())
-@pytest.mark.parametrize("suffix", tables.READERS)
+@pytest.mark.parametrize("suffix", TABLES)
 def test_a_damaged_file_of_data_is_survived(place, suffix, tally, data):
     file, columns = place / f"rows{suffix}", dict(zip("aby", map(list, zip(*ROWS, strict=True)), strict=True))
     label = data.draw(st.sampled_from("by"))
     changed_table(data, file, columns)
-    task = survives(lambda: load_data(str(file), text="a", label=label))
+    task = survives(lambda: objectives.load(str(file), text="a", label=label))
     assert task is None or task.train.labels
     tally("mutated files")
 
 
 @many
 @given(st.data())
-@pytest.mark.parametrize("suffix", tables.READERS)
+@pytest.mark.parametrize("suffix", TABLES)
 def test_damaged_results_are_survived_by_the_judge(place, suffix, tally, data):
     runs = [(m, seed, task) for m in ("lora", "full", "dora") for seed in range(4) for task in "xy"]
     scores = [(*run, 0.5 + 0.01 * run[1] + 0.1 * (run[0] == "full")) for run in runs]

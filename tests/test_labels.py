@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TIMES
+from conftest import TABLES, TIMES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import cli  # noqa: F401  (fixture)
@@ -105,7 +105,7 @@ def many(examples: int) -> settings:
 @many(300)
 @given(draw=st.data())
 def test_train_validation_and_predictions_name_the_same_texts(draw: st.DataObject, tally: Callable[..., None]) -> None:
-    suffix, other, out = (draw.draw(st.sampled_from([*tables.READERS])) for _ in range(3))
+    suffix, other, out = (draw.draw(st.sampled_from([*TABLES])) for _ in range(3))
     column = draw.draw(COLUMNS[suffix].filter(lambda column: len({text for text, _ in column}) > 1))
     shown = [text for text, _ in column]
     if other == ".tsv" and not all(map(in_tsv, column)):
@@ -140,7 +140,7 @@ def test_a_regression_reads_the_same_numbers_from_every_format(column: list[str]
         return
     asked = None if any(mark in text for text in column for mark in ".eE") else True
     with tempfile.TemporaryDirectory() as name:
-        for suffix in tables.READERS:
+        for suffix in TABLES:
             values = [float(text) if suffix == ".parquet" else Decimal(text) for text in column]
             path = write(Path(name) / f"train{suffix}", list(zip(column, values, strict=True)))
             other = write(Path(name) / f"more{draw.draw(st.sampled_from(['.csv', '.json']))}", [("1", 1), ("2.5", 2.5)])
@@ -155,7 +155,7 @@ ALIKE = [
 ]
 
 
-@pytest.mark.parametrize(("pair", "suffix"), list(product(ALIKE, tables.READERS)), ids=str)
+@pytest.mark.parametrize(("pair", "suffix"), list(product(ALIKE, TABLES)), ids=str)
 def test_labels_that_read_as_one_value_are_two_classes_and_named(tmp_path: Path, pair: Any, suffix: str) -> None:
     column = [(text, text) for text in (*pair, "other")] * 5
     task = objectives.load(str(write(tmp_path / f"a{suffix}", column)), text="a", label="y")
@@ -206,7 +206,7 @@ def test_a_class_that_looks_like_a_missing_label_is_noted(tmp_path: Path) -> Non
     assert "4 rows have the label 'nan': remove them if it stands for a missing one" in task.notes
 
 
-@pytest.mark.parametrize("suffix", tables.READERS)
+@pytest.mark.parametrize("suffix", TABLES)
 @pytest.mark.parametrize("empty", ["", " ", "\u00a0"])
 def test_an_empty_label_is_refused_with_its_row(tmp_path: Path, suffix: str, empty: str) -> None:
     path = write(tmp_path / f"a{suffix}", [("b", "b"), (empty, empty), ("c", "c")])
@@ -233,7 +233,7 @@ def test_numbers_of_a_json_file_come_back_as_they_were_written(column: list[str]
 
 
 @many(100)
-@given(st.lists(texts, min_size=1), st.lists(texts, min_size=1), st.sampled_from([*tables.READERS]))
+@given(st.lists(texts, min_size=1), st.lists(texts, min_size=1), st.sampled_from([*TABLES]))
 def test_texts_come_back_as_they_are(first: list[str], second: list[str], out: str) -> None:
     rows = min(len(first), len(second))
     columns = {"b": first[:rows], "a": ["x"] * rows, "c": second[:rows]}
@@ -257,7 +257,7 @@ def test_predict_writes_the_labels_of_train(cli: Callable[..., Any], tiny: Path,
             next(t for key, t in adapters.state().items() if key.endswith("classifier.bias"))[:] = 0
             next(t for key, t in adapters.state().items() if key.endswith("classifier.bias"))[place] = 100
         adapters.save(tmp_path / f"adapter{place}")
-        for suffix in tables.READERS:
+        for suffix in TABLES:
             rows, out = write(tmp_path / f"rows{place}{suffix}", column[:2]), tmp_path / f"out{place}{suffix}"
             given = ("--adapters", tmp_path / f"adapter{place}", "--input", rows, "--text", "a", "--model", tiny)
             assert cli("predict", *given, "--out", out)[0] == 0

@@ -173,7 +173,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_the_base_does_not(kind, bases, files, tmp_path):
-    s = settings(kind, bases, files, tmp_path / "run", epochs=12, batch_size=8, lr=0.003, rank=6)
+    s = settings(kind, bases, files, tmp_path / "run", epochs=12, batch_size=8, lr=0.003, rank=6, selection="last")
     before = {key: t.clone() for key, t in prepare(s).model.state_dict().items() if "lora" not in key}
     train(s)
     losses = [record["train_loss"] for record in history(tmp_path / "run")]
@@ -442,8 +442,6 @@ def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(kind, bas
         assert main(["predict", "--adapters", str(folder), "--input", str(other)]) == 2
         assert "loralab generate" in capsys.readouterr().err
         return
-    if kind == "similarity":
-        assert found["metrics"]["pearson"] > 0
     wanted = ("sentence1", "sentence2", "anchor", "positive", "text", "tokens", "question", "choices")
     bare = [{key: value for key, value in row.items() if key in wanted} for row in rows]
     (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))

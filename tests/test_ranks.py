@@ -494,7 +494,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
     # a resumed run takes its map from run.json, and ends as the other
     from loralab.run import loop
 
-    real, calls = loop.Loop._end_epochs, []
+    real, calls = loop.Loop._evaluate, []
 
     def once(self, ended):
         real(self, ended)
@@ -502,7 +502,7 @@ def test_train_makes_the_map_counts_its_cost_and_goes_on_with_the_same_one(tiny,
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Loop, "_end_epochs", once)
+    monkeypatch.setattr(loop.Loop, "_evaluate", once)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny, own, tmp_path / "t", lr=1e-2, **more))
     monkeypatch.setattr(making, "MAKERS", {})

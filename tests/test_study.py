@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loralab import UserError
+from loralab import UserError, objectives
 from loralab.cli import main
 from loralab.data.batches import padded
 from loralab.recipe import recipe
@@ -214,10 +214,9 @@ def test_an_unfinished_run_whose_data_moved_starts_anew(tiny, own, here, begun):
 
 
 def test_a_run_that_fails_is_told_kept_apart_and_run_again_when_asked(tiny, own, here, begun, monkeypatch, capsys):
-    losses = loop_module.row_losses
-    monkeypatch.setattr(
-        loop_module, "row_losses", lambda x, y: losses(x, y) * (float("nan") if y.sum() % 7 == 3 else 1)
-    )
+    row = objectives.OBJECTIVES["classification"]
+    torn = dataclasses.replace(row, loss=lambda x, y: row.loss(x, y) * (float("nan") if y.sum() % 7 == 3 else 1))
+    monkeypatch.setitem(objectives.OBJECTIVES, "classification", torn)
     (here / "x.toml").write_text(toml(tiny, own))
     assert main(["study", "x.toml"]) == 2
     _, err = capsys.readouterr()
@@ -226,7 +225,7 @@ def test_a_run_that_fails_is_told_kept_apart_and_run_again_when_asked(tiny, own,
     count = len(begun)
     assert main(["study", "x.toml"]) == 2
     assert len(begun) == count  # it would fail again
-    monkeypatch.setattr(loop_module, "row_losses", losses)
+    monkeypatch.setitem(objectives.OBJECTIVES, "classification", row)
     assert main(["study", "x.toml", "--retry"]) == 0
     assert all(len(cell.runs) == 2 and not cell.failed for cell in load("runs/studies/x").cells().values())
 

@@ -29,7 +29,12 @@ def written(folder: Path, cells, against=None, margin=0.02, alpha=0.05, **compar
             place = folder / "store" / address
             place.mkdir(parents=True)
             metric = {"name": "accuracy", "selected": selected, "last": selected, "best_on_validation": best}
-            result = {"metric": metric, "selected_epoch": 1, "warnings": []}
+            result = {
+                "task": task, "model": "tiny", "method": method, "seed": seed, "metric": metric, "selected_epoch": 1,
+                "metrics": {"accuracy": selected}, "warnings": [], "collapsed": False, "protocol": {}, "notes": [],
+                "counts": dict.fromkeys(("adapter", "head", "base", "trainable"), 0),
+                "time": {"train_s": 1.0, "examples_per_s": 1.0}, "memory": {"peak_bytes": 0, "ledger": {}},
+            }  # fmt: skip
             (place / "result.json").write_text(json.dumps(result))
             (place / "run.json").write_text("{}")
             (place / "metrics.jsonl").write_text("")
@@ -274,7 +279,7 @@ def test_a_collapsed_run_is_counted_and_not_averaged_in(tmp_path):
     folder = written(tmp_path, cells, reference="lora")
     for address in ("0000000000000002", "0000000100000004"):
         file = folder / "store" / address / "result.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"warnings": ["one class"]}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"collapsed": True}))
     mean, _ = planned(load(folder))
     assert mean.seeds == (4,)
     assert mean.collapsed == (2,)

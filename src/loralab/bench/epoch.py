@@ -87,8 +87,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 class TrainingOnly(Loop):
     """The loop of a run without the evaluation after an epoch."""
 
-    def _end_epochs(self, ended: Sequence[RunState]) -> None:
-        for state in ended:
+    def _evaluate(self, due: Sequence[RunState]) -> None:
+        for state in due:
             state.progress.epoch += 1
 
 

@@ -17,7 +17,7 @@ from loralab.schema import part_problems
 Scores = dict[str, float]
 RESULT = {
     "task": str, "model": str, "method": str, "seed": int,
-    "metric": {"name": str, "selected": float, "last": float, "best_on_validation": float | None},
+    "metric": {"name": str, "selected": float, "last": float | None, "best_on_validation": float | None},
     "metrics": Scores, "selected_epoch": float, "by_rank": dict[str, Scores],
     "counts": {"adapter": int, "head": int, "base": int, "trainable": int},
     "time": {"train_s": float, "examples_per_s": float},
