@@ -512,6 +512,36 @@ def test_labels_unknown_at_evaluation_are_named(bases, files, tmp_path, capsys):
     assert "new tag 'B-DOG'" in capsys.readouterr().err
 
 
+def test_rows_are_shown_as_they_are_learned(bases, files, tmp_path, capsys):
+    flags = ["train", "--model", str(bases["llama"]), "--max-length", "40", "--out", str(tmp_path / "run"), "--task"]
+    assert main([*flags, str(files["chat"]), "--show-rows", "2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("row 1: <user>")
+    assert "<assistant>« a" in first.replace("«a", "« a")
+    assert first.count("«") == second.count("«") == 2
+    assert main([*flags[:2], str(bases["bert"]), *flags[3:], str(files["classification"]), "--show-rows", "1"]) == 0
+    assert capsys.readouterr().out.rstrip()[-4:] in ("-> 0", "-> 1")
+    assert not (tmp_path / "run").exists()
+    assert main([*flags, str(files["chat"]), "--show-rows", "-1"]) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective": "poetry"}, {"objective": 3}, {"max_length": 0}, {"columns": "text"}, {"options": {"template": 1}},
+     {"labels": [1]}, {"new": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_task_file_that_is_wrong_is_one_line(change, bases, files, tmp_path, capsys):
+    train(settings("tagging", bases, files, tmp_path / "run", epochs=1))
+    file = tmp_path / "run/adapter/task.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    for words in (["evaluate", str(file.parent), "--task"], ["predict", "--adapters", str(file.parent), "--input"]):
+        assert main([*words, str(files["tagging"])]) == 2
+        said = capsys.readouterr().err
+        assert "task.json" in said
+        assert said.count("\n") == 1
+
+
 def test_a_conll_file_is_read_as_words_and_tags(bases, files, tmp_path):
     lines = []
     for row in rows_of("tagging", 90, 3):

@@ -34,7 +34,7 @@ def found(study):
 def differences(study, method, task):
     """Seed by seed, of the runs that learned something on both sides."""
     a, b = (
-        {r.seed: r.selected for r in study.cells()[task, "mpnet", label].runs if not r.result["warnings"]}
+        {r.seed: r.selected for r in study.cells()[task, "mpnet", label].runs if not r.result["collapsed"]}
         for label in (method, "lora")
     )
     return np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
@@ -52,7 +52,7 @@ def test_the_table_has_each_contrast_with_its_numbers(study, found):
             assert row.contrast.difference == pytest.approx(expected.mean())
             assert shown["difference"].sort(row) == pytest.approx(expected.mean())
             tuned = study.cells()[task, "mpnet", method].tuning
-            assert row.tuning_collapsed == sum(bool(run.result["warnings"]) for run in tuned)
+            assert row.tuning_collapsed == sum(run.result["collapsed"] for run in tuned)
             costs = [sum(r.result["memory"]["ledger"].values()) for r in study.cells()[task, "mpnet", method].runs]
             assert row.mean("step_bytes") == pytest.approx(np.mean(costs))
     lost = {key: row.family.collapsed[row.place] for key, row in rows.items()}

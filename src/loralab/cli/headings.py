@@ -15,7 +15,8 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "Measurement": "epoch together cost mixed loaded profile repeats",
     "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
     "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
-    "Run": "out resume checkpoint-every dtype dtypes speed checkpointing attention threads track markdown json",
+    "Run": "show-rows out resume "
+    "checkpoint-every dtype dtypes speed checkpointing attention threads track markdown json",
 }
 MANY = 15  # flags
 

@@ -7,28 +7,40 @@ from typing import Annotated, Any
 from accelerate import PartialState
 from cyclopts import Parameter
 
-from loralab.cli.show import Json, as_json, pairs, table
+from loralab.cli.show import Json, as_json, learned, pairs, table
 from loralab.disk import size_text
+from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.run import train as run
 from loralab.run.bar import Bar
+from loralab.run.setup import training_rows
 from loralab.run.tune import Tried, metric_of
 from loralab.run.tune import tune as try_rates
 
 TUNE = """Try several learning rates in shared passes, those given or four around the method's own, and take the run
 that held-out rows choose."""
 
+ROWS = """Print so many training rows as the model gets them, what is learned of them marked, and end: no weights are
+read and nothing is trained."""
+
 
 def train(
     settings: Annotated[Settings, Parameter(name="*")],
     *,
     tune: Annotated[tuple[float, ...] | None, Parameter(help=TUNE)] = None,
+    show_rows: Annotated[int, Parameter(help=ROWS)] = 0,
     json: Json = False,
 ) -> None:
     """Fine-tune one model on one task with one method.
 
     Writes a run folder: run.json, metrics.jsonl, adapter/ and, last, result.json.
     """
+    if show_rows < 0:
+        raise UserError(f"--show-rows {show_rows}: expected 0 or more")
+    if show_rows:
+        rows, tokenizer = training_rows(settings)
+        learned(rows, tokenizer, show_rows)
+        return
     tried: list[Tried] = []
     if tune is not None:
         tried, best = try_rates(settings, tune, Bar())

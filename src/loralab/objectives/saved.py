@@ -8,6 +8,7 @@ from loralab import schema
 from loralab.data import Split, Task
 from loralab.disk import read_json, write_json
 from loralab.errors import UserError
+from loralab.objectives import OBJECTIVES
 
 FILE = "task.json"
 OF_TYPE = {  # PEFT's task type -> the objective of an adapter that does not say it
@@ -53,6 +54,14 @@ def read(folder: Path, task_type: str | None = None) -> Saved:
         return Saved(OF_TYPE.get(task_type or "", "classification"), folder.resolve().name)
     content: dict[str, Any] = read_json(path)
     optional = {"columns", "labels", "metrics", "options", "max_length"}
-    if problems := schema.field_problems(content, schema.fields_of(Saved), optional=optional):
+    problems = schema.field_problems(content, schema.fields_of(Saved), optional=optional)
+    known = ", ".join(OBJECTIVES)
+    if not problems and content["objective"] not in OBJECTIVES:
+        problems.append(
+            f"objective {schema.shown(content['objective'])}: there are {known}; it may be of a newer version"
+        )
+    if not problems and (most := content.get("max_length")) is not None and most < 1:
+        problems.append(f"max_length={most}: expected 1 or more")
+    if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     return Saved(**content)

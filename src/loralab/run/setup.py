@@ -128,6 +128,13 @@ def _check_whole(objective: Objective, task: Task, settings: Settings) -> None:
         )
 
 
+def training_rows(settings: Settings) -> tuple[Rows, Any]:
+    """Return the rows that a run would train on, and the tokenizer; the weights of the model are not read."""
+    task, tokenizer = task_of(settings), models.tokenizer(settings.model)
+    train = splits(task, settings)[0]["train"]
+    return objectives.of(task).encode(task, train, tokenizer, Encoding(settings.max_length, train=True)), tokenizer
+
+
 def _check_same_base(model: Any, settings: Settings, cache: dict[Any, Any]) -> None:
     """Refuse a checkpoint without a pooler: it is drawn from the seed with the head, so each run would have its own."""
     prefix = f"{model.base_model_prefix}.pooler."
