@@ -206,6 +206,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_to_the_same_end(whole, tiny, own, tmp_path, monkeypatch):
     """In the first rung, in a later one, and among the reported runs: after so many steps of the loop."""
     d = study(tiny, own, store=str(tmp_path / "store"))

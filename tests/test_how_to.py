@@ -60,6 +60,7 @@ def commands(program: str) -> list[list[str]]:
     return [words[1:] for words in lines if words[0] == program]
 
 
+@pytest.mark.slow
 def test_the_new_methods_are_listed_trained_and_read_back(copied, tiny):
     outputs = {}
     for words in commands("loralab"):
@@ -78,6 +79,7 @@ def test_the_new_methods_are_listed_trained_and_read_back(copied, tiny):
     assert all(not torch.equal(c, torch.ones_like(c)) for c in learned.values())
 
 
+@pytest.mark.slow
 def test_the_new_methods_keep_the_laws(copied):
     (laws,) = (words for words in commands("python") if words[:2] == ["-m", "pytest"])
     output = run(copied, *laws, "-v", "-p", "no:cacheprovider", "-p", "no:xdist")

@@ -113,6 +113,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_every_other_setting_changes_the_run(plainly, tmp_path):
     usual = plainly(tmp_path / "usual")
     assert same(usual, plainly(tmp_path / "again"))

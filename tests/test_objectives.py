@@ -107,6 +107,7 @@ KINDS = [
     "classification", "regression", "multi-label", "tagging", "multiple-choice", "similarity", "triplets", "pairs",
     "chat", "completion", "text", "seq2seq",
 ]  # fmt: skip
+SOME = ("multi-label", "tagging", "multiple-choice", "similarity", "chat", "seq2seq")  # one of each objective
 DIVIDED = [kind for kind in KINDS if kind != "pairs"]  # the others' steps cannot be divided
 
 
@@ -177,7 +178,7 @@ def test_a_run_learns_and_the_base_does_not(kind, bases, files, tmp_path):
     before = {key: t.clone() for key, t in prepare(s).model.state_dict().items() if "lora" not in key}
     train(s)
     losses = [record["train_loss"] for record in history(tmp_path / "run")]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]  # the base is random and frozen
     again = prepare(dataclasses.replace(s, out=tmp_path / "again")).model.state_dict()
     assert all(torch.equal(t, again[key]) for key, t in before.items())
     assert any(t.abs().sum() > 0 for key, t in adapter(tmp_path / "run").items() if key.endswith("B"))
@@ -197,7 +198,9 @@ def test_a_step_is_the_same_however_its_rows_are_divided(kind, bases, files, tmp
             torch.testing.assert_close(adapter(tmp_path / parts)[key], t, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["tagging", "completion", pytest.param("seq2seq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["completion", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tagging", "seq2seq"))]
+)
 def test_two_processes_take_the_step_of_one(kind, bases, files, tmp_path):
     s = settings(kind, bases, files, tmp_path / "one")
     train(s)
@@ -222,7 +225,7 @@ def test_two_processes_take_the_step_of_one(kind, bases, files, tmp_path):
         assert b["validation"] == pytest.approx(a["validation"], abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k in SOME else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_runs_in_one_pass_are_the_runs_alone(kind, bases, files, tmp_path):
     changed = ({"lr": 0.02}, {"lr": 0.01, "rank": 2, "seed": 4}, {"method": "vera", "rank": 8, "lr": 0.03})
     many = [settings(kind, bases, files, tmp_path / f"pass-{i}", **more) for i, more in enumerate(changed)]

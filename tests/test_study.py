@@ -389,6 +389,7 @@ def test_the_outline_counts_and_guesses_from_what_is_done(tiny, own, here):
 # ---- search and runners ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, here, begun, cut_off):
     pytest.importorskip("optuna", reason="needs loralab[search]")
     grid = {"search": "optuna", "trials": 7, "lr": {"low": 1e-5, "high": 0.1, "log": True}}

@@ -103,7 +103,7 @@ def test_runs_of_other_seeds_rates_tasks_and_sizes_come_to_what_they_come_to_alo
     )
 
 
-@pytest.mark.parametrize("store", [None, "int8", "nf4"])
+@pytest.mark.parametrize("store", [None, *(pytest.param(s, marks=pytest.mark.slow) for s in ("int8", "nf4"))])
 def test_methods_share_a_pass(tiny, own, tmp_path, store):
     methods = ["lora", "dora", "dylora", "frozen-dylora", "delta-lora", "lora+", "pissa", "lora-fa", "eva", "lora-drop"]
     rank = {"adalora": {}, "vera": {}}
