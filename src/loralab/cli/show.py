@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +10,7 @@ from cyclopts import Parameter
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from loralab.data.batches import IGNORED, Rows
 from loralab.errors import UserError
 
 Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
@@ -52,22 +49,6 @@ def _print(title: str, shown: Table) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="bold", soft_wrap=True)  # a table would wrap its title to its own width
     console.print(shown)
-
-
-def learned(rows: Rows, tokenizer: Any, count: int) -> None:
-    """Print the first rows as texts. Tokens that are learned are green at a terminal, and between « and » elsewhere."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    for place in rows.places(range(min(count, len(rows)))):
-        ids = rows.columns["input_ids"][place]
-        labels = rows.columns["labels"][place] if "labels" in rows.columns else [IGNORED] * len(ids)
-        text = Text(f"row {place // rows.sequences + 1}: ", style="bold")
-        for taken, group in groupby(zip(ids, labels, strict=False), key=lambda pair: pair[1] != IGNORED):
-            part = tokenizer.decode([i for i, _ in group], skip_special_tokens=False)
-            part = f"«{part}»" if taken and not console.is_terminal else part
-            text.append(part, style="bold green" if taken else "dim")
-        if "labels" not in rows.columns:
-            text.append(f" -> {rows.labels[place // rows.sequences].tolist()}", style="bold green")
-        console.print(text, soft_wrap=True)
 
 
 def as_json(data: Any) -> None:

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Annotated, Any
 
 from accelerate import PartialState
 from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
 
-from loralab.cli.show import Json, as_json, learned, pairs, table
+from loralab.cli.show import Json, as_json, pairs, table
+from loralab.data.batches import IGNORED, Rows
 from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run import Settings
@@ -39,7 +43,7 @@ def train(
         raise UserError(f"--show-rows {show_rows}: expected 0 or more")
     if show_rows:
         rows, tokenizer = training_rows(settings)
-        learned(rows, tokenizer, show_rows)
+        _show_rows(rows, tokenizer, show_rows)
         return
     tried: list[Tried] = []
     if tune is not None:
@@ -90,3 +94,19 @@ def _show_rates(tried: Sequence[Tried], best: Tried) -> None:
     ]
     table("learning rates", ("rate", f"held-out {metric_of(best)}", ""), rows)
     print()
+
+
+def _show_rows(rows: Rows, tokenizer: Any, count: int) -> None:
+    """Print the first rows as texts. Tokens that are learned are green at a terminal, and between « and » elsewhere."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    for place in rows.places(range(min(count, len(rows)))):
+        ids = rows.columns["input_ids"][place]
+        labels = rows.columns["labels"][place] if "labels" in rows.columns else [IGNORED] * len(ids)
+        text = Text(f"row {place // rows.sequences + 1}: ", style="bold")
+        for taken, group in groupby(zip(ids, labels, strict=False), key=lambda pair: pair[1] != IGNORED):
+            part = tokenizer.decode([i for i, _ in group], skip_special_tokens=False)
+            part = f"«{part}»" if taken and not console.is_terminal else part
+            text.append(part, style="bold green" if taken else "dim")
+        if "labels" not in rows.columns:
+            text.append(f" -> {rows.labels[place // rows.sequences].tolist()}", style="bold green")
+        console.print(text, soft_wrap=True)
