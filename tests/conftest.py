@@ -7,6 +7,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils import is_bitsandbytes_available
 
+import loralab
 from loralab.data.tables import WRITERS
 from loralab.errors import UserError
 
@@ -95,6 +98,24 @@ def tally(record_property):
     yield count
     for kind, number in counts.items():
         record_property(kind, number)
+
+
+def train_on_two_processes(flags: list[str]) -> None:
+    """Run `loralab train` with these flags on two processes of one machine."""
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "loralab", "train", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loralab.__file__).parents[1])}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,12 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, train_on_two_processes
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
@@ -206,20 +203,7 @@ def test_two_processes_take_the_step_of_one(kind, bases, files, tmp_path):
     train(s)
     flags = ["--task", s.task, "--model", s.model, "--out", str(tmp_path / "two"), "--dtype", "float32"]
     flags += ["--lr", "0.02", "--epochs", "2", "--batch-size", "12", "--rank", "3", "--max-length", "40"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "loralab", "train", *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loralab.__file__).parents[1])}
-    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two_processes(flags)
     for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
         assert b["validation"] == pytest.approx(a["validation"], abs=1e-3)
@@ -304,6 +288,19 @@ def test_a_packed_run_is_the_run_up_to_rounding_and_others_refuse_to_pack(bases,
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
     with pytest.raises(UserError, match="--pack"):
         train(settings("tagging", bases, files, tmp_path / "other", pack=True))
+
+
+@pytest.mark.parametrize(
+    "more", [{"method": "eva"}, {"policy": "drop"}, {"method": "alora"}, {"policy": "groups"}], ids=str
+)
+def test_starts_and_policies_take_packed_rows_of_a_language_model(more, bases, files, tmp_path):
+    result = train(settings("chat", bases, files, tmp_path / "r", pack=True, epochs=1, **{"lr": 0.003, **more}))
+    assert np.isfinite(result["metric"]["selected"])
+
+
+def test_a_policy_that_needs_the_models_own_loss_says_where_there_is_none(bases, files, tmp_path):
+    with pytest.raises(UserError, match="policy='alora' with objective multiple-choice"):
+        train(settings("multiple-choice", bases, files, tmp_path, method="alora"))
 
 
 # ---- steps, time and evaluation within an epoch ----------------------------------------------------------------------

@@ -3,16 +3,13 @@
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from archs import CONFIGS, SIZES
-from conftest import tiny_model
+from conftest import tiny_model, train_on_two_processes
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,7 +26,6 @@ from loralab.data.batches import epoch_batches, longest, sorted_batches
 from loralab.disk import read_header
 from loralab.recipe import NAMED
 from loralab.run import Settings, train
-from loralab.run import loop as loop_module
 from loralab.run.folder import changed
 from loralab.run.setup import prepare
 
@@ -168,20 +164,7 @@ def test_two_processes_give_the_numbers_of_one(tiny, own, tmp_path):
     s = settings(model, own, tmp_path / "two")
     flags = ["--task", s.task, "--model", s.model, "--text", "sentence", "--label", "label", "--out", str(s.out)]
     flags += ["--lr", "0.02", "--epochs", "2", "--batch-size", "20", "--rank", "3", "--max-length", "32"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "loralab", "train", *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loop_module.__file__).parents[2])}
-    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two_processes(flags)
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert two["metrics"].keys() == one["metrics"].keys()
     histories = [metrics(tmp_path / name) for name in ("one", "two")]

@@ -53,6 +53,13 @@ def shared(given: str | None, folders: Iterable[AdapterFolder]) -> str:
     return given or bases[0]
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raise UserError for a flag, named by its parameter, that is given and below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+
+
 def check_out(path: Path | None) -> None:
     """Raise UserError for a file of answers that exists, or whose kind cannot be written."""
     if path is not None and path.exists():

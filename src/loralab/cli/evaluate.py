@@ -57,9 +57,7 @@ def evaluate(
     out: Path
         File for the answer of each row (CSV, TSV, JSON, JSONL or parquet); must not exist.
     """
-    for flag, value in (("--batch-size", batch_size), ("--max-length", max_length), ("--rank", rank)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: expected 1 or more")
+    base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
     base.check_out(out)
     file = base.read(adapter)
     known = saved.read(adapter, file.base.get("task_type"))

@@ -86,7 +86,7 @@ def generate(
     prefix: str
         What the new columns' names begin with.
     """
-    _check(prompt, input, chat, plain, adapter_column, out, {"--batch-size": batch_size, "--rank": rank})
+    _check(prompt, input, chat, plain, adapter_column, out, {"batch_size": batch_size, "rank": rank})
     folders = adapter_folders(adapters or [])
     names = _names(folders, side_by_side)
     given = None if template is None else template_of(template)
@@ -134,9 +134,7 @@ def _check(
         raise UserError("--chat goes through the chat template: leave --plain out")
     if chat and out is not None:
         raise UserError("--chat answers at the terminal: leave --out out")
-    for flag, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: expected 1 or more")
+    base.check_counts(**counts)
     base.check_out(out)
 
 

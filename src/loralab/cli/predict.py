@@ -73,7 +73,8 @@ def predict(
     prefix: str
         What the new columns' names begin with.
     """
-    _check(batch_size, max_length, rank, out)
+    base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
+    base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
     columns = tables.read_all(input)
     requests = _requests(input, columns, folders, adapter_column, text or [])
@@ -87,13 +88,6 @@ def predict(
     _deliver({**columns, **_columns(input, list(columns), answers, prefix, keep_going)}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
-
-
-def _check(batch_size: int, max_length: int | None, rank: int | None, out: Path | None) -> None:
-    for flag, value in (("--batch-size", batch_size), ("--max-length", max_length), ("--rank", rank)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: expected 1 or more")
-    base.check_out(out)
 
 
 def _requests(
@@ -157,8 +151,9 @@ def _each_alone(
     for name in dict.fromkeys(request.adapter for request in requests if request.adapter in folders):
         mine = [i for i, request in enumerate(requests) if request.adapter == name]
         folder = folders[name].folder
-        known = saved.read(folder, base.read(folder).base.get("task_type"))
-        handle, tokenizer = base.load(base.model_of(model, folder, base.read(folder)), folder)
+        file = base.read(folder)
+        known = saved.read(folder, file.base.get("task_type"))
+        handle, tokenizer = base.load(base.model_of(model, folder, file), folder)
         cells = [requests[i].texts for i in mine]
         with handle.use(handle.names[0], rank=rank):
             answers = answer_rows(handle, known, cells, tokenizer, max_length, batch_size)

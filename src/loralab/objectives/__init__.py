@@ -10,9 +10,9 @@ from loralab.data import Task, checks, tables
 from loralab.data.own_files import OwnFile
 from loralab.errors import UserError, hint
 from loralab.objectives import causal, choice, classification, multi_label, seq2seq, similarity, tagging
-from loralab.objectives.objective import Array, Batch, Encoding, Objective, ragged
+from loralab.objectives.objective import Array, Batch, Encoding, Objective, by_row, ragged
 
-__all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "find", "load", "of", "ragged"]
+__all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "by_row", "find", "load", "of", "ragged"]
 
 FILES = (classification, multi_label, tagging, choice, similarity, causal, seq2seq)
 OBJECTIVES: dict[str, Objective] = {file.OBJECTIVE.name: file.OBJECTIVE for file in FILES}

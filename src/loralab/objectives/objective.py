@@ -97,6 +97,12 @@ def head_outputs(model: nn.Module, batch: Batch) -> Tensor:
     return logits.float()
 
 
+def by_row(outputs: Tensor, rows: int, width: int | None = None) -> Tensor:
+    """Return outputs (sequences, ...) by row: (rows, ...) or (rows, its sequences, ...); at most `width` of each."""
+    own = outputs if width is None else outputs[..., :width]
+    return own if len(own) == rows else own.view(rows, -1, *own.shape[1:])
+
+
 def ragged(parts: list[Array]) -> Array:
     """Stack predictions (rows, ...) of batches whose last axis may differ: it is filled up with -100."""
     widest = max(part.shape[-1] for part in parts)

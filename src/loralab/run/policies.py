@@ -98,6 +98,10 @@ def drop(work: PolicyInput) -> tuple[RankMap, int, int]:
 def move_ranks(work: PolicyInput) -> tuple[RankMap, int, int]:
     """(map, optimizer steps, rows of the sample) of ALoRA; a few rows of the sample score and do not train."""
     s, sample, steps = work.settings, _sample(work), 0
+    if work.rows.sequences > 1:
+        raise UserError(
+            f"policy='alora' with objective {work.objective.name}: the model itself has no loss of its rows"
+        )
     trained, scored = _split(work, sample, 0.5, SCORED)  # at most a half of a very small sample
 
     def train_epoch(number: int) -> None:
@@ -110,7 +114,7 @@ def move_ranks(work: PolicyInput) -> tuple[RankMap, int, int]:
         autocast = fast.enable(adapters.model, s.precision, s.speed).autocast  # hundreds of passes score
         batch = _batch(work, scored, list(range(len(scored))), adapters)
         device = batch["input_ids"].device
-        batch["labels"] = work.rows.labels[scored].to(device)
+        batch.setdefault("labels", work.rows.labels[scored].to(device))  # those of tokens are there already
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             maps = alora(adapters, "policy", train_epoch, batch, s.rounds, seed=s.seed)
     return maps[-1], steps, len(sample)
@@ -129,7 +133,7 @@ def groups(work: PolicyInput) -> tuple[RankMap, int, int]:
     """(map, 0, 0) of the layers' paths and shapes."""
     s = work.settings
     with torch.random.fork_rng(), FakeTensorMode():  # sizes without weights
-        model = models.blank(s.model, len(work.labels))
+        model = models.blank(s.model, len(work.labels) if work.objective.new_head else None, work.objective.task_type)
     return layer_groups(model, s.targets, work.recipe.factors.rank, s.span), 0, 0  # type: ignore[union-attr]
 
 

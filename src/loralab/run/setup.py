@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     labels = objective.names(task)
 
     def start_batches() -> Iterator[dict[str, Tensor]]:
-        return _start_batches(train, settings, tokenizer)
+        return _start_batches(alone, settings, tokenizer)
 
     _check_whole(objective, task, settings)
     if not objective.new_head and recipe.factors is None and recipe.learn_base is None:
@@ -102,7 +102,8 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     steps = settings.steps(len(train))
     recipe = recipe.for_steps(steps)
     notes += recipe.notes(steps)
-    data = (objective, train, task.sha256, labels, tokenizer)
+    alone = replace(train, packed=False)  # policies and starts run the model itself, which takes no packed rows
+    data = (objective, alone, task.sha256, labels, tokenizer)
     work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
     recipe, plan = policies.with_ranks(work)
     options: dict[str, Any] = {"targets": settings.targets, "labels": labels, "seed": settings.seed}

@@ -18,6 +18,7 @@ from loralab.active import Stream
 from loralab.adapters import Adapters
 from loralab.data.batches import Rows, collate_together, width
 from loralab.methods import starts
+from loralab.objectives import by_row
 from loralab.run.settings import Settings
 from loralab.run.setup import objective_of
 from loralab.run.state import RunState
@@ -147,9 +148,6 @@ def forward(
 
 def _of_run(state: RunState, outputs: Tensor, labels: Tensor | None, rows: Rows, chosen: list[int]) -> Outputs:
     """Return the outputs (b, ...) of a run without what other runs' widths added, sequences of a row together."""
-    own = outputs[: len(chosen) * rows.sequences]
-    if (width := state.run.objective.outputs(state.run.task)) is not None:
-        own = own[..., :width]
-    if rows.sequences > 1:
-        own = own.view(len(chosen), rows.sequences, *own.shape[1:])
+    width = state.run.objective.outputs(state.run.task)
+    own = by_row(outputs[: len(chosen) * rows.sequences], len(chosen), width)
     return own, rows.labels[chosen].to(own.device) if labels is None else labels[: len(own)]

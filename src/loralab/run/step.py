@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapted import IGNORED
-from loralab.objectives import Batch, Objective
+from loralab.objectives import Batch, Objective, by_row
 
 
 class Forward(nn.Module):
@@ -40,8 +40,7 @@ def forward_loss(
     """Return the loss of a batch, labels (rows, ...), whose rows weigh `weight` together."""
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
         outputs = objective.forward(model, batch)  # (sequences, ...)
-    rows = outputs.view(len(labels), -1, *outputs.shape[1:]).squeeze(1)  # (rows, ...)
-    return objective.loss(rows, targets(batch, labels)).sum() / weight
+    return objective.loss(by_row(outputs, len(labels)), targets(batch, labels)).sum() / weight
 
 
 def apply_gradients(

@@ -11,7 +11,7 @@ from loralab.adapters import Adapters
 from loralab.data import Split, Task
 from loralab.data.batches import Rows, collate, longest, sorted_batches
 from loralab.errors import UserError
-from loralab.objectives import Array, Encoding, ragged
+from loralab.objectives import Array, Encoding, by_row, ragged
 from loralab.objectives.saved import Saved
 
 
@@ -37,10 +37,7 @@ def predictions(
     with adapters.caching():
         for chosen in sorted_batches(rows.lengths, batch_size):
             batch = collate(rows, chosen, tokenizer, device)
-            outputs = objective.forward(adapters.model, batch)  # (sequences, ...)
-            outputs = outputs if width is None else outputs[..., :width]
-            if rows.sequences > 1:
-                outputs = outputs.view(len(chosen), rows.sequences, *outputs.shape[1:])
+            outputs = by_row(objective.forward(adapters.model, batch), len(chosen), width)
             labels = batch.get("labels", rows.labels[chosen].to(device))
             parts.append(objective.predict(outputs, labels).float().cpu().numpy())
             order += chosen
