@@ -179,10 +179,21 @@ def different(a: dict, b: dict, tolerance: float) -> list[str]:
             )
         elif tolerance and key.endswith("metrics"):
             same = len(a[key]) == len(b[key])
+        elif key.endswith("result"):
+            same = near(a[key], b[key], tolerance)
         else:
             same = a[key] == b[key]
         wrong += [] if same else [key]
     return wrong
+
+
+def near(a: object, b: object, tolerance: float) -> bool:
+    """Whether two JSON values are equal, numbers that are no counts within a tolerance."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= tolerance
+    return a == b
 
 
 def campaign(plan: dict, place: Path) -> dict:

@@ -311,6 +311,19 @@ def test_a_full_disk_is_no_fault_of_a_run(tiny, own, here, broken, capsys):
     assert main(["study", "x.toml"]) == 0
 
 
+def test_processes_come_to_what_one_comes_to(tiny, own, here):
+    """A study in two processes, tuned and with a failing method, has the cells of one in turn."""
+    methods = [{"method": "lora", "rank": 3}, {"method": "full"}]
+    given = {"methods": methods, "tune": {"lr": [1e-3, 3e-2], "seed": 9}}
+    one, two = carried_out(study(tiny, own, **given)), Path("runs/store")
+    shutil.move(two, "runs/first")
+    other = carried_out(study(tiny, own, **given), on="processes:2")
+    for cell, same in zip(one.cells().values(), other.cells().values(), strict=True):
+        assert [r.scheduled for r in cell.runs] == [r.scheduled for r in same.runs]
+        for a, b in zip(cell.runs, same.runs, strict=True):
+            assert b.result["metric"] == pytest.approx(a.result["metric"], abs=1e-5)
+
+
 @pytest.mark.parametrize("on", ["in-turn", "together"])
 @pytest.mark.parametrize("leftover", ["run.json.tmp", "run.json", "metrics.jsonl", "checkpoint.new/state.safetensors"])
 def test_what_a_killed_start_left_is_recovered(tiny, own, here, leftover, on):
@@ -416,9 +429,11 @@ def test_a_search_goes_on_where_it_was_and_ends_where_it_would_have(tiny, own, h
 @pytest.mark.parametrize(
     ("on", "told"),
     [
-        ("spark", "expected together, in-turn, ray"),
+        ("spark", "expected together, in-turn, processes, ray"),
         ("in-turn:x", "has no address"),
         ("together:0", "expected how many"),
+        ("processes:0", "expected how many"),
+        ("processes:many", "expected how many"),
     ],
 )
 def test_an_unknown_runner_is_refused(on, told):

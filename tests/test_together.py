@@ -125,7 +125,7 @@ def test_every_line_of_a_group_names_its_run(tiny, own, tmp_path, capsys):
 
 
 def test_with_little_memory_for_a_pass_there_are_more_passes_and_the_same_steps(tiny, own, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharing, "PASS_BYTES", 1e6)  # about two of these batches
+    monkeypatch.setitem(sharing.PASS_BYTES, "cpu", 1e6)  # about two of these batches
     check_as_alone(
         [plain(tiny, own, seed=i, method=m) for i, m in enumerate(("lora", "dora", "lora", "pissa"))], tmp_path
     )

@@ -31,7 +31,10 @@ class Update(NamedTuple):
 
     def times(self, x: Tensor) -> Tensor:
         """B A x: (..., t, in) -> (..., t, out)."""
-        return x @ self.A.mT.to(x.dtype) @ self.B.mT.to(x.dtype)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        if A.ndim == 2:  # as two calls, since a small step waits for Python
+            return F.linear(F.linear(x, A), B)
+        return x @ A.mT @ B.mT
 
     def matrix(self) -> Tensor:
         """B A (..., out, in)."""

@@ -56,8 +56,9 @@ def study(
     store: Path | None
         Folder of the runs, which studies share; the file's, or runs/store.
     on: str
-        together (runs of like models share passes; together:8 for at most 8), in-turn, ray (on this machine) or
-        ray:ADDRESS (a cluster that sees the same files).
+        together (runs of like models share passes; together:8 for at most 8), in-turn, processes:8 (that many
+        processes on this machine, by default one a core), ray (on this machine) or ray:ADDRESS (a cluster that sees
+        the same files).
     """
     flags = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
     chosen, definition = runner(on), read(file, **flags)

@@ -40,6 +40,8 @@ def mask(like: Tensor, p: float, streams: Sequence[Stream] = ()) -> Tensor:
         return _drawn(like, like.shape, p, _seeds(streams[0].generator if streams else None, like))
     parts = like.view(len(streams), -1, *like.shape[1:])  # (K, b, ...)
     whole = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    if like.device.type not in ("cpu", "meta") and p < 1 and not isinstance(like, FakeTensor):
+        return _in_place(whole, p, streams).view_as(like)
     drawn: dict[Any, Tensor] = {}  # runs of one seed and one order of rows have the same masks
     for stream, part in zip(streams, whole, strict=True):
         shape, seeds = _unpadded(part.shape, stream, streams), _seeds(stream.generator, like)
@@ -49,6 +51,16 @@ def mask(like: Tensor, p: float, streams: Sequence[Stream] = ()) -> Tensor:
             part.fill_(1)
         part[tuple(map(slice, shape))] = drawn[shape, seeds]
     return whole.view_as(like)
+
+
+def _in_place(whole: Tensor, p: float, streams: Sequence[Stream]) -> Tensor:
+    """Fill `whole` (K, b, ...) with a mask for each stream, on another device than the CPU: a kernel for each, as few
+    as can be, because a step waits there for the kernels to be asked for."""
+    whole.fill_(1 - p)  # what pads becomes 1
+    for stream, part in zip(streams, whole, strict=True):
+        own = part[tuple(map(slice, _unpadded(part.shape, stream, streams)))]
+        own.bernoulli_(1 - p, generator=_seeded(whole.device, _seeds(stream.generator, whole)[0]))
+    return whole.div_(1 - p)
 
 
 def _unpadded(part: Sequence[int], stream: Stream, streams: Sequence[Stream]) -> tuple[int, ...]:
@@ -95,8 +107,11 @@ def _generator(device: torch.device, thread: int) -> torch.Generator:
 
 def _drawn_by_torch(like: Tensor, shape: Sequence[int], p: float, seed: int) -> Tensor:
     """A mask of that shape by torch's own numbers."""
-    generator = _generator(like.device, threading.get_ident()).manual_seed(seed)
-    return like.new_empty(shape).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    return like.new_empty(shape).bernoulli_(1 - p, generator=_seeded(like.device, seed)).div_(1 - p)
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Generator:
+    return _generator(device, threading.get_ident()).manual_seed(seed)
 
 
 def _words(seed: int, count: int, like: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ def row_norms(base: Any, u: Update | Dense) -> Tensor:
         return V.square().sum(-1).clamp_min(1e-12).sqrt()
     A, B = u.A, u.B
     WA = base.linear(A).mT  # (..., out, r)
-    cross = (WA * B).sum(-1)  # (..., out)
-    own = ((B @ (A @ A.mT)) * B).sum(-1)
-    squares: Tensor = base.square_norms() + 2 * cross + own
+    gram = A @ A.mT  # (..., r, r)
+    twice = torch.addmm(WA, B, gram, beta=2) if A.ndim == 2 else 2 * WA + B @ gram  # (..., out, r)
+    squares: Tensor = base.square_norms() + (twice * B).sum(-1)  # (..., out)
     return squares.clamp_min(1e-12).sqrt()
 
 

@@ -228,7 +228,7 @@ class Loop:
             self.model.train()
         chosen = [state.next_rows() for state in going]
         total = torch.zeros(len(going), device=self.accelerator.device)
-        for places in passes(going, chosen):
+        for places in passes(going, chosen, self.accelerator.device.type):
             states = [going[i] for i in places]
             with self._failing(states):
                 total[places] = self._backward(states, [chosen[i] for i in places])

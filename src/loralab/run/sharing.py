@@ -25,7 +25,8 @@ from loralab.run.state import RunState
 
 MOST = 16  # runs over one model; how many share a pass depends on PASS_BYTES
 SMALL = 8  # ranks up to this share a model; a larger one only with its like, because shorter factors are zero-padded
-PASS_BYTES = 400e6  # bytes of activations of a shared pass; more gains no time (docs/benchmarks.md)
+PASS_BYTES = {"cpu": 400e6}  # bytes of activations of a shared pass; more gains no time (docs/benchmarks.md)
+ON_GPU = 4e9  # a step waits for Python there, so the more runs in a pass the better
 EVALUATED = 8  # runs that are evaluated in one pass
 
 
@@ -90,18 +91,19 @@ def _base(s: Settings) -> Any:
 # ---- a pass ----------------------------------------------------------------------------------------------------------
 
 
-def passes(states: Sequence[RunState], chosen: Sequence[list[int]]) -> list[list[int]]:
-    """Divide runs, by their places, into passes of similar width that take at most PASS_BYTES.
+def passes(states: Sequence[RunState], chosen: Sequence[list[int]], device: str = "cpu") -> list[list[int]]:
+    """Divide runs, by their places, into passes of similar width that take at most PASS_BYTES of a device.
 
     `chosen` holds each run's rows of this step. A run is alone in its first step, in which its memory is counted.
     """
     sizes = [(len(rows), width(state.run.train, rows)) for state, rows in zip(states, chosen, strict=True)]
+    most = PASS_BYTES.get(device, ON_GPU)
     groups: list[list[int]] = []
     largest = 0.0  # bytes of the largest part of the last pass; 0 if no other run may join it
     for i in sorted(range(len(states)), key=lambda i: sizes[i][::-1]):
         progress = states[i].progress
         needed = math.prod(sizes[i]) * progress.bytes_per_token
-        if progress.step == 0 or not largest or (len(groups[-1]) + 1) * max(largest, needed) > PASS_BYTES:
+        if progress.step == 0 or not largest or (len(groups[-1]) + 1) * max(largest, needed) > most:
             groups.append([])
             largest = 0.0
         groups[-1].append(i)

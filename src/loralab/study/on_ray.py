@@ -49,7 +49,7 @@ def library() -> ModuleType:
 def _connect(ray: ModuleType, address: str | None) -> None:
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # None would join what the last Ray on this machine left, dead or alive
             log_to_driver=False,
             logging_level="ERROR",
             include_dashboard=False if address is None else None,

@@ -3,6 +3,7 @@
 `wide` asks for all runs of a stage at once, not a task at a time.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from loralab.run import Outcome, Settings
 from loralab.run.sharing import MOST, grouped
 from loralab.study import on_ray
 from loralab.study.bar import StudyBar
+from loralab.study.in_processes import InProcesses
 from loralab.study.stored import run_stored, run_stored_together
 
 
@@ -66,7 +68,20 @@ def _together(most: str | None) -> Runner:
     return Together(int(most))
 
 
-RUNNERS: dict[str, Callable[[str | None], Runner]] = {"together": _together, "in-turn": _in_turn, "ray": _on_ray}
+def _in_processes(count: str | None) -> Runner:
+    if count is None:
+        return InProcesses(os.cpu_count() or 1)
+    if not count.isdecimal() or not 1 <= int(count) <= 256:
+        raise UserError(f"--on processes:{count}: expected how many processes, 1 to 256, as in --on processes:4")
+    return InProcesses(int(count))
+
+
+RUNNERS: dict[str, Callable[[str | None], Runner]] = {
+    "together": _together,
+    "in-turn": _in_turn,
+    "processes": _in_processes,
+    "ray": _on_ray,
+}
 
 
 def runner(on: str) -> Runner:

@@ -1,0 +1,58 @@
+"""Groups of runs in several processes of this machine: many cores, or one GPU that a single process leaves idle.
+
+A step of a small model on a GPU waits for Python, so several processes on one card do several times the work of one.
+Runs that can share passes do (see `together`), in no larger groups than keep every process busy.
+"""
+
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+
+from loralab.errors import UserError
+from loralab.run import Outcome, Settings
+from loralab.run.sharing import MOST, grouped
+from loralab.study.bar import StudyBar
+from loralab.study.stored import run_stored_together
+
+
+@dataclass
+class InProcesses:
+    count: int
+    wide: bool = True  # all runs of a stage at once, over models and tasks
+    pool: ProcessPoolExecutor | None = None  # kept from stage to stage, as its processes take seconds to start
+
+    def run(self, runs: Sequence[Settings], bar: StudyBar, adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
+        """Yield each run with its outcome, as they finish. Raises UserError if a process dies."""
+        if self.pool is None:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.count, context, initializer=_quiet)
+        threads = max(1, (os.cpu_count() or 1) // self.count)
+        ready = [replace(s, threads=s.threads or threads) for s in runs]
+        original = {at.folder: settings for at, settings in zip(ready, runs, strict=True)}
+        groups = grouped(ready, min(MOST, math.ceil(len(runs) / self.count)))
+        groups.sort(key=lambda group: len(group.runs), reverse=True)  # the longest first, so that all end together
+        left = {self.pool.submit(run_stored_together, group.runs, None, adapters): group.runs for group in groups}
+        try:
+            for done in as_completed(left):
+                yield from zip((original[s.folder] for s in left[done]), done.result(), strict=True)
+        except BrokenProcessPool as error:
+            raise UserError("a process of the study died, perhaps for want of memory. The same command goes on.") from error
+        except BaseException:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        """End the processes at once: their runs go on from their checkpoints next time."""
+        assert self.pool is not None
+        for process in list(self.pool._processes.values()):
+            process.terminate()
+        self.pool.shutdown(cancel_futures=True)
+
+
+def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the processes
