@@ -4,6 +4,8 @@ PYTHON  ?= python3
 WORKERS ?= 2
 # the program that fetches the larger real models; `minilm` needs none, it installs with the rest
 GET     ?= ../shared/models/get.py
+# the folder of GLUE tasks that `make gpu-pack` takes along
+GLUE    ?= ../shared/data/glue
 
 # whether `make test` installs the files of requirements.lock alone: auto is yes where they fit, see `fits` below
 LOCK    ?= auto
@@ -26,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack clean
+.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -82,7 +84,7 @@ gpu:  ## on a machine with a GPU: is it right, is it fast, how many adapters at 
 gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (2 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --out runs/gpu/toy
 
-gpu-pack: .whl/bnb  ## put what `make gpu` needs and a GPU machine may lack into .whl (5 MB)
+gpu-pack: .whl/bnb .whl/site .whl/glue  ## put what `make gpu` and `make gpu-study` need and a GPU machine may lack into .whl
 
 .whl/bnb: | $(BIN)/pip
 	rm -rf .whl/bnb .whl/bitsandbytes-*.whl
@@ -91,6 +93,29 @@ gpu-pack: .whl/bnb  ## put what `make gpu` needs and a GPU machine may lack into
 	$(BIN)/python -m zipfile -e .whl/bitsandbytes-*.whl .whl/bnb.part
 	find .whl/bnb.part -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
 	mv .whl/bnb.part .whl/bnb && rm .whl/bitsandbytes-*.whl
+
+.whl/site: | $(BIN)/pip
+	rm -rf .whl/wheels .whl/site.part
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .whl/wheels \
+		cyclopts docstring-parser rich-rst
+	for wheel in .whl/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel .whl/site.part; done
+	mv .whl/site.part .whl/site && rm -r .whl/wheels
+
+# minilm in three parts of 29 MB, since what carries it may take no larger file
+.whl/glue: $(VENV)/dev.stamp
+	mkdir -p .whl/minilm && cp -r --no-preserve=mode $(GLUE) .whl/glue.part
+	folder=$$($(BIN)/python -c 'from loralab.models import resolve; print(resolve("minilm"))'); \
+		cp $$folder/*.json $$folder/vocab.txt .whl/minilm/ && split -n 3 -d -a 1 $$folder/model.safetensors .whl/minilm/part.
+	mv .whl/glue.part .whl/glue
+
+STUDY     ?= studies/verdict.toml
+PROCESSES ?= 15
+
+gpu-study:  ## on a machine with a GPU, after gpu-pack: a study in PROCESSES processes, STUDY=FILE; the same command goes on
+	mkdir -p $(GPU_OUT)/models/minilm && cp .whl/minilm/*.json .whl/minilm/vocab.txt $(GPU_OUT)/models/minilm/
+	cat .whl/minilm/part.* > $(GPU_OUT)/models/minilm/model.safetensors
+	LORALAB_MODELS=$(GPU_OUT)/models PYTHONPATH=src:.whl/site:.whl/bnb OMP_NUM_THREADS=1 $(GPU_PYTHON) -m loralab study $(STUDY) \
+		--data .whl/glue --on processes:$(PROCESSES) --store $(GPU_OUT)/store --out $(GPU_OUT)/studies/$(basename $(notdir $(STUDY)))
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
