@@ -312,6 +312,16 @@ WRONG = {
     "rows": (["--epoch", "--rows", "0"], "--rows 0: expected 1 or more"),
     "loaded": (["--mixed", "--loaded", "0"], "--loaded 0: expected 1 or more"),
     "repeats": (["--repeats", "0"], "--repeats 0: expected 1 or more"),
+    "idle": (
+        ["--cost", "--tasks", "rte", "--rows", "9"],
+        "--tasks, --rows would do nothing without --epoch",
+    ),
+    "idle in steps": (["--loaded", "5"], "--loaded would do nothing without --mixed: leave it out"),
+    "lengths": (["--epoch", "--lengths", "16"], "--lengths would do nothing with --epoch"),
+    "several": (
+        ["--profile", "--methods", "lora", "dora"],
+        "one case: give one value for --methods",
+    ),
     "both": (["--epoch", "--cost"], "--epoch and --cost are different measurements: choose one"),
 }
 

@@ -160,6 +160,7 @@ def test_methods_are_a_table_or_json(cli):
         (["export", "adapter", "--model", "m", "--out", "e", "--layout", "onnx"], '"onnx"'),
         (["inspect", "nowhere"], "nowhere is no adapter folder"),
         (["verify", "nowhere"], "nowhere is no adapter folder"),
+        (["inspect", "r", "--memory", "--top", "3", "--plot", "x.png"], "--plot, --top would do nothing with --memory"),
         (["methods", "--jsn"], "--jsn"),
         (["demo", "--seed", "1.5"], "--seed 1.5: expected a whole number"),
     ],

@@ -284,6 +284,14 @@ BAD = {  # flags -> what the one line says
     ("--model", "BASE", "--input", "TAKEN"): "column answer is there already; --prefix renames",
     ("--model", "BASE", "--input", "TAKEN", "--out", "rows.xlsx"): "a name ending in",
     ("--model", "BASE", "--chat", "--plain"): "leave --plain out",
+    (
+        "--model",
+        "BASE",
+        "--chat",
+        "--keep-going",
+        "--prefix",
+        "x",
+    ): "--prefix would do nothing with --chat",
     ("--model", "BASE", "--prompt", "a", "--template", "nowhere"): "--template nowhere cannot be read",
 }
 

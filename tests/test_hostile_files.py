@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from test_study_file import WHOLE
 
 from loralab import UserError, objectives
-from loralab.data import tables
+from loralab.data import Split, tables
 from loralab.disk import sha256
+from loralab.objectives import saved
 from loralab.rankmap import LayerRank, RankMap
 from loralab.report import findings
 from loralab.run import Settings
@@ -121,6 +122,20 @@ def test_a_damaged_study_json_is_survived(finished, tally, data):
         survives(lambda: shown(load(finished / "study")))
     finally:
         file.write_bytes(whole)
+    tally("mutated files")
+
+
+@many
+@given(st.data())
+def test_a_damaged_task_json_is_survived(finished, place, tally, data):
+    """Where an adapter says what it was trained to do; `predict`, `evaluate` and `inspect` read it."""
+    whole = next((finished / "store").glob("*/adapter/task.json")).read_bytes()
+    (place / "adapter").mkdir(exist_ok=True)
+    (place / "adapter/task.json").write_bytes(json_or_bytes(data, whole))
+    read = survives(lambda: saved.read(place / "adapter"))
+    if read is not None:
+        assert read.objective in objectives.OBJECTIVES
+        survives(lambda: read.of(Split([("a", "b")], [0])))
     tally("mutated files")
 
 

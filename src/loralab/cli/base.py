@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+
+
+def check_idle(given: Mapping[str, bool], where: str) -> None:
+    """Raise UserError for the flags, by parameter, that are given and do nothing; `where` says why: "with --x"."""
+    idle = [f"--{name.replace('_', '-')}" for name, there in given.items() if there]
+    if idle:
+        raise UserError(f"{', '.join(idle)} would do nothing {where}: leave {'it' if len(idle) == 1 else 'them'} out")
 
 
 def check_out(path: Path | None) -> None:

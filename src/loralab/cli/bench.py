@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loralab.bench import Bench, Case, EpochCase, MixedCase, tables
 from loralab.bench.cases import DTYPES, LAYERS, LENGTHS, RANKS, epochs, grid, growth, mixed_case
 from loralab.bench.measure import quartiles
+from loralab.cli import base
 from loralab.cli.show import Json, as_json, table
 from loralab.disk import check_output_folder, write_json, write_text
 from loralab.errors import UserError
@@ -23,6 +25,14 @@ from loralab.fast.machine import fast_bfloat16
 EPOCHS = 3  # repeats of --epoch at most: an epoch is long, and averages over hundreds of steps by itself
 REPEATS, REPEATS_MIXED = 7, 15
 LENGTH, LENGTH_MIXED = 64, 32  # tokens
+READ_BY = {  # a measurement -> the flags that it alone reads
+    "epoch": ("tasks", "data", "rows", "max_length", "together"), "cost": ("ranks", "layers"), "mixed": ("loaded",),
+}  # fmt: skip
+ONE = {  # a measurement -> the flags of which it takes one value
+    "cost": {"models", "methods", "targets", "dtypes"},
+    "mixed": {"models", "methods", "targets", "lengths", "dtypes"},
+    "profile": {"models", "methods", "targets", "lengths", "dtypes"},
+}
 
 
 def bench(
@@ -111,6 +121,11 @@ def bench(
     wanted = [name for name, on in {"epoch": epoch, "cost": cost, "mixed": mixed, "profile": profile}.items() if on]
     if len(wanted) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in wanted)} are different measurements: choose one")
+    kind = wanted[0] if wanted else "steps"
+    lists = {"models": models, "methods": methods, "targets": targets, "lengths": lengths, "dtypes": dtypes}
+    others: dict[str, Any] = {"tasks": tasks, "data": data, "rows": rows, "max_length": max_length}
+    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded}
+    _check_idle(kind, lists, others)
     chosen = dtypes or (DTYPES[0] if fast_bfloat16() else DTYPES[1],)
     default = LENGTH_MIXED if mixed else LENGTH
     cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size)
@@ -137,6 +152,21 @@ def bench(
         print(tables.markdown(result), end="")
     else:
         _show(result, out)
+
+
+def _check_idle(kind: str, lists: dict[str, tuple[Any, ...]], others: dict[str, Any]) -> None:
+    """Raise UserError for a flag that the measurement does not read, and for several values where it takes one."""
+    defaults = {name: p.default for name, p in signature(bench).parameters.items()}
+    given = {name: x != defaults[name] for name, x in (lists | others).items()}
+    for owner, names in READ_BY.items():
+        if owner != kind:
+            base.check_idle({name: given[name] for name in names}, f"without --{owner}")
+    base.check_idle(
+        {"lengths": kind == "epoch" and given["lengths"]}, "with --epoch, whose rows have their own lengths"
+    )
+    several = {name: ONE.get(kind, frozenset()) >= {name} and given[name] and len(x) > 1 for name, x in lists.items()}
+    if wrong := [f"--{name}" for name, there in several.items() if there]:
+        raise UserError(f"--{kind} measures one case: give one value for {', '.join(wrong)}")
 
 
 def _steps(run: Bench, cases: list[Case]) -> dict[str, Any]:

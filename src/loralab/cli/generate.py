@@ -86,7 +86,8 @@ def generate(
     prefix: str
         What the new columns' names begin with.
     """
-    _check(prompt, input, chat, plain, adapter_column, out, {"batch_size": batch_size, "rank": rank})
+    idle = {"side_by_side": side_by_side, "keep_going": keep_going, "prefix": bool(prefix), "json": json}
+    _check(prompt, input, chat, plain, adapter_column, out, {"batch_size": batch_size, "rank": rank}, idle)
     folders = adapter_folders(adapters or [])
     names = _names(folders, side_by_side)
     given = None if template is None else template_of(template)
@@ -123,6 +124,7 @@ def _check(
     adapter_column: str | None,
     out: Path | None,
     counts: Mapping[str, int | None],
+    idle: Mapping[str, bool],
 ) -> None:
     given = {"--prompt": bool(prompt), "--input": input is not None, "--chat": chat}
     if sum(given.values()) != 1:
@@ -132,6 +134,8 @@ def _check(
         raise UserError("--adapter-column names a column of --input: give a file, or one adapter")
     if chat and plain:
         raise UserError("--chat goes through the chat template: leave --plain out")
+    if chat:
+        base.check_idle(idle, "with --chat, which answers one at a time")
     if chat and out is not None:
         raise UserError("--chat answers at the terminal: leave --out out")
     base.check_counts(**counts)

@@ -58,6 +58,8 @@ def inspect(
         Another name for the adapter than its own.
     """
     if memory:
+        given = {"against": against, "model": model, "plot": plot, "name": name}
+        base.check_idle({key: x is not None for key, x in given.items()} | {"top": top != TOP}, "with --memory")
         _show_memory(folder, json)
         return
     _check(top, plot)

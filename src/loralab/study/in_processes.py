@@ -41,7 +41,9 @@ class InProcesses:
             for done in as_completed(left):
                 yield from zip((original[s.folder] for s in left[done]), done.result(), strict=True)
         except BrokenProcessPool as error:
-            raise UserError("a process of the study died, perhaps for want of memory. The same command goes on.") from error
+            raise UserError(
+                "a process of the study died, perhaps for want of memory. The same command goes on."
+            ) from error
         except BaseException:
             self._stop()
             raise
