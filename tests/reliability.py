@@ -97,7 +97,7 @@ JOBS = [  # (tests, how many times their short form), those that take longest fi
     ("test_study_file.py -k wrong_types", 4),
     ("test_study.py -k exception", 1),
 ]
-ALONE = [("test_ray_faults.py", 1)]
+ALONE = [("test_ray_faults.py", 1)]  # a slow start is taken there for a dead node
 
 
 class Outcome(NamedTuple):
