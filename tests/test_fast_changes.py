@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 import loralab
 from loralab.fast import enable, masks, prepare
 from loralab.fast.block import Block
-from loralab.fast.encoders import LAYERS, layers_of
+from loralab.fast.layers import LAYERS, layers_of
 from loralab.layer import Adapted
 
 
@@ -230,7 +230,7 @@ def test_a_change_made_later_has_the_effect_that_it_has_on_the_plain_path(kind, 
         results.append(gradients(model, rows(), change(model, adapters)))
     same(*results)
     assert results[0][1], "nothing learns"
-    fast, reason = CHANGES.get(change, (0, "the position bias or the mask learns"))
+    fast, reason = CHANGES.get(change, (0, "the positions or the mask learn"))
     found = {choice.piece: choice for choice in choices}["block"]
     if layers_of(model)[0].__dict__.get("forward") is None:  # taken off, as a new layer was adapted
         assert change is another_adapter_on_other_layers

@@ -53,8 +53,10 @@ def killer(workers):
     psutil = pytest.importorskip("psutil")
     killed = []
 
+    over = threading.Event()
+
     def kill(names):
-        for _ in range(6000):
+        while not over.is_set():
             there = psutil.Process().children(recursive=True)
             found = [next((p for p in there if p.name().startswith(name)), None) for name in names]
             if list(Path("runs/store").glob("*/checkpoint/progress.json")) and None not in found:
@@ -68,8 +70,11 @@ def killer(workers):
     def killing(*names):
         thread = threading.Thread(target=kill, args=(names,))
         thread.start()
-        yield killed
-        thread.join()
+        try:
+            yield killed
+        finally:
+            over.set()
+            thread.join()
 
     return killing
 

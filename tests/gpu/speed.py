@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from loralab import attach, fast
 from loralab.cache import Scope, caching
-from loralab.fast.encoders import layers_of
+from loralab.fast.layers import layers_of
 
 JOBS = {  # job -> method, rank, how the names of adapted layers end
     "lora r8 q,v": ("lora", 8, ("query", "value", "q_proj", "v_proj")),

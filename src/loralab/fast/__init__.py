@@ -23,7 +23,7 @@ from loralab.errors import UserError
 from loralab.fast import heap, machine, masks
 from loralab.fast.block import Block
 from loralab.fast.choices import Choice, Choices
-from loralab.fast.encoders import LAYERS, layers_of
+from loralab.fast.layers import LAYERS, layers_of
 from loralab.layer import Adapted, put, put_back
 
 Speed = Literal["auto", "off", "compile"]

@@ -1,4 +1,4 @@
-"""Computes an encoder layer as one autograd function wherever that is what the layer itself would compute.
+"""Computes a layer of an encoder or decoder as one autograd function wherever the layer itself would compute the same.
 
 A `Block` stands in the place of a layer's `forward` and follows the model: at each call it looks whether something in
 the layer that the function takes as frozen learns, whether a module was replaced or has a hook, and whether the call
@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from loralab.active import Active
 from loralab.errors import UserError
-from loralab.fast.encoder_layer import (
-    EncoderLayer,
-    LayerCall,
-    LayerModules,
-    LayerProducts,
-    autocasts,
-    compute,
-    no_autocast,
-)
+from loralab.fast.decoder_layer import DecoderModules
+from loralab.fast.encoder_layer import LayerModules
 from loralab.fast.masks import has_own_streams
+from loralab.fast.shared import LayerCall, autocasts, no_autocast
 from loralab.layer import FAST, Adapted
 from loralab.stores.float import Float
 from loralab.stores.quantized import Quantized
@@ -37,7 +31,7 @@ except ImportError:
 SAME_ATTENTION = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
 COLLECTING = "transformers.utils.output_capturing"
 
-Find = Callable[[Any], LayerModules]  # layer -> its modules
+Find = Callable[[Any], LayerModules | DecoderModules]  # layer -> its modules
 
 
 class Obstacle(NamedTuple):
@@ -63,13 +57,13 @@ class Block:
         if obstacle := never or self.obstacle:
             self._refuse_shared_dropout(obstacle)
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, *args, **kwargs)
-        bias = _position_bias(self.modules, args, kwargs)
+        given = self.modules.given(args, kwargs)
         if self._checkpoints():
             out = self.layer._gradient_checkpointing_func(  # type: ignore[operator]
-                partial(self._compute, mask=attention_mask, bias=bias), hidden_states
+                partial(self._compute, mask=attention_mask, given=given), hidden_states
             )
         else:
-            out = self._compute(hidden_states, attention_mask, bias)
+            out = self._compute(hidden_states, attention_mask, given)
         return (out,) if self.modules.returns_tuple else out
 
     def why_plain(self) -> Obstacle | None:
@@ -78,23 +72,23 @@ class Block:
 
     # ---- computing -----------------------------------------------------------------------------------------------
 
-    def _compute(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> Tensor:
         """The output (b, t, d) in the dtype of x; under autocast products run in autocast's dtype."""
         device, dtype = x.device.type, x.dtype
         if autocasts(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         with no_autocast(device):
-            out = self._in_one(x.to(dtype), _in_dtype(mask, dtype), _in_dtype(bias, dtype))
+            out = self._in_one(x.to(dtype), _in_dtype(mask, dtype), [_in_dtype(t, dtype) for t in given])
         return out.to(x.dtype)
 
-    def _in_one(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _in_one(self, x: Tensor, mask: Tensor | None, given: list[Any]) -> Tensor:
         m, products = self.modules, self.products
         call = LayerCall(m, products, m.dropout, self.active.streams, torch.is_grad_enabled())
         if call.wants_gradient:
             updates = [layer.active_update() if isinstance(layer, Adapted) else None for layer in m.linear]
             flat = [t for u in updates for t in ((None, None, None) if u is None else u)]
-            return EncoderLayer.apply(call, x, mask, bias, *flat)  # type: ignore[no-untyped-call, no-any-return]
-        return compute(call, x, mask, bias, [product.active_update(self.active, x.dtype) for product in products])[0]
+            return m.apply(call, x, mask, given, flat)
+        return m.compute(call, x, mask, given, [product.active_update(self.active, x.dtype) for product in products])
 
     def _checkpoints(self) -> bool:
         """Whether gradient checkpointing is up to this forward, as from transformers 5.2x on, and not to the call."""
@@ -128,11 +122,12 @@ class Block:
         self._found = True
         self.misfit = _misfit(self.modules)
         if self.misfit is None:
-            self.products = LayerProducts.of(self.modules)
+            self.products = self.modules.products()
             adapted = [layer for layer in self.modules.linear if isinstance(layer, Adapted)]
             self.active = adapted[0].active if adapted else self.active
             if self._why_never(learning=True) is None:
-                self.products.qkv.put_side_by_side()
+                for product in self.products:
+                    product.put_side_by_side()
 
     # ---- what keeps the layer from being computed in one ---------------------------------------------------------
 
@@ -162,9 +157,11 @@ class Block:
             return Obstacle("attention weights are asked for")
         if kwargs.get("past_key_values") is not None:
             return Obstacle("a cache of keys and values is given")
-        bias = _position_bias(self.modules, args, kwargs)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (mask, bias)):
-            return Obstacle("the position bias or the mask learns")
+        given = self.modules.given(args, kwargs)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (mask, *given)):
+            return Obstacle("the positions or the mask learn")
+        if (text := self.modules.misfit(x, mask, given)) is not None:
+            return Obstacle(text)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return Obstacle("torch.compile or torch.func traces the model")
         for layer in self.modules.linear:
@@ -204,13 +201,12 @@ def _inner(layer: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _misfit(m: LayerModules) -> Obstacle | None:
+def _misfit(m: LayerModules | DecoderModules) -> Obstacle | None:
     """A module of another class than the block computes: a quantized layer of another library, say."""
     bases = [layer.base if type(layer) is Adapted else layer for layer in m.linear]
     classes = [
         *((base, (nn.Linear, Float, Quantized)) for base in bases),
-        *((norm, (nn.LayerNorm,)) for norm in (m.norm1, m.norm2)),
-        *((drop, (nn.Dropout,)) for drop in (m.attention_dropout, m.o_dropout, m.down_dropout) if drop is not None),
+        *m.checked,
     ]
     wrong = next((module for module, known in classes if type(module) not in known), None)
     return None if wrong is None else Obstacle(f"is a {type(wrong).__name__}", wrong)
@@ -230,13 +226,6 @@ def _idle(module: nn.Module) -> bool:
     if module._backward_pre_hooks or any(getattr(hook, "__module__", None) != COLLECTING for hook in hooks):
         return False
     return collector is not None and not (collector.get() or {}).keys() - {"hidden_states", "_hidden_states_layers"}
-
-
-def _position_bias(m: LayerModules, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The position bias (b, heads, t, t) among the arguments of a layer that takes one."""
-    if not m.position_bias:
-        return None
-    return args[0] if args else kwargs.get("position_bias")
 
 
 def _in_dtype(added: Tensor | None, dtype: torch.dtype) -> Tensor | None:

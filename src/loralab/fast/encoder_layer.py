@@ -9,7 +9,6 @@ methods. Whether a layer may be computed here is decided in block.py.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loralab.active import Stream
-from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved
-from loralab.fast.masks import mask as dropout_mask
-from loralab.update import Update
-
-SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
+from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
+from loralab.fast.shared import SHORT, LayerCall, dropout_of, no_autocast, softmax
 
 aten = torch.ops.aten
 
@@ -65,6 +60,39 @@ class LayerModules:
         """The probabilities that dropout has now: of attention, after o, after down."""
         return self.attention_p, _p(self.o_dropout), _p(self.down_dropout)
 
+    @property
+    def checked(self) -> tuple[tuple[nn.Module, tuple[type, ...]], ...]:
+        """Modules other than the linear ones, each with the classes that it may be of."""
+        drops = (drop for drop in (self.attention_dropout, self.o_dropout, self.down_dropout) if drop is not None)
+        norms = (norm for norm in (self.norm1, self.norm2))
+        return (*((norm, (nn.LayerNorm,)) for norm in norms), *((drop, (nn.Dropout,)) for drop in drops))
+
+    def products(self) -> "LayerProducts":
+        """The products of the layer's modules."""
+        return LayerProducts(*map(JoinedLinear, ((self.q, self.k, self.v), (self.o,), (self.up,), (self.down,))))
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        """What a call gives beside the mask: the position bias (b, heads, t, t), where the layer takes one."""
+        if not self.position_bias:
+            return (None,)
+        return (args[0] if args else kwargs.get("position_bias"),)
+
+    def misfit(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> str | None:
+        """Why these inputs are not computed here, None if they are."""
+        return None
+
+    def compute(
+        self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], joined: Sequence[Any]
+    ) -> Tensor:
+        """The output alone."""
+        return compute(call, x, mask, given[0], joined)[0]
+
+    def apply(
+        self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], flat: Sequence[Tensor | None]
+    ) -> Tensor:
+        """The output as one node of autograd."""
+        return EncoderLayer.apply(call, x, mask, *given, *flat)  # type: ignore[no-untyped-call, no-any-return]
+
 
 def _p(module: nn.Dropout | None) -> float:
     return module.p if module is not None and module.training else 0.0
@@ -77,21 +105,6 @@ class LayerProducts(NamedTuple):
     o: JoinedLinear
     up: JoinedLinear
     down: JoinedLinear
-
-    @classmethod
-    def of(cls, m: LayerModules) -> "LayerProducts":
-        """The products of a layer's modules."""
-        return cls(JoinedLinear((m.q, m.k, m.v)), JoinedLinear((m.o,)), JoinedLinear((m.up,)), JoinedLinear((m.down,)))
-
-
-class LayerCall(NamedTuple):
-    """One forward of one layer: its modules, and what holds for this forward alone."""
-
-    modules: LayerModules
-    products: LayerProducts
-    dropout: tuple[float, float, float]
-    streams: Sequence[Stream]
-    wants_gradient: bool
 
 
 def compute(
@@ -135,7 +148,7 @@ class EncoderLayer(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, call: LayerCall, x: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
     ) -> Tensor:
-        updates = _by_product(flat)
+        updates = by_product(flat, call.products)
         joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
         out, (x_in, c, y, g, *saved), of_products = compute(call, x, mask, bias, joined)
         learns = [ctx.needs_input_grad[4 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
@@ -152,22 +165,12 @@ class EncoderLayer(torch.autograd.Function):
             return _backward(ctx, grad)
 
 
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for that type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Turn autocast off where it is on: tensors have the dtype they are to be computed in."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors  # read once: checkpointing recomputes them for the first reader and no other
     flat, saved = tensors[:18], tensors[18:]
     x, c, y, g, qkv, s, mask_s, o, mask_o, mean1, rstd1, u, w, mask_down, mean2, rstd2 = saved[:16]
     of_qkv, of_o, of_up, of_down = (Saved(*saved[16 + 5 * i : 21 + 5 * i]) for i in range(4))
-    call, (b, t, d), (u_qkv, u_o, u_up, u_down) = ctx.call, ctx.shape, _by_product(flat)
+    call, (b, t, d), (u_qkv, u_o, u_up, u_down) = ctx.call, ctx.shape, by_product(flat, ctx.call.products)
     m, products, to_x = call.modules, call.products, ctx.needs_input_grad[1]
     dw = _norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, m.norm2)  # (n, d), of y too, by the residual
     dg, of6 = products.down.backward(_masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
@@ -182,26 +185,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return None, dx, None, None, *of123, *of4, *of5, *of6
 
 
-def _by_product(flat: Sequence[Tensor | None]) -> list[list[Update | None]]:
-    """The updates of each product's layers from A, B and gain of the six layers: q, k, v; o; up; down."""
-    updates = [
-        None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2])  # type: ignore[arg-type]
-        for i in range(0, 18, 3)
-    ]
-    return [updates[:3], updates[3:4], updates[4:5], updates[5:]]
-
-
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 OfAttention = tuple[Tensor | None, Tensor | None, Tensor | None]  # what backward needs: q k v; weights; dropout mask
-
-
-def softmax(s: Tensor) -> Tensor:
-    """Softmax over the last axis, in place where rows are short."""
-    if s.shape[-1] > SHORT or s.device.type != "cpu":
-        return torch.softmax(s, -1)
-    s = s.sub_(s.amax(-1, keepdim=True)).exp_()
-    return s.mul_(s.sum(-1, keepdim=True).reciprocal_())
 
 
 def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -259,7 +245,8 @@ def _attention_backward(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b:
 
 def _mask(like: Tensor, p: float, shape: Sequence[int], call: LayerCall) -> Tensor | None:
     """The dropout mask of `like`, which holds a tensor (rows, ...) of that shape; None where nothing is dropped."""
-    return dropout_mask(like.view(shape), p, call.streams).view_as(like) if p else None
+    mask = dropout_of(like.view(shape), p, call.streams)
+    return None if mask is None else mask.view_as(like)
 
 
 def _masked(x: Tensor, m: Tensor | None) -> Tensor:

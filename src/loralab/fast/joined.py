@@ -219,6 +219,15 @@ class JoinedLinear:
         return out
 
 
+def by_product(flat: Sequence[Tensor | None], products: Sequence[JoinedLinear]) -> list[list[Update | None]]:
+    """The updates of each product's layers, from A, B and gain of all layers in the order of the products."""
+    updates = iter(
+        None if (A := flat[i]) is None else Update(A, flat[i + 1], flat[i + 2])  # type: ignore[arg-type]
+        for i in range(0, len(flat), 3)
+    )
+    return [[next(updates) for _ in product.bases] for product in products]
+
+
 def _stack(each: Sequence[JoinedUpdate]) -> JoinedUpdate:
     """Updates with a leading axis K: ranks padded with zeros, absent gains as g - 1 = 0, their bias left in B."""
     size = max(j.A.shape[-2] for j in each)

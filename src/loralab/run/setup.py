@@ -16,7 +16,7 @@ from loralab.data import Task
 from loralab.data.batches import Rows, collate, epoch_batches, longest
 from loralab.errors import UserError
 from loralab.fast.block import SAME_ATTENTION
-from loralab.fast.encoders import layers_of
+from loralab.fast.layers import layers_of
 from loralab.objectives import Encoding, Objective
 from loralab.objectives.templates import template_of
 from loralab.run import policies, written

@@ -1,0 +1,17 @@
+"""The layers of a model that a block can take the place of. An architecture is a row of encoders.py or decoders.py."""
+
+from torch import nn
+
+from loralab.fast import decoders, encoders
+from loralab.fast.block import Find
+
+LAYERS: dict[str, Find] = {**encoders.LAYERS, **decoders.LAYERS}  # class of a layer -> how to find its parts
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model that a `Block` can take the place of."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
+        return []
+    ours = [m for m in model.modules() if type(m).__module__.startswith("transformers.models.")]
+    return [m for m in ours if type(m).__name__ in LAYERS]

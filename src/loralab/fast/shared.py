@@ -1,0 +1,46 @@
+"""What layers that are computed in one, of encoders and decoders, have in common."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loralab.active import Stream
+from loralab.fast.masks import mask as dropout_mask
+
+SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
+
+
+class LayerCall(NamedTuple):
+    """One forward of one layer: its modules, and what holds for this forward alone."""
+
+    modules: Any  # LayerModules of an encoder or DecoderModules
+    products: Any  # of its linear layers, each a JoinedLinear
+    dropout: tuple[float, ...]  # probabilities now
+    streams: Sequence[Stream]
+    wants_gradient: bool
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for that type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Turn autocast off where it is on: tensors have the dtype they are to be computed in."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def softmax(s: Tensor) -> Tensor:
+    """Softmax over the last axis, in place where rows are short."""
+    if s.shape[-1] > SHORT or s.device.type != "cpu":
+        return torch.softmax(s, -1)
+    s = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    return s.mul_(s.sum(-1, keepdim=True).reciprocal_())
+
+
+def dropout_of(x: Tensor, p: float, streams: Sequence[Stream]) -> Tensor | None:
+    """The dropout mask of x (rows, ...); None where nothing is dropped."""
+    return dropout_mask(x, p, streams) if p else None
