@@ -18,12 +18,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loralab import cache
 from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
+from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
 from loralab.files import fingerprint
 from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
 from loralab.recipe import Recipe
-from loralab.targets import Coverage, shape_of
+from loralab.targets import shape_of
 
 NEWEST = (5, 23)  # of transformers, with which the tests pass; they do with 5.17 too
 HANDLE = "_loralab"  # the attribute of a model that holds its handle

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import files, install, peft_format
+from loralab import files, install, kinds, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
 from loralab.disk import write_json, write_tensors
@@ -36,6 +36,7 @@ def attach(
     *,
     name: str = "default",
     targets: Targets = ALL,
+    exclude: Sequence[str] = (),
     head: bool | Sequence[str] = False,
     labels: Sequence[str] = (),
     seed: int = 0,
@@ -44,7 +45,8 @@ def attach(
 ) -> "Adapters":
     """Freeze `model`, put a fresh adapter on it in place and leave that adapter active.
 
-    `settings` are the method's own: rank, alpha, dropout, ... (see `loralab methods`). `head=True` trains a copy of
+    `settings` are the method's own: rank, alpha, dropout, ... (see `loralab methods`). Layers that `exclude` names, or
+    that are inside modules it names, are left alone; names are as in `targets`. `head=True` trains a copy of
     everything outside the backbone; a list names the modules instead. `seed` decides the adapter's random start;
     `batches`, each what `model(**batch)` takes, are for a start that looks at data (eva).
     Raises UserError for an unknown method, setting or target, before anything has changed.
@@ -54,7 +56,8 @@ def attach(
             f"this model has adapters already ({', '.join(of(model).names)}): use adapters.add(name, method)"
         )
     handle = Adapters(model)
-    handle.add(name, method, targets=targets, head=head, labels=labels, seed=seed, batches=batches, **settings)
+    given: dict[str, Any] = {"targets": targets, "exclude": exclude, "head": head, "labels": labels, **settings}
+    handle.add(name, method, seed=seed, batches=batches, **given)
     handle.connect()
     handle.activate(name)
     return handle
@@ -108,6 +111,7 @@ class Adapters(AdaptedModel):
         method: str | Recipe = "lora",
         *,
         targets: Targets = ALL,
+        exclude: Sequence[str] = (),
         head: bool | Sequence[str] = False,
         labels: Sequence[str] = (),
         seed: int = 0,
@@ -123,7 +127,7 @@ class Adapters(AdaptedModel):
         the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
-        spec = install.spec_of(self, name, method, settings, targets, head, labels)
+        spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
         directions = None if filled else start_directions(self, r, spec.paths, batches)
@@ -240,10 +244,11 @@ class Adapters(AdaptedModel):
             raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
         updates = {path: self.layers[path].lower(name) for path in spec.paths}
         gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
+        sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
         head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
         base = _base_name(self.model)
         base["name"] = getattr(getattr(self.model, "config", None), "_name_or_path", None)  # a path is of use to PEFT
-        return peft_format.write(folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]))
+        return peft_format.write(folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]), sides)
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.

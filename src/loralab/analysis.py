@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters import MERGE_DTYPES, Adapters, load, read
+from loralab.coverage import kind, summary
 from loralab.errors import UserError
 from loralab.files import AdapterFile
 from loralab.inputs import evaluating
-from loralab.stores import LINEAR, keep
-from loralab.targets import kind, summary
+from loralab.kinds import keep, kind_of
 from loralab.update import Dense, Update
 
 TOP = 8  # directions to compare by default: the usual rank
@@ -70,7 +70,7 @@ def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Lay
     file = read(folder)
     if model is None:
         return {path: Layer(update, None) for path, update in _from_file(file, folder)}
-    before = {p: keep(m).dense().clone() for p, m in model.named_modules() if type(m) in LINEAR}
+    before = {p: keep(m).dense().clone() for p, m in model.named_modules() if kind_of(m) is not None}
     handle = load(model, folder)
     name = handle.only(None)
     spec = handle.spec(name)

@@ -1,23 +1,28 @@
 """Install an adapter on a model: everything that can be wrong is checked first, then layers and heads are put in."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import rankmap
+from loralab import kinds, rankmap
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
+from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
-from loralab.heads import head_of, outside_backbone, own_copy, under
+from loralab.heads import head_of, output_layer, outside_backbone, own_copy, under
 from loralab.layer import Adapted, AdaptedHead, Constants, put_back
 from loralab.methods import starts
 from loralab.methods.base import Roles
 from loralab.methods.starts import InputDirections
+from loralab.own_forward import adapted
+from loralab.rankmap import RankMap
+from loralab.reach import obstacle
 from loralab.recipe import Recipe, recipe
 from loralab.stores import keep
-from loralab.targets import ALL, Coverage, Targets, cover, obstacle, paths_to, shape_of
+from loralab.targets import ALL, Targets, cover, paths_to, shape_of
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -30,9 +35,11 @@ def spec_of(
     targets: Targets,
     head: bool | Sequence[str],
     labels: Sequence[str],
+    exclude: Sequence[str] = (),
 ) -> AdapterSpec:
     """The specification of an adapter. Raises UserError for what cannot be added, before anything has changed."""
-    for what, names in {"targets": targets, "head": head, "labels": labels}.items():
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for what, names in {"targets": targets, "head": head, "labels": labels, "exclude": exclude}.items():
         check_once(what, () if isinstance(names, str | bool) else names)
     r = recipe(method, **settings)
     if r.policy and r.ranks is None:
@@ -48,7 +55,9 @@ def spec_of(
         )
     heads = tuple(own_head) if head is True else tuple(head or ())
     _check_heads(handle, heads, labels)
-    coverage = None if r.factors is None else _cover(handle, r, targets, [*heads, *own_head])
+    if r.factors is None and exclude:
+        raise UserError(f"exclude={list(exclude)} with method {method!r}: it adapts no layer, so leave it out")
+    r, coverage = (r, None) if r.factors is None else _cover(handle, r, targets, exclude, heads)
     if r.store:
         keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is reported before anything has changed
     if not heads and coverage is None and r.learn_base is None:
@@ -94,27 +103,78 @@ def _check_name(handle: AdaptedModel, name: str, r: Recipe) -> None:
         raise UserError(f"train={r.train} changes the base that {', '.join(handle.names)} rely on: use a fresh model")
 
 
-def _cover(handle: AdaptedModel, r: Recipe, targets: Targets, outside: Sequence[str]) -> Coverage:
+def _cover(
+    handle: AdaptedModel, r: Recipe, targets: Targets, exclude: Sequence[str], heads: Sequence[str]
+) -> tuple[Recipe, Coverage]:
+    """The recipe at ranks that every layer can have, and the layers that it is on."""
     assert r.factors is not None
-    if targets == ALL:  # the linear layers of the backbone: an output layer tied to the embeddings is none of them
-        outside = [*outside, *outside_backbone(handle.model)]
-    coverage = cover(handle.model, targets, outside)
+    own_head = [path for path in head_of(handle.model) if path not in heads]
+    beside = outside_backbone(handle.model)
+    output = output_layer(handle.model)  # it can be adapted, by name; what else is a head can be trained only
+    outside = [*heads, *(path for path in own_head if path != output or targets == ALL)]
+    coverage = cover(handle.model, targets, outside, exclude, beside)
     shapes = {path: shape_of(handle.model.get_submodule(path)) for path in coverage.paths}
     if r.ranks is not None:
         if wrong := rankmap.misfits(r.ranks, shapes, coverage.left):
             raise UserError("rank map: " + "; ".join(wrong))
         coverage = coverage.keep(r.ranks.adapted)
         shapes = {path: shapes[path] for path in coverage.paths}
+    else:
+        r, coverage = _fitting(r, coverage, shapes)
+        shapes = {path: shapes[path] for path in coverage.paths}
+    _check_misfits(r, shapes)
+    _check_kinds(handle, r, shapes)
+    return r, coverage
+
+
+def _fitting(r: Recipe, coverage: Coverage, shapes: Mapping[str, tuple[int, int]]) -> tuple[Recipe, Coverage]:
+    """Give layers that are too small for the rank the largest that they can have, or leave them alone.
+
+    A method that needs one rank in all layers leaves them alone. Where every layer is too small, nothing is changed.
+    """
+    factors = r.factors
+    small = [path for path, shape in shapes.items() if factors.misfit(*shape)]  # type: ignore[union-attr]
+    largest = {path: _largest(r, shapes[path]) for path in small}
+    if not small or len(small) == len(shapes):
+        return r, coverage
+    if all(largest.values()):
+        ranks = RankMap({path: largest.get(path) or factors.rank for path in shapes})  # type: ignore[union-attr]
+        if not rankmap.problems(factors, ranks):  # type: ignore[arg-type]
+            return replace(r, ranks=ranks), replace(coverage, ranks={p: n for p, n in largest.items() if n is not None})
+    why = f"too small for rank {factors.rank}, and {factors.kind} has one rank in all layers"  # type: ignore[union-attr]
+    return r, coverage.keep([path for path in shapes if path not in small], why)
+
+
+def _largest(r: Recipe, shape: tuple[int, int]) -> int | None:
+    """The largest rank below that of the recipe which a layer of this size can have, if any."""
+    factors = r.factors
+    for rank in range(min(getattr(factors, "rank", 0), *shape), 0, -1):
+        at = replace(factors, rank=rank)  # type: ignore[type-var, call-arg]
+        if not (at.problems() or at.misfit(*shape) or starts.problems(r.start, at, r.store)):
+            return rank
+    return None
+
+
+def _check_misfits(r: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError if a layer cannot take the method at its rank."""
+    assert r.factors is not None
     own = {path: rankmap.own(r.factors, r.ranks, path) for path in shapes}
     misfits = {path: problem for path, shape in shapes.items() if (problem := own[path].misfit(*shape))}
     if misfits:
         path, problem = next(iter(misfits.items()))
         raise UserError(f"{problem} ({path}; {len(misfits)} of {len(shapes)} layers cannot take it)")
-    stores = {path: layer.store for path, layer in handle.layers.items() if path in shapes}
+
+
+def _check_kinds(handle: AdaptedModel, r: Recipe, paths: Iterable[str]) -> None:
+    """Raise UserError for layers whose kind, or whose store for other adapters, does not go with the recipe."""
+    layers = {path: handle.layers.get(path) or handle.model.get_submodule(path) for path in paths}
+    others = [path for path, layer in layers.items() if not (type(layer) is Adapted or kinds.is_product(layer))]
+    if others and r.start == "eva":
+        raise UserError(f"start='eva' looks at inputs that are vectors, and those of {others[0]} are none: exclude it")
+    stores = {path: handle.layers[path].store for path in layers if path in handle.layers and path not in others}
     if clash := [path for path, store in stores.items() if store != r.store]:
         kept = stores[clash[0]] or "as loaded"
         raise UserError(f"store={r.store!r}: {clash[0]} is kept {kept} for {', '.join(handle.names)} already")
-    return coverage
 
 
 # ---- what is put in --------------------------------------------------------------------------------------------------
@@ -157,10 +217,10 @@ def add_layers(
         W = None  # (out, in); once a layer is stored in fewer bits, its own weight is gone
         if path not in handle.layers:
             original = handle.model.get_submodule(path)
-            W = keep(original).dense()
+            W = kinds.keep(original).dense()
             if not handle.specs:
                 put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
-            layer = Adapted(original, spec.recipe.store, handle.active, path).train(original.training)
+            layer = adapted(original, spec.recipe.store, handle.active, path).train(original.training)
             handle.layers[path] = layer
             replace_module(handle.model, original, layer)
         layer = handle.layers[path]

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from loralab.active import Active
 from loralab.cache import Cache, keeps
 from loralab.errors import UserError
+from loralab.kinds import keep, restore
 from loralab.methods.gain import row_norms
 from loralab.recipe import Recipe
-from loralab.stores import keep, restore
 from loralab.update import Dense, Update, apply, by_row, each, merged, nothing
 
 FAST = "_loralab_fast"  # marks a module whose forward is not that of its class
@@ -82,7 +82,8 @@ class Adapted(nn.Module):
         self.base = keep(original, store)
         self.original = (original,)  # in a tuple, so that it is no submodule
         self.path = path  # in the model, for error messages
-        self.dtype: torch.dtype = original.weight.dtype  # type: ignore[assignment]  # of the weight when it comes back
+        # of the weight when it comes back
+        self.dtype: torch.dtype = getattr(self.base, "dtype", original.weight.dtype)  # type: ignore[arg-type]
         self.store = store
         self._own_weight: ref[Tensor] | None = None
         if store is not None:
@@ -186,16 +187,16 @@ class Adapted(nn.Module):
         Its weight gets `dtype`, by default that of the model: the one it was loaded in, or was cast to since. A
         quantized weight is dequantized.
         """
+        original = self.original[0]
+        if self.store is None and name not in self.recipes:
+            return restore(original, self.base, None)  # type: ignore[no-any-return]
         W = self.base.dense()  # (out, in)
-        own = W.dtype if self.store is None else self.dtype
+        own = W.dtype if self.store is None and not hasattr(self.base, "dtype") else self.dtype
         if name in self.recipes:
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():
                 W = merged(W.to(wide), each(lambda t: t.to(wide), self.lower(name)))
-        original = self.original[0]
-        restore(original, W.to(dtype or own))
-        original.bias = self.base.bias
-        return original
+        return restore(original, self.base, W.to(dtype or own))  # type: ignore[no-any-return]
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""

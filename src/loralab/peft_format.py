@@ -43,6 +43,8 @@ PREFIX = "base_model.model."
 ROLES = {  # PEFT's name of a tensor in a layer -> role
     "lora_A.weight": "A",
     "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
     "lora_magnitude_vector": "m",
     "vera_lambda_d": "d",
     "vera_lambda_b": "b",
@@ -167,6 +169,7 @@ def _sorted(place: Path, saved: Collection[str]) -> tuple[dict[str, Tensor], lis
         if layer := TENSOR.fullmatch(key):
             paths[layer["path"]] = None
             key = f"{layer['path']}.{ROLES[layer['name']]}"
+            tensor = _flat(tensor, layer["name"])
         elif key in PROJECTION:
             projection[PROJECTION[key]] = tensor
             continue
@@ -178,6 +181,13 @@ def _sorted(place: Path, saved: Collection[str]) -> tuple[dict[str, Tensor], lis
             raise UserError(f"{place}: {listed([key])} is given twice, with and without {PREFIX!r}")
         tensors[key] = tensor
     return tensors, list(paths), list(heads), projection
+
+
+def _flat(tensor: Tensor, name: str) -> Tensor:
+    """A (r, in * k1 * ...), B (out, r) or m (out,) of a convolution, which PEFT keeps as kernels; others as they are."""
+    if tensor.ndim < 3:
+        return tensor
+    return tensor.flatten() if ROLES[name] == "m" else tensor.flatten(1)
 
 
 def _head(key: str, saved: Collection[str]) -> str:
@@ -297,11 +307,13 @@ def write(
     heads: Sequence[str],
     base: Mapping[str, Any],
     labels: Sequence[str] = (),
+    sides: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> Path:
     """Write a PEFT LoRA or DoRA folder: ranks may differ by layer, the scaling is folded into B.
 
     `updates`: path -> the lowered update of that layer, which must be low-rank; `gains`: path -> m (out,) where the
-    method has a gain; `head`: key -> tensor of the modules `heads`; `base`: name, class and task_type of the base.
+    method has a gain; `head`: key -> tensor of the modules `heads`; `base`: name, class and task_type of the base;
+    `sides`: path -> what `kinds.sides` says of the layer, where it is no product.
     Raises UserError if the folder cannot be written or holds an adapter in loralab's layout, and for values that are
     not finite.
     """
@@ -310,9 +322,9 @@ def write(
     for path, update in updates.items():
         assert isinstance(update, Update)
         u = _fitting(update)
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = u.A, u.B
+        own = _shaped({"A": u.A, "B": u.B, "m": gains.get(path)}, (sides or {}).get(path))
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in own.items() if tensor is not None}
         ranks[path] = u.A.shape[0]
-    tensors |= {f"{PREFIX}{path}.lora_magnitude_vector": m for path, m in gains.items()}
     tensors |= {PREFIX + key: tensor for key, tensor in head.items()}
     folder = Path(folder)
     one_layout(folder, files.TENSORS, files.HEADER)
@@ -328,6 +340,17 @@ def write(
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _shaped(roles: Mapping[str, Any], sides: tuple[int, ...] | None) -> dict[str, Tensor | None]:
+    """PEFT's name -> A (r, in), B (out, r) and m (out,) in the shapes that PEFT gives them in a layer of these sides."""
+    A, B, m = (roles[role] for role in ("A", "B", "m"))
+    if sides == ():
+        return {"lora_embedding_A": A, "lora_embedding_B": B, "lora_magnitude_vector": m}
+    if sides is not None:
+        ones = (1,) * (len(sides) - 1)
+        A, B, m = A.unflatten(1, sides), B.reshape(*B.shape, *ones), None if m is None else m.reshape(1, -1, *ones)
+    return {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": m}
 
 
 def _fitting(u: Update) -> Update:

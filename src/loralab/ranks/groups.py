@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from loralab.coverage import folded
 from loralab.errors import UserError
 from loralab.heads import head_of
 from loralab.rankmap import LayerRank, RankMap
-from loralab.targets import Targets, cover, folded, shape_of
+from loralab.targets import Targets, cover, shape_of
 
 
 def groups(
