@@ -19,6 +19,7 @@ from loralab.files import AdapterFile, fingerprint
 from loralab.heads import own_copy, under
 from loralab.hooks import StepHooks
 from loralab.inputs import start_directions
+from loralab.kinds import loaded
 from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
@@ -333,12 +334,15 @@ class Adapters(AdaptedModel):
         put_back(self.model)
         there = {id(p) for p in self.model.parameters()}
         for layer in self.layers.values():
-            plain, tied = layer.plain(name, dtype), layer.own_weight()
+            own = loaded.whole_dtype(self.model) if isinstance(layer.base, loaded.Loaded) else None
+            plain, tied = layer.plain(name, dtype or own), layer.own_weight()
             if name is None and tied is not None and id(tied) in there:  # another module still has the weight itself
                 plain.weight = tied
             install.replace_module(self.model, layer, plain)
         for head in self.heads.values():
             install.replace_module(self.model, head, head.plain(name))
+        if name is not None:
+            loaded.make_plain(self.model)
         spec = None if name is None else self.specs[name]
         self.show_labels(spec.labels if spec is not None and spec.heads else self.labels.names)
         install.untie(self.model)

@@ -82,8 +82,7 @@ class Adapted(nn.Module):
         self.base = keep(original, store)
         self.original = (original,)  # in a tuple, so that it is no submodule
         self.path = path  # in the model, for error messages
-        # of the weight when it comes back
-        self.dtype: torch.dtype = getattr(self.base, "dtype", original.weight.dtype)  # type: ignore[arg-type]
+        self.dtype: torch.dtype = original.weight.dtype  # type: ignore[assignment]  # of the weight when it comes back
         self.store = store
         self._own_weight: ref[Tensor] | None = None
         if store is not None:
@@ -191,7 +190,7 @@ class Adapted(nn.Module):
         if self.store is None and name not in self.recipes:
             return restore(original, self.base, None)  # type: ignore[no-any-return]
         W = self.base.dense()  # (out, in)
-        own = W.dtype if self.store is None and not hasattr(self.base, "dtype") else self.dtype
+        own = W.dtype if self.store is None else self.dtype
         if name in self.recipes:
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():

@@ -26,6 +26,7 @@ class Part:
     values: int  # that no part before it counts
     shape: tuple[int, ...]  # of the weight; of the vectors together
     obstacle: str | None = None  # why no adapter reaches it
+    mendable: bool = False  # whether the user can take the obstacle away, so that it is a mistake to go on
     shared: str | None = None  # the part that has the same weight
 
     @property
@@ -103,7 +104,8 @@ def _layer_part(model: nn.Module, path: str, module: Any, kind: str, first: dict
     if isinstance(bias, Tensor) and id(bias) not in first:
         first[id(bias)] = path
         values += bias.numel()
-    return Part(path, kind, values, shape, why_not(model, path, module), sharer)
+    mendable = None if isinstance(module, Adapted) else obstacle(module)
+    return Part(path, kind, values, shape, mendable or why_not(model, path, module), mendable is not None, sharer)
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -125,10 +127,10 @@ def _held(module: nn.Module, p: nn.Parameter) -> str:
 
 
 def why_not(model: nn.Module, path: str, module: nn.Module) -> str | None:
-    """Why a layer of a known kind cannot be adapted, and what to do; None if it can."""
+    """Why a layer of a known kind, with plain parameters, cannot be adapted; None if it can."""
     if isinstance(module, Adapted):
         return None
-    return _read_past(model, path) or obstacle(module) or kinds.refusal(module)
+    return _read_past(model, path) or kinds.refusal(module)
 
 
 def _read_past(model: nn.Module, path: str) -> str | None:

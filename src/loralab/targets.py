@@ -57,8 +57,8 @@ def cover(
         raise UserError(_no_match(model, nothing, patterns[nothing[0]], coverage, targets, outside))
     gone = _excluded(exclude, layers, paths)
     hits = dict.fromkeys(p for found in matched.values() for p in found if p not in gone)
-    for path in hits if named else ():
-        if (problem := layers[path].obstacle) is not None:
+    for path in hits:
+        if (problem := layers[path].obstacle) is not None and (named or layers[path].mendable):
             raise UserError(f"targets match {path}, but {problem}")
     chosen = [path for path in hits if layers[path].obstacle is None]
     if not chosen:

@@ -1,5 +1,6 @@
 """Linear layers that bitsandbytes loaded in 4 or 8 bit: kept as they are, and multiplied by their own forward."""
 
+import copy
 from typing import Any
 
 import torch
@@ -25,13 +26,6 @@ class Loaded(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias (out,)."""
         return self.layer.bias  # type: ignore[no-any-return]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weight when it comes back."""
-        state = getattr(self.layer.weight, "quant_state", None)
-        dtype: torch.dtype | None = getattr(state, "dtype", None)
-        return dtype or torch.float16
 
     def forward(self, x: Tensor) -> Tensor:
         return type(self.layer).forward(self.layer, x)  # type: ignore[no-any-return]
@@ -78,12 +72,11 @@ def dense(layer: Any) -> Tensor:
         if state is None:  # not moved to a device yet: still whole
             return weight.detach().float()  # type: ignore[no-any-return]
         codes = weight.data
-        if getattr(state, "packing_format_for_cpu", False):  # for inference on the CPU; undone on copies
-            import copy
-
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            codes, state = _convert_weight_packed_for_cpu_inverse(codes.clone(), copy.deepcopy(state))
+        if getattr(state, "packing_format_for_cpu", False):  # by an inference on the CPU; undone on a copy
+            state = copy.deepcopy(state)
+            state.original_nested = False  # else its statistics would be rounded anew
+            codes, state = bnb._convert_weight_packed_for_cpu_inverse(codes.clone(), state)
+            state.absmax, state.nested = state.absmax.T.reshape(-1).float(), False  # (blocks,)
         found: Tensor = bnb.dequantize_4bit(codes, state)
         return found.float().view(layer.out_features, layer.in_features)
     scale = layer.state.SCB if layer.state.SCB is not None else weight.SCB
@@ -93,13 +86,18 @@ def dense(layer: Any) -> Tensor:
     return codes.float() * (scale.float() / 127).unsqueeze(1)  # type: ignore[no-any-return]
 
 
+def whole_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of what bitsandbytes left whole in a model: embeddings, norms."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def make_plain(model: nn.Module) -> None:
     """Give a model plain linear layers in the place of those of bitsandbytes, and a config that does not name it."""
-    there = {path: module for path, module in model.named_modules() if is_loaded(module)}
-    for path, layer in there.items():
-        model.set_submodule(path, plain(layer, dense(layer).to(Loaded(layer).dtype)))
-    config = getattr(model, "config", None)
-    for holder, names in {config: ("quantization_config",), model: FLAGS}.items():
-        for name in names:
-            if name in getattr(holder, "__dict__", {}):
-                delattr(holder, name)
+    if not any(vars(model).get(flag) for flag in FLAGS):
+        return
+    for path, layer in [(path, module) for path, module in model.named_modules() if is_loaded(module)]:
+        model.set_submodule(path, plain(layer, dense(layer).to(whole_dtype(model))))
+    holders = [(model, FLAGS), (getattr(model, "config", None), ("quantization_config",))]
+    for holder, name in [(holder, name) for holder, names in holders for name in names]:
+        if name in getattr(holder, "__dict__", {}):
+            delattr(holder, name)
