@@ -298,5 +298,3 @@ def test_a_key_with_and_without_prefix_is_refused(tmp_path):
     )
     with pytest.raises(loralab.UserError, match="given twice"):
         loralab.load(lively("bert"), tmp_path)
-
-

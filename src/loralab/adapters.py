@@ -14,6 +14,7 @@ from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
 from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
+from loralab.experts import AdaptedExperts, AdaptedStack, open_stack
 from loralab.fast import Choices, enable
 from loralab.files import AdapterFile, fingerprint
 from loralab.heads import own_copy, under
@@ -25,7 +26,7 @@ from loralab.methods import starts
 from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.schema import listed
-from loralab.targets import ALL, ReachNote, Targets, meant_in_vain, shape_of
+from loralab.targets import ALL, ReachNote, Targets, layer_at, meant_in_vain, shape_of
 
 NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -249,7 +250,9 @@ class Adapters(AdaptedModel):
         head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
         base = _base_name(self.model)
         base["name"] = getattr(getattr(self.model, "config", None), "_name_or_path", None)  # a path is of use to PEFT
-        return peft_format.write(folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]), sides)
+        return peft_format.write(
+            folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]), sides
+        )
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
@@ -333,7 +336,11 @@ class Adapters(AdaptedModel):
             self.on_model.remove()
         put_back(self.model)
         there = {id(p) for p in self.model.parameters()}
+        for experts in [m for m in self.model.modules() if isinstance(m, AdaptedExperts)]:
+            install.replace_module(self.model, experts, experts.plain(name, dtype))
         for layer in self.layers.values():
+            if isinstance(layer, AdaptedStack):
+                continue
             own = loaded.whole_dtype(self.model) if isinstance(layer.base, loaded.Loaded) else None
             plain, tied = layer.plain(name, dtype or own), layer.own_weight()
             if name is None and tied is not None and id(tied) in there:  # another module still has the weight itself
@@ -421,7 +428,7 @@ def _misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
     """Layers and heads of a file that the model does not have."""
     put_in = (*handle.layers, *handle.heads)  # what is inside these is loralab's, not the model's
     there = {path for path, _ in handle.model.named_modules() if not under(path, put_in) or path in put_in}
-    missing = [path for path in [*file.paths, *file.heads] if path not in there]
+    missing = [path for path in [*file.paths, *file.heads] if path not in there and not open_stack(handle.model, path)]
     return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"] if missing else []
 
 
@@ -429,7 +436,8 @@ def _expected(handle: AdaptedModel, spec: AdapterSpec, computed: Sequence[str]) 
     """Key -> a tensor of the shape and dtype that a file must hold for it; roles that are `computed` are left out."""
     expected: dict[str, Tensor] = {}
     for path, roles in files.held_roles(spec.recipe, spec.paths).items():
-        shapes = files.layer_shapes(spec.recipe, path, *shape_of(handle.model.get_submodule(path)))
+        layer = layer_at(handle.model, path)
+        shapes = files.layer_shapes(spec.recipe, path, *shape_of(layer), getattr(layer, "count", None))
         expected |= {f"{path}.{role}": shapes[role] for role in roles if role in shapes and role not in computed}
     expected |= {key: base_tensor(handle.model, key) for key in spec.base_names}
     old = len(handle.labels.names)

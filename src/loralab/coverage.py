@@ -92,7 +92,7 @@ class Coverage:
             return LEFT, part.kind, f"shared with {part.shared}"
         if part.kind == VECTORS:
             return LEFT, part.kind, "norms, scales and biases, which methods that train biases reach"
-        return LEFT, part.kind, self.why.get(part.path, "no target means it")
+        return LEFT, part.kind, self.why.get(part.path, "no target names it")
 
     def share(self, state: str, kinds: Container[str] | None = None) -> float:
         """Share of the values (of those kinds, by default all) in one state."""
@@ -135,7 +135,7 @@ class Coverage:
 
 
 _ORDER = (ADAPTED, LEFT, UNREACHABLE)
-PRODUCTS = (kinds.LINEAR.name, MATRIX, STACK)  # kinds whose values are multiplied with an input
+PRODUCTS = (kinds.LINEAR.name, kinds.EXPERTS.name, MATRIX, STACK)  # kinds whose values are multiplied with an input
 
 
 def _words(rows: Sequence[Row]) -> str:

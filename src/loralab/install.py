@@ -12,17 +12,20 @@ from loralab import kinds, rankmap
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
 from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
+from loralab.experts import AdaptedExperts, AdaptedStack, open_stack
 from loralab.heads import head_of, output_layer, outside_backbone, own_copy, under
+from loralab.kinds.stack import Stack
 from loralab.layer import Adapted, AdaptedHead, Constants, put_back
 from loralab.methods import starts
-from loralab.methods.base import Roles
+from loralab.methods.base import Factors, Roles
 from loralab.methods.starts import InputDirections
 from loralab.own_forward import adapted
 from loralab.rankmap import RankMap
 from loralab.reach import obstacle
 from loralab.recipe import Recipe, recipe
 from loralab.stores import keep
-from loralab.targets import ALL, Targets, cover, paths_to, shape_of
+from loralab.stores.float import Float
+from loralab.targets import ALL, Targets, cover, layer_at, paths_to, shape_of
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -113,7 +116,7 @@ def _cover(
     output = output_layer(handle.model)  # it can be adapted, by name; what else is a head can be trained only
     outside = [*heads, *(path for path in own_head if path != output or targets == ALL)]
     coverage = cover(handle.model, targets, outside, exclude, beside)
-    shapes = {path: shape_of(handle.model.get_submodule(path)) for path in coverage.paths}
+    shapes = {path: shape_of(layer_at(handle.model, path)) for path in coverage.paths}
     if r.ranks is not None:
         if wrong := rankmap.misfits(r.ranks, shapes, coverage.left):
             raise UserError("rank map: " + "; ".join(wrong))
@@ -147,9 +150,9 @@ def _fitting(r: Recipe, coverage: Coverage, shapes: Mapping[str, tuple[int, int]
 
 def _largest(r: Recipe, shape: tuple[int, int]) -> int | None:
     """The largest rank below that of the recipe which a layer of this size can have, if any."""
-    factors = r.factors
+    factors: Any = r.factors
     for rank in range(min(getattr(factors, "rank", 0), *shape), 0, -1):
-        at = replace(factors, rank=rank)  # type: ignore[type-var, call-arg]
+        at = replace(factors, rank=rank)
         if not (at.problems() or at.misfit(*shape) or starts.problems(r.start, at, r.store)):
             return rank
     return None
@@ -167,14 +170,28 @@ def _check_misfits(r: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
 
 def _check_kinds(handle: AdaptedModel, r: Recipe, paths: Iterable[str]) -> None:
     """Raise UserError for layers whose kind, or whose store for other adapters, does not go with the recipe."""
-    layers = {path: handle.layers.get(path) or handle.model.get_submodule(path) for path in paths}
+    layers = {path: layer_at(handle.model, path) for path in paths}
     others = [path for path, layer in layers.items() if not (type(layer) is Adapted or kinds.is_product(layer))]
     if others and r.start == "eva":
         raise UserError(f"start='eva' looks at inputs that are vectors, and those of {others[0]} are none: exclude it")
+    if stacks := [path for path, layer in layers.items() if isinstance(layer, Stack | AdaptedStack)]:
+        _check_stacks(r, stacks[0])
     stores = {path: handle.layers[path].store for path in layers if path in handle.layers and path not in others}
     if clash := [path for path, store in stores.items() if store != r.store]:
         kept = stores[clash[0]] or "as loaded"
         raise UserError(f"store={r.store!r}: {clash[0]} is kept {kept} for {', '.join(handle.names)} already")
+
+
+def _check_stacks(r: Recipe, path: str) -> None:
+    """Raise UserError for what does not go with a leading axis of experts."""
+    f = r.factors
+    assert f is not None
+    if not (f.low_rank and {"A", "B"} <= set(f.roles)) or f.stepped or type(f).placed is not Factors.placed:
+        raise UserError(f"targets match {path}, a stack of experts, and {f.kind} is for single matrices: exclude it")
+    if r.dropout:
+        raise UserError(
+            f"dropout={r.dropout}: {path} is a stack of experts, whose adapter is added to the weight and sees no x"
+        )
 
 
 # ---- what is put in --------------------------------------------------------------------------------------------------
@@ -215,9 +232,11 @@ def add_layers(
     given = Starts(spec.recipe)
     for path in spec.paths:
         W = None  # (out, in); once a layer is stored in fewer bits, its own weight is gone
+        if path not in handle.layers and (stack := open_stack(handle.model, path)) is not None:
+            open_experts(handle, stack.holder[0], path.rpartition(".")[0])
         if path not in handle.layers:
             original = handle.model.get_submodule(path)
-            W = kinds.keep(original).dense()
+            W = kinds.keep(original).dense()  # (out, in)
             if not handle.specs:
                 put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
             layer = adapted(original, spec.recipe.store, handle.active, path).train(original.training)
@@ -225,10 +244,39 @@ def add_layers(
             replace_module(handle.model, original, layer)
         layer = handle.layers[path]
         at = spec.recipe.at(path)
-        tensors = starts.blank(start, at.factors, layer.out_features, layer.in_features, generator)
-        if seen is not None:
-            tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
+        tensors = _started(start, at.factors, W, layer.base, generator, seen, path)
         layer.add(name, at, given.of(path, {role: t.to(layer.device) for role, t in tensors.items()}), constants)
+
+
+def _started(
+    start: str,
+    factors: Any,
+    W: Tensor | None,
+    base: Any,
+    generator: Generator,
+    seen: Mapping[str, InputDirections] | None,
+    path: str,
+) -> dict[str, Tensor]:
+    """Role -> starting tensor of a layer, of a stack of experts with a leading axis (n, ...)."""
+    if isinstance(base, Stack):
+        each = [Float(matrix, None) for matrix in base.dense().detach()]
+        drawn = [_started(start, factors, one.weight, one, generator, seen, path) for one in each]
+        return {role: torch.stack([tensors[role] for tensors in drawn]) for role in drawn[0]}
+    tensors = starts.blank(start, factors, base.out_features, base.in_features, generator)
+    if seen is not None:
+        tensors |= starts.begin(start, factors, W, base, generator, seen.get(path))
+    return tensors
+
+
+def open_experts(handle: AdaptedModel, holder: nn.Module, path: str) -> None:
+    """Put a module of experts whose stacks are layers in the place of the model's own."""
+    if not handle.specs:
+        put_back(handle.model)
+    opened = AdaptedExperts(holder, handle.active, path).train(holder.training)
+    replace_module(handle.model, holder, opened)
+    for name, child in opened.named_children():
+        if isinstance(child, AdaptedStack):
+            handle.layers[f"{path}.{name}"] = child
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -49,7 +49,7 @@ class OwnForward(Adapted):
         u = self.active_update()
         if u is None:
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        return self.base.apply(u, self.dropout(self.active.names[0]), *args, **kwargs)
+        return self.base.adapted(u, self.dropout(self.active.names[0]), *args, **kwargs)
 
 
 def adapted(original: nn.Module, store: str | None, active: Active, path: str) -> Adapted:

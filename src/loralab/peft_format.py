@@ -184,7 +184,7 @@ def _sorted(place: Path, saved: Collection[str]) -> tuple[dict[str, Tensor], lis
 
 
 def _flat(tensor: Tensor, name: str) -> Tensor:
-    """A (r, in * k1 * ...), B (out, r) or m (out,) of a convolution, which PEFT keeps as kernels; others as they are."""
+    """A (r, in * k1 * ...), B (out, r) or m (out,) of a convolution, which PEFT keeps as kernels; else the tensor."""
     if tensor.ndim < 3:
         return tensor
     return tensor.flatten() if ROLES[name] == "m" else tensor.flatten(1)
@@ -343,7 +343,7 @@ def write(
 
 
 def _shaped(roles: Mapping[str, Any], sides: tuple[int, ...] | None) -> dict[str, Tensor | None]:
-    """PEFT's name -> A (r, in), B (out, r) and m (out,) in the shapes that PEFT gives them in a layer of these sides."""
+    """PEFT's name -> A (r, in), B (out, r) and m (out,) in the shapes that PEFT gives them in such a layer."""
     A, B, m = (roles[role] for role in ("A", "B", "m"))
     if sides == ():
         return {"lora_embedding_A": A, "lora_embedding_B": B, "lora_magnitude_vector": m}

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from loralab import kinds
+from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.heads import under
+from loralab.kinds.stack import stacks_of
 from loralab.layer import Adapted, AdaptedHead
 
 READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the .weight of layers inside themselves
@@ -73,6 +75,9 @@ def _of_module(model: nn.Module, path: str, module: nn.Module, first: dict[int, 
         sides = tuple(getattr(layer, name, 0) for name in ("out_features", "in_features"))
         yield Part(path, kinds.LINEAR.name, sides[0] * sides[1], sides, refused)
         return
+    for name in stacks_of(layer) if not isinstance(module, AdaptedExperts) else ():
+        first[id(p := tensors.pop(name))] = f"{path}.{name}"
+        yield Part(f"{path}.{name}", kinds.EXPERTS.name, p.numel(), tuple(p.shape))
     vectors = 0
     for name, p in tensors.items():
         place = f"{path}.{name}" if path else name
@@ -94,7 +99,7 @@ def _layer_part(model: nn.Module, path: str, module: Any, kind: str, first: dict
         weight = module.own_weight()
     if isinstance(module, Adapted) or isinstance(weight, Tensor):
         out, inner = (module.out_features, module.in_features) if isinstance(module, Adapted) else kinds.size(layer)
-        shape: tuple[int, ...] = (out, inner)
+        shape: tuple[int, ...] = (*([module.count] if isinstance(module, AdaptedStack) else []), out, inner)
     else:
         shape = tuple(getattr(weight, "shape", ()))
     sharer = None if weight is None else first.get(id(weight))

@@ -15,6 +15,7 @@ from torch import nn
 from loralab import kinds
 from loralab.coverage import Coverage, summary
 from loralab.errors import UserError, hint
+from loralab.experts import open_stack
 from loralab.heads import under
 from loralab.layer import Adapted
 from loralab.presets import PRESETS, layers_of
@@ -186,6 +187,11 @@ def _patterns(model: nn.Module, targets: Targets) -> dict[str, re.Pattern[str]]:
 def _ending(name: str) -> re.Pattern[str]:
     """A path that ends in the whole components of `name`."""
     return re.compile(r"(?:.*\.)?" + r"[^.]+".join(map(re.escape, name.split("*"))))
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """The layer of a path, which may be that of a stack of experts in a module."""
+    return open_stack(model, path) or model.get_submodule(path)
 
 
 def shape_of(layer: Any) -> tuple[int, int]:

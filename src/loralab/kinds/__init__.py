@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loralab import stores
-from loralab.kinds import convolution, embedding, loaded
+from loralab.kinds import convolution, embedding, loaded, stack
 from loralab.kinds.by_forward import ByForward, disagreement
 
 OUTPUT = nn.modules.linear.NonDynamicallyQuantizableLinear  # what nn.MultiheadAttention calls its out_proj
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     exact: tuple[type, ...]  # layers that compute W x + b, whatever is in them
     wider: tuple[type, ...]  # whose subclasses do so where their forward agrees
     size: Callable[[Any], tuple[int, int]]  # layer -> (out, in)
-    by_forward: Callable[[Any], ByForward]  # layer -> base that its own forward computes
+    by_forward: Callable[[Any], Any]  # layer -> base that its own forward computes
     refusal: Callable[[Any], str | None] = lambda layer: None  # why a layer of the kind cannot be adapted
     product: bool = False  # whether x (..., in) is multiplied as it is, so that a store can keep W
 
@@ -46,7 +46,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR = Kind("linear", (*stores.LINEAR, OUTPUT), (nn.Linear,), _linear_size, ByForward, product=True)
 EMBEDDING = Kind("embedding", (nn.Embedding,), (nn.Embedding,), _embedding_size, embedding.Table, embedding.refusal)
 CONVOLUTION = Kind("convolution", CONVOLUTIONS, CONVOLUTIONS, convolution.size, convolution.Kernel, convolution.refusal)
-KINDS = (LINEAR, EMBEDDING, CONVOLUTION)
+EXPERTS = Kind("experts", (stack.Stack,), (), stack.size, lambda layer: layer)
+KINDS = (LINEAR, EMBEDDING, CONVOLUTION, EXPERTS)
 
 _tried: dict[Any, str | None] = {}  # settings of a subclass's layer -> why its forward does not agree, or None
 

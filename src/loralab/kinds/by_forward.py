@@ -24,7 +24,7 @@ class ByForward(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = (layer,)  # in a tuple, so that it is no submodule
-        self.weight = layer.weight
+        self.weight: nn.Parameter = layer.weight
         self.bias: Tensor | None = getattr(layer, "bias", None)
         self.out_features, self.in_features = self.dense().shape
 
@@ -55,7 +55,7 @@ class ByForward(nn.Module):
     def call(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer's own forward answers with this weight and bias, without its hooks."""
         layer = self.layer[0]
-        out: Tensor = type(layer).forward(twin(layer, weight, bias), *args, **kwargs)
+        out: Tensor = type(layer).forward(twin(layer, weight=weight, bias=bias), *args, **kwargs)
         return out
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,7 +64,8 @@ class ByForward(nn.Module):
     def linear(self, x: Tensor) -> Tensor:
         """W x: (..., in) -> (..., out)."""
         W = self.dense()
-        return (x.to(W.dtype) @ W.mT).to(x.dtype)
+        y: Tensor = (x.to(W.dtype) @ W.mT).to(x.dtype)
+        return y
 
     def dense(self) -> Tensor:
         """W (out, in) as kept."""
@@ -82,14 +83,14 @@ class ByForward(nn.Module):
         z = self.call(self.as_weight(u.A), None, *args, **kwargs)
         return self.after(u.B.to(z.dtype), z)
 
-    def apply(self, u: Update | Dense, drop: Callable[[Tensor], Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
+    def adapted(self, u: Update | Dense, drop: Callable[[Tensor], Tensor] | None, *args: Any, **kwargs: Any) -> Tensor:
         """g * (W x + B A drop(x)) + b; what is looked up by whole numbers has no dropout."""
         y = self(*args, **kwargs)
         if drop is not None and args and args[0].is_floating_point():
             args = (drop(args[0]), *args[1:])
         y = y + self.times(u, *args, **kwargs).to(y.dtype)
         if u.gain is None:
-            return y
+            return y  # type: ignore[no-any-return]
         return gained(y.movedim(self.channel, -1), self.bias, u.gain).movedim(-1, self.channel)
 
     def restore(self, layer: Any, W: Tensor | None) -> Any:
@@ -100,11 +101,11 @@ class ByForward(nn.Module):
         return layer
 
 
-def twin(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+def twin(layer: Any, **tensors: Tensor | None) -> Any:
     """A layer of the same settings with other tensors, which need not be parameters, and without hooks."""
     other = object.__new__(type(layer))
     vars(other).update(vars(layer))
-    vars(other)["_parameters"] = layer._parameters | {"weight": weight, "bias": bias}
+    vars(other)["_parameters"] = layer._parameters | tensors
     return other
 
 
@@ -119,7 +120,7 @@ def disagreement(base: ByForward) -> str | None:
     bias = None if base.bias is None else base.bias.detach().float()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tried = type(base)(twin(base.layer[0], base.few().detach().float(), bias))
+        tried = type(base)(twin(base.layer[0], weight=base.few().detach().float(), bias=bias))
         W = tried.dense()  # (out, in)
         A, B = torch.randn(2, W.shape[1]), W.std() * torch.randn(len(W), 2)
         u = Update(A.to(W), B.to(W), (0.5 + torch.rand(len(W))).to(W))
@@ -128,7 +129,7 @@ def disagreement(base: ByForward) -> str | None:
             expected = tried.call(tried.as_weight(merged(W, u)), bias, *args)
             if not isinstance(expected, Tensor):
                 return f"the forward of {name} answers something else than one tensor"
-            off = (expected - tried.apply(u, None, *args)).abs().max().item()
+            off = (expected - tried.adapted(u, None, *args)).abs().max().item()
         except Exception as error:  # whatever a foreign forward raises
             return f"the forward of {name} cannot be tried on one tensor ({type(error).__name__})"
     if not off <= TOLERANCE * expected.abs().max().item():

@@ -26,7 +26,7 @@ class Kernel(ByForward):
         return weight.flatten(1)
 
     def as_weight(self, W: Tensor) -> Tensor:
-        return W.unflatten(1, self.sides)
+        return W.unflatten(1, self.sides)  # type: ignore[no-any-return]
 
     def after(self, B: Tensor, z: Tensor) -> Tensor:
         return (z.movedim(self.channel, -1) @ B.mT).movedim(-1, self.channel)

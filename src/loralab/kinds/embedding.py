@@ -26,7 +26,8 @@ class Table(ByForward):
 
     def few(self) -> Tensor:
         padding = getattr(self.layer[0], "padding_idx", None) or 0
-        return self.weight[: max(16, padding + 1)]
+        rows: Tensor = self.weight[: max(16, padding + 1)]
+        return rows
 
 
 def refusal(layer: nn.Embedding) -> str | None:
