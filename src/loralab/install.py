@@ -323,12 +323,28 @@ def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
 
 
-def untie(model: nn.Module) -> None:
-    """Let a transformers model know of weights that are no longer one, so that it saves and loads each of them."""
+def untie(model: nn.Module) -> list[str]:
+    """Let a transformers model know of weights that are no longer one, so that it saves and loads each of them.
+
+    Where one is apart, all of them get tensors of their own, as there is one flag in the config for them all. Returns
+    the names of those that were tied until now.
+    """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     apart = [one for one, other in tied.items() if parameters.get(one) is not parameters.get(other)]
-    for key in apart:
-        del tied[key]
-    if apart:
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if not apart:
+        return []
+    seen: set[int] = set()
+    for key in dict.fromkeys([*tied.values(), *tied]):
+        p = parameters[key]
+        if id(p) in seen:
+            path, _, last = key.rpartition(".")
+            setattr(model.get_submodule(path), last, nn.Parameter(p.detach().clone(), p.requires_grad))
+        seen.add(id(p))
+    tied.clear()
+    config: Any = model.config
+    kept = config.to_dict()
+    again = type(config).from_dict({**kept, "tie_word_embeddings": False}).to_dict()
+    if again == {**kept, "tie_word_embeddings": False}:  # else the flag says something else too, or nothing (T5)
+        config.tie_word_embeddings = False
+    return apart

@@ -81,6 +81,7 @@ TASKS = {  # PEFT's task type -> the mapping of transformers that lists its mode
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose adapters PEFT expects to have a head of their own
 LABELLED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose outputs have names
 PATTERN_SECONDS = 5.0  # that the patterns of one folder may take
 LONGEST_PATTERN = 1000  # characters
@@ -368,7 +369,7 @@ def _config(base: Mapping[str, Any], heads: Sequence[str], ranks: dict[str, int]
     pattern = {path: r for path, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
-        "task_type": base.get("task_type"),
+        "task_type": None if not heads and base.get("task_type") in HEADED else base.get("task_type"),
         "base_model_name_or_path": base.get("name"),
         "inference_mode": True,
         "r": rank,

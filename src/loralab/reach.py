@@ -13,6 +13,7 @@ from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.heads import under
 from loralab.kinds.stack import stacks_of
 from loralab.layer import Adapted, AdaptedHead
+from loralab.read_past import read_by
 
 READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the .weight of layers inside themselves
 VECTORS, MATRIX, STACK = "vectors", "matrix", "stack of matrices"  # kinds of parameters that are no layer's
@@ -144,7 +145,8 @@ def _read_past(model: nn.Module, path: str) -> str | None:
         module = model.get_submodule(parent)
         if isinstance(module, AdaptedHead):
             return None
-        if isinstance(module, READ_PAST):
+        child = path.removeprefix(parent).lstrip(".")
+        if isinstance(module, READ_PAST) or child in read_by(type(module)):
             return (
                 f"{type(module).__name__} at {parent or 'the top'} reads its weight past the module, so an adapter "
                 "there would do nothing: leave it out of targets"
