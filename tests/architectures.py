@@ -30,6 +30,7 @@ from loralab import kinds
 from loralab.coverage import ADAPTED, LEFT, UNREACHABLE
 from loralab.heads import head_of
 from loralab.reach import parts
+from loralab.read_past import is_read_past
 from loralab.targets import layer_at
 
 EXACT, NARROW = 1e-8, 1e-5
@@ -63,16 +64,21 @@ def reachable(model: nn.Module) -> list[str]:
     return [part.path for part in found if part.is_layer and part.obstacle is None and part.shared is None]
 
 
-def by_peft(model: nn.Module) -> list[str]:
-    """Those that PEFT adapts by module in every architecture: linear layers and the embedding of the input."""
-    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    layers = {path: model.get_submodule(path) for path in reachable(model) if not kinds_of_experts(model, path)}
-    return [path for path, layer in layers.items() if kinds.is_product(layer) or type(layer) is nn.Embedding and layer is words]
+def by_peft(model: nn.Module, name: str) -> list[str]:
+    """Those that PEFT adapts rightly in every architecture: linear layers and the embedding of the input.
 
-
-def kinds_of_experts(model: nn.Module, path: str) -> bool:
-    """Whether a path is that of a stack of experts."""
-    return isinstance(layer_at(model, path), kinds.stack.Stack)
+    Where the model reads a weight itself, PEFT leaves its adapter out. Of a model without linear layers convolutions.
+    """
+    try:
+        words = model.get_input_embeddings()
+    except NotImplementedError:  # a model of images
+        words = None
+    layers = {path: layer_at(model, path) for path in reachable(model) if not is_read_past(model, path)}
+    layers = {path: layer for path, layer in layers.items() if not path.endswith(zoo.ROWS[name].not_peft or ("-",))}
+    found = [
+        p for p, layer in layers.items() if kinds.is_product(layer) or (type(layer) is nn.Embedding and layer is words)
+    ]
+    return found or [path for path, layer in layers.items() if isinstance(layer, kinds.CONVOLUTIONS)]
 
 
 def shake(adapters: Any) -> None:
@@ -146,7 +152,11 @@ class Case:
                 D = D.transpose(1, 2) if layer.transposed else D
             else:
                 key, W = f"{path}.weight", layer.weight.detach()
-                D = D.T if W.ndim == 2 and W.shape != D.shape or type(layer).__name__ in TRANSPOSED else D.reshape(W.shape)
+                D = (
+                    D.T
+                    if (W.ndim == 2 and W.shape != D.shape) or type(layer).__name__ in TRANSPOSED
+                    else D.reshape(W.shape)
+                )
             weights[key] = W + D
         out = first_output(functional_call(plain, weights, kwargs=self.inputs, tie_weights=False))
         self.loss(out).backward()
@@ -213,7 +223,7 @@ class Case:
         """PEFT's model of what we export, on the kinds of layers that PEFT adapts by module."""
         import peft
 
-        model, adapters = self.attached(targets=by_peft(zoo.build(self.name)))
+        model, adapters = self.attached(targets=by_peft(zoo.build(self.name), self.name))
         with tempfile.TemporaryDirectory() as folder:
             adapters.export(folder)
             theirs = peft.PeftModel.from_pretrained(zoo.build(self.name), folder).double().eval()
@@ -227,7 +237,7 @@ class Case:
 
         plain = zoo.build(self.name)
         config = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=by_peft(plain), init_lora_weights=False
+            r=RANK, lora_alpha=ALPHA, target_modules=by_peft(plain, self.name), init_lora_weights=False
         )
         theirs = peft.get_peft_model(plain, config).double().eval()
         with tempfile.TemporaryDirectory() as folder:
@@ -278,8 +288,13 @@ def cells(name: str) -> dict[str, str]:
                 found[column] = f"refused: {error}"
             except Wrong as error:
                 found[column] = f"WRONG: {error}"
+            except ValueError as error:
+                refusal = str(error).startswith("[PEFT")
+                found[column] = f"refused by PEFT: {error}" if refusal else f"FAILED: {error}"
             except Exception as error:
-                found[column] = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+                found[column] = (
+                    f"FAILED: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+                )
     return found
 
 
@@ -310,7 +325,9 @@ def page(table: dict[str, dict[str, str]]) -> str:
                 cell = f"[{reasons.setdefault(re.sub(r'[.][0-9]+[.]', '.*.', cell), len(reasons) + 1)}]"
             shown.append({"exact": "exact", NOT_OURS: "-"}.get(cell, cell))
         lines.append(f"| {name} | {zoo.ROWS[name].family} | {' | '.join(shown)} |")
-    count = Counter("exact" if cell == "exact" or "/" in cell[:9] else cell for row in table.values() for cell in row.values())
+    count = Counter(
+        "exact" if cell == "exact" or "/" in cell[:9] else cell for row in table.values() for cell in row.values()
+    )
     exact, tried = count["exact"], sum(count.values()) - count[NOT_OURS]
     notes = "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) or "None."
     head = " | ".join(COLUMNS)

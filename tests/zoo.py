@@ -24,7 +24,15 @@ T5 = {
     "vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
     "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0,
 }  # fmt: skip
-GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 99,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 VISION = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
     "patch_size": 8, "num_channels": 3,
@@ -47,6 +55,7 @@ class Row:
     config: dict[str, Any] = field(default_factory=dict)
     inputs: str = "text"  # a key of INPUTS
     kind: str = ""  # model_type, where it is not the name of the row
+    not_peft: tuple[str, ...] = ()  # ends of paths that PEFT takes for other layers
 
 
 ROWS: dict[str, Row] = {
@@ -95,7 +104,8 @@ ROWS: dict[str, Row] = {
     "deepseek_v3": Row("mixture", LM, {**SIZES, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
                                        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
                                        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-                                       "v_head_dim": 8}),
+                                       "v_head_dim": 8},
+                       not_peft=("gate_proj", "up_proj", "down_proj")),  # it looks for them among the experts
     # state space
     "mamba": Row("state space", LM, {**SIZES, "state_size": 4}, "ids"),
     "mamba2": Row("state space", LM, {**SIZES, "num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2}, "ids"),
@@ -164,7 +174,10 @@ def build(name: str) -> nn.Module:
     """The model of a row in eval mode and float64, the same at every call; no weight or bias is near zero."""
     row = ROWS[name]
     config = transformers.AutoConfig.for_model(row.kind or name, **copy.deepcopy(row.config))
-    for part in (config, *(c for key in ("text_config", "vision_config") if (c := getattr(config, key, None)) is not None)):
+    for part in (
+        config,
+        *(c for key in ("text_config", "vision_config") if (c := getattr(config, key, None)) is not None),
+    ):
         for key, value in vars(part).items():
             if isinstance(value, float) and ("dropout" in key or "pdrop" in key or "layerdrop" in key):
                 setattr(part, key, 0.0)
@@ -173,7 +186,7 @@ def build(name: str) -> nn.Module:
         model = getattr(transformers, row.auto).from_config(config)
         model.config._experts_implementation = "eager"  # grouped products know no float64
         with torch.no_grad():
-            for p in model.parameters():
+            for p in (p for p in model.parameters() if p.requires_grad):  # others are tables made by a rule
                 if p.ndim > 1:
                     p.normal_(0, 0.15)
                 else:

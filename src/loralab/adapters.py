@@ -265,7 +265,9 @@ class Adapters(AdaptedModel):
         """
         name, wanted = self.only(name), None if dtype is None else merge_dtype(dtype)
         self._check_finite(name)
-        plain: nn.Module = copy.deepcopy(self.model)
+        held = [t for m in self.model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+        memo = {id(t): t.detach().clone() for t in held if not t.is_leaf}  # a state of the last forward pass
+        plain: nn.Module = copy.deepcopy(self.model, memo)
         of(plain).unwrap(name, wanted)
         return plain if wanted is None else plain.to(wanted)
 

@@ -10,7 +10,6 @@ from loralab.errors import UserError
 from loralab.kinds.by_forward import twin
 from loralab.kinds.stack import Stack, stacks_of
 from loralab.layer import Adapted
-from loralab.update import merged
 
 
 class AdaptedStack(Adapted):
@@ -22,13 +21,6 @@ class AdaptedStack(Adapted):
     def count(self) -> int:
         """Number of experts."""
         return self.base.count
-
-    def in_use(self) -> Tensor:
-        """The weight with the update in use, in the shape and dtype of the module's own."""
-        u = self.active_update()
-        if u is None:
-            return self.base.weight
-        return self.base.own(merged(self.base.dense(), u)).to(self.base.weight.dtype)
 
 
 class AdaptedExperts(nn.Module):
@@ -78,7 +70,7 @@ class AdaptedExperts(nn.Module):
 
     def _one(self, args: tuple[Tensor, ...]) -> Tensor:
         """The output with one adapter, or none, for all tokens."""
-        weights = {key: m.in_use() for key, m in self._modules.items() if isinstance(m, AdaptedStack)}
+        weights = {key: m.base.own(m.in_use()) for key, m in self._modules.items() if isinstance(m, AdaptedStack)}
         original = self.original[0]
         out: Tensor = type(original).forward(twin(original, **self._parameters, **weights), *args)
         return out

@@ -22,6 +22,7 @@ from loralab.methods.starts import InputDirections
 from loralab.own_forward import adapted
 from loralab.rankmap import RankMap
 from loralab.reach import obstacle
+from loralab.read_past import is_read_past
 from loralab.recipe import Recipe, recipe
 from loralab.stores import keep
 from loralab.stores.float import Float
@@ -240,6 +241,7 @@ def add_layers(
             if not handle.specs:
                 put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
             layer = adapted(original, spec.recipe.store, handle.active, path).train(original.training)
+            layer.read_past = any(is_read_past(handle.model, place) for place in paths_to(handle.model, original))
             handle.layers[path] = layer
             replace_module(handle.model, original, layer)
         layer = handle.layers[path]

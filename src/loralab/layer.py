@@ -77,6 +77,8 @@ class Constants:
 class Adapted(nn.Module):
     """y = g * (W x + B A x) + b over a frozen base, with the parameters of any number of adapters."""
 
+    read_past = False  # whether a module around the layer reads its weight
+
     def __init__(self, original: nn.Module, store: str | None, active: Active, path: str = "") -> None:
         super().__init__()
         self.base = keep(original, store)
@@ -121,8 +123,18 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in) of the base, as it is kept."""
-        return self.base.dense()  # type: ignore[no-any-return]
+        """The weight (out, in) of the base, as it is kept; with the update in use, where the model reads it itself."""
+        return self.in_use() if self.read_past else self.base.dense()  # type: ignore[no-any-return]
+
+    def in_use(self) -> Tensor:
+        """The weight (out, in) with the update in use. Raises UserError for rows of several adapters."""
+        if self.active.ids is not None and any(name in self.recipes for name in self.active.names):
+            raise UserError(
+                f"the model reads the weight of {self.path} itself, and rows of several adapters have no one weight: "
+                "use one adapter at a time, or exclude this layer"
+            )
+        W, u = self.base.dense(), self.active_update()
+        return W if u is None else merged(W, u).to(W.dtype)  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Tensor | None:

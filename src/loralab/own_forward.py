@@ -29,6 +29,11 @@ class OwnForward(Adapted):
                 raise
             return getattr(self.__dict__["original"][0], name)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the layer's own shape; with the update in use, where the model reads it itself."""
+        return self.base.as_weight(self.in_use()) if self.read_past else self.base.weight
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the original answers to these arguments, with the update in use; rows may come as one for all."""
         names, ids = self.active.names, self.active.ids

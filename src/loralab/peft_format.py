@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from loralab.methods import starts
 from loralab.methods.base import Factors
 from loralab.methods.lora import LoRA
 from loralab.methods.vera import VeRA
-from loralab.rankmap import LayerRank, RankMap
+from loralab.rankmap import LayerRank, RankMap, sized
 from loralab.recipe import Recipe, check
 from loralab.schema import field_problems, listed, problems, shown
 from loralab.update import Dense, Update
@@ -116,7 +117,7 @@ def read(folder: Path) -> AdapterFile:
     headers = tensor_headers(stored)
     _check_ranks(place, config, headers)
     tensors, paths, heads, projection = _sorted(stored, config.get("modules_to_save") or ())
-    recipe = _recipe(place, config, paths)
+    recipe = _smaller(_recipe(place, config, paths), paths, tensors)
     assert recipe.factors is not None
     _check_projection(folder, recipe.factors, projection)
     labels, model_class = _from_metadata(stored)
@@ -207,6 +208,25 @@ def _recipe(place: Path, config: dict[str, Any], paths: list[str]) -> Recipe:
         return check(Recipe(factors, start, bool(config.get("use_dora")), dropout=dropout, ranks=_ranks(config, paths)))
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def _smaller(r: Recipe, paths: Sequence[str], tensors: dict[str, Tensor]) -> Recipe:
+    """The recipe with no rank above the sides of its layer, and `tensors` changed to the same updates at these ranks."""
+    if not isinstance(r.factors, LoRA):
+        return r
+    layers = {path: LayerRank(r.factors.rank) for path in paths} if r.ranks is None else dict(r.ranks.layers)
+    found = False
+    for path in paths:
+        A, B = tensors.get(f"{path}.A"), tensors.get(f"{path}.B")
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not min(len(B), A.shape[1]) < len(A) == B.shape[1]:
+            continue
+        u, before = _fitting(Update(A, B)), sized(r.factors, layers[path])
+        rank = len(u.A)
+        one = sized(r.factors, LayerRank(rank, alpha=1.0))
+        layers[path] = LayerRank(rank, alpha=before.scaling / one.scaling)  # type: ignore[attr-defined]
+        tensors[f"{path}.A"], tensors[f"{path}.B"] = u.A.contiguous(), u.B.contiguous()
+        found = True
+    return check(replace(r, ranks=RankMap(layers))) if found else r
 
 
 def _start(place: Path, config: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.heads import under
 from loralab.kinds.stack import stacks_of
 from loralab.layer import Adapted, AdaptedHead
-from loralab.read_past import read_by
 
 READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the .weight of layers inside themselves
 VECTORS, MATRIX, STACK = "vectors", "matrix", "stack of matrices"  # kinds of parameters that are no layer's
@@ -107,7 +106,11 @@ def _layer_part(model: nn.Module, path: str, module: Any, kind: str, first: dict
     if weight is not None:
         first.setdefault(id(weight), path)
     values = 0 if sharer else _product(shape)
-    if isinstance(bias, Tensor) and id(bias) not in first:
+    if parametrize.is_parametrized(layer):  # its weight is made of other parameters
+        own = {id(p): p.numel() for p in layer.parameters() if id(p) not in first}
+        values = sum(own.values())
+        first.update(dict.fromkeys(own, path))
+    elif isinstance(bias, Tensor) and id(bias) not in first:
         first[id(bias)] = path
         values += bias.numel()
     mendable = None if isinstance(module, Adapted) else obstacle(module)
@@ -145,8 +148,7 @@ def _read_past(model: nn.Module, path: str) -> str | None:
         module = model.get_submodule(parent)
         if isinstance(module, AdaptedHead):
             return None
-        child = path.removeprefix(parent).lstrip(".")
-        if isinstance(module, READ_PAST) or child in read_by(type(module)):
+        if isinstance(module, READ_PAST):
             return (
                 f"{type(module).__name__} at {parent or 'the top'} reads its weight past the module, so an adapter "
                 "there would do nothing: leave it out of targets"

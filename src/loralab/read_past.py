@@ -1,7 +1,8 @@
-"""Which layers have their weight read by the module around them, which then multiplies by it itself.
+"""Which layers have their weight read by a module around them, which then multiplies by it itself.
 
-An adapter on such a layer would do nothing, wholly or on one of several paths (the kernels of Mamba for a GPU, say).
-The source of the module's forward, and of the methods it calls, tells: `self.proj.weight` that is more than looked at.
+What the layer's own forward would add is then left out, always or on one of several paths (the kernels of Mamba for a
+GPU, say), so the weight that is read must be the adapted one. The source of the module's forward, and of the methods it
+calls, tells: `self.proj.weight` that is more than looked at.
 """
 
 import ast
@@ -19,7 +20,7 @@ NO_VALUES = ("isinstance", "hasattr", "type", "id")  # functions that read none
 
 @cache
 def read_by(module: type[nn.Module]) -> frozenset[str]:
-    """Names of the children whose weights a class reads in its forward."""
+    """Paths, from the module, of the layers whose weights a class reads in its forward."""
     found: set[str] = set()
     seen, rest = set[str](), ["forward"]
     while rest:
@@ -48,10 +49,22 @@ def _nodes(function: Any) -> Iterator[tuple[ast.AST, ast.AST | None]]:
 
 
 def _weight_of(node: ast.AST) -> str | None:
-    """proj of self.proj.weight."""
-    if isinstance(node, ast.Attribute) and node.attr == "weight" and _of_self(node.value):
-        return node.value.attr  # type: ignore[attr-defined,no-any-return]
-    return None
+    """block.proj of self.block.proj.weight."""
+    if not (isinstance(node, ast.Attribute) and node.attr == "weight"):
+        return None
+    names: list[str] = []
+    inner = node.value
+    while isinstance(inner, ast.Attribute):
+        names.insert(0, inner.attr)
+        inner = inner.value
+    return ".".join(names) if names and isinstance(inner, ast.Name) and inner.id == "self" else None
+
+
+def is_read_past(model: nn.Module, path: str) -> bool:
+    """Whether a module around the layer of a path reads its weight."""
+    names = path.split(".")
+    above = (".".join(names[:count]) for count in range(len(names)))
+    return any(".".join(names[i:]) in read_by(type(model.get_submodule(p))) for i, p in enumerate(above))
 
 
 def _of_self(node: ast.AST) -> bool:
