@@ -12,7 +12,6 @@ import re
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 import loralab
 from loralab import kinds
@@ -152,11 +152,8 @@ class Case:
                 D = D.transpose(1, 2) if layer.transposed else D
             else:
                 key, W = f"{path}.weight", layer.weight.detach()
-                D = (
-                    D.T
-                    if (W.ndim == 2 and W.shape != D.shape) or type(layer).__name__ in TRANSPOSED
-                    else D.reshape(W.shape)
-                )
+                turned = isinstance(layer, nn.Embedding | Conv1D)  # (in, out)
+                D = D.T if turned else D.reshape(W.shape)
             weights[key] = W + D
         out = first_output(functional_call(plain, weights, kwargs=self.inputs, tie_weights=False))
         self.loss(out).backward()
@@ -263,7 +260,6 @@ class Case:
         return "exact"
 
 
-TRANSPOSED = ("Conv1D",)  # of transformers: (in, out)
 CELLS: dict[str, Callable[[Case], str]] = dict(
     zip(
         COLUMNS,
@@ -298,6 +294,11 @@ def cells(name: str) -> dict[str, str]:
     return found
 
 
+def is_right(cell: str) -> bool:
+    """Whether a cell is exact, shares of coverage that add up, or for a model that writes nothing."""
+    return cell in ("exact", NOT_OURS) or re.fullmatch(r"\d+ / \d+ / \d+", cell) is not None
+
+
 def main() -> None:
     """Try the named architectures, or all, and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -325,10 +326,8 @@ def page(table: dict[str, dict[str, str]]) -> str:
                 cell = f"[{reasons.setdefault(re.sub(r'[.][0-9]+[.]', '.*.', cell), len(reasons) + 1)}]"
             shown.append({"exact": "exact", NOT_OURS: "-"}.get(cell, cell))
         lines.append(f"| {name} | {zoo.ROWS[name].family} | {' | '.join(shown)} |")
-    count = Counter(
-        "exact" if cell == "exact" or "/" in cell[:9] else cell for row in table.values() for cell in row.values()
-    )
-    exact, tried = count["exact"], sum(count.values()) - count[NOT_OURS]
+    all_cells = [cell for row in table.values() for cell in row.values() if cell != NOT_OURS]
+    exact, tried = sum(is_right(cell) for cell in all_cells), len(all_cells)
     notes = "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) or "None."
     head = " | ".join(COLUMNS)
     return PAGE.format(
@@ -341,13 +340,17 @@ PAGE = """# Architectures
 
 `make architectures` makes this page; `make test` tries a few rows of each family again.
 
-{count} architectures of transformers {version}, at toy size with random weights, in float64. The adapter is on every layer that can be
-adapted: linear layers, embeddings, convolutions, stacks of experts. {exact} of {tried} cells are exact.
+{count} architectures of transformers {version}, at toy size with random weights, in float64. The adapter is on every
+layer that can be adapted: linear layers, embeddings, convolutions, stacks of experts. {exact} of {tried} cells are
+exact.
 
-- *coverage*: percent of the values of the backbone that all-linear adapts / leaves alone / cannot reach. Every parameter is counted once.
+- *coverage*: percent of the values of the backbone that all-linear adapts / leaves alone / cannot reach. Every
+  parameter is counted once.
 - *forward*, *backward*: against autograd through the plain model with dense weights W + s B A.
 - *merge*: the merged model, and the merged model saved and read by `from_pretrained`, against the adapted one.
-- *save and load*: the adapter's folder on a fresh model. *PEFT reads ours*, *we read PEFT's*: folders both ways.
+- *save and load*: the adapter's folder on a fresh model. *PEFT reads ours*, *we read PEFT's*: folders both ways, of an
+  adapter on linear layers and the input's embedding. Layers whose weight the model reads itself are left out there, as
+  PEFT does not adapt what is read.
 - *generate*: greedy tokens of the adapted and of the merged model; - where a model writes nothing.
 
 A number in brackets is a refusal, with its reason below.

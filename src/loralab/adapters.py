@@ -32,6 +32,10 @@ NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class TieNote(UserWarning):
+    """Weights that were one are two in a merged model."""
+
+
 def attach(
     model: nn.Module,
     method: str | Recipe = "lora",
@@ -354,7 +358,13 @@ class Adapters(AdaptedModel):
             loaded.make_plain(self.model)
         spec = None if name is None else self.specs[name]
         self.show_labels(spec.labels if spec is not None and spec.heads else self.labels.names)
-        install.untie(self.model)
+        if apart := install.untie(self.model):
+            warnings.warn(
+                f"{listed(apart, 3)} is tied to another weight no longer, as one of them was adapted: the merged model "
+                "has both, and its config says so where it can",
+                TieNote,
+                stacklevel=3,
+            )
         for key, tensor in self.model.named_parameters():
             tensor.requires_grad_(self.learned.get(key, any(self.learned.values())))  # untied weights have new names
         for attribute in (HANDLE, "save_pretrained", IGNORED):

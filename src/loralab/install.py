@@ -113,10 +113,12 @@ def _cover(
     """The recipe at ranks that every layer can have, and the layers that it is on."""
     assert r.factors is not None
     own_head = [path for path in head_of(handle.model) if path not in heads]
-    beside = outside_backbone(handle.model)
     output = output_layer(handle.model)  # it can be adapted, by name; what else is a head can be trained only
+    beside = [*outside_backbone(handle.model), *([] if output is None else [output])]
     outside = [*heads, *(path for path in own_head if path != output or targets == ALL)]
     coverage = cover(handle.model, targets, outside, exclude, beside)
+    if output in own_head and output not in coverage.paths:  # it is no part of the backbone that is counted
+        coverage = replace(coverage, parts=tuple(part for part in coverage.parts if part.path != output))
     shapes = {path: shape_of(layer_at(handle.model, path)) for path in coverage.paths}
     if r.ranks is not None:
         if wrong := rankmap.misfits(r.ranks, shapes, coverage.left):

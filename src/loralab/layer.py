@@ -124,7 +124,7 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (out, in) of the base, as it is kept; with the update in use, where the model reads it itself."""
-        return self.in_use() if self.read_past else self.base.dense()  # type: ignore[no-any-return]
+        return self.in_use() if self.read_past else self.base.dense()
 
     def in_use(self) -> Tensor:
         """The weight (out, in) with the update in use. Raises UserError for rows of several adapters."""
@@ -134,7 +134,7 @@ class Adapted(nn.Module):
                 "use one adapter at a time, or exclude this layer"
             )
         W, u = self.base.dense(), self.active_update()
-        return W if u is None else merged(W, u).to(W.dtype)  # type: ignore[no-any-return]
+        return W if u is None else merged(W, u).to(W.dtype)
 
     @property
     def bias(self) -> Tensor | None:

@@ -211,7 +211,7 @@ def _recipe(place: Path, config: dict[str, Any], paths: list[str]) -> Recipe:
 
 
 def _smaller(r: Recipe, paths: Sequence[str], tensors: dict[str, Tensor]) -> Recipe:
-    """The recipe with no rank above the sides of its layer, and `tensors` changed to the same updates at these ranks."""
+    """The recipe with no rank above the sides of its layer; `tensors` become the same updates at these ranks."""
     if not isinstance(r.factors, LoRA):
         return r
     layers = {path: LayerRank(r.factors.rank) for path in paths} if r.ranks is None else dict(r.ranks.layers)

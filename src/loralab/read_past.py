@@ -19,8 +19,8 @@ NO_VALUES = ("isinstance", "hasattr", "type", "id")  # functions that read none
 
 
 @cache
-def read_by(module: type[nn.Module]) -> frozenset[str]:
-    """Paths, from the module, of the layers whose weights a class reads in its forward."""
+def read_by(module: Any) -> frozenset[str]:
+    """Paths, from the module, of the layers whose weights a class of modules reads in its forward."""
     found: set[str] = set()
     seen, rest = set[str](), ["forward"]
     while rest:
@@ -63,8 +63,8 @@ def _weight_of(node: ast.AST) -> str | None:
 def is_read_past(model: nn.Module, path: str) -> bool:
     """Whether a module around the layer of a path reads its weight."""
     names = path.split(".")
-    above = (".".join(names[:count]) for count in range(len(names)))
-    return any(".".join(names[i:]) in read_by(type(model.get_submodule(p))) for i, p in enumerate(above))
+    classes: list[Any] = [type(model.get_submodule(".".join(names[:count]))) for count in range(len(names))]
+    return any(".".join(names[i:]) in read_by(kind) for i, kind in enumerate(classes))
 
 
 def _of_self(node: ast.AST) -> bool:

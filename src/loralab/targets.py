@@ -47,6 +47,7 @@ def cover(
     found = parts(model, outside)
     layers = {part.path: part for part in found if part.is_layer}
     paths = _all_paths(model)
+    paths.update({p: [p, p.rpartition(".")[0]] for p, part in layers.items() if part.kind == kinds.EXPERTS.name})
     patterns = _patterns(model, targets)
     named = targets != ALL  # what is named must be adapted, or is refused
     matched = {
@@ -147,7 +148,7 @@ def _no_match(
     )
 
 
-def _all_paths(model: nn.Module) -> dict[str, list[str]]:
+def _all_paths(model: nn.Module) -> "_Paths":
     """First path of a module -> all paths that lead to it."""
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}
