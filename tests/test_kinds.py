@@ -427,3 +427,73 @@ def test_kinds_are_told_by_type_and_not_by_name():
         "convolution"
     ] * 5
     assert kinds.kind_of(nn.LayerNorm(3)) is None
+
+
+# ---- single tokens ---------------------------------------------------------------------------------------------------
+
+
+def resized(tie):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tie)).eval()
+    model.resize_token_embeddings(64, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_single_tokens_after_a_resize_learn_beside_a_method_as_in_peft(tie, tmp_path):
+    new, ids = [61, 63, 62], torch.randint(3, 61, (3, 7))
+    ids[:, 2], ids[1, 4] = 62, 63
+    model = resized(tie)
+    before = model(ids).logits
+    handle = loralab.attach(model, "dora", name="a", rank=2, targets=["q_proj"], tokens=new)
+    assert ("lm_head" in handle.layers) is tie
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-5)
+    learned = {k: t.numel() for k, t in handle.state().items()}
+    assert learned["model.embed_tokens.D"] == 3 * 32
+    assert handle.counts()["adapter"] == sum(n for k, n in learned.items() if k != "lm_head.D")
+    moved(handle, "a")
+    right = model(ids).logits
+    plain = handle.merge()
+    torch.testing.assert_close(plain(ids).logits, right, rtol=0, atol=1e-5)
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is tie
+    assert plain.config.tie_word_embeddings is tie
+    changed = (plain.model.embed_tokens.weight != resized(tie).model.embed_tokens.weight).any(1)
+    assert changed.nonzero().flatten().tolist() == sorted(new)
+    right.sum().backward()
+    assert all(t.grad is not None for t in handle.state().values() if t.requires_grad)
+    row = next(row for row in handle.coverage().rows() if row.why == "single tokens")
+    assert (row.state, row.values) == ("adapted", 3 * 32)
+    assert handle.coverage().size == sum(p.numel() for k, p in resized(tie).named_parameters() if k != "lm_head.weight")
+    handle.save(tmp_path)
+    fresh = resized(tie)
+    loralab.load(fresh, tmp_path)
+    torch.testing.assert_close(fresh(ids).logits, right, rtol=0, atol=1e-5)
+    handle.add("b", "lora", rank=1, targets=["q_proj"])
+    with handle.use(["a", "b"], ids=[0, 1, 0]):
+        torch.testing.assert_close(model(ids).logits[[0, 2]], right[[0, 2]], rtol=0, atol=1e-5)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=16, target_modules=["q_proj"], trainable_token_indices=sorted(new), use_dora=True
+    )
+    theirs = peft.get_peft_model(resized(tie), config).eval()
+    state, words = handle.state(), resized(tie).model.embed_tokens.weight[sorted(new)]
+    names = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m"}
+    with torch.no_grad():
+        for key, t in theirs.named_parameters():
+            parts = key.removeprefix("base_model.model.").split(".")
+            if (role := next((names[part] for part in parts if part in names), None)) is not None:
+                t.copy_(state[".".join([*parts[: parts.index("q_proj") + 1], role])])
+            if "trainable_tokens_delta" in parts:
+                t.copy_(words + state["model.embed_tokens.D"])
+    torch.testing.assert_close(theirs(ids).logits, right, rtol=0, atol=1e-5)
+
+
+def test_tokens_that_cannot_be_are_refused():
+    for given, why in (
+        ({"tokens": [3, 64]}, "different numbers from 0 to 64"), ({"tokens": [3, 3]}, "different numbers"),
+        ({"tokens": [3], "targets": ["embed_tokens"]}, "is a target too"),
+        ({"tokens": [3], "method": "adalora"}, "acts on"), ({"tokens": [3], "method": "bitfit"}, "adapts no layer"),
+    ):  # fmt: skip
+        with pytest.raises(loralab.UserError, match=why):
+            loralab.attach(resized(True), **given)
+    with pytest.raises(loralab.UserError, match="names no embedding"):
+        loralab.attach(Around(nn.Linear(8, 8)), rank=2, tokens=[1])

@@ -43,6 +43,7 @@ def attach(
     name: str = "default",
     targets: Targets = ALL,
     exclude: Sequence[str] = (),
+    tokens: Sequence[int] = (),
     head: bool | Sequence[str] = False,
     labels: Sequence[str] = (),
     seed: int = 0,
@@ -52,7 +53,8 @@ def attach(
     """Freeze `model`, put a fresh adapter on it in place and leave that adapter active.
 
     `settings` are the method's own: rank, alpha, dropout, ... (see `loralab methods`). Layers that `exclude` names, or
-    that are inside modules it names, are left alone; names are as in `targets`. `head=True` trains a copy of
+    that are inside modules it names, are left alone; names are as in `targets`. Of `tokens`, such as new ones after a
+    resize, the vectors learn too, in the embedding and in an output layer tied to it. `head=True` trains a copy of
     everything outside the backbone; a list names the modules instead. `seed` decides the adapter's random start;
     `batches`, each what `model(**batch)` takes, are for a start that looks at data (eva).
     Raises UserError for an unknown method, setting or target, before anything has changed.
@@ -62,7 +64,14 @@ def attach(
             f"this model has adapters already ({', '.join(of(model).names)}): use adapters.add(name, method)"
         )
     handle = Adapters(model)
-    given: dict[str, Any] = {"targets": targets, "exclude": exclude, "head": head, "labels": labels, **settings}
+    given: dict[str, Any] = {
+        "targets": targets,
+        "exclude": exclude,
+        "tokens": tokens,
+        "head": head,
+        "labels": labels,
+        **settings,
+    }
     handle.add(name, method, seed=seed, batches=batches, **given)
     handle.connect()
     handle.activate(name)
@@ -118,6 +127,7 @@ class Adapters(AdaptedModel):
         *,
         targets: Targets = ALL,
         exclude: Sequence[str] = (),
+        tokens: Sequence[int] = (),
         head: bool | Sequence[str] = False,
         labels: Sequence[str] = (),
         seed: int = 0,
@@ -133,7 +143,7 @@ class Adapters(AdaptedModel):
         the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
-        spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude)
+        spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
         directions = None if filled else start_directions(self, r, spec.paths, batches)
@@ -246,6 +256,8 @@ class Adapters(AdaptedModel):
         spec = self.specs[name]
         if spec.coverage is None:
             raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
+        if spec.recipe.ranks is not None and any(layer.tokens for layer in spec.recipe.ranks.adapted.values()):
+            raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
         if not spec.recipe.low_rank:
             raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
         updates = {path: self.layers[path].lower(name) for path in spec.paths}

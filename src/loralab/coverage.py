@@ -39,6 +39,9 @@ class Coverage:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Path of a layer that is too small for the rank asked for -> the rank it has."""
 
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Path of a layer of which single tokens learn -> how many of its values do."""
+
     @property
     def paths(self) -> list[str]:
         """Paths of the adapted layers."""
@@ -75,6 +78,11 @@ class Coverage:
         groups: dict[tuple[str, str, str], list[Part]] = {}
         adapted = set(self.paths)
         for part in self.parts:
+            if (learned := self.tokens.get(part.path)) is not None and part.path in adapted:
+                rest = (LEFT, part.kind, "of other tokens")
+                groups.setdefault((ADAPTED, part.kind, "single tokens"), []).append(replace(part, values=learned))
+                groups.setdefault(rest, []).append(replace(part, values=max(part.values - learned, 0)))
+                continue
             groups.setdefault(self._state(part, adapted), []).append(part)
         rows = []
         for (state, kind, why), found in sorted(groups.items(), key=lambda group: _ORDER.index(group[0][0])):

@@ -179,7 +179,7 @@ def _scaling(recipe: Recipe) -> float | dict[str, float] | None:
     """What B is multiplied by: one number, or with a rank map one for each layer."""
     if recipe.ranks is None or not hasattr(recipe.factors, "scaling"):
         return getattr(recipe.factors, "scaling", None)
-    return {path: recipe.at(path).factors.scaling for path in recipe.ranks.adapted}  # type: ignore[union-attr]
+    return {path: getattr(recipe.at(path).factors, "scaling", 1.0) for path in recipe.ranks.adapted}
 
 
 # ---- the header ------------------------------------------------------------------------------------------------------
@@ -378,13 +378,14 @@ def held_roles(r: Recipe, paths: Sequence[str]) -> dict[str, list[str]]:
     first: dict[str, str] = {}  # share -> its first layer
     held = {}
     for path in paths:
-        roles = list(r.roles)
+        at = r.at(path) if r.ranks is not None else r
+        roles = list(at.roles)
         layer = None if r.ranks is None else r.ranks.layers[path]
         if layer is not None and layer.gates is not None:
             roles.append("gates")
         if layer is not None and layer.share is not None and first.setdefault(layer.share, path) != path:
-            assert r.factors is not None
-            roles = [role for role in roles if role not in r.factors.shared]
+            assert at.factors is not None
+            roles = [role for role in roles if role not in at.factors.shared]
         held[path] = roles
     return held
 

@@ -20,10 +20,10 @@ from loralab.methods import starts
 from loralab.methods.base import Factors, Roles
 from loralab.methods.starts import InputDirections
 from loralab.own_forward import adapted
-from loralab.rankmap import RankMap
+from loralab.rankmap import LayerRank, RankMap
 from loralab.reach import obstacle
 from loralab.read_past import is_read_past
-from loralab.recipe import Recipe, recipe
+from loralab.recipe import Recipe, check, recipe
 from loralab.stores import keep
 from loralab.stores.float import Float
 from loralab.targets import ALL, Targets, cover, layer_at, paths_to, shape_of
@@ -40,6 +40,7 @@ def spec_of(
     head: bool | Sequence[str],
     labels: Sequence[str],
     exclude: Sequence[str] = (),
+    tokens: Sequence[int] = (),
 ) -> AdapterSpec:
     """The specification of an adapter. Raises UserError for what cannot be added, before anything has changed."""
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -61,7 +62,13 @@ def spec_of(
     _check_heads(handle, heads, labels)
     if r.factors is None and exclude:
         raise UserError(f"exclude={list(exclude)} with method {method!r}: it adapts no layer, so leave it out")
+    if r.factors is None and len(tokens):
+        raise UserError(f"tokens={list(tokens)[:4]} with method {method!r}: it adapts no layer, so leave them out")
     r, coverage = (r, None) if r.factors is None else _cover(handle, r, targets, exclude, heads)
+    if coverage is not None and len(tokens):
+        r, coverage = _with_tokens(handle, r, coverage, tokens)
+    if coverage is not None and r.ranks is not None:
+        coverage = replace(coverage, tokens=_token_values(handle, r.ranks))
     if r.store:
         keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is reported before anything has changed
     if not heads and coverage is None and r.learn_base is None:
@@ -131,6 +138,36 @@ def _cover(
     _check_misfits(r, shapes)
     _check_kinds(handle, r, shapes)
     return r, coverage
+
+
+def _with_tokens(handle: AdaptedModel, r: Recipe, coverage: Coverage, tokens: Sequence[int]) -> tuple[Recipe, Coverage]:
+    """The recipe with these tokens of the embedding of the input, and of an output layer tied to it, as one."""
+    find = getattr(handle.model, "get_input_embeddings", None)
+    words = find() if find is not None else None
+    path = next((path for path, module in handle.model.named_modules() if module is words), None)
+    if words is None or path is None or kinds.kind_of(getattr(words, "original", (words,))[0]) is not kinds.EMBEDDING:
+        raise UserError(f"tokens={list(tokens)[:4]}: {type(handle.model).__name__} names no embedding of its input")
+    output = output_layer(handle.model)
+    tied = output is not None and base_tensor(handle.model, f"{output}.weight") is words.weight
+    if both := [p for p in (path, output) if p in coverage.paths and (p == path or tied)]:
+        raise UserError(f"tokens: {both[0]} is a target too, so all of its values learn already: leave one out")
+    if problem := kinds.refusal(getattr(words, "original", (words,))[0]):
+        raise UserError(f"tokens of {path}: {problem}")
+    size = shape_of(words)[1]
+    one = LayerRank(len(tokens), "tokens" if tied else None, tokens=tuple(sorted(tokens)), vocabulary=size)
+    rows = {path: one, **({output: replace(one, rows=True)} if tied and output is not None else {})}
+    plain = {p: LayerRank(getattr(r.factors, "rank", 1)) for p in coverage.paths} if r.ranks is None else r.ranks.layers
+    r = check(replace(r, ranks=RankMap({**plain, **rows})))
+    return r, replace(coverage, matched={**coverage.matched, "tokens": list(rows)}, left=coverage.left)
+
+
+def _token_values(handle: AdaptedModel, ranks: RankMap) -> dict[str, int]:
+    """Path -> how many values of a layer learn, of which single tokens do; what is shared counts in the first."""
+    of_tokens = [path for path, layer in ranks.adapted.items() if layer.tokens is not None]
+    shapes = {path: shape_of(layer_at(handle.model, path)) for path in of_tokens}
+    sizes = {p: ranks.layers[p].rank * (shape[1] if ranks.layers[p].rows else shape[0]) for p, shape in shapes.items()}
+    first = next(iter(of_tokens), None)
+    return {p: n if p == first or ranks.layers[p].share is None else 0 for p, n in sizes.items()}
 
 
 def _fitting(r: Recipe, coverage: Coverage, shapes: Mapping[str, tuple[int, int]]) -> tuple[Recipe, Coverage]:
@@ -205,7 +242,7 @@ class Starts:
 
     def __init__(self, recipe: Recipe) -> None:
         self.layers = {} if recipe.ranks is None else recipe.ranks.layers
-        self.shared = () if recipe.factors is None else recipe.factors.shared
+        self.recipe = recipe
         self.given: dict[str, dict[str, Tensor]] = {}  # share -> role -> tensor
 
     def of(self, path: str, fresh: Roles) -> dict[str, Tensor]:
@@ -215,10 +252,11 @@ class Starts:
             return dict(fresh)
         tensors = dict(fresh)
         if layer.share is not None:
-            made = {role: nn.Parameter(t) if role in self.shared else t for role, t in fresh.items()}
+            shared = self.recipe.at(path).factors.shared  # type: ignore[union-attr]
+            made = {role: nn.Parameter(t) if role in shared else t for role, t in fresh.items()}
             first = self.given.setdefault(layer.share, made)
             # what goes with A and B (a snapshot, say) starts as that of the first layer, but is the layer's own
-            tensors = {role: t if role in self.shared else t.clone() for role, t in first.items()}
+            tensors = {role: t if role in shared else t.clone() for role, t in first.items()}
         if layer.gates is not None:
             tensors["gates"] = tensors["A"].new_tensor(layer.gates)  # (r,)
         return tensors
@@ -327,6 +365,10 @@ def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
 def untie(model: nn.Module) -> list[str]:
     """Let a transformers model know of weights that are no longer one, so that it saves and loads each of them.
 
@@ -335,7 +377,12 @@ def untie(model: nn.Module) -> list[str]:
     """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    apart = [one for one, other in tied.items() if parameters.get(one) is not parameters.get(other)]
+    for one, other in tied.items():  # equal after a merge into both: still one
+        if parameters[one] is not parameters[other] and _equal(parameters[one], parameters[other]):
+            path, _, last = one.rpartition(".")
+            setattr(model.get_submodule(path), last, parameters[other])
+            parameters[one] = parameters[other]
+    apart = [one for one, other in tied.items() if parameters[one] is not parameters[other]]
     if not apart:
         return []
     seen: set[int] = set()

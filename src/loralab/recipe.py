@@ -20,6 +20,7 @@ from loralab.methods.gain import gain
 from loralab.methods.lora import LoRA
 from loralab.methods.precond import PreconditionedLoRA
 from loralab.methods.superlora import SuperLoRA
+from loralab.methods.tokens import Tokens
 from loralab.methods.vera import VeRA
 from loralab.policies import POLICIES
 from loralab.rankmap import RankMap, example, own, sized
@@ -112,7 +113,10 @@ class Recipe:
     def at(self, path: str) -> "Recipe":
         """The recipe of one layer, at the rank that the map gives it."""
         assert self.factors is not None
-        return replace(self, factors=own(self.factors, self.ranks, path), ranks=None, policy=None)
+        factors = own(self.factors, self.ranks, path)
+        if isinstance(factors, Tokens):  # none of the other axes is for it
+            return Recipe(factors)
+        return replace(self, factors=factors, ranks=None, policy=None)
 
     def for_steps(self, total_steps: int) -> "Recipe":
         """The recipe for a run of that many steps, with the settings that depend on the length filled in.
