@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import files, install, kinds, peft_format
+from loralab import files, fitting, install, kinds, peft_format
 from loralab.active import follow_checkpoints
-from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
+from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, once
 from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
-from loralab.experts import AdaptedExperts, AdaptedStack, open_stack
+from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, enable
 from loralab.files import AdapterFile, fingerprint
-from loralab.heads import own_copy, under
 from loralab.hooks import StepHooks
 from loralab.inputs import start_directions
 from loralab.kinds import loaded
@@ -26,7 +25,7 @@ from loralab.methods import starts
 from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.schema import listed
-from loralab.targets import ALL, ReachNote, Targets, layer_at, meant_in_vain, shape_of
+from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
 NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -424,7 +423,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     name = name or files.adapter_name(file.name)
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)
-    problems = _misfits(handle, file)
+    problems = fitting.misfits(handle, file)
     if check_base and file.base.get("sha256") not in (None, handle.base_sha256):
         problems.append(
             f"it was trained on another base ({file.base.get('name')}, sha256 {str(file.base['sha256'])[:12]}, "
@@ -434,62 +433,18 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     if not problems:
         spec = install.spec_of(handle, name, file.recipe, {}, file.paths, file.heads, labels)
         computed = starts.added(file.recipe.start) if file.starts_anew else ()
-        problems = _unlike(_expected(handle, spec, computed), file.tensors)
+        problems = fitting.unlike(fitting.expected(handle, spec, computed), file.tensors)
         if not problems and file.constants not in (None, _constants_sha256(handle, spec)):
             problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
     handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=labels, filled=not file.starts_anew)
-    _fill(handle.state(name), file.tensors)
+    fitting.fill(handle.state(name), file.tensors)
     handle.connect()
     handle.activate(name)
     for note in file.notes:
         warnings.warn(f"{folder}: {note}", files.FolderNote, stacklevel=3)
     return handle
-
-
-def _misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
-    """Layers and heads of a file that the model does not have."""
-    put_in = (*handle.layers, *handle.heads)  # what is inside these is loralab's, not the model's
-    there = {path for path, _ in handle.model.named_modules() if not under(path, put_in) or path in put_in}
-    missing = [path for path in [*file.paths, *file.heads] if path not in there and not open_stack(handle.model, path)]
-    return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"] if missing else []
-
-
-def _expected(handle: AdaptedModel, spec: AdapterSpec, computed: Sequence[str]) -> dict[str, Tensor]:
-    """Key -> a tensor of the shape and dtype that a file must hold for it; roles that are `computed` are left out."""
-    expected: dict[str, Tensor] = {}
-    for path, roles in files.held_roles(spec.recipe, spec.paths).items():
-        layer = layer_at(handle.model, path)
-        shapes = files.layer_shapes(spec.recipe, path, *shape_of(layer), getattr(layer, "count", None))
-        expected |= {f"{path}.{role}": shapes[role] for role in roles if role in shapes and role not in computed}
-    expected |= {key: base_tensor(handle.model, key) for key in spec.base_names}
-    old = len(handle.labels.names)
-    for path in spec.heads:
-        head = handle.heads[path].base if path in handle.heads else handle.model.get_submodule(path)
-        with torch.device("meta"):
-            blank = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in head.parameters()}
-            own = own_copy(copy.deepcopy(head, dict(blank)), old, len(spec.labels) or old, Generator())
-        expected |= {f"{path}.{key}": p for key, p in own.named_parameters()}
-    return expected
-
-
-def _unlike(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Why the tensors of a file are not those that a model expects, one phrase each."""
-    problems = []
-    if missing := [key for key in expected if key not in tensors]:
-        problems.append(f"missing tensors: {listed(missing)}")
-    if extra := [key for key in tensors if key not in expected]:
-        problems.append(f"unexpected tensors: {listed(extra)}")
-    unlike = (files.unlike(key, tensors[key], wanted) for key, wanted in expected.items() if key in tensors)
-    return problems + [problem for problem in unlike if problem is not None][:10]
-
-
-def _fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a file into those of a model, which are known to be alike."""
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)
 
 
 def _constants_sha256(handle: AdaptedModel, spec: AdapterSpec) -> str | None:
