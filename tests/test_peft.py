@@ -130,7 +130,7 @@ def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
         ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow=3"),
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read here, only LORA, VERA"),
+        ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not read here, only LORA, LOHA, MISS, VERA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga' changes the base"),

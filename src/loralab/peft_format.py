@@ -32,7 +32,9 @@ from loralab.errors import UserError
 from loralab.files import AdapterFile, contents_problems, one_layout
 from loralab.methods import starts
 from loralab.methods.base import Factors
+from loralab.methods.loha import LoHa
 from loralab.methods.lora import LoRA
+from loralab.methods.miss import MiSS
 from loralab.methods.vera import VeRA
 from loralab.rankmap import LayerRank, RankMap, sized
 from loralab.recipe import Recipe, check
@@ -47,6 +49,11 @@ ROLES = {  # PEFT's name of a tensor in a layer -> role
     "lora_embedding_A": "A",
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "m",
+    "hada_w1_a": "B1",
+    "hada_w1_b": "A1",
+    "hada_w2_a": "B2",
+    "hada_w2_b": "A2",
+    "miss_block": "D",
     "vera_lambda_d": "d",
     "vera_lambda_b": "b",
 }
@@ -63,15 +70,23 @@ CONFIG: dict[str, Any] = {  # settings that are read, or do not change what the 
     "fan_in_fan_out": bool | None, "megatron_core": str | None, "runtime_config": SETTINGS,
     "qalora_group_size": int | None, "loftq_config": SETTINGS, "eva_config": SETTINGS, "projection_prng_key": int,
     "save_projection": bool | None, "vera_dropout": float | None, "d_initial": float | None,
-    "init_weights": bool | str | None,
+    "init_weights": bool | None, "alpha": float, "use_effective_conv2d": bool | None, "mini_r": int,
+    "rank_dropout": float | None, "miss_dropout": float | None,
 }  # fmt: skip
-NEEDED = {"LORA": {"peft_type", "r", "lora_alpha"}, "VERA": {"peft_type", "r", "projection_prng_key"}}
+NEEDED = {
+    "LORA": {"peft_type", "r", "lora_alpha"},
+    "VERA": {"peft_type", "r", "projection_prng_key"},
+    "LOHA": {"peft_type", "r", "alpha"},
+    "MISS": {"peft_type", "r"},
+}
 UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
 # init_lora_weights -> start; those that move PEFT's base are taken away here, from the same rule over the same weight
 STARTS = {str(plain): "kaiming" for plain in (True, False, None, "gaussian", "orthogonal", "eva")}
 STARTS |= {"pissa": "pissa", "olora": "olora"}
 METHODS: dict[str, Callable[[dict[str, Any]], Factors]] = {  # peft_type -> config -> factors
     "LORA": lambda c: LoRA(rank=c["r"], alpha=float(c["lora_alpha"]), stabilized=bool(c.get("use_rslora"))),
+    "LOHA": lambda c: LoHa(rank=c["r"], alpha=float(c["alpha"])),
+    "MISS": lambda c: MiSS(rank=c["r"]),
     "VERA": lambda c: VeRA(rank=c["r"], projection_seed=c["projection_prng_key"], source="peft"),
 }
 TASKS = {  # PEFT's task type -> the mapping of transformers that lists its model classes
@@ -202,7 +217,7 @@ def _head(key: str, saved: Collection[str]) -> str:
 
 def _recipe(place: Path, config: dict[str, Any], paths: list[str]) -> Recipe:
     start = _start(place, config)
-    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
+    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or config.get("miss_dropout") or 0)
     try:
         factors = METHODS[config["peft_type"]](config)
         return check(Recipe(factors, start, bool(config.get("use_dora")), dropout=dropout, ranks=_ranks(config, paths)))

@@ -17,7 +17,9 @@ from loralab.methods.base import Factors, Roles
 from loralab.methods.delta import DeltaLoRA
 from loralab.methods.dylora import DyLoRA
 from loralab.methods.gain import gain
+from loralab.methods.loha import LoHa
 from loralab.methods.lora import LoRA
+from loralab.methods.miss import MiSS
 from loralab.methods.precond import PreconditionedLoRA
 from loralab.methods.superlora import SuperLoRA
 from loralab.methods.tokens import Tokens
@@ -166,6 +168,8 @@ NAMED: dict[str, tuple[Recipe, str]] = {
         Recipe(factors=SuperLoRA(ratio=0.25), lr=2e-3),
         "W x + b + s F(A1 A2) x, F fixed, 4 weights from a number",
     ),
+    "loha": (Recipe(factors=LoHa()), "W x + b + s (B1 A1 * B2 A2) x, * by element"),
+    "miss": (Recipe(factors=MiSS()), "W x + b + D^T S x, S adds up every r-th input"),
     "bitfit": (Recipe(factors=None, train=("bias",), lr=3e-3), "every bias learns"),
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
     "head": (Recipe(factors=None, train=(), lr=3e-3), "only the classification head learns"),

@@ -105,6 +105,8 @@ OF_KIND: Mapping[str, Frozen] = {  # kind of factors -> its settings; the kinds 
         "beta2": ("beta2", 0.85),
         "orthogonality": ("orthogonality", 0.5),
     },
+    "loha": {**LORA, "rank": ("rank", 4), "alpha": ("alpha", 8.0)},
+    "miss": {"rank": ("rank", 8)},
     "superlora": {
         **LORA,
         "split": ("split", 1),
