@@ -26,7 +26,7 @@ from loralab.read_past import is_read_past
 from loralab.recipe import Recipe, check, recipe
 from loralab.stores import keep
 from loralab.stores.float import Float
-from loralab.targets import ALL, Targets, cover, layer_at, paths_to, shape_of
+from loralab.targets import ALL, Targets, all_paths, cover, layer_at, paths_to, shape_of
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -270,7 +270,9 @@ def add_layers(
     if factors is None:
         return
     constants = Constants(handle.constants(spec))
-    given = Starts(spec.recipe)
+    given, places = Starts(spec.recipe), all_paths(handle.model)
+    if not handle.specs:
+        put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
     for path in spec.paths:
         W = None  # (out, in); once a layer is stored in fewer bits, its own weight is gone
         if path not in handle.layers and (stack := open_stack(handle.model, path)) is not None:
@@ -278,12 +280,11 @@ def add_layers(
         if path not in handle.layers:
             original = handle.model.get_submodule(path)
             W = kinds.keep(original).dense()  # (out, in)
-            if not handle.specs:
-                put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
             layer = adapted(original, spec.recipe.store, handle.active, path).train(original.training)
-            layer.read_past = any(is_read_past(handle.model, place) for place in paths_to(handle.model, original))
+            layer.read_past = any(is_read_past(handle.model, place) for place in places[path])
             handle.layers[path] = layer
-            replace_module(handle.model, original, layer)
+            for place in places[path]:
+                handle.model.set_submodule(place, layer)
         layer = handle.layers[path]
         at = spec.recipe.at(path)
         tensors = _started(start, at.factors, W, layer.base, generator, seen, path)
@@ -312,8 +313,6 @@ def _started(
 
 def open_experts(handle: AdaptedModel, holder: nn.Module, path: str) -> None:
     """Put a module of experts whose stacks are layers in the place of the model's own."""
-    if not handle.specs:
-        put_back(handle.model)
     opened = AdaptedExperts(holder, handle.active, path).train(holder.training)
     replace_module(handle.model, holder, opened)
     for name, child in opened.named_children():

@@ -46,7 +46,7 @@ def cover(
     """
     found = parts(model, outside)
     layers = {part.path: part for part in found if part.is_layer}
-    paths = _all_paths(model)
+    paths = all_paths(model)
     paths.update({p: [p, p.rpartition(".")[0]] for p, part in layers.items() if part.kind == kinds.EXPERTS.name})
     patterns = _patterns(model, targets)
     named = targets != ALL  # what is named must be adapted, or is refused
@@ -148,16 +148,16 @@ def _no_match(
     )
 
 
-def _all_paths(model: nn.Module) -> "_Paths":
+def all_paths(model: nn.Module) -> "Paths":
     """First path of a module -> all paths that lead to it."""
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found.setdefault(first.setdefault(id(module), path), []).append(path)
-    return _Paths(found)
+    return Paths(found)
 
 
-class _Paths(dict[str, list[str]]):
+class Paths(dict[str, list[str]]):
     """A part that is no module of the adapted model (inside a head, say) has one path."""
 
     def __missing__(self, path: str) -> list[str]:
