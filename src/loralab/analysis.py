@@ -97,7 +97,8 @@ def _from_file(file: AdapterFile, folder: Path | str) -> Iterator[tuple[str, Upd
         share = None if file.recipe.ranks is None else file.recipe.ranks.layers[path].share
         if share is not None:
             p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
-        if not file.recipe.low_rank or type(file.recipe.factors).constants is not Factors.constants:
+        factors: Any = file.recipe.factors
+        if not file.recipe.low_rank or type(factors).constants is not Factors.constants:
             raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
         yield path, file.recipe.at(path).lower_low_rank(p)
 
