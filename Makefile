@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study clean
+.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -68,6 +68,9 @@ examples: $(VENV)/dev.stamp  ## write the rows of docs/objectives.md and run its
 
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
+
+architectures: $(VENV)/dev.stamp  ## every architecture through everything an adapter does, docs/architectures.md (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures.py --write docs/architectures.md
 
 models: $(GET)  ## fetch the larger real models (540 MB) into ~/.cache/loralab/models
 	$(PYTHON) $(GET) mpnet

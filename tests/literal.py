@@ -54,6 +54,12 @@ def rslora(p, f, drawn=None):
     return f.alpha / math.sqrt(f.rank) * product(p["B"], p["A"])
 
 
+def miss(p, f, drawn=None):
+    """U_ij = D_(j mod r)i: every block of r columns is D^T."""
+    columns = p["S"].shape[1]
+    return torch.stack([torch.stack([p["D"][j % f.rank, i] for j in range(columns)]) for i in range(p["D"].shape[1])])
+
+
 def vera(p, f, drawn=None):
     """diag(b) B diag(d) A."""
     return product(torch.diag(p["b"]), product(p["B"], product(torch.diag(p["d"]), p["A"])))
@@ -145,6 +151,8 @@ UPDATES = {
     ),
     "rslora": rslora,
     "vera": vera,
+    "loha": lambda p, f, drawn=None: scale(f, f.rank) * (product(p["B1"], p["A1"]) * product(p["B2"], p["A2"])),
+    "miss": miss,
     "dylora": dylora,
     "frozen-dylora": frozen_dylora,
     "delta-lora": delta_lora,

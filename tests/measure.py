@@ -46,7 +46,7 @@ def weighted(y, learned):
 def named(name):
     """The recipe of a row at a small rank, and the size of its layer."""
     rank = 1 if name in HAND else 17 if name == "vera" else RANK
-    scaled = {} if name == "vera" else {"alpha": ALPHA}
+    scaled = {"alpha": ALPHA} if hasattr(NAMED[name][0].factors, "alpha") else {}
     return recipe(name, rank=rank, **scaled), WIDE if name in HAND else SIZE
 
 

@@ -15,6 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
 
 import loralab
+from loralab.recipe import NAMED
 
 RANK, ALPHA, LABELS = 3, 5, torch.tensor([0, 1, 2, 1, 0])
 TARGETS = ["query", "value", "intermediate.dense"]
@@ -27,6 +28,8 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
     "pissa": partial(peft.LoraConfig, **LORA, init_lora_weights="pissa"),
     "olora": partial(peft.LoraConfig, **LORA, init_lora_weights="olora"),
     "vera": partial(peft.VeraConfig, r=RANK, **COMMON, projection_prng_key=3, d_initial=0.7),
+    "loha": partial(peft.LoHaConfig, r=RANK, alpha=ALPHA, **COMMON),
+    "miss": partial(peft.MissConfig, r=RANK, **COMMON),
     "adalora": partial(
         peft.AdaLoraConfig, init_r=RANK, target_r=2, lora_alpha=ALPHA, **COMMON, total_step=9, tinit=1, tfinal=2
     ),
@@ -36,6 +39,11 @@ NAMES = {  # role -> PEFT's name of the tensor in a layer
     "A": "lora_A.default.weight",
     "B": "lora_B.default.weight",
     "m": "lora_magnitude_vector.default.weight",
+    "B1": "hada_w1_a.default",
+    "A1": "hada_w1_b.default",
+    "B2": "hada_w2_a.default",
+    "A2": "hada_w2_b.default",
+    "D": "miss_block.default",
     "d": "vera_lambda_d.default",
     "b": "vera_lambda_b.default",
 }
@@ -61,7 +69,7 @@ def lively(kind):
 def pair(method, kind="bert", ours=None, **given):
     """(our handle, PEFT's model, our path.role -> PEFT's tensor): the same parameters in both, off their start."""
     theirs = quiet(peft.get_peft_model, lively(kind), CONFIGS[method](**given)).eval()
-    settings = {} if method == "vera" else {"alpha": float(ALPHA)}
+    settings = {"alpha": float(ALPHA)} if hasattr(NAMED[method][0].factors, "alpha") else {}
     more = OURS.get(method, {}) | settings | (ours or {})
     adapters = loralab.attach(lively(kind), method, rank=RANK, targets=TARGETS, head=True, **more)
     held, names, tensors = dict(theirs.named_parameters()), ADALORA if method == "adalora" else NAMES, {}

@@ -182,7 +182,7 @@ def test_a_mistake_is_one_line(refused, argv, told):
         ({"lr": "nan"}, "lr=nan"),
         ({"dtype": "float8"}, 'Choose from: "auto", "float32", "bfloat16"'),
         ({"selection": "best"}, '"best"'),
-        ({"targets": "nothing"}, "'nothing' match no linear layer; presets: "),
+        ({"targets": "nothing"}, "'nothing' match no layer; presets: "),
         ({"method": "loar"}, "did you mean 'lora'?"),
         ({"method": "head"}, "'head' has no setting 'rank'"),
         ({"store": "int3"}, "store='int3'"),

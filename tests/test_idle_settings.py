@@ -37,6 +37,8 @@ WITH = {  # setting -> (where it does nothing, where it does something), each be
     "patience": ({"patience": 2}, [{"selection": "last"}], [{}, {"selection": "validation"}]),
     "targets": ({"targets": "mlp"}, [{"method": "full", "rank": None}, {"method": "bitfit", "rank": None}],
                 [{}, {"method": "vera"}]),
+    "exclude": ({"exclude": ("output",)}, [{"method": "full", "rank": None}, {"method": "bitfit", "rank": None}],
+                [{}, {"method": "vera"}]),
     "generate_rows": ({"generate_rows": 9}, [{}], [{"generate_metric": "exact"}]),
     "data": ({"data": "here"}, [{}, {"task": "minimal-pairs"}], [{"task": "CoLA"}, {"task": "sts-b"}]),
 }  # fmt: skip

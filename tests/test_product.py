@@ -17,6 +17,7 @@ from loralab.methods.adalora import AdaLoRA
 from loralab.methods.delta import DeltaLoRA
 from loralab.methods.dylora import DyLoRA
 from loralab.methods.lora import LoRA
+from loralab.methods.miss import MiSS
 from loralab.methods.precond import PreconditionedLoRA
 from loralab.methods.starts import added
 from loralab.methods.superlora import SuperLoRA
@@ -30,6 +31,7 @@ KINDS = {  # name -> factors, start
     "rslora": (LoRA(3, 5.0, stabilized=True), "kaiming"),
     "pissa": (LoRA(3, 5.0), "pissa"),
     "vera": (VeRA(5), "kaiming"),
+    "miss": (MiSS(4), "kaiming"),
     "dylora": (DyLoRA(3, 5.0), "kaiming"),
     "frozen-dylora": (DyLoRA(3, 5.0, frozen=True), "kaiming"),
     "delta-lora": (DeltaLoRA(3, 5.0, follow=1.7, wait=2), "kaiming"),

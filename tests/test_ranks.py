@@ -11,6 +11,7 @@ from torch import nn
 
 import loralab
 from loralab import LayerRank, RankMap, UserError
+from loralab.coverage import folded
 from loralab.policies import POLICIES
 from loralab.ranks.alora import alora, divide, reallocate, scores
 from loralab.ranks.drop import drop_map, importance, parent, shapes
@@ -19,7 +20,6 @@ from loralab.recipe import NAMED, from_json, recipe, to_json
 from loralab.run import policies as making
 from loralab.run import train
 from loralab.stores import STORES, keep
-from loralab.targets import folded
 
 L = "bert.encoder.layer"
 Q0, Q1 = f"{L}.0.attention.self.query", f"{L}.1.attention.self.query"

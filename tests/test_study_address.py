@@ -106,7 +106,8 @@ def test_stored_runs_of_delta_lora_are_those_of_revision_1(glue, stored_models, 
 
 OTHERWISE = {  # a value that no other row has, for every setting that can decide a result
     "train_rows": 50, "validation_rows": 20,
-    "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "targets": "mlp", "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
+    "method": "dora", "seed": 3, "rank": 5, "alpha": 3.0, "exclude": ("output",), "targets": "mlp",
+    "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
     "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "policy": "drop",
     "set": ("stabilized=true",),
     "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",

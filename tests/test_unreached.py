@@ -45,35 +45,38 @@ def told(build_and_attach):
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_experts_are_counted_and_told_of(kind, tmp_path, capsys):
+def test_experts_and_routers_are_counted_and_told_of(kind, tmp_path, capsys):
     model = AutoModelForSequenceClassification.from_config(MIXTURES[kind])
-    size = sum(p.numel() for p in model.parameters())
-    experts = {
-        key: p.numel() for key, p in model.named_parameters() if "experts." in key or key.endswith("mlp.gate.weight")
-    }
+    sizes = {key: p.numel() for key, p in model.named_parameters() if not key.startswith("score.")}
+    experts = {key: n for key, n in sizes.items() if "experts." in key}  # adapted only by name
+    routers = {key: n for key, n in sizes.items() if key.endswith("mlp.gate.weight")}  # not at all
+    size = sum(sizes.values())
     handle, said = told(lambda: loralab.attach(model, rank=1, head=True))
     coverage = handle.coverage()
-    assert coverage.unreached_values == sum(experts.values()) > 0.4 * size
-    assert set(coverage.unreached) == set(experts)
-    assert set(coverage.unreached).isdisjoint(f"{path}.weight" for path in coverage.paths)
-    share = f"{sum(experts.values()):,} values, {sum(experts.values()) / size:.1%} of the model"
-    assert share in said
-    assert share in str(coverage)
-    assert "3-D" in said
+    assert dict.fromkeys(coverage.unreached) == dict.fromkeys(routers)
+    assert coverage.unreached_values == sum(routers.values())
+    assert sum(experts.values()) > 0.4 * size
+    assert f"{sum(routers.values()):,} values, {sum(routers.values()) / size:.1%} of the backbone" in str(coverage)
+    left = next(row for row in coverage.rows() if row.kind == "experts")
+    assert (left.values, set(left.paths)) == (sum(experts.values()), set(experts))
+    assert "less than half" in said
+    assert f"{left.share:.1%} experts" in said
     # what a folder says, read without the model
     handle.save(tmp_path / "adapter")
     from loralab.cli import main
 
     assert main(["inspect", str(tmp_path / "adapter")]) in (0, None)
-    assert f"{sum(experts.values()):,} values of no linear layer" in " ".join(capsys.readouterr().out.split())
+    assert f"{sum(routers.values()):,} values of no linear layer" in " ".join(capsys.readouterr().out.split())
     # a second adapter over the same base has the same coverage, and another choice of layers is not warned about
     _, said = told(lambda: handle.add("second", rank=1))
     assert handle.coverage("second").unreached == coverage.unreached
-    assert share.partition(" values")[0] in said
+    assert "less than half" in said
     _, said = told(lambda: handle.add("third", rank=1, targets=["q_proj"]))
     assert said == ""
-    with pytest.raises(loralab.UserError, match=r"targets '\.\*experts': not adapted, whatever the targets"):
-        handle.add("fourth", rank=1, targets=".*experts")
+    with pytest.raises(loralab.UserError, match=r"targets '\.\*mlp\\\\\.gate': not adapted, whatever the targets"):
+        handle.add("fourth", rank=1, targets=r".*mlp\.gate")
+    handle.add("fifth", rank=1, targets=["experts"])  # the module means its stacks
+    assert set(handle.spec("fifth").paths) == set(experts)
 
 
 @pytest.mark.parametrize("dims", [(5, 6), (3, 5, 6), (2, 3, 5, 6)])
@@ -81,7 +84,7 @@ def test_any_matrix_of_no_linear_layer_counts_and_no_table_or_vector(dims):
     handle, said = told(lambda: loralab.attach(Stacked(dims), rank=1))
     assert dict(handle.coverage().unreached) == {"stack": dims}
     assert "stack (1)" in said
-    assert f"{len(dims)}-D" in said
+    assert ("a table or matrix" if len(dims) == 2 else f"a tensor of {len(dims)} dimensions") in said
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

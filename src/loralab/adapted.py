@@ -18,12 +18,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loralab import cache
 from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
+from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
+from loralab.experts import AdaptedStack
 from loralab.files import fingerprint
 from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
 from loralab.recipe import Recipe
-from loralab.targets import Coverage, shape_of
+from loralab.targets import layer_at, shape_of
 
 NEWEST = (5, 23)  # of transformers, with which the tests pass; they do with 5.17 too
 HANDLE = "_loralab"  # the attribute of a model that holds its handle
@@ -280,7 +282,7 @@ class AdaptedModel:
         recipe = spec.recipe
         if recipe.factors is None:
             return {}
-        sizes = {path: shape_of(self.model.get_submodule(path)) for path in spec.paths}
+        sizes = {path: shape_of(layer_at(self.model, path)) for path in spec.paths}
         return recipe.factors.constants([recipe.at(path).factors.shape(*size) for path, size in sizes.items()])  # type: ignore
 
 
@@ -320,7 +322,8 @@ def base_tensor(model: nn.Module, key: str) -> Tensor:
             module = module.base
     if isinstance(module, Adapted):
         module = module.base if last == "bias" else module.original[0]
-    return getattr(module, last)  # type: ignore[no-any-return]
+    found = getattr(module, last)
+    return found.base.weight if isinstance(found, AdaptedStack) else found
 
 
 def once(tensors: Tensors) -> dict[str, tuple[str, Tensor]]:

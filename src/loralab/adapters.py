@@ -9,25 +9,30 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import files, install, peft_format
+from loralab import files, fitting, install, kinds, peft_format
 from loralab.active import follow_checkpoints
-from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, base_tensor, once
+from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, once
 from loralab.disk import write_json, write_tensors
 from loralab.errors import UserError
+from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, enable
 from loralab.files import AdapterFile, fingerprint
-from loralab.heads import own_copy, under
 from loralab.hooks import StepHooks
 from loralab.inputs import start_directions
+from loralab.kinds import loaded
 from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.schema import listed
-from loralab.targets import ALL, ReachNote, Targets, meant_in_vain, shape_of
+from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
 NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TieNote(UserWarning):
+    """Weights that were one are two in a merged model."""
 
 
 def attach(
@@ -36,6 +41,8 @@ def attach(
     *,
     name: str = "default",
     targets: Targets = ALL,
+    exclude: Sequence[str] = (),
+    tokens: Sequence[int] = (),
     head: bool | Sequence[str] = False,
     labels: Sequence[str] = (),
     seed: int = 0,
@@ -44,7 +51,9 @@ def attach(
 ) -> "Adapters":
     """Freeze `model`, put a fresh adapter on it in place and leave that adapter active.
 
-    `settings` are the method's own: rank, alpha, dropout, ... (see `loralab methods`). `head=True` trains a copy of
+    `settings` are the method's own: rank, alpha, dropout, ... (see `loralab methods`). Layers that `exclude` names, or
+    that are inside modules it names, are left alone; names are as in `targets`. Of `tokens`, such as new ones after a
+    resize, the vectors learn too, in the embedding and in an output layer tied to it. `head=True` trains a copy of
     everything outside the backbone; a list names the modules instead. `seed` decides the adapter's random start;
     `batches`, each what `model(**batch)` takes, are for a start that looks at data (eva).
     Raises UserError for an unknown method, setting or target, before anything has changed.
@@ -54,7 +63,15 @@ def attach(
             f"this model has adapters already ({', '.join(of(model).names)}): use adapters.add(name, method)"
         )
     handle = Adapters(model)
-    handle.add(name, method, targets=targets, head=head, labels=labels, seed=seed, batches=batches, **settings)
+    given: dict[str, Any] = {
+        "targets": targets,
+        "exclude": exclude,
+        "tokens": tokens,
+        "head": head,
+        "labels": labels,
+        **settings,
+    }
+    handle.add(name, method, seed=seed, batches=batches, **given)
     handle.connect()
     handle.activate(name)
     return handle
@@ -108,6 +125,8 @@ class Adapters(AdaptedModel):
         method: str | Recipe = "lora",
         *,
         targets: Targets = ALL,
+        exclude: Sequence[str] = (),
+        tokens: Sequence[int] = (),
         head: bool | Sequence[str] = False,
         labels: Sequence[str] = (),
         seed: int = 0,
@@ -123,7 +142,7 @@ class Adapters(AdaptedModel):
         the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
-        spec = install.spec_of(self, name, method, settings, targets, head, labels)
+        spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
         directions = None if filled else start_directions(self, r, spec.paths, batches)
@@ -236,14 +255,19 @@ class Adapters(AdaptedModel):
         spec = self.specs[name]
         if spec.coverage is None:
             raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
+        if spec.recipe.ranks is not None and any(layer.tokens for layer in spec.recipe.ranks.adapted.values()):
+            raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
         if not spec.recipe.low_rank:
             raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
         updates = {path: self.layers[path].lower(name) for path in spec.paths}
         gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
+        sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
         head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
         base = _base_name(self.model)
         base["name"] = getattr(getattr(self.model, "config", None), "_name_or_path", None)  # a path is of use to PEFT
-        return peft_format.write(folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]))
+        return peft_format.write(
+            folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]), sides
+        )
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
@@ -256,7 +280,9 @@ class Adapters(AdaptedModel):
         """
         name, wanted = self.only(name), None if dtype is None else merge_dtype(dtype)
         self._check_finite(name)
-        plain: nn.Module = copy.deepcopy(self.model)
+        held = [t for m in self.model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+        memo = {id(t): t.detach().clone() for t in held if not t.is_leaf}  # a state of the last forward pass
+        plain: nn.Module = copy.deepcopy(self.model, memo)
         of(plain).unwrap(name, wanted)
         return plain if wanted is None else plain.to(wanted)
 
@@ -327,16 +353,29 @@ class Adapters(AdaptedModel):
             self.on_model.remove()
         put_back(self.model)
         there = {id(p) for p in self.model.parameters()}
+        for experts in [m for m in self.model.modules() if isinstance(m, AdaptedExperts)]:
+            install.replace_module(self.model, experts, experts.plain(name, dtype))
         for layer in self.layers.values():
-            plain, tied = layer.plain(name, dtype), layer.own_weight()
+            if isinstance(layer, AdaptedStack):
+                continue
+            own = loaded.whole_dtype(self.model) if isinstance(layer.base, loaded.Loaded) else None
+            plain, tied = layer.plain(name, dtype or own), layer.own_weight()
             if name is None and tied is not None and id(tied) in there:  # another module still has the weight itself
                 plain.weight = tied
             install.replace_module(self.model, layer, plain)
         for head in self.heads.values():
             install.replace_module(self.model, head, head.plain(name))
+        if name is not None:
+            loaded.make_plain(self.model)
         spec = None if name is None else self.specs[name]
         self.show_labels(spec.labels if spec is not None and spec.heads else self.labels.names)
-        install.untie(self.model)
+        if apart := install.untie(self.model):
+            warnings.warn(
+                f"{listed(apart, 3)} is tied to another weight no longer, as one of them was adapted: the merged model "
+                "has both, and its config says so where it can",
+                TieNote,
+                stacklevel=3,
+            )
         for key, tensor in self.model.named_parameters():
             tensor.requires_grad_(self.learned.get(key, any(self.learned.values())))  # untied weights have new names
         for attribute in (HANDLE, "save_pretrained", IGNORED):
@@ -384,7 +423,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     name = name or files.adapter_name(file.name)
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)
-    problems = _misfits(handle, file)
+    problems = fitting.misfits(handle, file)
     if check_base and file.base.get("sha256") not in (None, handle.base_sha256):
         problems.append(
             f"it was trained on another base ({file.base.get('name')}, sha256 {str(file.base['sha256'])[:12]}, "
@@ -394,61 +433,18 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     if not problems:
         spec = install.spec_of(handle, name, file.recipe, {}, file.paths, file.heads, labels)
         computed = starts.added(file.recipe.start) if file.starts_anew else ()
-        problems = _unlike(_expected(handle, spec, computed), file.tensors)
+        problems = fitting.unlike(fitting.expected(handle, spec, computed), file.tensors)
         if not problems and file.constants not in (None, _constants_sha256(handle, spec)):
             problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
     handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=labels, filled=not file.starts_anew)
-    _fill(handle.state(name), file.tensors)
+    fitting.fill(handle.state(name), file.tensors)
     handle.connect()
     handle.activate(name)
     for note in file.notes:
         warnings.warn(f"{folder}: {note}", files.FolderNote, stacklevel=3)
     return handle
-
-
-def _misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
-    """Layers and heads of a file that the model does not have."""
-    put_in = (*handle.layers, *handle.heads)  # what is inside these is loralab's, not the model's
-    there = {path for path, _ in handle.model.named_modules() if not under(path, put_in) or path in put_in}
-    missing = [path for path in [*file.paths, *file.heads] if path not in there]
-    return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"] if missing else []
-
-
-def _expected(handle: AdaptedModel, spec: AdapterSpec, computed: Sequence[str]) -> dict[str, Tensor]:
-    """Key -> a tensor of the shape and dtype that a file must hold for it; roles that are `computed` are left out."""
-    expected: dict[str, Tensor] = {}
-    for path, roles in files.held_roles(spec.recipe, spec.paths).items():
-        shapes = files.layer_shapes(spec.recipe, path, *shape_of(handle.model.get_submodule(path)))
-        expected |= {f"{path}.{role}": shapes[role] for role in roles if role in shapes and role not in computed}
-    expected |= {key: base_tensor(handle.model, key) for key in spec.base_names}
-    old = len(handle.labels.names)
-    for path in spec.heads:
-        head = handle.heads[path].base if path in handle.heads else handle.model.get_submodule(path)
-        with torch.device("meta"):
-            blank = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in head.parameters()}
-            own = own_copy(copy.deepcopy(head, dict(blank)), old, len(spec.labels) or old, Generator())
-        expected |= {f"{path}.{key}": p for key, p in own.named_parameters()}
-    return expected
-
-
-def _unlike(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Why the tensors of a file are not those that a model expects, one phrase each."""
-    problems = []
-    if missing := [key for key in expected if key not in tensors]:
-        problems.append(f"missing tensors: {listed(missing)}")
-    if extra := [key for key in tensors if key not in expected]:
-        problems.append(f"unexpected tensors: {listed(extra)}")
-    unlike = (files.unlike(key, tensors[key], wanted) for key, wanted in expected.items() if key in tensors)
-    return problems + [problem for problem in unlike if problem is not None][:10]
-
-
-def _fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a file into those of a model, which are known to be alike."""
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)
 
 
 def _constants_sha256(handle: AdaptedModel, spec: AdapterSpec) -> str | None:

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters import MERGE_DTYPES, Adapters, load, read
+from loralab.coverage import kind, summary
 from loralab.errors import UserError
 from loralab.files import AdapterFile
 from loralab.inputs import evaluating
-from loralab.stores import LINEAR, keep
-from loralab.targets import kind, summary
+from loralab.kinds import is_product, keep
+from loralab.methods.base import Factors
 from loralab.update import Dense, Update
 
 TOP = 8  # directions to compare by default: the usual rank
@@ -70,7 +71,7 @@ def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Lay
     file = read(folder)
     if model is None:
         return {path: Layer(update, None) for path, update in _from_file(file, folder)}
-    before = {p: keep(m).dense().clone() for p, m in model.named_modules() if type(m) in LINEAR}
+    before = {p: keep(m).dense().clone() for p, m in model.named_modules() if is_product(m)}
     handle = load(model, folder)
     name = handle.only(None)
     spec = handle.spec(name)
@@ -96,7 +97,8 @@ def _from_file(file: AdapterFile, folder: Path | str) -> Iterator[tuple[str, Upd
         share = None if file.recipe.ranks is None else file.recipe.ranks.layers[path].share
         if share is not None:
             p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
-        if not file.recipe.low_rank or not {"A", "B"} <= p.keys():
+        factors: Any = file.recipe.factors
+        if not file.recipe.low_rank or type(factors).constants is not Factors.constants:
             raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
         yield path, file.recipe.at(path).lower_low_rank(p)
 

@@ -179,7 +179,7 @@ def _scaling(recipe: Recipe) -> float | dict[str, float] | None:
     """What B is multiplied by: one number, or with a rank map one for each layer."""
     if recipe.ranks is None or not hasattr(recipe.factors, "scaling"):
         return getattr(recipe.factors, "scaling", None)
-    return {path: recipe.at(path).factors.scaling for path in recipe.ranks.adapted}  # type: ignore[union-attr]
+    return {path: getattr(recipe.at(path).factors, "scaling", 1.0) for path in recipe.ranks.adapted}
 
 
 # ---- the header ------------------------------------------------------------------------------------------------------
@@ -378,19 +378,22 @@ def held_roles(r: Recipe, paths: Sequence[str]) -> dict[str, list[str]]:
     first: dict[str, str] = {}  # share -> its first layer
     held = {}
     for path in paths:
-        roles = list(r.roles)
+        at = r.at(path) if r.ranks is not None else r
+        roles = list(at.roles)
         layer = None if r.ranks is None else r.ranks.layers[path]
         if layer is not None and layer.gates is not None:
             roles.append("gates")
         if layer is not None and layer.share is not None and first.setdefault(layer.share, path) != path:
-            assert r.factors is not None
-            roles = [role for role in roles if role not in r.factors.shared]
+            assert at.factors is not None
+            roles = [role for role in roles if role not in at.factors.shared]
         held[path] = roles
     return held
 
 
-def layer_shapes(r: Recipe, path: str, out_features: int, in_features: int) -> dict[str, Tensor]:
-    """Role -> a tensor without values that has the shape and dtype of the role in one layer."""
+def layer_shapes(
+    r: Recipe, path: str, out_features: int, in_features: int, count: int | None = None
+) -> dict[str, Tensor]:
+    """Role -> a tensor without values that has the shape and dtype of the role in one layer, or a stack of `count`."""
     at, generator = r.at(path), Generator()
     assert at.factors is not None
     with torch.device("meta"):
@@ -400,7 +403,7 @@ def layer_shapes(r: Recipe, path: str, out_features: int, in_features: int) -> d
         layer = None if r.ranks is None else r.ranks.layers[path]
         if layer is not None and layer.gates is not None:
             shapes["gates"] = torch.empty(len(layer.gates))  # (r,)
-    return shapes
+    return shapes if count is None else {role: t.expand(count, *t.shape) for role, t in shapes.items()}
 
 
 def unlike(key: str, tensor: Tensor, wanted: Tensor) -> str | None:
@@ -426,7 +429,8 @@ def _shape_problems(file: AdapterFile, held: Mapping[str, list[str]]) -> list[st
             if misfit := file.recipe.at(path).factors.misfit(*size):  # type: ignore[union-attr]
                 wrong.append(f"{misfit} ({path})")
                 continue
-            shapes = layer_shapes(file.recipe, path, *size)
+            A = file.tensors.get(f"{first}.A")
+            shapes = layer_shapes(file.recipe, path, *size, len(A) if A is not None and A.ndim == 3 else None)
             found = (unlike(f"{path}.{role}", file.tensors[f"{path}.{role}"], shapes[role]) for role in roles)
             wrong += [problem for problem in found if problem is not None]
         if len(wrong) >= 10:
@@ -452,6 +456,8 @@ def _layer_size(file: AdapterFile, path: str, first: str) -> tuple[int, int] | s
         b = file.tensors[f"{path}.b"]
         return (len(b), 1) if b.ndim == 1 else f"{path}.b is {tuple(b.shape)}, expected one dimension"
     A, B = (file.tensors[f"{first}.{role}"] for role in "AB")
+    if A.ndim == B.ndim == 3 and len(A) == len(B):  # a stack of experts
+        return B.shape[1], A.shape[2]
     if A.ndim != 2 or B.ndim != 2:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} of {listed([path])}: expected two dimensions each"
     layers = factors.shape(1, 1)[0]  # that share B (layers * out, r)

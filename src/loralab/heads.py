@@ -31,6 +31,15 @@ def outside_backbone(model: nn.Module) -> list[str]:
     return [name for name, child in model.named_children() if child is not backbone]
 
 
+def output_layer(model: nn.Module) -> str | None:
+    """The path of a language model's output layer, where it is one linear layer with a weight of its own."""
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if find is not None else None
+    if output is None:
+        return None
+    return next((path for path, module in model.named_modules() if module is output), None)
+
+
 def under(key: str, paths: Sequence[str]) -> bool:
     """Whether a tensor or module of that name lies in one of the modules."""
     return any(key == path or key.startswith(path + ".") for path in paths)

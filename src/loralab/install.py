@@ -1,23 +1,32 @@
 """Install an adapter on a model: everything that can be wrong is checked first, then layers and heads are put in."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import rankmap
+from loralab import kinds, rankmap
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
+from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
-from loralab.heads import head_of, outside_backbone, own_copy, under
+from loralab.experts import AdaptedExperts, AdaptedStack, open_stack
+from loralab.heads import head_of, output_layer, outside_backbone, own_copy, under
+from loralab.kinds.stack import Stack
 from loralab.layer import Adapted, AdaptedHead, Constants, put_back
 from loralab.methods import starts
-from loralab.methods.base import Roles
+from loralab.methods.base import Factors, Roles
 from loralab.methods.starts import InputDirections
-from loralab.recipe import Recipe, recipe
+from loralab.own_forward import adapted
+from loralab.rankmap import LayerRank, RankMap
+from loralab.reach import obstacle
+from loralab.read_past import is_read_past
+from loralab.recipe import Recipe, check, recipe
 from loralab.stores import keep
-from loralab.targets import ALL, Coverage, Targets, cover, obstacle, paths_to, shape_of
+from loralab.stores.float import Float
+from loralab.targets import ALL, Targets, all_paths, cover, layer_at, paths_to, shape_of
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -30,9 +39,12 @@ def spec_of(
     targets: Targets,
     head: bool | Sequence[str],
     labels: Sequence[str],
+    exclude: Sequence[str] = (),
+    tokens: Sequence[int] = (),
 ) -> AdapterSpec:
     """The specification of an adapter. Raises UserError for what cannot be added, before anything has changed."""
-    for what, names in {"targets": targets, "head": head, "labels": labels}.items():
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for what, names in {"targets": targets, "head": head, "labels": labels, "exclude": exclude}.items():
         check_once(what, () if isinstance(names, str | bool) else names)
     r = recipe(method, **settings)
     if r.policy and r.ranks is None:
@@ -48,7 +60,15 @@ def spec_of(
         )
     heads = tuple(own_head) if head is True else tuple(head or ())
     _check_heads(handle, heads, labels)
-    coverage = None if r.factors is None else _cover(handle, r, targets, [*heads, *own_head])
+    if r.factors is None and exclude:
+        raise UserError(f"exclude={list(exclude)} with method {method!r}: it adapts no layer, so leave it out")
+    if r.factors is None and len(tokens):
+        raise UserError(f"tokens={list(tokens)[:4]} with method {method!r}: it adapts no layer, so leave them out")
+    r, coverage = (r, None) if r.factors is None else _cover(handle, r, targets, exclude, heads)
+    if coverage is not None and len(tokens):
+        r, coverage = _with_tokens(handle, r, coverage, tokens)
+    if coverage is not None and r.ranks is not None:
+        coverage = replace(coverage, tokens=_token_values(handle, r.ranks))
     if r.store:
         keep(nn.Linear(8, 8), r.store)  # a trial: a missing package is reported before anything has changed
     if not heads and coverage is None and r.learn_base is None:
@@ -94,27 +114,124 @@ def _check_name(handle: AdaptedModel, name: str, r: Recipe) -> None:
         raise UserError(f"train={r.train} changes the base that {', '.join(handle.names)} rely on: use a fresh model")
 
 
-def _cover(handle: AdaptedModel, r: Recipe, targets: Targets, outside: Sequence[str]) -> Coverage:
+def _cover(
+    handle: AdaptedModel, r: Recipe, targets: Targets, exclude: Sequence[str], heads: Sequence[str]
+) -> tuple[Recipe, Coverage]:
+    """The recipe at ranks that every layer can have, and the layers that it is on."""
     assert r.factors is not None
-    if targets == ALL:  # the linear layers of the backbone: an output layer tied to the embeddings is none of them
-        outside = [*outside, *outside_backbone(handle.model)]
-    coverage = cover(handle.model, targets, outside)
-    shapes = {path: shape_of(handle.model.get_submodule(path)) for path in coverage.paths}
+    own_head = [path for path in head_of(handle.model) if path not in heads]
+    output = output_layer(handle.model)  # it can be adapted, by name; what else is a head can be trained only
+    beside = [*outside_backbone(handle.model), *([] if output is None else [output])]
+    outside = [*heads, *(path for path in own_head if path != output or targets == ALL)]
+    coverage = cover(handle.model, targets, outside, exclude, beside)
+    if output in own_head and output not in coverage.paths:  # it is no part of the backbone that is counted
+        coverage = replace(coverage, parts=tuple(part for part in coverage.parts if part.path != output))
+    shapes = {path: shape_of(layer_at(handle.model, path)) for path in coverage.paths}
     if r.ranks is not None:
         if wrong := rankmap.misfits(r.ranks, shapes, coverage.left):
             raise UserError("rank map: " + "; ".join(wrong))
         coverage = coverage.keep(r.ranks.adapted)
         shapes = {path: shapes[path] for path in coverage.paths}
+    else:
+        r, coverage = _fitting(r, coverage, shapes)
+        shapes = {path: shapes[path] for path in coverage.paths}
+    _check_misfits(r, shapes)
+    _check_kinds(handle, r, shapes)
+    return r, coverage
+
+
+def _with_tokens(handle: AdaptedModel, r: Recipe, coverage: Coverage, tokens: Sequence[int]) -> tuple[Recipe, Coverage]:
+    """The recipe with these tokens of the embedding of the input, and of an output layer tied to it, as one."""
+    find = getattr(handle.model, "get_input_embeddings", None)
+    words = find() if find is not None else None
+    path = next((path for path, module in handle.model.named_modules() if module is words), None)
+    if words is None or path is None or kinds.kind_of(getattr(words, "original", (words,))[0]) is not kinds.EMBEDDING:
+        raise UserError(f"tokens={list(tokens)[:4]}: {type(handle.model).__name__} names no embedding of its input")
+    output = output_layer(handle.model)
+    tied = output is not None and base_tensor(handle.model, f"{output}.weight") is words.weight
+    if both := [p for p in (path, output) if p in coverage.paths and (p == path or tied)]:
+        raise UserError(f"tokens: {both[0]} is a target too, so all of its values learn already: leave one out")
+    if problem := kinds.refusal(getattr(words, "original", (words,))[0]):
+        raise UserError(f"tokens of {path}: {problem}")
+    size = shape_of(words)[1]
+    one = LayerRank(len(tokens), "tokens" if tied else None, tokens=tuple(sorted(tokens)), vocabulary=size)
+    rows = {path: one, **({output: replace(one, rows=True)} if tied and output is not None else {})}
+    plain = {p: LayerRank(getattr(r.factors, "rank", 1)) for p in coverage.paths} if r.ranks is None else r.ranks.layers
+    r = check(replace(r, ranks=RankMap({**plain, **rows})))
+    return r, replace(coverage, matched={**coverage.matched, "tokens": list(rows)}, left=coverage.left)
+
+
+def _token_values(handle: AdaptedModel, ranks: RankMap) -> dict[str, int]:
+    """Path -> how many values of a layer learn, of which single tokens do; what is shared counts in the first."""
+    of_tokens = [path for path, layer in ranks.adapted.items() if layer.tokens is not None]
+    shapes = {path: shape_of(layer_at(handle.model, path)) for path in of_tokens}
+    sizes = {p: ranks.layers[p].rank * (shape[1] if ranks.layers[p].rows else shape[0]) for p, shape in shapes.items()}
+    first = next(iter(of_tokens), None)
+    return {p: n if p == first or ranks.layers[p].share is None else 0 for p, n in sizes.items()}
+
+
+def _fitting(r: Recipe, coverage: Coverage, shapes: Mapping[str, tuple[int, int]]) -> tuple[Recipe, Coverage]:
+    """Give layers that are too small for the rank the largest that they can have, or leave them alone.
+
+    A method that needs one rank in all layers leaves them alone. Where every layer is too small, nothing is changed.
+    """
+    factors = r.factors
+    small = [path for path, shape in shapes.items() if factors.misfit(*shape)]  # type: ignore[union-attr]
+    largest = {path: _largest(r, shapes[path]) for path in small}
+    if not small or len(small) == len(shapes):
+        return r, coverage
+    if all(largest.values()):
+        ranks = RankMap({path: largest.get(path) or factors.rank for path in shapes})  # type: ignore[union-attr]
+        if not rankmap.problems(factors, ranks):  # type: ignore[arg-type]
+            return replace(r, ranks=ranks), replace(coverage, ranks={p: n for p, n in largest.items() if n is not None})
+    why = f"too small for rank {factors.rank}, and {factors.kind} has one rank in all layers"  # type: ignore[union-attr]
+    return r, coverage.keep([path for path in shapes if path not in small], why)
+
+
+def _largest(r: Recipe, shape: tuple[int, int]) -> int | None:
+    """The largest rank below that of the recipe which a layer of this size can have, if any."""
+    factors: Any = r.factors
+    for rank in range(min(getattr(factors, "rank", 0), *shape), 0, -1):
+        at = replace(factors, rank=rank)
+        if not (at.problems() or at.misfit(*shape) or starts.problems(r.start, at, r.store)):
+            return rank
+    return None
+
+
+def _check_misfits(r: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError if a layer cannot take the method at its rank."""
+    assert r.factors is not None
     own = {path: rankmap.own(r.factors, r.ranks, path) for path in shapes}
     misfits = {path: problem for path, shape in shapes.items() if (problem := own[path].misfit(*shape))}
     if misfits:
         path, problem = next(iter(misfits.items()))
         raise UserError(f"{problem} ({path}; {len(misfits)} of {len(shapes)} layers cannot take it)")
-    stores = {path: layer.store for path, layer in handle.layers.items() if path in shapes}
+
+
+def _check_kinds(handle: AdaptedModel, r: Recipe, paths: Iterable[str]) -> None:
+    """Raise UserError for layers whose kind, or whose store for other adapters, does not go with the recipe."""
+    layers = {path: layer_at(handle.model, path) for path in paths}
+    others = [path for path, layer in layers.items() if not (type(layer) is Adapted or kinds.is_product(layer))]
+    if others and r.start == "eva":
+        raise UserError(f"start='eva' looks at inputs that are vectors, and those of {others[0]} are none: exclude it")
+    if stacks := [path for path, layer in layers.items() if isinstance(layer, Stack | AdaptedStack)]:
+        _check_stacks(r, stacks[0])
+    stores = {path: handle.layers[path].store for path in layers if path in handle.layers and path not in others}
     if clash := [path for path, store in stores.items() if store != r.store]:
         kept = stores[clash[0]] or "as loaded"
         raise UserError(f"store={r.store!r}: {clash[0]} is kept {kept} for {', '.join(handle.names)} already")
-    return coverage
+
+
+def _check_stacks(r: Recipe, path: str) -> None:
+    """Raise UserError for what does not go with a leading axis of experts."""
+    f = r.factors
+    assert f is not None
+    if not (f.low_rank and {"A", "B"} <= set(f.roles)) or f.stepped or type(f).placed is not Factors.placed:
+        raise UserError(f"targets match {path}, a stack of experts, and {f.kind} is for single matrices: exclude it")
+    if r.dropout:
+        raise UserError(
+            f"dropout={r.dropout}: {path} is a stack of experts, whose adapter is added to the weight and sees no x"
+        )
 
 
 # ---- what is put in --------------------------------------------------------------------------------------------------
@@ -125,7 +242,7 @@ class Starts:
 
     def __init__(self, recipe: Recipe) -> None:
         self.layers = {} if recipe.ranks is None else recipe.ranks.layers
-        self.shared = () if recipe.factors is None else recipe.factors.shared
+        self.recipe = recipe
         self.given: dict[str, dict[str, Tensor]] = {}  # share -> role -> tensor
 
     def of(self, path: str, fresh: Roles) -> dict[str, Tensor]:
@@ -135,10 +252,11 @@ class Starts:
             return dict(fresh)
         tensors = dict(fresh)
         if layer.share is not None:
-            made = {role: nn.Parameter(t) if role in self.shared else t for role, t in fresh.items()}
+            shared = self.recipe.at(path).factors.shared  # type: ignore[union-attr]
+            made = {role: nn.Parameter(t) if role in shared else t for role, t in fresh.items()}
             first = self.given.setdefault(layer.share, made)
             # what goes with A and B (a snapshot, say) starts as that of the first layer, but is the layer's own
-            tensors = {role: t if role in self.shared else t.clone() for role, t in first.items()}
+            tensors = {role: t if role in shared else t.clone() for role, t in first.items()}
         if layer.gates is not None:
             tensors["gates"] = tensors["A"].new_tensor(layer.gates)  # (r,)
         return tensors
@@ -152,23 +270,54 @@ def add_layers(
     if factors is None:
         return
     constants = Constants(handle.constants(spec))
-    given = Starts(spec.recipe)
+    given, places = Starts(spec.recipe), all_paths(handle.model)
+    if not handle.specs:
+        put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
     for path in spec.paths:
         W = None  # (out, in); once a layer is stored in fewer bits, its own weight is gone
+        if path not in handle.layers and (stack := open_stack(handle.model, path)) is not None:
+            open_experts(handle, stack.holder[0], path.rpartition(".")[0])
         if path not in handle.layers:
             original = handle.model.get_submodule(path)
-            W = keep(original).dense()
-            if not handle.specs:
-                put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
-            layer = Adapted(original, spec.recipe.store, handle.active, path).train(original.training)
+            W = kinds.keep(original).dense()  # (out, in)
+            layer = adapted(original, spec.recipe.store, handle.active, path).train(original.training)
+            layer.read_past = any(is_read_past(handle.model, place) for place in places[path])
             handle.layers[path] = layer
-            replace_module(handle.model, original, layer)
+            for place in places[path]:
+                handle.model.set_submodule(place, layer)
         layer = handle.layers[path]
         at = spec.recipe.at(path)
-        tensors = starts.blank(start, at.factors, layer.out_features, layer.in_features, generator)
-        if seen is not None:
-            tensors |= starts.begin(start, at.factors, W, layer.base, generator, seen.get(path))
+        tensors = _started(start, at.factors, W, layer.base, generator, seen, path)
         layer.add(name, at, given.of(path, {role: t.to(layer.device) for role, t in tensors.items()}), constants)
+
+
+def _started(
+    start: str,
+    factors: Any,
+    W: Tensor | None,
+    base: Any,
+    generator: Generator,
+    seen: Mapping[str, InputDirections] | None,
+    path: str,
+) -> dict[str, Tensor]:
+    """Role -> starting tensor of a layer, of a stack of experts with a leading axis (n, ...)."""
+    if isinstance(base, Stack):
+        each = [Float(matrix, None) for matrix in base.dense().detach()]
+        drawn = [_started(start, factors, one.weight, one, generator, seen, path) for one in each]
+        return {role: torch.stack([tensors[role] for tensors in drawn]) for role in drawn[0]}
+    tensors = starts.blank(start, factors, base.out_features, base.in_features, generator)
+    if seen is not None:
+        tensors |= starts.begin(start, factors, W, base, generator, seen.get(path))
+    return tensors
+
+
+def open_experts(handle: AdaptedModel, holder: nn.Module, path: str) -> None:
+    """Put a module of experts whose stacks are layers in the place of the model's own."""
+    opened = AdaptedExperts(holder, handle.active, path).train(holder.training)
+    replace_module(handle.model, holder, opened)
+    for name, child in opened.named_children():
+        if isinstance(child, AdaptedStack):
+            handle.layers[f"{path}.{name}"] = child
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -215,12 +364,37 @@ def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
 
 
-def untie(model: nn.Module) -> None:
-    """Let a transformers model know of weights that are no longer one, so that it saves and loads each of them."""
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def untie(model: nn.Module) -> list[str]:
+    """Let a transformers model know of weights that are no longer one, so that it saves and loads each of them.
+
+    Where one is apart, all of them get tensors of their own, as there is one flag in the config for them all. Returns
+    the names of those that were tied until now.
+    """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    apart = [one for one, other in tied.items() if parameters.get(one) is not parameters.get(other)]
-    for key in apart:
-        del tied[key]
-    if apart:
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for one, other in tied.items():  # equal after a merge into both: still one
+        if parameters[one] is not parameters[other] and _equal(parameters[one], parameters[other]):
+            path, _, last = one.rpartition(".")
+            setattr(model.get_submodule(path), last, parameters[other])
+            parameters[one] = parameters[other]
+    apart = [one for one, other in tied.items() if parameters[one] is not parameters[other]]
+    if not apart:
+        return []
+    seen: set[int] = set()
+    for key in dict.fromkeys([*tied.values(), *tied]):
+        p = parameters[key]
+        if id(p) in seen:
+            path, _, last = key.rpartition(".")
+            setattr(model.get_submodule(path), last, nn.Parameter(p.detach().clone(), p.requires_grad))
+        seen.add(id(p))
+    tied.clear()
+    config: Any = model.config
+    kept = config.to_dict()
+    again = type(config).from_dict({**kept, "tie_word_embeddings": False}).to_dict()
+    if again == {**kept, "tie_word_embeddings": False}:  # else the flag says something else too, or nothing (T5)
+        config.tie_word_embeddings = False
+    return apart

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from loralab.active import Active
 from loralab.cache import Cache, keeps
 from loralab.errors import UserError
+from loralab.kinds import keep, restore
 from loralab.methods.gain import row_norms
 from loralab.recipe import Recipe
-from loralab.stores import keep, restore
 from loralab.update import Dense, Update, apply, by_row, each, merged, nothing
 
 FAST = "_loralab_fast"  # marks a module whose forward is not that of its class
@@ -77,6 +77,8 @@ class Constants:
 class Adapted(nn.Module):
     """y = g * (W x + B A x) + b over a frozen base, with the parameters of any number of adapters."""
 
+    read_past = False  # whether a module around the layer reads its weight
+
     def __init__(self, original: nn.Module, store: str | None, active: Active, path: str = "") -> None:
         super().__init__()
         self.base = keep(original, store)
@@ -121,8 +123,18 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in) of the base, as it is kept."""
-        return self.base.dense()  # type: ignore[no-any-return]
+        """The weight (out, in) of the base, as it is kept; with the update in use, where the model reads it itself."""
+        return self.in_use() if self.read_past else self.base.dense()
+
+    def in_use(self) -> Tensor:
+        """The weight (out, in) with the update in use. Raises UserError for rows of several adapters."""
+        if self.active.ids is not None and any(name in self.recipes for name in self.active.names):
+            raise UserError(
+                f"the model reads the weight of {self.path} itself, and rows of several adapters have no one weight: "
+                "use one adapter at a time, or exclude this layer"
+            )
+        W, u = self.base.dense(), self.active_update()
+        return W if u is None else merged(W, u).to(W.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -186,16 +198,16 @@ class Adapted(nn.Module):
         Its weight gets `dtype`, by default that of the model: the one it was loaded in, or was cast to since. A
         quantized weight is dequantized.
         """
+        original = self.original[0]
+        if self.store is None and name not in self.recipes:
+            return restore(original, self.base, None)  # type: ignore[no-any-return]
         W = self.base.dense()  # (out, in)
         own = W.dtype if self.store is None else self.dtype
         if name in self.recipes:
             wide = torch.promote_types(W.dtype, torch.float32)
             with torch.no_grad():
                 W = merged(W.to(wide), each(lambda t: t.to(wide), self.lower(name)))
-        original = self.original[0]
-        restore(original, W.to(dtype or own))
-        original.bias = self.base.bias
-        return original
+        return restore(original, self.base, W.to(dtype or own))  # type: ignore[no-any-return]
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ from loralab.errors import UserError
 from loralab.files import AdapterFile, contents_problems, one_layout
 from loralab.methods import starts
 from loralab.methods.base import Factors
+from loralab.methods.loha import LoHa
 from loralab.methods.lora import LoRA
+from loralab.methods.miss import MiSS
 from loralab.methods.vera import VeRA
-from loralab.rankmap import LayerRank, RankMap
+from loralab.rankmap import LayerRank, RankMap, sized
 from loralab.recipe import Recipe, check
 from loralab.schema import field_problems, listed, problems, shown
 from loralab.update import Dense, Update
@@ -43,7 +46,14 @@ PREFIX = "base_model.model."
 ROLES = {  # PEFT's name of a tensor in a layer -> role
     "lora_A.weight": "A",
     "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
     "lora_magnitude_vector": "m",
+    "hada_w1_a": "B1",
+    "hada_w1_b": "A1",
+    "hada_w2_a": "B2",
+    "hada_w2_b": "A2",
+    "miss_block": "D",
     "vera_lambda_d": "d",
     "vera_lambda_b": "b",
 }
@@ -60,15 +70,23 @@ CONFIG: dict[str, Any] = {  # settings that are read, or do not change what the 
     "fan_in_fan_out": bool | None, "megatron_core": str | None, "runtime_config": SETTINGS,
     "qalora_group_size": int | None, "loftq_config": SETTINGS, "eva_config": SETTINGS, "projection_prng_key": int,
     "save_projection": bool | None, "vera_dropout": float | None, "d_initial": float | None,
-    "init_weights": bool | str | None,
+    "init_weights": bool | None, "alpha": float, "use_effective_conv2d": bool | None, "mini_r": int,
+    "rank_dropout": float | None, "miss_dropout": float | None,
 }  # fmt: skip
-NEEDED = {"LORA": {"peft_type", "r", "lora_alpha"}, "VERA": {"peft_type", "r", "projection_prng_key"}}
+NEEDED = {
+    "LORA": {"peft_type", "r", "lora_alpha"},
+    "VERA": {"peft_type", "r", "projection_prng_key"},
+    "LOHA": {"peft_type", "r", "alpha"},
+    "MISS": {"peft_type", "r"},
+}
 UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
 # init_lora_weights -> start; those that move PEFT's base are taken away here, from the same rule over the same weight
 STARTS = {str(plain): "kaiming" for plain in (True, False, None, "gaussian", "orthogonal", "eva")}
 STARTS |= {"pissa": "pissa", "olora": "olora"}
 METHODS: dict[str, Callable[[dict[str, Any]], Factors]] = {  # peft_type -> config -> factors
     "LORA": lambda c: LoRA(rank=c["r"], alpha=float(c["lora_alpha"]), stabilized=bool(c.get("use_rslora"))),
+    "LOHA": lambda c: LoHa(rank=c["r"], alpha=float(c["alpha"])),
+    "MISS": lambda c: MiSS(rank=c["r"]),
     "VERA": lambda c: VeRA(rank=c["r"], projection_seed=c["projection_prng_key"], source="peft"),
 }
 TASKS = {  # PEFT's task type -> the mapping of transformers that lists its model classes
@@ -79,6 +97,7 @@ TASKS = {  # PEFT's task type -> the mapping of transformers that lists its mode
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose adapters PEFT expects to have a head of their own
 LABELLED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose outputs have names
 PATTERN_SECONDS = 5.0  # that the patterns of one folder may take
 LONGEST_PATTERN = 1000  # characters
@@ -113,7 +132,7 @@ def read(folder: Path) -> AdapterFile:
     headers = tensor_headers(stored)
     _check_ranks(place, config, headers)
     tensors, paths, heads, projection = _sorted(stored, config.get("modules_to_save") or ())
-    recipe = _recipe(place, config, paths)
+    recipe = _smaller(_recipe(place, config, paths), paths, tensors)
     assert recipe.factors is not None
     _check_projection(folder, recipe.factors, projection)
     labels, model_class = _from_metadata(stored)
@@ -167,6 +186,7 @@ def _sorted(place: Path, saved: Collection[str]) -> tuple[dict[str, Tensor], lis
         if layer := TENSOR.fullmatch(key):
             paths[layer["path"]] = None
             key = f"{layer['path']}.{ROLES[layer['name']]}"
+            tensor = _flat(tensor, layer["name"])
         elif key in PROJECTION:
             projection[PROJECTION[key]] = tensor
             continue
@@ -180,6 +200,13 @@ def _sorted(place: Path, saved: Collection[str]) -> tuple[dict[str, Tensor], lis
     return tensors, list(paths), list(heads), projection
 
 
+def _flat(tensor: Tensor, name: str) -> Tensor:
+    """A (r, in * k1 * ...), B (out, r) or m (out,) of a convolution, which PEFT keeps as kernels; else the tensor."""
+    if tensor.ndim < 3:
+        return tensor
+    return tensor.flatten() if ROLES[name] == "m" else tensor.flatten(1)
+
+
 def _head(key: str, saved: Collection[str]) -> str:
     """The module of modules_to_save that holds a tensor: PEFT takes every module whose path ends in such a name."""
     parts = key[: files.LONGEST_NAME].split(".")
@@ -190,12 +217,31 @@ def _head(key: str, saved: Collection[str]) -> str:
 
 def _recipe(place: Path, config: dict[str, Any], paths: list[str]) -> Recipe:
     start = _start(place, config)
-    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or 0)
+    dropout = float(config.get("lora_dropout") or config.get("vera_dropout") or config.get("miss_dropout") or 0)
     try:
         factors = METHODS[config["peft_type"]](config)
         return check(Recipe(factors, start, bool(config.get("use_dora")), dropout=dropout, ranks=_ranks(config, paths)))
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def _smaller(r: Recipe, paths: Sequence[str], tensors: dict[str, Tensor]) -> Recipe:
+    """The recipe with no rank above the sides of its layer; `tensors` become the same updates at these ranks."""
+    if not isinstance(r.factors, LoRA):
+        return r
+    layers = {path: LayerRank(r.factors.rank) for path in paths} if r.ranks is None else dict(r.ranks.layers)
+    found = False
+    for path in paths:
+        A, B = tensors.get(f"{path}.A"), tensors.get(f"{path}.B")
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not min(len(B), A.shape[1]) < len(A) == B.shape[1]:
+            continue
+        u, before = _fitting(Update(A, B)), sized(r.factors, layers[path])
+        rank = len(u.A)
+        one = sized(r.factors, LayerRank(rank, alpha=1.0))
+        layers[path] = LayerRank(rank, alpha=before.scaling / one.scaling)  # type: ignore[attr-defined]
+        tensors[f"{path}.A"], tensors[f"{path}.B"] = u.A.contiguous(), u.B.contiguous()
+        found = True
+    return check(replace(r, ranks=RankMap(layers))) if found else r
 
 
 def _start(place: Path, config: dict[str, Any]) -> str:
@@ -297,11 +343,13 @@ def write(
     heads: Sequence[str],
     base: Mapping[str, Any],
     labels: Sequence[str] = (),
+    sides: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> Path:
     """Write a PEFT LoRA or DoRA folder: ranks may differ by layer, the scaling is folded into B.
 
     `updates`: path -> the lowered update of that layer, which must be low-rank; `gains`: path -> m (out,) where the
-    method has a gain; `head`: key -> tensor of the modules `heads`; `base`: name, class and task_type of the base.
+    method has a gain; `head`: key -> tensor of the modules `heads`; `base`: name, class and task_type of the base;
+    `sides`: path -> what `kinds.sides` says of the layer, where it is no product.
     Raises UserError if the folder cannot be written or holds an adapter in loralab's layout, and for values that are
     not finite.
     """
@@ -310,9 +358,9 @@ def write(
     for path, update in updates.items():
         assert isinstance(update, Update)
         u = _fitting(update)
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = u.A, u.B
+        own = _shaped({"A": u.A, "B": u.B, "m": gains.get(path)}, (sides or {}).get(path))
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in own.items() if tensor is not None}
         ranks[path] = u.A.shape[0]
-    tensors |= {f"{PREFIX}{path}.lora_magnitude_vector": m for path, m in gains.items()}
     tensors |= {PREFIX + key: tensor for key, tensor in head.items()}
     folder = Path(folder)
     one_layout(folder, files.TENSORS, files.HEADER)
@@ -330,6 +378,17 @@ def write(
     return folder
 
 
+def _shaped(roles: Mapping[str, Any], sides: tuple[int, ...] | None) -> dict[str, Tensor | None]:
+    """PEFT's name -> A (r, in), B (out, r) and m (out,) in the shapes that PEFT gives them in such a layer."""
+    A, B, m = (roles[role] for role in ("A", "B", "m"))
+    if sides == ():
+        return {"lora_embedding_A": A, "lora_embedding_B": B, "lora_magnitude_vector": m}
+    if sides is not None:
+        ones = (1,) * (len(sides) - 1)
+        A, B, m = A.unflatten(1, sides), B.reshape(*B.shape, *ones), None if m is None else m.reshape(1, -1, *ones)
+    return {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": m}
+
+
 def _fitting(u: Update) -> Update:
     """The same update at no higher a rank than its matrix (out, in) can have, as some methods stack several pairs."""
     (rank, columns), rows = u.A.shape, len(u.B)
@@ -345,7 +404,7 @@ def _config(base: Mapping[str, Any], heads: Sequence[str], ranks: dict[str, int]
     pattern = {path: r for path, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
-        "task_type": base.get("task_type"),
+        "task_type": None if not heads and base.get("task_type") in HEADED else base.get("task_type"),
         "base_model_name_or_path": base.get("name"),
         "inference_mode": True,
         "r": rank,

@@ -17,6 +17,7 @@ from loralab.disk import read_json, write_json
 from loralab.errors import UserError
 from loralab.methods.base import Factors
 from loralab.methods.lora import LoRA
+from loralab.methods.tokens import Tokens
 
 FORMAT = "loralab rank map"
 
@@ -33,6 +34,12 @@ class LayerRank:
     """One factor from 0 to 1 for every row of A; they do not learn. None is no gates, which is all ones."""
     alpha: float | None = None
     """Scaling numerator of the layer; None is the method's own. PEFT's alpha_pattern."""
+    tokens: tuple[int, ...] | None = None
+    """The tokens of an embedding, or an output layer, whose vectors alone learn, instead of the method; sorted."""
+    vocabulary: int | None = None
+    """Number of tokens of that layer."""
+    rows: bool | None = None
+    """Whether the tokens are the rows of its weight (out, in), as in an output layer, and not the columns."""
 
 
 @dataclass(frozen=True, init=False)
@@ -121,8 +128,8 @@ class RankMap:
 
 
 def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a layer, with gates as a tuple, as JSON has lists only."""
-    return {key: tuple(value) if key == "gates" else value for key, value in row.items()}
+    """The fields of a layer, with gates and tokens as tuples, as JSON has lists only."""
+    return {key: tuple(value) if key in ("gates", "tokens") else value for key, value in row.items()}
 
 
 def _problems(layers: Mapping[str, LayerRank]) -> list[str]:
@@ -138,6 +145,8 @@ def _problems(layers: Mapping[str, LayerRank]) -> list[str]:
                 wrong.append(f"{len(layer.gates)} gates for {path}: expected one for each of its {layer.rank} ranks")
             if out := [gate for gate in layer.gates if not (_number(gate) and 0 <= gate <= 1)]:
                 wrong.append(f"gates out of range for {path}: {out[0]!r}, expected 0 to 1")
+        if (tokens := layer.tokens) is not None and not _whole(tokens, layer):
+            wrong.append(f"tokens={tokens} for {path}: expected different numbers from 0 to {layer.vocabulary}, sorted")
         if layer.alpha is not None and not (_number(layer.alpha) and layer.alpha > 0):
             wrong.append(f"alpha={layer.alpha!r} for {path}: expected above 0")
         if layer.share is not None:
@@ -150,6 +159,15 @@ def _problems(layers: Mapping[str, LayerRank]) -> list[str]:
     return wrong
 
 
+def _whole(tokens: Any, layer: LayerRank) -> bool:
+    """Whether the tokens of a layer are what a layer can have."""
+    if not isinstance(tokens, tuple) or not all(type(n) is int for n in (*tokens, layer.vocabulary)):
+        return False
+    return (
+        list(tokens) == sorted(set(tokens)) and bool(tokens) and 0 <= tokens[0] <= tokens[-1] < (layer.vocabulary or 0)
+    )
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
@@ -159,6 +177,8 @@ def own(factors: Factors, ranks: RankMap | None, path: str) -> Factors:
     if ranks is None:
         return factors
     layer = ranks.layers[path]
+    if layer.tokens is not None:
+        return Tokens(layer.tokens, layer.vocabulary or 0, bool(layer.rows))
     if layer.share is None:
         return sized(factors, layer)
     paths = sorted(ranks.shares[layer.share], key=natural)  # equal maps may list them in different orders
@@ -185,12 +205,15 @@ def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
     if rank is None:
         return [f"ranks with {name}: it has no rank"]
     wrong: dict[str, None] = {}
-    layers = ranks.adapted.values()
+    layers = [layer for layer in ranks.adapted.values() if layer.tokens is None]
+    if len(layers) < len(ranks.adapted) and (factors.stepped or type(factors).placed is not Factors.placed):
+        wrong[f"tokens with {name}: it acts on all layers at every step, or together"] = None
     if _one_rank(factors) and (others := {layer.rank for layer in layers} - {rank}):
         wrong[f"ranks with {name}: its layers have one rank, {rank}, not {min(others)}; 0 leaves a layer out"] = None
-    if ranks.shares and not factors.shared:
+    shared = any(layer.share is not None for layer in layers)
+    if shared and not factors.shared:
         wrong[f"shares with {name}: it has no A and B of its own, its roles are {', '.join(factors.roles)}"] = None
-    elif ranks.shares and type(factors).memory is not Factors.memory:
+    elif shared and type(factors).memory is not Factors.memory:
         wrong[f"shares with {name}: it decides layer by layer, so each needs its own A and B"] = None
     if any(layer.gates for layer in layers) and (type(factors).lower is not LoRA.lower or "gates" in factors.roles):
         wrong[f"gates with {name}: only s B A, one gate for a row of A, takes gates from a map"] = None
@@ -226,7 +249,8 @@ def misfits(ranks: RankMap, shapes: Mapping[str, tuple[int, int]], left: Iterabl
     if unknown:
         wrong.append(f"targets do not match {_some(unknown)}")
     for share, paths in ranks.shares.items():
-        if len({shapes[path] for path in paths if path in shapes}) > 1:
+        of_tokens = ranks.layers[paths[0]].tokens is not None  # of an embedding and, turned, of an output layer
+        if len({shapes[path] for path in paths if path in shapes}) > 1 and not of_tokens:
             sizes = ", ".join(f"{path} ({shapes[path][0]} x {shapes[path][1]})" for path in paths if path in shapes)
             wrong.append(f"share {share!r} needs layers of one shape, got {sizes}")
     return wrong

@@ -17,9 +17,12 @@ from loralab.methods.base import Factors, Roles
 from loralab.methods.delta import DeltaLoRA
 from loralab.methods.dylora import DyLoRA
 from loralab.methods.gain import gain
+from loralab.methods.loha import LoHa
 from loralab.methods.lora import LoRA
+from loralab.methods.miss import MiSS
 from loralab.methods.precond import PreconditionedLoRA
 from loralab.methods.superlora import SuperLoRA
+from loralab.methods.tokens import Tokens
 from loralab.methods.vera import VeRA
 from loralab.policies import POLICIES
 from loralab.rankmap import RankMap, example, own, sized
@@ -112,7 +115,10 @@ class Recipe:
     def at(self, path: str) -> "Recipe":
         """The recipe of one layer, at the rank that the map gives it."""
         assert self.factors is not None
-        return replace(self, factors=own(self.factors, self.ranks, path), ranks=None, policy=None)
+        factors = own(self.factors, self.ranks, path)
+        if isinstance(factors, Tokens):  # none of the other axes is for it
+            return Recipe(factors)
+        return replace(self, factors=factors, ranks=None, policy=None)
 
     def for_steps(self, total_steps: int) -> "Recipe":
         """The recipe for a run of that many steps, with the settings that depend on the length filled in.
@@ -162,6 +168,8 @@ NAMED: dict[str, tuple[Recipe, str]] = {
         Recipe(factors=SuperLoRA(ratio=0.25), lr=2e-3),
         "W x + b + s F(A1 A2) x, F fixed, 4 weights from a number",
     ),
+    "loha": (Recipe(factors=LoHa()), "W x + b + s (B1 A1 * B2 A2) x, * by element"),
+    "miss": (Recipe(factors=MiSS()), "W x + b + D^T S x, S adds up every r-th input"),
     "bitfit": (Recipe(factors=None, train=("bias",), lr=3e-3), "every bias learns"),
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
     "head": (Recipe(factors=None, train=(), lr=3e-3), "only the classification head learns"),

@@ -64,11 +64,14 @@ def each(f: Callable[[Tensor], Tensor], u: U) -> U:
 def apply(x: Tensor, base: Base, u: Update | Dense, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """g * (W x + B A drop(x)) + b for x (..., t, in); with a leading axis on `u`, x is (rows, t, in)."""
     y = base(x) + u.times(x if drop is None else drop(x))  # (..., t, out)
-    if u.gain is None:
-        return y
-    wide = torch.promote_types(u.gain.dtype, torch.float32)
-    more = (u.gain.to(wide) - 1).unsqueeze(-2).to(y.dtype)  # (..., 1, out); bfloat16 has no number between 1 and 1.0078
-    return torch.addcmul(y, y if base.bias is None else y - base.bias.to(y.dtype), more)  # at g = 1 y, bit for bit
+    return y if u.gain is None else gained(y, base.bias, u.gain)
+
+
+def gained(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
+    """g * (y - b) + b for y (..., t, out) and g (..., out); at g = 1 it is y, bit for bit."""
+    wide = torch.promote_types(gain.dtype, torch.float32)
+    more = (gain.to(wide) - 1).unsqueeze(-2).to(y.dtype)  # (..., 1, out); bfloat16 has no number between 1 and 1.0078
+    return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), more)
 
 
 def merged(W: Tensor, u: Update | Dense) -> Tensor:

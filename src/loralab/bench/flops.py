@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from loralab.adapters import Adapters
 from loralab.layer import Adapted
+from loralab.presets import LAYERS
 from loralab.recipe import Recipe
-from loralab.targets import LAYERS
 
 
 @dataclass(frozen=True)

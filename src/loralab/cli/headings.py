@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions
 HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/test_cli.py)
     "Task, data and model": "task tasks data objective text label problem-type validation train-rows rows "
     "validation-rows max-length lengths template loss-on pack model models",
-    "Method": "method methods from-adapter set rank alpha targets ranks layers policy keep rounds span dropout "
+    "Method": "method methods from-adapter set rank alpha targets exclude ranks layers policy keep rounds span dropout "
     "lr-ratio store",
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
     "Protocol": "tune generate-metric generate-rows selection held-out eval-every patience seed",

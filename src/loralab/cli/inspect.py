@@ -11,13 +11,13 @@ from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
 from loralab.cli.plan import show_layers
 from loralab.cli.show import Json, as_json, folder_size, number, pairs, table
+from loralab.coverage import summary
 from loralab.disk import read_json, size_text
 from loralab.errors import UserError
 from loralab.files import AdapterFile
 from loralab.objectives import saved
 from loralab.rankmap import RankMap
 from loralab.recipe import to_json
-from loralab.targets import summary
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PICTURES = (".png", ".svg", ".pdf")

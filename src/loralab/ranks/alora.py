@@ -14,12 +14,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from loralab.adapted import AdaptedModel
+from loralab.coverage import Coverage
 from loralab.errors import UserError
 from loralab.inputs import evaluating
 from loralab.layer import Constants
 from loralab.policies import fixed_ranks
 from loralab.rankmap import LayerRank, RankMap
-from loralab.targets import Coverage
 
 Scores = dict[str, list[float]]  # path -> one score for each of its ranks
 Ranks = dict[str, int]

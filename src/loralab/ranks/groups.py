@@ -3,14 +3,15 @@
 For SuperLoRA (Chen et al., 2024) a share is a group that spans its layers, for LoRA it is one pair (A, B) for all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
+from loralab.coverage import folded
 from loralab.errors import UserError
 from loralab.heads import head_of
 from loralab.rankmap import LayerRank, RankMap
-from loralab.targets import Targets, cover, folded, shape_of
+from loralab.targets import Targets, cover, shape_of
 
 
 def groups(
@@ -19,6 +20,7 @@ def groups(
     rank: int = 8,
     span: int | None = None,
     by: Callable[[str], str] = folded,
+    exclude: Sequence[str] = (),
 ) -> RankMap:
     """The map of a model that is not adapted yet: each group holds at most `span` layers of one kind and shape.
 
@@ -26,7 +28,7 @@ def groups(
     """
     if span is not None and span < 2:
         raise UserError(f"span={span}: expected how many layers a group may have, 2 or more")
-    paths = cover(model, targets, head_of(model)).paths
+    paths = cover(model, targets, head_of(model), exclude).paths
     shares = alike({path: shape_of(model.get_submodule(path)) for path in paths}, span, by)
     return RankMap({path: LayerRank(rank, shares.get(path)) for path in paths})
 

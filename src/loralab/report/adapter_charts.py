@@ -5,8 +5,8 @@ from typing import Any
 
 from loralab import analysis
 from loralab.analysis import Overlap, Spectrum, short
+from loralab.coverage import kind
 from loralab.report.style import INK, SERIES, figure, save, styled
-from loralab.targets import kind
 
 __all__ = ["overlaps", "save", "spectra"]
 

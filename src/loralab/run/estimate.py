@@ -144,7 +144,7 @@ class BlankStep:
         if fake:
             handle._sha256 = "not known without weights"
         handle.add(
-            "estimate", recipe or settings.recipe(), targets=settings.targets, head=self.objective.new_head, filled=fake
+            "estimate", recipe or settings.recipe(), **settings.chosen_layers, head=self.objective.new_head, filled=fake
         )
         setattr(model, HANDLE, handle)
         handle.active.activate("estimate")

@@ -125,7 +125,7 @@ def error_spectrum(work: PolicyInput) -> tuple[RankMap, int, int]:
     s, recipe, model = work.settings, work.recipe, work.fresh()
     heads = attach(model, "head", head=True).spec(None).heads
     assert recipe.store is not None
-    layers = {path: model.get_submodule(path) for path in cover(model, s.targets, heads).paths}
+    layers = {path: model.get_submodule(path) for path in cover(model, **s.chosen_layers, outside=heads).paths}
     return error_map(layers, recipe.store, recipe.factors.rank), 0, 0  # type: ignore[union-attr]
 
 
@@ -134,7 +134,7 @@ def groups(work: PolicyInput) -> tuple[RankMap, int, int]:
     s = work.settings
     with torch.random.fork_rng(), FakeTensorMode():  # sizes without weights
         model = models.blank(s.model, len(work.labels) if work.objective.new_head else None, work.objective.task_type)
-    return layer_groups(model, s.targets, work.recipe.factors.rank, s.span), 0, 0  # type: ignore[union-attr]
+    return layer_groups(model, s.targets, work.recipe.factors.rank, s.span, exclude=s.exclude), 0, 0  # type: ignore[union-attr]
 
 
 # name of a policy -> (map, optimizer steps, rows)
@@ -153,7 +153,7 @@ def _trial_adapter(work: PolicyInput) -> Iterator[Adapters]:
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)  # dropout
         model = work.fresh().to("cuda" if torch.cuda.is_available() else "cpu")
-        common: dict[str, Any] = {"targets": s.targets, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
+        common: dict[str, Any] = {**s.chosen_layers, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
         yield attach(model, replace(work.recipe, policy=None), name="policy", head=work.objective.new_head, **common)
 
 

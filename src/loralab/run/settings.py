@@ -38,7 +38,7 @@ LEAST = {
 }  # fmt: skip
 MOST = {"seed": 2**32 - 1, "threads": 4096}  # numpy takes no larger seed
 POSITIVE = ("lr", "head_lr", "threads", "train_rows", "validation_rows")  # None or above 0
-NOTED = ("targets", "data")  # a study shares them among methods and tasks: where they do nothing, a note says so
+NOTED = ("targets", "exclude", "data")  # a study shares them among methods and tasks: a note says if they do nothing
 OF_RECIPE = ("rank", "alpha", "lr", "lr_ratio", "dropout", "store", "policy")  # flags that are settings of the method
 
 
@@ -57,6 +57,8 @@ class StepSettings:
     targets: str = "all-linear"
     """A preset (all-linear, attention, attention-qv, mlp, ...) or a regular expression over layer paths. Some tasks are
     learned with all linear layers and not with q and v alone."""
+    exclude: tuple[str, ...] = ()
+    """Layers that get no adapter, or modules whose layers get none, by the end of their path; * is one component."""
     lr_ratio: float | None = None
     """Learning rate of B over that of A (LoRA+)."""
     dropout: float | None = None
@@ -130,6 +132,12 @@ class StepSettings:
     def precision(self) -> torch.dtype:
         """The dtype of matrix products on this machine."""
         return precision(self.dtype)
+
+    @property
+    def chosen_layers(self) -> dict[str, Any]:
+        """What says which layers are adapted, as `attach` takes it; nothing for a method that adapts none."""
+        adapts = self.method not in NAMED or NAMED[self.method][0].factors is not None
+        return {"targets": self.targets, "exclude": self.exclude} if adapts else {}
 
     def to_json(self) -> dict[str, Any]:
         """Return every setting as a value of JSON."""
@@ -308,8 +316,7 @@ def _of_policy(name: str) -> Callable[[Settings], str | None]:
 
 
 def _of_layers(s: Settings) -> str | None:
-    adapts = s.method not in NAMED or NAMED[s.method][0].factors is not None
-    return None if adapts else f"method={s.method!r}: it adapts no layer, so targets choose nothing"
+    return None if s.chosen_layers else f"method={s.method!r}: it adapts no layer, so there is none to choose"
 
 
 def _of_glue(s: Settings) -> str | None:
@@ -334,5 +341,6 @@ BELONGS: dict[str, Callable[[Settings], str | None]] = {
         "no generate_metric: no row is answered, so leave it out" if s.generate_metric is None else None
     ),
     "targets": _of_layers,
+    "exclude": _of_layers,
     "data": _of_glue,
 }

@@ -106,7 +106,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     data = (objective, alone, task.sha256, labels, tokenizer)
     work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
     recipe, plan = policies.with_ranks(work)
-    options: dict[str, Any] = {"targets": settings.targets, "labels": labels, "seed": settings.seed}
+    options: dict[str, Any] = {**settings.chosen_layers, "labels": labels, "seed": settings.seed}
     options["head"] = objective.new_head
     if shared is None:
         shared = attach(model, recipe, name=name, batches=start_batches(), **options)

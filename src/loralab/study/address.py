@@ -40,6 +40,7 @@ MODEL_FILES = ("config.json", "*.safetensors", "*.gguf", "tokenizer*", "vocab*",
 Frozen = Mapping[str, tuple[str, Any]]
 SETTINGS: Frozen = {
     "targets": ("targets", "all-linear"),
+    "exclude": ("exclude", ()),
     "objective": ("objective", "classification"),
     "template": ("template", None),  # its hash
     "loss_on": ("loss_on", "auto"),
@@ -104,6 +105,8 @@ OF_KIND: Mapping[str, Frozen] = {  # kind of factors -> its settings; the kinds 
         "beta2": ("beta2", 0.85),
         "orthogonality": ("orthogonality", 0.5),
     },
+    "loha": {**LORA, "rank": ("rank", 4), "alpha": ("alpha", 8.0)},
+    "miss": {"rank": ("rank", 8)},
     "superlora": {
         **LORA,
         "split": ("split", 1),
@@ -134,7 +137,7 @@ def address(settings: Settings) -> str:
 def content(settings: Settings) -> dict[str, Any]:
     """What the address is the hash of."""
     recipe = settings.recipe()
-    left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets"} if recipe.factors is None else set())
+    left_out = NOT_RESULT | IN_RECIPE | IN_HASHES | ({"targets", "exclude"} if recipe.factors is None else set())
     values = {**settings.to_json(), "dtype": str(settings.precision).removeprefix("torch.")}
     values["objective"] = objective_of(settings).name
     if settings.template is not None:

@@ -90,8 +90,8 @@ def estimate_run(s: Settings) -> RunEstimate | None:
     batch = -(-s.batch_size // s.accumulate)
     speed = "off" if s.speed == "compile" else s.speed
     step = EstimateSettings(
-        model=s.model, targets=s.targets, batch_size=batch, max_length=rows.widest, labels=rows.labels,
-        dtype=s.dtype, speed=speed, objective=rows.objective,
+        model=s.model, targets=s.targets, exclude=s.exclude, batch_size=batch, max_length=rows.widest,
+        labels=rows.labels, dtype=s.dtype, speed=speed, objective=rows.objective,
     )  # fmt: skip
     try:
         found = estimate_step(step, s.recipe())
