@@ -127,3 +127,12 @@ def test_attention_that_the_fast_path_computes_itself_is_noted(plainly, tmp_path
     assert not any("attention" in note for note in eager[1]["notes"])
     _, result = plainly(tmp_path / "c", attention="eager", epochs=1)
     assert any("attention='eager' with speed='auto': " in note for note in result["notes"])
+
+
+def test_a_batch_larger_than_the_data_is_said(tiny, own, tmp_path):
+    """The usual batch over few rows means few steps, which is why such a run learns nothing."""
+    result = train(settings(tiny, own, tmp_path / "r", batch_size=500, epochs=2))
+    (note,) = [note for note in result["notes"] if note.startswith("batch_size=500 is more than the ")]
+    assert "an epoch is one step of all of them, so the run has 2 steps" in note
+    exactly = result["protocol"]["train"]
+    assert not any("is more than" in n for n in train(settings(tiny, own, tmp_path / "s", batch_size=exactly))["notes"])

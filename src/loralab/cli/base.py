@@ -88,7 +88,7 @@ def plain(model: str, file: AdapterFile, folder: Path, whole: bool = False) -> m
         lack = f"neither {folder} nor {model} has {listed(random, 3)}"
         if whole:
             raise UserError(
-                f"{lack}: the head would be random; train the adapter with one (head=True), or name a base that has it"
+                f"{lack}: the head would be random; train the adapter with a head, or name a base that has it"
             )
         print(f"note: {lack}, so the head is random", file=sys.stderr)
     return found

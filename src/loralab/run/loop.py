@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from loralab import fast
 from loralab.data.batches import Rows, sorted_batches, width
-from loralab.errors import UserError
+from loralab.errors import UserError, hint
 from loralab.objectives import ragged, saved
 from loralab.run import written
 from loralab.run.bar import Reporter, Silent, named
@@ -76,13 +77,29 @@ def train_together(many: Sequence[Settings], reporter: Reporter | None = None) -
     return [outcomes[i] for i in range(len(many))]
 
 
-def _device_state() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())
+def _device_state(settings: Settings) -> PartialState:
+    """Return what Accelerate knows of this process and its device; it keeps the first device unless it is reset."""
+    state = PartialState(cpu=not settings.gpu)
+    if state.num_processes == 1 and (state.device.type == "cpu") == settings.gpu:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=not settings.gpu)
+    return state
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise UserError for a tracker that does not exist or is not installed: before anything is trained."""
+    if name is None or name in map(str, get_available_trackers()):
+        return
+    names = [str(key) for key in LOGGER_TYPE_TO_CLASS]
+    if name not in names:
+        raise UserError(f"track={name!r} is no tracker{hint(name, names)}: there are {', '.join(names)}")
+    raise UserError(f"track={name!r}: the package {name} is not installed, pip install {name}, or leave it out")
 
 
 def _open(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
     """Lock a folder and return its result if it is finished. Of several processes the first one locks it for all."""
-    if _device_state().is_main_process:
+    check_tracker(settings.track)
+    if _device_state(settings).is_main_process:
         return folder.open(settings.to_json(), settings.resume)
     return read_result(folder.path) if settings.resume and folder.result.is_file() else None
 
@@ -91,11 +108,11 @@ def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Rep
     """Train runs whose folders are open, together as far as that is possible."""
     outcomes: list[Outcome | None] = [None] * len(many)
     try:
-        peak = Peak()
+        peak = Peak(many[0].gpu)
         loop = Loop(prepare_together(many), folders, reporter, peak)
     except Exception as error:
         if len(many) == 1:
-            if _device_state().num_processes > 1:
+            if _device_state(many[0]).num_processes > 1:
                 raise
             outcomes = [failure(error, folders[0])]
     else:
@@ -119,7 +136,7 @@ class Loop:
         self.adapters, model = runs[0].adapters, runs[0].model
         # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
         AcceleratorState._reset_state()
-        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.path)
+        self.choices = fast.enable(model.to(_device_state(s).device), s.precision, s.path)
         if s.checkpointing:
             recompute(model, s.model)
         if not self.alone:
@@ -393,7 +410,7 @@ def _accelerator(run: PreparedRun, autocast: bool) -> Accelerator:
     )
     return Accelerator(
         mixed_precision="bf16" if autocast else "no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not settings.gpu,
         log_with=settings.track,
         project_dir=str(settings.folder) if settings.track else None,
         kwargs_handlers=[unused],

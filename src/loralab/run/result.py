@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import loralab
 from loralab.data.metrics import best
 from loralab.fast.machine import hardware
 from loralab.recipe import to_json
+from loralab.run.settings import Settings
 from loralab.run.setup import PreparedRun
 from loralab.targets import meant_in_vain
 
@@ -32,7 +34,7 @@ def facts(run: PreparedRun) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
         },
-        "hardware": hardware(),
+        "hardware": hardware(run.settings.gpu),
         "precision": str(run.settings.precision).removeprefix("torch."),
         "data": {"sha256": run.task.sha256, "train": len(run.train), "held_out": len(run.held_out or ()),
                  **{key: len(rows) for key, rows in run.validation.items()}},
@@ -100,6 +102,12 @@ def result_of(
     }
 
 
+def _or_layers(settings: Settings) -> str:
+    """Advise to adapt all layers, where fewer are."""
+    usual = next(f.default for f in fields(Settings) if f.name == "targets")
+    return "" if settings.targets == usual or settings.idle() else f"--targets {usual}, "
+
+
 def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
     found, coverage, s = [], run.adapters.coverage(run.name), run.settings
     if coverage is not None and (in_vain := meant_in_vain(coverage, run.model, s.targets)) is not None:
@@ -107,6 +115,6 @@ def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
     if selected["one_class"]:
         found.append(
             f"every validation row is predicted the same class at the selected epoch: {s.method} did not learn "
-            f"{run.task.name}; try another --lr, more --epochs, or --targets all-linear"
+            f"{run.task.name}; try another --lr, more --epochs, {_or_layers(s)}or --tune"
         )
     return found

@@ -28,7 +28,7 @@ LossOn = Literal["auto", "completion", "assistant", "all"]
 HeldOut = Literal["tenth", "unused"]
 REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
 
-NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
+NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every", "device"}  # they change no result
 LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
 SOURCE = ("task", "data", "text", "label", "problem_type", "validation", *LEARNED)  # which rows a run reads
 LEAST = {
@@ -120,6 +120,10 @@ class StepSettings:
         Raises UserError for a setting the method does not have, and for one that is given both ways.
         """
         flags = {key: value for key in OF_RECIPE if (value := getattr(self, key)) is not None}
+        known = options.options(self.method)
+        if idle := [key for key in flags if key not in known]:
+            there = f"it has {', '.join(known)} (loralab methods {self.method})"
+            raise UserError(f"method {self.method!r} has no setting {', '.join(map(repr, idle))}: {there}")
         settings = options.parse(self.method, self.set) if self.set else {}
         if twice := sorted(flags.keys() & settings.keys()):
             raise UserError(f"{', '.join(twice)}: given as a flag and by --set, leave one out")
@@ -129,7 +133,12 @@ class StepSettings:
     @property
     def precision(self) -> torch.dtype:
         """The dtype of matrix products on this machine."""
-        return precision(self.dtype)
+        return precision(self.dtype, self.gpu)
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU is used: one that is there."""
+        return torch.cuda.is_available()
 
     def to_json(self) -> dict[str, Any]:
         """Return every setting as a value of JSON."""
@@ -211,6 +220,9 @@ class Settings(StepSettings):
     and the validation split is read once, at the selected epoch, on at most 5,000 rows."""
     patience: int = 0
     """Stop after this many epochs without a better score; 0 runs all epochs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one, found without being asked for, else the CPU; cpu: the CPU even so. Of several GPUs
+    the environment variable CUDA_VISIBLE_DEVICES chooses."""
     threads: int | None = None
     """Threads of torch; torch chooses by default."""
     checkpoint_every: int = 0
@@ -223,7 +235,7 @@ class Settings(StepSettings):
     def problems(self) -> list[str]:
         """List what is wrong with the values, one phrase each."""
         wrong = super().problems()
-        if self.accumulate > self.batch_size:
+        if self.accumulate > self.batch_size >= 1:
             wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")
         if not 0 <= self.keep <= 1:
             wrong.append(f"keep={self.keep}: expected a share of the importance, 0 to 1")
@@ -235,6 +247,8 @@ class Settings(StepSettings):
             wrong.append(
                 f"held_out='unused' with selection={self.selection!r}: only selection='held-out' holds rows out"
             )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            wrong.append("device='cuda': torch finds no GPU on this machine, leave it out and the CPU is used")
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
         return wrong + [text for key, text in self.idle().items() if key not in NOTED]
@@ -245,6 +259,11 @@ class Settings(StepSettings):
         given = {key: value for key in BELONGS if (value := self.of(key)) != defaults[key]}
         found = {key: reason for key in given if (reason := BELONGS[key](self)) is not None}
         return {key: f"{key}={given[key]} with {reason}" for key, reason in found.items()}
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the run is on a GPU: one that is there, unless the CPU is asked for."""
+        return self.device != "cpu" and super().gpu
 
     @property
     def makes_map(self) -> str | None:

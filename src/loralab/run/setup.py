@@ -102,6 +102,11 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     steps = settings.steps(len(train))
     recipe = recipe.for_steps(steps)
     notes += recipe.notes(steps)
+    if settings.batch_size > len(train):
+        notes.append(
+            f"batch_size={settings.batch_size} is more than the {len(train)} rows to train on: an epoch is one step of "
+            f"all of them, so the run has {steps} steps; a smaller batch takes more"
+        )
     alone = replace(train, packed=False)  # policies and starts run the model itself, which takes no packed rows
     data = (objective, alone, task.sha256, labels, tokenizer)
     work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
