@@ -18,10 +18,10 @@ CHANGES = {  # setting -> a value with which a short run comes to other bits
     "dropout": 0.3, "set": ("stabilized=true",), "store": "int8", "policy": "groups", "seed": 3, "epochs": 2,
     "batch_size": 15, "max_length": 4, "weight_decay": 0.9, "schedule": "constant", "warmup": 0.4, "clip": 0.01,
     "train_rows": 50, "validation_rows": 20, "selection": "last", "speed": "off", "max_steps": 7,
-    "checkpointing": True,
+    "checkpointing": True, "class_weights": "balanced",
     "dtype": "float32" if fast_bfloat16() else "bfloat16",
 }  # fmt: skip
-NO_BITS = {"accumulate", "generate_metric"}  # the gradient is the same, or there is none any more
+NO_BITS = {"accumulate", "generate_metric", "select_by"}  # the gradient is the same, or there is none any more
 ELSEWHERE = {  # setting -> the tests that show what it does
     "held_out": "test_endpoints.py", "from_adapter": "test_begin.py", "pack": "test_objectives.py",
     "eval_every": "test_objectives.py", "max_time": "test_objectives.py",

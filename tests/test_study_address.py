@@ -113,7 +113,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
     "selection": "last", "patience": 3, "eval_every": 7, "max_steps": 9, "max_time": "9m",
     "objective": "multi-label", "checkpointing": True, "held_out": "unused",
-    "generate_metric": "exact",
+    "generate_metric": "exact", "class_weights": "balanced", "select_by": "f1_macro",
 }  # fmt: skip
 OF_POLICY = {"drop": {"keep": 0.5}, "alora": {"rounds": 2}, "groups": {"span": 2}}  # refused with another policy
 

@@ -60,13 +60,13 @@ def check_counts(**counts: int | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
 
 
-def check_out(path: Path | None) -> None:
+def check_out(path: Path | None, flag: str = "--out") -> None:
     """Raise UserError for a file of answers that exists, or whose kind cannot be written."""
     if path is not None and path.exists():
-        raise UserError(f"--out {path} exists: choose a new file")
+        raise UserError(f"{flag} {path} exists: choose a new file")
     kinds = (*tables.WRITERS, ".parquet")
     if path is not None and path.suffix.lower() not in kinds:
-        raise UserError(f"--out {path}: a name ending in {', '.join(kinds)} was expected")
+        raise UserError(f"{flag} {path}: a name ending in {', '.join(kinds)} was expected")
 
 
 def plain(model: str, file: AdapterFile, folder: Path, whole: bool = False) -> models.Pretrained:

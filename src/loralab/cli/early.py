@@ -12,7 +12,7 @@ from loralab import model_names
 from loralab.errors import UserError
 
 PATHS = {  # command -> its flags whose values are files or folders that must be there (tests/test_wrong_commands.py)
-    "train": ("--data", "--validation", "--template", "--ranks", "--from-adapter"),
+    "train": ("--data", "--validation", "--template", "--ranks", "--from-adapter", "--label-map"),
     "plan": ("--ranks",),
     "study": ("", "--data"),
     "report": ("", "--published"),

@@ -24,17 +24,18 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from loralab import fast
+from loralab.data import tables
 from loralab.data.batches import Rows, sorted_batches, width
 from loralab.errors import UserError, hint
-from loralab.objectives import ragged, saved
+from loralab.objectives import learned, ragged, saved
 from loralab.run import written
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
 from loralab.run.records import read_result
-from loralab.run.result import facts, result_of
+from loralab.run.result import facts, lost_classes, result_of, skipped_rows
 from loralab.run.settings import Settings
-from loralab.run.setup import PreparedRun, prepare_together, recompute
+from loralab.run.setup import PreparedRun, prepare_together, recompute, reported
 from loralab.run.sharing import Outputs, forward, passes, with_same_rows
 from loralab.run.state import RunState, failure
 from loralab.run.step import Forward
@@ -212,7 +213,7 @@ class Loop:
         together = {"speed": [vars(choice) for choice in self.choices], "together": len(self.states)}
         if not (state.settings.resume and folder.started):
             if main:
-                folder.begin(facts(state.run) | together)
+                folder.begin(facts(state.run) | together, skipped_rows(state.run.task))
             return
         folder.check_same(facts(state.run))
         found, p = state.load_checkpoint(lambda text: self._say(state, text)), state.progress
@@ -374,11 +375,16 @@ class Loop:
         with self.accelerator.autocast():
             found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings)
         result["metrics"] = {**result["metrics"], **found}
+        split, wrong = next(iter(run.validation)), None
+        predicted, truth = (state.predictions[f"{split}/{what}"].numpy() for what in ("logits", "labels"))
+        result["learned"] = {"split": split, **learned.learned(run.task, predicted, truth)}
+        result["warnings"] += lost_classes(result)
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
                 saved.save(state.folder.path / "adapter", run.task, run.settings.max_length)
-            state.folder.finish(result, state.predictions)
+                wrong = learned.worst(run.task, reported(run.task, run.settings), run.validation[split], predicted)
+            state.folder.finish(result, state.predictions, "" if wrong is None else tables.render(wrong, ".csv"))
         for warning in result["warnings"]:
             self._say(state, f"warning: {warning}")
         self.accelerator.wait_for_everyone()

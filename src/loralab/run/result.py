@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import loralab
+from loralab.data import Task, tables
 from loralab.data.metrics import best
 from loralab.fast.machine import hardware
 from loralab.recipe import to_json
@@ -43,6 +44,14 @@ def facts(run: PreparedRun) -> dict[str, Any]:
         "coverage": {key: len(paths) for key, paths in spec.coverage.matched.items()} if spec.coverage else {},
         "notes": list(run.notes),
     }  # fmt: skip
+
+
+def skipped_rows(task: Task) -> str:
+    """Return the rows that a run leaves out, as a CSV of file, row and reason; empty if there are none."""
+    skipped = {} if task.reading is None else task.reading.skipped
+    rows = [(str(path), row, why) for path, mine in skipped.items() for row, why in sorted(mine.items())]
+    columns = dict(zip(("file", "row", "why"), map(list, zip(*rows, strict=True)), strict=False))
+    return tables.render(columns, ".csv") if rows else ""
 
 
 def result_of(
@@ -100,6 +109,18 @@ def result_of(
         "collapsed": selected["one_class"],
         "warnings": _warnings(run, selected),
     }
+
+
+def lost_classes(result: Mapping[str, Any]) -> list[str]:
+    """Warn of classes, types or labels that are found in no row, where the model tells others apart."""
+    learned = result["learned"]
+    lost = [] if result["collapsed"] else learned.get("lost", [])
+    if not lost:
+        return []
+    rows = ", ".join(f"{name!r} ({learned['parts'][name].get('rows', learned['parts'][name].get('spans')):.0f})"
+                     for name in lost[:10]) + ", ..." * (len(lost) > 10)  # fmt: skip
+    balance = "--class-weights balanced, " if "confusion" in learned else ""
+    return [f"lost: {rows} of {learned['split']} are found in no row; try {balance}more rows of them, or more --epochs"]
 
 
 def _or_layers(settings: Settings) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from loralab import options
 from loralab.data import glue
+from loralab.data.reading import Separator
 from loralab.errors import UserError
 from loralab.fast import Speed
 from loralab.fast.machine import precision
@@ -30,7 +31,10 @@ REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an 
 
 NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every", "device"}  # they change no result
 LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
-SOURCE = ("task", "data", "text", "label", "problem_type", "validation", *LEARNED)  # which rows a run reads
+SOURCE = (
+    "task", "data", "text", "label", "problem_type", "validation",
+    "separator", "encoding", "skip_bad_rows", "label_map", *LEARNED,
+)  # fmt: skip  # which rows a run reads
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "rounds": 1, "max_length": 4, "seed": 0,
     "patience": 0, "checkpoint_every": 0, "eval_every": 0, "max_steps": 1, "weight_decay": 0, "clip": 0, "labels": 1,
@@ -163,6 +167,18 @@ class Settings(StepSettings):
     """What the labels of an own file are; auto: classes, unless they are numbers with a fraction."""
     validation: Path | None = None
     """Validation file of an own task; by default a fifth of the file is set apart."""
+    separator: Separator = "auto"
+    """What divides the cells of a CSV or TSV: , or ; or tab or |; by default found by looking at the file."""
+    encoding: str = "auto"
+    """Encoding of an own file, as cp1252 or utf-16; by default UTF-8, or what its byte order mark says, and a guess
+    only for a file that is neither."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, count them in a note and list them in skipped.csv; by default they are
+    refused."""
+    label_map: Path | None = None
+    """JSON file that merges labels of an own file: {"Pos": "pos", "positive": "pos"}."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: rows of a rare class weigh more in the loss, so that every class has the same part of it."""
     template: Path | None = None
     """Chat template (a Jinja file) for objective causal; the tokenizer's own by default."""
     loss_on: LossOn = "auto"
@@ -215,6 +231,8 @@ class Settings(StepSettings):
     """Largest norm of the gradient; 0 turns clipping off."""
     selection: Selection = "held-out"
     """How the epoch is chosen: by a held-out tenth of train, the last one, or (optimistic) by the validation split."""
+    select_by: str | None = None
+    """Metric that chooses the epoch and is reported first, as f1_macro; by default the task's own first one."""
     held_out: HeldOut = "tenth"
     """Which rows are held out: a tenth of train, at most 1,000; or unused: up to 2,000 that --train-rows leaves out,
     and the validation split is read once, at the selected epoch, on at most 5,000 rows."""

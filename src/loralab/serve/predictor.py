@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loralab.cache import Scope
 from loralab.data.batches import Rows, collate, longest, sorted_batches, tokenized
-from loralab.data.checks import any_text
+from loralab.data.checks import texts
 from loralab.errors import UserError
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool
 
@@ -56,7 +56,7 @@ class Predictor:
         elif adapter.sha256 not in (None, self.pool.base_sha256):
             base = f"{adapter.base}, {str(adapter.sha256)[:12]}; here {self.pool.base_sha256[:12]}"
             faults.append(f"adapter {request.adapter!r} is of another base ({base})")
-        faults += [fault for text in request.texts if (fault := _text_fault(text))]
+        faults += [fault] if (fault := _text_fault(request.texts)) else []
         return "; ".join(dict.fromkeys(faults)) or None
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Predictor:
         answers: list[Any] = [None if fault is None else UserError(fault) for fault in faults]
         good = [i for i, fault in enumerate(faults) if fault is None]
         if good:
-            tokens = self._encoded([requests[i] for i in good])
+            tokens = self._encoded([requests[i]._replace(texts=texts(*requests[i].texts)) for i in good])
             folders = [self.adapters[requests[i].adapter].folder for i in good]
             for batch in self._batches(tokens, folders):
                 for j, answer in self._answered(batch, tokens, folders):
@@ -125,11 +125,13 @@ class Predictor:
             yield to_answer(row[: len(adapter.labels)], adapter.labels)
 
 
-def _text_fault(text: Any) -> str | None:
-    if text is None or (isinstance(text, str) and not text.strip()):
+def _text_fault(cells: tuple[Any, ...]) -> str | None:
+    if not cells:
+        return None
+    if all(text is None or (isinstance(text, str) and not text.strip()) for text in cells):
         return "no text"
     try:
-        any_text(text)
+        texts(*cells)
     except ValueError as fault:
         return f"text has {fault}"
     return None
