@@ -177,7 +177,9 @@ def test_evaluate_says_the_same_and_lists_rows_with_their_numbers(cli, tiny, own
     assert [row["row"] for row in rows] == [str(i + 1) for i in range(len(rare))]
     assert [row["text"] for row in rows] == [text for text, _ in rare]
     wrong = list(csv.DictReader((tmp_path / "wrong.csv").open()))
-    assert {int(row["row"]) for row in wrong} == {i + 1 for i, row in enumerate(rows) if row["label"] != row["truth"]}
+    mistakes = {i + 1 for i, row in enumerate(rows) if row["label"] != row["truth"]}
+    assert {int(row["row"]) for row in wrong} <= mistakes
+    assert len(wrong) == min(50, len(mistakes))
     code, out, err = cli(*command)
     assert f"warning: {gone!r} is found in no row" in err
 

@@ -15,6 +15,7 @@ from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
 from loralab.objectives import learned, saved
 from loralab.serve.answers import predictions
+from loralab.serve.loading import model_of
 
 
 def evaluate(
@@ -76,7 +77,7 @@ def evaluate(
     known = saved.read(adapter, file.base.get("task_type"))
     reading = Reading(separator, encoding, skip_bad_rows, known.written)
     found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels), reading)
-    name = base.model_of(model, adapter, file)
+    name = model_of(model, adapter, file)
     handle, tokenizer = base.load(name, adapter)
     split = _rows(found)
     limits = [n for n in (max_length, known.max_length, longest(handle.model)) if n is not None]

@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from loralab import models
 from loralab.cli import base
 from loralab.cli.show import Json, as_bytes
 from loralab.data import checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
 from loralab.objectives import saved
-from loralab.serve import AdapterFolder, Answer, Pool, Predictor, Request, adapter_folders
+from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.answers import answer_rows
+from loralab.serve.loading import model_of
 
 Row = dict[str, Any] | UserError  # what a row is answered, by column
 
@@ -89,7 +86,7 @@ def predict(
     requests = _requests(input, columns, folders, adapter_column, text or [])
     before = time.perf_counter()
     if all(folder.objective == "classification" for folder in folders.values()):
-        predictor = _predictor(model, folders, budget, (batch_size, rank, max_length))
+        predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length)
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
         answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
@@ -133,22 +130,6 @@ def _text(path: Path, columns: list[str], adapter: AdapterFolder) -> tuple[str, 
     )
 
 
-def _predictor(
-    model: str | None,
-    folders: Mapping[str, AdapterFolder],
-    budget: int | None,
-    rest: tuple[int, int | None, int | None],
-) -> Predictor:
-    name = base.shared(model, folders.values())
-    first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
-    spare: list[nn.Module] = [first]
-
-    def new_base() -> nn.Module:
-        return spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
-
-    return Predictor(Pool(new_base, budget), tokenizer, folders, *rest)
-
-
 def _each_alone(
     requests: Sequence[Request],
     folders: Mapping[str, AdapterFolder],
@@ -164,7 +145,7 @@ def _each_alone(
         folder = folders[name].folder
         file = base.read(folder)
         known = saved.read(folder, file.base.get("task_type"))
-        handle, tokenizer = base.load(base.model_of(model, folder, file), folder)
+        handle, tokenizer = base.load(model_of(model, folder, file), folder)
         cells = [requests[i].texts for i in mine]
         with handle.use(handle.names[0], rank=rank):
             answers = answer_rows(handle, known, cells, tokenizer, max_length, batch_size)

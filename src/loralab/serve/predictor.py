@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loralab import models
 from loralab.cache import Scope
 from loralab.data.batches import Rows, collate, longest, sorted_batches, tokenized
 from loralab.data.checks import texts
 from loralab.errors import UserError
-from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool
+from loralab.serve.loading import shared
+from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool, adapter_folders
 
 
 class Request(NamedTuple):
@@ -44,6 +46,33 @@ class Predictor:
     """Tokens after which a text is cut; None means as many as the base takes."""
     scope: Scope = field(default_factory=Scope)
     """Where the updates that adapters are lowered to are kept; only the pool changes its models."""
+
+    @classmethod
+    def open(
+        cls,
+        adapters: Mapping[str, AdapterFolder] | Sequence[str | Path],
+        model: str | None = None,
+        memory: int | None = None,
+        batch_size: int = 32,
+        rank: int | None = None,
+        max_length: int | None = None,
+    ) -> "Predictor":
+        """Make a predictor of classifiers, from adapter folders over one base, NAME=FOLDER, or `adapter_folders`.
+
+        `model` is the base, by default the one the folders name; `memory` the most bytes that loaded adapters may take.
+        Raises UserError for folders of another kind of task, and where no base is known or can be had.
+        """
+        found = adapters if isinstance(adapters, Mapping) else adapter_folders([str(entry) for entry in adapters])
+        if others := sorted({folder.objective for folder in found.values()} - {"classification"}):
+            raise UserError(f"adapters of {', '.join(others)} answer one at a time: open each with loralab.pipeline")
+        name = shared(model, found.values())
+        first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
+        spare: list[Any] = [first]
+
+        def new_base() -> Any:
+            return spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
+
+        return cls(Pool(new_base, memory), tokenizer, found, batch_size, rank, max_length)
 
     def fault(self, request: Request) -> str | None:
         """Say what is wrong with a request, as far as that is known without loading its adapter; None if nothing."""
