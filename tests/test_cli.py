@@ -210,7 +210,7 @@ def test_a_wrong_setting_is_one_line(refused, tiny, own, monkeypatch, given, tol
         ("sentence,label\na cat,1.0\na dog,nan\na dog,2.5\n", "column 'label'"),
         ("sentence,label\na cat,x\n,y\na dog,\n", "2: "),
         ("sentence,label\na cat,x\na dog,x\n", "all labels are 'x'"),
-        ("sentence,label\na cat,x,1\na dog\n", "cannot be read as csv"),
+        ("sentence,label\na cat,x,1\na dog\n", "3 cells where 2 were expected in row 1"),
     ],
 )
 def test_a_file_that_cannot_be_learnt_from_is_one_line(refused, tiny, own, tmp_path, content, told):

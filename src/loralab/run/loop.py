@@ -26,9 +26,11 @@ from torch import Tensor
 from loralab import fast
 from loralab.data import tables
 from loralab.data.batches import Rows, sorted_batches, width
+from loralab.disk import write_text
 from loralab.errors import UserError, hint
+from loralab.model_names import public_name
 from loralab.objectives import learned, ragged, saved
-from loralab.run import written
+from loralab.run import card, written
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
@@ -364,8 +366,8 @@ class Loop:
     def _finish(self, state: RunState) -> dict[str, Any]:
         """Save the adapter of the selected epoch and write the result. Raises RunInterrupted."""
         state.restore_best()
-        run, p = state.run, state.progress
-        if state.settings.reads_validation_once:
+        run, p, s = state.run, state.progress, state.settings
+        if s.reads_validation_once:
             state.report({key: self._predictions([state], rows)[0] for key, rows in run.validation.items()})
             if self.accelerator.is_main_process:
                 state.folder.write_metrics(p.history)
@@ -382,7 +384,8 @@ class Loop:
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
-                saved.save(state.folder.path / "adapter", run.task, run.settings.max_length)
+                saved.save(state.folder.path / "adapter", run.task, run.settings.max_length, public_name(s.model))
+                write_text(state.folder.path / "adapter" / card.FILE, card.card(run, result))
                 wrong = learned.worst(run.task, reported(run.task, run.settings), run.validation[split], predicted)
             state.folder.finish(result, state.predictions, "" if wrong is None else tables.render(wrong, ".csv"))
         for warning in result["warnings"]:

@@ -29,7 +29,7 @@ LossOn = Literal["auto", "completion", "assistant", "all"]
 HeldOut = Literal["tenth", "unused"]
 REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
 
-NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every", "device"}  # they change no result
+NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every", "device", "licence"}  # they change no result
 LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
 SOURCE = (
     "task", "data", "text", "label", "problem_type", "validation",
@@ -247,6 +247,8 @@ class Settings(StepSettings):
     """Write a checkpoint every so many optimizer steps, besides the one after each epoch; 0: after each epoch only."""
     track: str | None = None
     """A tracker of Accelerate: tensorboard, wandb, mlflow."""
+    licence: str | None = None
+    """Licence of the adapter, as apache-2.0: it is written into its model card."""
     resume: bool = False
     """Go on with the unfinished run in --out; without one the run starts there."""
 

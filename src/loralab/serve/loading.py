@@ -2,13 +2,44 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from loralab import models
+from loralab import model_names, models
+from loralab.adapters import Adapters, OtherBase, put
 from loralab.errors import UserError
 from loralab.files import AdapterFile, inside
+from loralab.objectives import saved
 from loralab.peft_format import LABELLED, task_type
 from loralab.schema import listed
 from loralab.serve.pool import AdapterFolder, adapter_folders
+
+
+def on_base(
+    model: str,
+    file: AdapterFile,
+    folder: Path,
+    name: str | None = None,
+    whole: bool = False,
+    say: Callable[[str], None] = lambda note: None,
+) -> tuple[Adapters, Any]:
+    """Return (adapters, tokenizer): an adapter on its base. Raises UserError as `plain` and `adapters.put` do.
+
+    A base that is not there, or is another one, is an error that says which is wanted and how to get it.
+    """
+    try:
+        model_names.require(model)
+        base = plain(model, file, folder, whole, say)
+        return put(base.model, file, folder, name or file.name), base.tokenizer
+    except (OtherBase, model_names.NotHere) as error:
+        raise UserError(f"{error}; {wanted(folder, file)}") from error
+
+
+def wanted(folder: Path, file: AdapterFile) -> str:
+    """Say which base an adapter wants and how to get it."""
+    name = saved.read(folder, file.base.get("task_type")).base or file.base.get("name")
+    digest = str(file.base.get("sha256") or "not recorded")[:12]
+    how = f": {model_names.how_to_get(name)}" if isinstance(name, str) else ""
+    return f"the adapter wants the base {name} (sha256 of its tensors {digest}){how}"
 
 
 def model_of(given: str | None, folder: Path, file: AdapterFile) -> str:

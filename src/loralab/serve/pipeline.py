@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loralab import adapters, objectives
-from loralab.adapters import Adapters, put
+from loralab.adapters import Adapters
 from loralab.data import chats
 from loralab.data.batches import longest, sorted_batches
 from loralab.data.reading import counted
@@ -18,7 +18,7 @@ from loralab.objectives.classification import SCORE
 from loralab.objectives.generation import Decoding
 from loralab.objectives.saved import Saved
 from loralab.serve.answers import answer_rows
-from loralab.serve.loading import model_of, plain
+from loralab.serve.loading import model_of, on_base
 
 TEXTS = (["prompt"], ["prompt", "completion"], ["text"])  # columns of a training on texts as they are
 
@@ -127,7 +127,7 @@ def pipeline(
     known = saved.read(folder, file.base.get("task_type"))
     if known.labels is None and file.labels and tuple(file.labels) != SCORE:
         known = replace(known, labels=list(file.labels))
-    base = plain(model_of(model, folder, file), file, folder, whole=objectives.OBJECTIVES[known.objective].new_head)
-    handle = put(base.model, file, folder, file.name)
+    whole = objectives.OBJECTIVES[known.objective].new_head
+    handle, tokenizer = on_base(model_of(model, folder, file), file, folder, whole=whole)
     handle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return Pipeline(folder, handle, base.tokenizer, known, batch_size, rank, Decoding(**decoding))
+    return Pipeline(folder, handle, tokenizer, known, batch_size, rank, Decoding(**decoding))

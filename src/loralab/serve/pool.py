@@ -75,8 +75,8 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
     if not isinstance(base_entry, dict):
         raise UserError(f"{place}: not an adapter header, it names no base")
     own_name, settings = str(header.get("name")), _settings(folder)
-    base = _string(settings.get("model")) or _string(base_entry.get("name"))
     known = saved.read(folder, _string(base_entry.get("task_type")))
+    base = _string(settings.get("model")) or known.base or _string(base_entry.get("name"))
     text = tuple(known.columns) or _text(own_name, settings)
     digest = _string(base_entry.get("sha256"))
     return AdapterFolder(folder, name or own_name, text, base, digest, known.objective, known.written)
