@@ -354,7 +354,7 @@ def test_a_rank_is_refused_for_the_rows_that_have_none(predictor):
         [Request("many", ("a cat",)), Request("pets", ("a cat",)), Request("head", ("a cat",))]
     )
     assert isinstance(answers[0], Answer)
-    assert "--rank 2" in str(answers[1])
+    assert "rank=2" in str(answers[1])
     assert "no rank" in str(answers[2])
     full = predictor().answer([Request("many", ("a cat",))])
     assert full[0].probabilities != pytest.approx(answers[0].probabilities, abs=1e-4)

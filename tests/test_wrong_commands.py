@@ -231,7 +231,7 @@ def test_messages_name_only_flags_that_there_are():
 
 def test_every_path_that_must_be_there_is_looked_at_early():
     """The table of early.py has every flag of type Path but those that are written, and only flags that there are."""
-    written = {"--out", "--plot", "--store"}
+    written = {"--out", "--plot", "--store", "--wrong"}
     for name, function in functions().items():
         table = {flag for flag in early.PATHS.get(name, ()) if flag}
         assert table <= flags(function), name

@@ -91,9 +91,10 @@ def predict(
     else:
         answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
     refuse(input, answers, keep_going)
+    added = _columns(input, list(columns), answers, prefix, keep_going)
     for note in reading.notes():
         print(f"note: {note}", file=sys.stderr)
-    _deliver({**columns, **_columns(input, list(columns), answers, prefix, keep_going)}, input, out, json)
+    _deliver({**columns, **added}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
 
