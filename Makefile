@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures clean
+.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures mistakes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -158,6 +158,9 @@ audit: $(VENV)/dev.stamp  ## is what is installed what the lock names, as it was
 
 cases: $(VENV)/dev.stamp  ## run the programs that once showed a fault, docs/cases.md
 	$(BIN)/python tests/cases.py --write docs/cases.md
+
+mistakes: $(VENV)/dev.stamp  ## run wrong commands and write what they are told, docs/mistakes.md (1 minute)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/test_wrong_commands.py docs/mistakes.md
 
 lock: $(VENV)/lock.stamp  ## make requirements.lock anew from pyproject.toml and constraints.txt (minutes, needs the network)
 	$(BIN)/python tests/lock.py

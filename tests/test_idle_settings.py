@@ -18,10 +18,10 @@ CHANGES = {  # setting -> a value with which a short run comes to other bits
     "dropout": 0.3, "set": ("stabilized=true",), "store": "int8", "policy": "groups", "seed": 3, "epochs": 2,
     "batch_size": 15, "max_length": 4, "weight_decay": 0.9, "schedule": "constant", "warmup": 0.4, "clip": 0.01,
     "train_rows": 50, "validation_rows": 20, "selection": "last", "speed": "off", "max_steps": 7,
-    "checkpointing": True,
+    "checkpointing": True, "class_weights": "balanced",
     "dtype": "float32" if fast_bfloat16() else "bfloat16",
 }  # fmt: skip
-NO_BITS = {"accumulate", "generate_metric"}  # the gradient is the same, or there is none any more
+NO_BITS = {"accumulate", "generate_metric", "select_by"}  # the gradient is the same, or there is none any more
 ELSEWHERE = {  # setting -> the tests that show what it does
     "held_out": "test_endpoints.py", "from_adapter": "test_begin.py", "pack": "test_objectives.py",
     "eval_every": "test_objectives.py", "max_time": "test_objectives.py",
@@ -129,3 +129,12 @@ def test_attention_that_the_fast_path_computes_itself_is_noted(plainly, tmp_path
     assert not any("attention" in note for note in eager[1]["notes"])
     _, result = plainly(tmp_path / "c", attention="eager", epochs=1)
     assert any("attention='eager' with speed='auto': " in note for note in result["notes"])
+
+
+def test_a_batch_larger_than_the_data_is_said(tiny, own, tmp_path):
+    """The usual batch over few rows means few steps, which is why such a run learns nothing."""
+    result = train(settings(tiny, own, tmp_path / "r", batch_size=500, epochs=2))
+    (note,) = [note for note in result["notes"] if note.startswith("batch_size=500 is more than the ")]
+    assert "an epoch is one step of all of them, so the run has 2 steps" in note
+    exactly = result["protocol"]["train"]
+    assert not any("is more than" in n for n in train(settings(tiny, own, tmp_path / "s", batch_size=exactly))["notes"])

@@ -208,7 +208,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(plain):
         (["--method", "lroa"], "lroa"),
         (["--model", "./nowhere"], "no folder './nowhere'"),
         (["--max-length", "99"], "--max-length 99: .* takes 40 tokens"),
-        (["--batch-size", "0"], "batch_size=0: expected 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
         (["--store", "int3"], "int3"),
     ],
 )

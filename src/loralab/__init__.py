@@ -18,11 +18,19 @@ if TYPE_CHECKING:
     from loralab.recipe import NAMED, Recipe, recipe
 
 __version__ = "0.1.0"
-__all__ = ["NAMED", "Adapters", "LayerRank", "RankMap", "Recipe", "UserError", "attach", "load", "recipe"]
+__all__ = ["NAMED", "Adapters", "LayerRank", "RankMap", "Recipe", "UserError", "attach", "load", "pipeline", "recipe"]
 _MODULES = {  # name -> where it is defined
     "Adapters": "adapters", "attach": "adapters", "load": "adapters", "UserError": "errors", "LayerRank": "rankmap",
     "RankMap": "rankmap", "NAMED": "recipe", "Recipe": "recipe",
 }  # fmt: skip
+
+
+def pipeline(adapter: Any, model: str | None = None, **options: Any) -> Any:
+    """Open an adapter folder as a function from rows to answers: `pipeline("runs/reviews/adapter")(["a text"])`.
+
+    See `loralab.serve.pipeline.pipeline` for the options and what the function takes and returns.
+    """
+    return import_module("loralab.serve.pipeline").pipeline(adapter, model, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -93,6 +93,10 @@ def of(model: nn.Module) -> "Adapters":
     return getattr(model, HANDLE)  # type: ignore[no-any-return]
 
 
+class OtherBase(UserError):
+    """An adapter and a base that it was not trained on."""
+
+
 class Adapters(AdaptedModel):
     """All adapters of one model. Made by `attach` and `load`."""
 
@@ -242,8 +246,12 @@ class Adapters(AdaptedModel):
         )
         return files.write(file, folder)
 
-    def export(self, folder: Path | str, name: str | None = None, layout: str = "peft") -> Path:
+    def export(
+        self, folder: Path | str, name: str | None = None, layout: str = "peft", base_name: str | None = None
+    ) -> Path:
         """Write the adapter for other tools; the one layout is "peft", which vLLM and others read too.
+
+        `base_name` is what the folder calls the base, by default its hub name, or the last part of its folder's name.
 
         Raises UserError for another layout, for an adapter that is no low-rank product or holds values that are not
         finite, and for a folder that holds an adapter in loralab's layout.
@@ -264,7 +272,7 @@ class Adapters(AdaptedModel):
         sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
         head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
         base = _base_name(self.model)
-        base["name"] = getattr(getattr(self.model, "config", None), "_name_or_path", None)  # a path is of use to PEFT
+        base["name"] = base_name or base["name"]
         return peft_format.write(
             folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]), sides
         )
@@ -427,7 +435,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     if check_base and file.base.get("sha256") not in (None, handle.base_sha256):
         problems.append(
             f"it was trained on another base ({file.base.get('name')}, sha256 {str(file.base['sha256'])[:12]}, "
-            f"here {handle.base_sha256[:12]}); load that base, or pass check_base=False if you know better"
+            f"here {handle.base_sha256[:12]}); load that base"
         )
     labels = file.labels if file.heads else ()  # without a head of its own, the outputs are those of the model
     if not problems:
@@ -437,7 +445,8 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
         if not problems and file.constants not in (None, _constants_sha256(handle, spec)):
             problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
     if problems:
-        raise UserError(f"{folder}: " + "; ".join(problems))
+        other = file.base.get("sha256") not in (None, handle.base_sha256)
+        raise (OtherBase if check_base and other else UserError)(f"{folder}: " + "; ".join(problems))
     handle.add(name, file.recipe, targets=file.paths, head=file.heads, labels=labels, filled=not file.starts_anew)
     fitting.fill(handle.state(name), file.tensors)
     handle.connect()

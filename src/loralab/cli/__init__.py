@@ -6,13 +6,17 @@ Nothing slow is imported before a command is known.
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
+from cyclopts.exceptions import CoercionError, MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
+from loralab.cli import early
 from loralab.cli.headings import Headed
+from loralab.cli.wording import kind, spelled
 from loralab.errors import UserError, hint, near
 
 COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when it is called
@@ -81,6 +85,16 @@ STOPPED = {  # command -> how to go on after an interrupt
     "train": "; --resume continues the run from its last checkpoint",
     "study": "; the same command continues the study",
 }
+DOING = {  # command that takes long -> what it does first
+    "demo": "loads the model and the embedded task, then trains three ways",
+    "train": "reads the data and loads the model, then trains",
+    "study": "checks every run of the study, then trains those that are not done",
+    "bench": "loads the models, then measures",
+    "evaluate": "loads the adapter and its base, then scores the rows",
+    "predict": "loads the adapters and their base, then answers the rows",
+    "generate": "loads the model, then writes",
+}
+SILENCE = 0.6  # seconds after which DOING is said
 CHATTY = ("bitsandbytes", "transformers")  # libraries that log at import and while loading
 
 
@@ -106,19 +120,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     _quiet()
+    told = _told(words) if argv is None else nullcontext()
     try:
-        app()(words, exit_on_error=False, print_error=False)
+        if words[:1] and words[0] in COMMANDS and not {"--help", "-h"} & {*words}:
+            early.check(words)
+        with told:
+            app()(words, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except BrokenPipeError:  # `loralab methods --json | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, CycloptsError, OSError) as error:
-        print(f"loralab: {' '.join(_message(error, words).split())}", file=sys.stderr)
+        message = spelled(_message(error, words), words[0] if words else "")
+        print(f"loralab: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"loralab: stopped{STOPPED.get(words[0], '') if words else ''}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _told(words: Sequence[str]) -> Iterator[None]:
+    """Say on stderr what a command does if nothing has ended it after a moment: its imports alone take seconds."""
+    doing = DOING.get(words[0] if words else "")
+    timer = threading.Timer(SILENCE, lambda: print(f"loralab {words[0]} {doing} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    if doing and not {"--help", "-h"} & {*words}:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _quiet() -> None:
@@ -155,7 +188,12 @@ def _message(error: Exception, words: Sequence[str]) -> str:
         wrong = near(name, [t for t in words if t.startswith("-")])
         needs = f"{words[0]} needs {name}" + (f", not {wrong}" if wrong else "")
         needs = f"{name} needs a value" if name in words else needs
+        if wrong is None and name not in words and "" not in early.PATHS.get(words[0], ()):
+            bare = next((word for word in words[1:2] if not word.startswith("-")), None)
+            needs += f" (did you mean {name} {bare}?)" if bare else ""
         return f"{needs}; see loralab {words[0]} --help"
+    if isinstance(error, CoercionError) and error.token is not None and error.target_type in (int, float):
+        return f"{error.token.keyword} {error.token.value}: expected {kind(error.target_type)}"
     if isinstance(error, UnusedCliTokensError):
         return f"{words[0]} cannot use {' '.join(error.unused_tokens or ())!r}; see loralab {words[0]} --help"
     if isinstance(error, OSError):

@@ -2,19 +2,17 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loralab import adapters, models
-from loralab.adapters import Adapters, put
+from loralab import adapters
+from loralab.adapters import Adapters
 from loralab.data import tables
 from loralab.errors import UserError
-from loralab.files import AdapterFile, FolderNote, inside
-from loralab.peft_format import LABELLED, task_type
-from loralab.schema import listed
-from loralab.serve import AdapterFolder, adapter_folders
+from loralab.files import AdapterFile, FolderNote
+from loralab.serve.loading import on_base
 
 
 def read(folder: Path, name: str | None = None) -> AdapterFile:
@@ -32,25 +30,11 @@ def load(model: str, folder: Path, name: str | None = None, whole: bool = False)
     Raises UserError for what does not fit, and with `whole` where a part of the head would be random.
     """
     file = read(folder, name)
-    base = plain(model, file, folder, whole)
-    return put(base.model, file, folder, name), base.tokenizer
+    return on_base(model, file, folder, name, whole, _say)
 
 
-def model_of(given: str | None, folder: Path, file: AdapterFile) -> str:
-    """The name of an adapter's base: as given, as its run was given it, or as the folder has it. Raises UserError."""
-    known = None if given else next(iter(adapter_folders([str(folder)]).values()))
-    name = given or (known and known.base) or file.base.get("name")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{folder} names no base: say which with --model")
-    return name
-
-
-def shared(given: str | None, folders: Iterable[AdapterFolder]) -> str:
-    """The name of the base of several adapters, as given or as they all name it. Raises UserError."""
-    bases = sorted({folder.base for folder in folders if folder.base})
-    if given is None and len(bases) != 1:
-        raise UserError(f"the adapters name {', '.join(bases) or 'no base'}: say which base with --model")
-    return given or bases[0]
+def _say(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -67,50 +51,10 @@ def check_idle(given: Mapping[str, bool], where: str) -> None:
         raise UserError(f"{', '.join(idle)} would do nothing {where}: leave {'it' if len(idle) == 1 else 'them'} out")
 
 
-def check_out(path: Path | None) -> None:
+def check_out(path: Path | None, flag: str = "--out") -> None:
     """Raise UserError for a file of answers that exists, or whose kind cannot be written."""
     if path is not None and path.exists():
-        raise UserError(f"--out {path} exists: choose a new file")
+        raise UserError(f"{flag} {path} exists: choose a new file")
     kinds = (*tables.WRITERS, ".parquet")
     if path is not None and path.suffix.lower() not in kinds:
-        raise UserError(f"--out {path}: a name ending in {', '.join(kinds)} was expected")
-
-
-def plain(model: str, file: AdapterFile, folder: Path, whole: bool = False) -> models.Pretrained:
-    """Load the base of an adapter, with a head for it. Raises UserError as `load` does.
-
-    The model class is the one that the folder names; a folder that names none is taken to belong to a classifier if it
-    has a head, else to the class that the base was saved from.
-    """
-    task = _task(file, model)
-    outputs = (_outputs(file) or None) if task in LABELLED else None
-    found = models.pretrained(model, task, outputs)
-    wanted, kind = file.base.get("class"), type(found.model).__name__
-    if wanted != kind and wanted is not None and task_type(wanted) == task:
-        raise UserError(f"{folder} belongs to a {wanted}, and {model} is a {kind}: name the base it was trained on")
-    if task in LABELLED and len(file.labels) == found.model.config.num_labels:
-        found.model.config.id2label = dict(enumerate(file.labels))
-        found.model.config.label2id = {label: i for i, label in enumerate(file.labels)}
-    if random := [key for key in found.drawn if inside(key, file.heads) is None]:
-        lack = f"neither {folder} nor {model} has {listed(random, 3)}"
-        if whole:
-            raise UserError(
-                f"{lack}: the head would be random; train the adapter with one (head=True), or name a base that has it"
-            )
-        print(f"note: {lack}, so the head is random", file=sys.stderr)
-    return found
-
-
-def _task(file: AdapterFile, model: str) -> str:
-    """The task of an adapter's base, as PEFT calls it."""
-    named = file.base.get("task_type") or task_type(file.base.get("class") or "")
-    if named in models.AUTO_CLASSES:
-        return str(named)
-    saved_from = None if file.heads else task_type(models.architecture(model) or "")
-    return saved_from if saved_from not in (None, "FEATURE_EXTRACTION") else "SEQ_CLS"
-
-
-def _outputs(file: AdapterFile) -> int:
-    """Outputs of the head: one a label, or where a folder names no labels the narrowest matrix of its head; 0: none."""
-    head = [t for key, t in file.tensors.items() if inside(key, file.heads)]
-    return len(file.labels) or min((len(t) for t in head if t.ndim == 2), default=0)
+        raise UserError(f"{flag} {path}: a name ending in {', '.join(kinds)} was expected")

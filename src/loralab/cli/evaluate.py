@@ -8,13 +8,14 @@ from typing import Any
 from loralab import objectives
 from loralab.cli import base
 from loralab.cli.show import Json, as_json, table
+from loralab.cli.show_learned import show
 from loralab.data import Split, Task, tables
-from loralab.data.batches import longest
+from loralab.data.batches import Rows, longest
+from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
-from loralab.objectives import saved
+from loralab.objectives import learned, saved
 from loralab.serve.answers import predictions
-
-SHOWN = 30  # classes or types in the table
+from loralab.serve.loading import model_of
 
 
 def evaluate(
@@ -30,6 +31,10 @@ def evaluate(
     max_length: int | None = None,
     rank: int | None = None,
     out: Path | None = None,
+    wrong: Path | None = None,
+    separator: Separator = "auto",
+    encoding: str = "auto",
+    skip_bad_rows: bool = False,
     json: Json = False,
 ) -> None:
     """Score an adapter on a file with labels, or on the validation rows of a task by name.
@@ -56,24 +61,36 @@ def evaluate(
         Rank to evaluate at, for adapters trained for many.
     out: Path
         File for the answer of each row (CSV, TSV, JSON, JSONL or parquet); must not exist.
+    wrong: Path
+        File for the rows that are most wrong, with their numbers and texts; must not exist.
+    separator: Separator
+        What divides the cells of a CSV or TSV; by default found by looking, as in training.
+    encoding: str
+        Encoding of the file; by default UTF-8, else that of the file the adapter learned from.
+    skip_bad_rows: bool
+        Leave out rows that cannot be used; by default they are refused.
     """
     base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
     base.check_out(out)
+    base.check_out(wrong, "--wrong")
     file = base.read(adapter)
     known = saved.read(adapter, file.base.get("task_type"))
-    found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels))
-    name = base.model_of(model, adapter, file)
+    reading = Reading(separator, encoding, skip_bad_rows, known.written)
+    found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels), reading)
+    name = model_of(model, adapter, file)
     handle, tokenizer = base.load(name, adapter)
     split = _rows(found)
     limits = [n for n in (max_length, known.max_length, longest(handle.model)) if n is not None]
     with handle.use(handle.names[0], rank=rank):
         made, rows = predictions(handle, found, split, tokenizer, min(limits, default=512), batch_size)
     labels, objective = rows.labels.numpy(), objectives.of(found)
-    scores, parts = objective.score(found, made, labels), objective.parts(found, made, labels)
+    scores, what = objective.score(found, made, labels), learned.learned(found, made, labels)
     if out is not None:
         tables.write(_answers(found, split, made), out)
+    if wrong is not None:
+        tables.write(_wrong(found, split, rows, made), wrong)
     result: dict[str, Any] = {"adapter": str(adapter), "task": found.name, "objective": found.objective}
-    result |= {"rows": len(rows), "metrics": scores, "parts": parts}
+    result |= {"rows": len(rows), "metrics": scores, "parts": {}, **what}
     if json:
         as_json(result)
         return
@@ -84,15 +101,19 @@ def evaluate(
         ("metric", "value"),
         [(k, f"{v:.4f}") for k, v in scores.items()],
     )
-    if parts:
-        heads = list(next(iter(parts.values())))
-        lines = [(key, *(_number(head, row[head]) for head in heads)) for key, row in list(parts.items())[:SHOWN]]
-        more = f", the first {SHOWN} of {len(parts)}" if len(parts) > SHOWN else ""
-        table(f"by class or type{more}", ("", *heads), lines)
+    show(what)
+    for name in what.get("lost", []):
+        print(f"warning: {name!r} is found in no row, and {adapter} was trained to find it", file=sys.stderr)
 
 
 def _task(
-    known: saved.Saved, task: str, data: Path | None, text: tuple[str, ...], label: str | None, labels: tuple[str, ...]
+    known: saved.Saved,
+    task: str,
+    data: Path | None,
+    text: tuple[str, ...],
+    label: str | None,
+    labels: tuple[str, ...],
+    reading: Reading,
 ) -> Task:
     """Read the rows under the objective and the labels of the adapter."""
     names = labels if known.labels is None and known.objective != "causal" else tuple(known.labels or ())
@@ -100,13 +121,14 @@ def _task(
     if is_file and not text and label is not None:
         text = tuple(known.columns)
     usual = label is None and known.objective == "classification"
-    there = tables.names(Path(task)) if is_file else []
+    with reading.active():
+        there = tables.names(Path(task)) if is_file else []
     if is_file and usual and {*known.columns, "label"} <= {*there} and known.columns:
         text, label = text or tuple(known.columns), "label"
     found = objectives.load(
         task, data, objective=known.objective, text=text, label=label, options=known.options,
         regression=names in (("score",),) and known.objective == "classification" if is_file else None,
-        names=names or None, whole=True,
+        names=names or None, whole=True, reading=reading,
     )  # fmt: skip
     wanted = tuple(found.labels or ())
     if names and names != ("score",) and wanted != names:
@@ -123,8 +145,12 @@ def _cut(truncated: int, rows: int, most: int) -> list[str]:
     return [f"{truncated} of {rows} rows are longer than {most} tokens and were cut"] if truncated else []
 
 
-def _number(head: str, value: float) -> str:
-    return f"{value:,.0f}" if head in ("rows", "spans") else f"{value:.4f}"
+def _wrong(task: Task, split: Split, rows: Rows, made: Any) -> tables.Columns:
+    """Return the columns of the file of rows that are most wrong."""
+    found = learned.worst(task, split, rows, made)
+    if found is None:
+        raise UserError(f"--wrong: {task.objective} cannot tell how wrong a row is, leave it out")
+    return found
 
 
 def _answers(task: Task, split: Split, made: Any) -> dict[str, list[Any]]:
@@ -133,7 +159,7 @@ def _answers(task: Task, split: Split, made: Any) -> dict[str, list[Any]]:
     if answer is None or len(made) != len(split):
         raise UserError(f"--out: {task.objective} has no answer for each row; loralab generate writes texts")
     rows = [answer(task, row, found) for row, found in zip(split.texts, made, strict=True)]
-    columns: dict[str, list[Any]] = {"row": [" | ".join(map(str, row)) for row in split.texts]}
+    columns: dict[str, list[Any]] = {"row": split.rows, "text": [" | ".join(map(str, row)) for row in split.texts]}
     if task.labels is not None and isinstance(split.labels[0], int):
         columns["truth"] = [task.labels[label] for label in split.labels]
     return columns | {key: [row.get(key) for row in rows] for key in rows[0]}

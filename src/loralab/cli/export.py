@@ -7,6 +7,7 @@ from typing import Literal
 from loralab import peft_format
 from loralab.cli import base
 from loralab.disk import check_output_folder
+from loralab.model_names import public_name
 
 
 def export(
@@ -29,6 +30,6 @@ def export(
     """
     check_output_folder(out)
     adapters, _ = base.load(model, folder, name)
-    print(f"exported to {adapters.export(out, layout=layout)}")
+    print(f"exported to {adapters.export(out, layout=layout, base_name=public_name(model))}")
     for note in peft_format.vllm_notes(out):
         print(f"note: {note}", file=sys.stderr)

@@ -19,6 +19,7 @@ from loralab.objectives.generation import Decoding
 from loralab.objectives.templates import template_of
 from loralab.serve import BASE, AdapterFolder, Generator, Pool, adapter_folders
 from loralab.serve.generation import Request
+from loralab.serve.loading import shared
 
 GREEDY = Decoding()
 ANSWER, ERROR = "answer", "error"  # new columns
@@ -164,7 +165,7 @@ def _generator(
 ) -> Generator:
     if model is None and not folders:
         raise UserError("no base: name it with --model, or give --adapters")
-    name = base.shared(model, folders.values())
+    name = shared(model, folders.values())
 
     def load() -> tuple[Any, Any]:
         return models.fresh(name, "CAUSAL_LM", None, torch.float32, seed=0)

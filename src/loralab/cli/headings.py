@@ -5,18 +5,21 @@ from typing import Any
 from cyclopts.help import DefaultFormatter, HelpPanel
 from rich.console import Console, ConsoleOptions
 
+FIRST = "What everyone needs"  # the panel that opens the help of a command with many flags
 HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/test_cli.py)
-    "Task, data and model": "task tasks data objective text label problem-type validation train-rows rows "
-    "validation-rows max-length lengths template loss-on pack model models",
+    FIRST: "task text label model out",
+    "Task and data": "tasks data objective problem-type validation separator encoding skip-bad-rows label-map "
+    "train-rows rows validation-rows max-length lengths template loss-on pack models",
     "Method": "method methods from-adapter set rank alpha targets exclude ranks layers policy keep rounds span dropout "
     "lr-ratio store",
-    "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip",
-    "Protocol": "tune generate-metric generate-rows selection held-out eval-every patience seed",
+    "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip "
+    "class-weights",
+    "Protocol": "tune generate-metric generate-rows selection select-by held-out eval-every patience seed",
     "Measurement": "epoch together cost mixed loaded profile repeats",
     "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going memory",
     "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
-    "Run": "show-rows out resume "
-    "checkpoint-every dtype dtypes speed checkpointing attention threads track markdown json",
+    "Run": "show-rows resume licence "
+    "checkpoint-every device dtype dtypes speed checkpointing attention threads track markdown json",
 }
 MANY = 15  # flags
 

@@ -18,6 +18,7 @@ from loralab.files import AdapterFile
 from loralab.objectives import saved
 from loralab.rankmap import RankMap
 from loralab.recipe import to_json
+from loralab.serve.loading import plain
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PICTURES = (".png", ".svg", ".pdf")
@@ -110,7 +111,7 @@ def _check(top: int, plot: Path | None) -> None:
 
 
 def _updates(folder: Path, model: str | None) -> dict[str, Layer]:
-    return analysis.updates(folder, None if model is None else base.plain(model, read(folder), folder).model)
+    return analysis.updates(folder, None if model is None else plain(model, read(folder), folder).model)
 
 
 def _updates_or_note(folder: Path, model: str | None) -> dict[str, Layer]:

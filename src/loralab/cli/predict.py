@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from loralab import models
 from loralab.cli import base
 from loralab.cli.show import Json, as_bytes
 from loralab.data import checks, tables
+from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
 from loralab.objectives import saved
-from loralab.report.numbers import spans
-from loralab.serve import AdapterFolder, Answer, Pool, Predictor, Request, adapter_folders
+from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.answers import answer_rows
+from loralab.serve.loading import model_of
 
 Row = dict[str, Any] | UserError  # what a row is answered, by column
 
@@ -38,6 +35,8 @@ def predict(
     memory: str | None = None,
     keep_going: bool = False,
     prefix: str = "",
+    separator: Separator = "auto",
+    encoding: str = "auto",
     json: Json = False,
 ) -> None:
     """Answer every row of a CSV, TSV, JSON or parquet file; rows of different adapters share batches.
@@ -72,20 +71,30 @@ def predict(
         Answer what can be answered; the other rows carry an error.
     prefix: str
         What the new columns' names begin with.
+    separator: Separator
+        What divides the cells of a CSV or TSV; by default found by looking, as in training.
+    encoding: str
+        Encoding of the input; by default UTF-8, else that of the file the adapter learned from.
     """
     base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
     base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
-    columns = tables.read_all(input)
+    likely = next((folder.written for folder in folders.values() if folder.written), {})
+    reading = Reading(separator, encoding, likely=likely)
+    with reading.active():
+        columns = tables.read_all(input)
     requests = _requests(input, columns, folders, adapter_column, text or [])
     before = time.perf_counter()
     if all(folder.objective == "classification" for folder in folders.values()):
-        predictor = _predictor(model, folders, budget, (batch_size, rank, max_length))
+        predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length)
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
         answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
     refuse(input, answers, keep_going)
-    _deliver({**columns, **_columns(input, list(columns), answers, prefix, keep_going)}, input, out, json)
+    added = _columns(input, list(columns), answers, prefix, keep_going)
+    for note in reading.notes():
+        print(f"note: {note}", file=sys.stderr)
+    _deliver({**columns, **added}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
 
@@ -122,22 +131,6 @@ def _text(path: Path, columns: list[str], adapter: AdapterFolder) -> tuple[str, 
     )
 
 
-def _predictor(
-    model: str | None,
-    folders: Mapping[str, AdapterFolder],
-    budget: int | None,
-    rest: tuple[int, int | None, int | None],
-) -> Predictor:
-    name = base.shared(model, folders.values())
-    first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
-    spare: list[nn.Module] = [first]
-
-    def new_base() -> nn.Module:
-        return spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
-
-    return Predictor(Pool(new_base, budget), tokenizer, folders, *rest)
-
-
 def _each_alone(
     requests: Sequence[Request],
     folders: Mapping[str, AdapterFolder],
@@ -153,7 +146,7 @@ def _each_alone(
         folder = folders[name].folder
         file = base.read(folder)
         known = saved.read(folder, file.base.get("task_type"))
-        handle, tokenizer = base.load(base.model_of(model, folder, file), folder)
+        handle, tokenizer = base.load(model_of(model, folder, file), folder)
         cells = [requests[i].texts for i in mine]
         with handle.use(handle.names[0], rank=rank):
             answers = answer_rows(handle, known, cells, tokenizer, max_length, batch_size)
@@ -170,7 +163,7 @@ def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
             faults.setdefault(str(answer), []).append(row)
     if not faults:
         return
-    listed = "; ".join(f"row{'s' * (len(rows) > 1)} {spans(rows, '-')}: {what}" for what, rows in faults.items())
+    listed = "; ".join(f"{what} in {counted(rows)}" for what, rows in faults.items())
     if not keep_going:
         raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
     print(f"note: no answer for {listed}", file=sys.stderr)

@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from loralab.cli.show import Json, as_json, pairs, table
+from loralab.cli.show_learned import show
 from loralab.data.batches import IGNORED, Rows
 from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.run import train as run
 from loralab.run.bar import Bar
+from loralab.run.folder import WRONG
 from loralab.run.setup import training_rows
 from loralab.run.tune import Tried, metric_of
 from loralab.run.tune import tune as try_rates
@@ -58,6 +60,9 @@ def train(
         if tried:
             _show_rates(tried, best)
         pairs(f"{result['task']}, {result['model']}, {result['method']}, seed {result['seed']}", summary(result))
+        show(result["learned"])
+        if (wrong := settings.folder / WRONG).is_file():
+            print(f"rows that are most wrong: {wrong}")
         print(f"run folder: {settings.folder}")
 
 

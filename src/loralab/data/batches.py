@@ -30,6 +30,7 @@ class Rows:
     weights: Tensor | None = None  # (rows,) what a row counts in the loss, as its learned tokens; None: each row 1
     notes: tuple[str, ...] = ()  # what the user should know of how the rows were made
     packed: bool = False  # whether a batch has several rows in one sequence
+    kept: tuple[int, ...] | None = None  # places of these rows in the split they are of, where some were dropped
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -3,16 +3,18 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
+from loralab.data.reading import counted, numbers
 from loralab.errors import UserError
 
 Faults = dict[str, list[int]]  # what is wrong -> the rows, counted from 1
 Value = TypeVar("Value")
 
-SHOWN = 5  # rows, and kinds of fault, that a message spells out
+SHOWN = 5  # kinds of fault that a message spells out
 KINDS = ((str, "text"), (bool, "true or false"), (int | float | Decimal, "number"), (list, "list"), (dict, "object"))
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -78,18 +80,22 @@ def convert(values: Iterable[Any], change: Callable[[Any], Value], where: str, f
     return changed
 
 
+class BadRows(UserError):
+    """Rows of a file that cannot be used: `rows` are their numbers in the file, and why."""
+
+    def __init__(self, message: str, path: Path | None, rows: dict[int, str]) -> None:
+        super().__init__(message)
+        self.path, self.rows = path, rows
+
+
 def raise_faults(where: object, faults: Faults, advice: str = "mend or remove these rows") -> None:
-    """Raise one UserError for all faults of a file, if there are any."""
-    parts = [f"{what} in {_rows(rows)}" for what, rows in list(faults.items())[:SHOWN]]
+    """Raise one BadRows for all faults of a file, if there are any; rows are counted among those that were read."""
+    named = {what: numbers(where, rows) for what, rows in faults.items()}
+    parts = [f"{what} in {counted(rows)}" for what, rows in list(named.items())[:SHOWN]]
     parts += [f"{len(faults) - SHOWN} more kinds of fault"] * (len(faults) > SHOWN)
     if parts:
-        raise UserError(f"{where}: {'; '.join(parts)}; {advice}")
-
-
-def _rows(rows: Sequence[int]) -> str:
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    return f"{len(rows)} rows ({', '.join(map(str, rows[:SHOWN]))}{', ...' * (len(rows) > SHOWN)})"
+        rows = {row: what for what, mine in reversed(named.items()) for row in mine}
+        raise BadRows(f"{where}: {'; '.join(parts)}; {advice}", where if isinstance(where, Path) else None, rows)
 
 
 def one_line(message: object, at_most: int = 200) -> str:
@@ -112,6 +118,14 @@ def text(value: Any) -> str:
     if not any_text(value).strip():
         raise ValueError("empty")
     return str(value)
+
+
+def texts(*cells: Any) -> tuple[str, ...]:
+    """Return the texts of a row. Of two one may be empty or null, which then is an empty text."""
+    blank = [cell is None or (isinstance(cell, str) and not cell.strip()) for cell in cells]
+    if len(cells) == 1 or all(blank):
+        return tuple(map(text, cells))
+    return tuple("" if empty else any_text(cell) for cell, empty in zip(cells, blank, strict=True))
 
 
 def any_text(value: Any) -> str:

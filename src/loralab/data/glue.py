@@ -155,7 +155,7 @@ def _hub(name: str) -> Callable[[str], Source]:
 
 def _folder(name: str, data: Path) -> Callable[[str], Source]:
     folder, glue = _home(name, data), TABLE[name]
-    with tables.reading(folder):
+    with tables.readable(folder):
         names = sorted(path.name for path in folder.iterdir())
 
     def paths(pattern: str, split: str) -> list[Path]:
@@ -173,7 +173,7 @@ def _folder(name: str, data: Path) -> Callable[[str], Source]:
 
 def _home(name: str, data: Path) -> Path:
     """Find the folder of the task: DATA/cola, DATA/CoLA, or DATA itself if it is called so."""
-    with tables.reading(data):
+    with tables.readable(data):
         if data.is_file():
             raise UserError(f"{data} is a file: --data wants a folder that holds {name}/ or {TABLE[name].folder}/")
         folders = sorted(path for path in data.iterdir() if path.is_dir())
@@ -223,7 +223,7 @@ def _msr(paths: list[Path], glue: GlueTask, split: str) -> Source:
 
 def _lines(path: Path, header: tuple[str, ...] | None = None) -> Lines:
     """Read header and fields of every line that is not empty; line ends and a byte order mark go, spaces stay."""
-    with tables.reading(path):
+    with tables.readable(path):
         tables.check_file(path)
         with open(path, encoding="utf-8-sig") as file:
             rows = [line.rstrip("\n").split("\t") for line in file if line != "\n"]

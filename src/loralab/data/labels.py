@@ -6,10 +6,11 @@ formats name the same ones. Class names that look like one value, as 1 and 1.0, 
 the task name them.
 """
 
+import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import Any
 
 from loralab.data.checks import NUMBER, Faults, any_text, convert, kind, literal, number, raise_faults, shown
 from loralab.data.tables import UNTYPED
+from loralab.disk import read_json
 from loralab.errors import UserError
+from loralab.schema import problems
 
 FEW = 10  # values up to which scores, and above which numbers as classes, make the notes say how labels were read
+UNEQUAL = 4  # times that the largest class is the smallest from which the notes say so
 MISSING = {"nan", "null", "none", "na", "n/a", "<na>"}  # what tools write for a label that is not there
 
 
@@ -97,8 +101,9 @@ def _identify(names: Sequence[str]) -> Callable[[Any], int]:
 
 
 def _value(name: str) -> str:
-    """Return what a label reads as: equal for 1, 1.0 and 01, for true and True, for 0x1F and 31."""
-    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """Return what a label reads as: equal for 1, 1.0 and 01, for true and True, for 0x1F and 31, for é and e."""
+    letters = unicodedata.normalize("NFKD", name).casefold()
+    plain = " ".join("".join(c for c in letters if not unicodedata.combining(c)).split())
     digits = plain.removeprefix("0x")
     if digits != plain and digits and all(digit in "0123456789abcdef" for digit in digits):
         return repr(float(int(digits, 16)))
@@ -122,7 +127,27 @@ def notes(values: Sequence[Any], names: Sequence[str] | None) -> list[str]:
         for name in names
         if name.strip().lower() in MISSING
     ]
-    return [f"labels are read as {len(names)} classes: {first}{hint}", *missing, *_look_alikes(names)]
+    told = f"labels are read as {len(names)} classes: {first}{hint}"
+    return [told, *missing, *_look_alikes(names), *imbalance({name: counts[name] for name in names})]
+
+
+def imbalance(counts: Mapping[str, int]) -> list[str]:
+    """Say that classes are of very different size, given their rows."""
+    largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[largest] < UNEQUAL * max(1, counts[smallest]):
+        return []
+    return [
+        f"classes are unequal: {shown(largest)} has {counts[largest]} rows, {shown(smallest)} {counts[smallest]}; "
+        "accuracy hides a class that is never predicted: see --class-weights balanced and --select-by f1_macro"
+    ]
+
+
+def read_map(path: Path) -> dict[str, str]:
+    """Read a label map: a JSON object, label -> the label that it counts as. Raises UserError."""
+    content = read_json(path)
+    if wrong := problems(content, dict[str, str], "label map"):
+        raise UserError(f'{path}: {"; ".join(wrong)}: expected an object such as {{"Pos": "pos"}}')
+    return dict(content)
 
 
 def _look_alikes(names: Sequence[str]) -> list[str]:
@@ -130,8 +155,10 @@ def _look_alikes(names: Sequence[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_value(name), []).append(name)
+    alike = [(" and ".join(map(shown, group)), dict.fromkeys(group[1:], group[0])) for group in groups.values()]
     return [
-        f"{' and '.join(map(shown, group))} are different classes: write them alike if they mean one"
-        for group in groups.values()
-        if len(group) > 1
+        f"{listed} are different classes: write them alike if they mean one, or merge them with --label-map FILE.json, "
+        f"which holds {json.dumps(merged, ensure_ascii=False)}"
+        for listed, merged in alike
+        if merged
     ]

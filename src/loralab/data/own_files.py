@@ -1,11 +1,14 @@
 """A user's own CSV, TSV, JSON or parquet file as a Task: one or two columns of text, a column of labels."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loralab.data import checks, labels, tables
+from loralab.data.reading import numbers
 from loralab.data.selection import has_strata, held_out
 from loralab.data.task import Split, Task, build, digest, require_two
 from loralab.errors import UserError
@@ -26,6 +29,15 @@ class OwnFile:
     names: tuple[str, ...] | None = None  # labels that are known; None: those of the file
     whole: bool = False  # whether all rows are one split, as where a trained adapter is evaluated
 
+    @cached_property
+    def label_map(self) -> dict[str, str]:
+        """Labels -> the labels that they count as, as --label-map gives them."""
+        return dict(json.loads(self.options.get("label_map", "{}")))
+
+    def merged(self, label: Any) -> Any:
+        """Return a label as it counts."""
+        return self.label_map.get(checks.literal(label), label) if self.label_map else label
+
     def __post_init__(self) -> None:
         for path in (self.train, self.validation):
             if path is not None and path.suffix.lower() not in tables.READERS:
@@ -43,9 +55,11 @@ def load(file: OwnFile) -> Task:
     UserError for a file that cannot be learned from.
     """
     label = _check(file)
-    texts, values = _read(file.train, file.text, label)
+    texts, values = _read(file, file.train, label)
     regression = labels.is_regression(file.train, values) if file.regression is None else file.regression
     names = None if regression else file.names or labels.class_names(values)
+    if regression and file.label_map:
+        raise UserError(f"{file.train}: --label-map with scores as labels: there are no classes to merge, leave it out")
 
     def ids(path: Path, values: list[Any]) -> list[int] | list[float]:
         return labels.numbers(path, label, values) if names is None else labels.class_ids(path, names, values)
@@ -55,9 +69,10 @@ def load(file: OwnFile) -> Task:
         require_two(file.train, names, rows)
     outside = None
     if file.validation is not None:
-        others = _read(file.validation, file.text, label)
+        others = _read(file, file.validation, label)
         outside = Split(others[0], ids(file.validation, others[1]))
-    return divided(file, rows, outside, names, _metrics(names), labels.notes(values, names), columns=file.text)
+    notes = [*labels.notes(values, names), *blank_note(rows)]
+    return divided(file, rows, outside, names, _metrics(names), notes, columns=file.text)
 
 
 def divided(
@@ -75,6 +90,9 @@ def divided(
     `columns` are those from which the input of a row is read.
     """
     notes = list(notes)
+    rows = replace(rows, rows=numbers(file.train, range(1, len(rows) + 1)))
+    if outside is not None and file.validation is not None:
+        outside = replace(outside, rows=numbers(file.validation, range(1, len(outside) + 1)))
     if file.whole:
         return build(file.train.stem, names, metrics, rows, {}, tuple(notes), objective, file.options, tuple(columns))
     if outside is None:
@@ -110,19 +128,47 @@ def _check(file: OwnFile) -> str:
     return label
 
 
-def _read(path: Path, text: Sequence[str], label: str) -> tuple[list[tuple[str, ...]], list[Any]]:
+def read_texts(columns: tables.Columns, text: Sequence[str], faults: checks.Faults) -> list[tuple[str, ...]]:
+    """Return the texts of each row; of two columns one may be empty. What cannot be is added to `faults`."""
+    if len(text) == 2:
+        where = f"columns {text[0]!r} and {text[1]!r}: "
+        rows = zip(*(columns[name] for name in text), strict=True)
+        return checks.convert(rows, lambda cells: checks.texts(*cells), where, faults)
+    found = [checks.convert(columns[name], checks.text, f"column {name!r}: ", faults) for name in text]
+    return list(zip(*found, strict=False))
+
+
+def _read(file: OwnFile, path: Path, label: str) -> tuple[list[tuple[str, ...]], list[Any]]:
     """Read the texts and labels of a file; all that is wrong in them is one message."""
-    columns = tables.read(path, (*text, label))
+    columns = tables.read(path, (*file.text, label))
     faults: checks.Faults = {}
-    texts = [checks.convert(columns[name], checks.text, f"column {name!r}: ", faults) for name in text]
+    texts = read_texts(columns, file.text, faults)
     values = checks.convert(columns[label], labels.check, f"column {label!r}: ", faults)
     checks.raise_faults(path, faults)
+    _check_map(file, path, values)
+    values = [file.merged(value) for value in values]
     labels.check_types(path, label, values)
     if set(map(checks.literal, values)) == {"-1"}:
         raise UserError(
             f"{path}: all of column {label!r} is -1, as in a test split without labels: give a labelled file"
         )
-    return list(zip(*texts, strict=True)), values
+    return texts, values
+
+
+def _check_map(file: OwnFile, path: Path, values: Sequence[Any]) -> None:
+    """Refuse a label map that merges nothing of the file that is trained on."""
+    there = set(map(checks.literal, values))
+    if file.label_map and not file.whole and path == file.train and not there & set(file.label_map):
+        raise UserError(
+            f"--label-map names {', '.join(map(checks.shown, list(file.label_map)[:5]))}, and {path} has none of them: "
+            f"its labels are {', '.join(map(checks.shown, sorted(there)[:10]))}"
+        )
+
+
+def blank_note(rows: Split) -> list[str]:
+    """Say how many rows have one of their two texts only."""
+    count = sum(len(texts) > 1 and not all(texts) for texts in rows.texts)
+    return [f"{count} of {len(rows)} rows have one of their two texts only: the other is read as blank"] * bool(count)
 
 
 def _metrics(names: tuple[str, ...] | None) -> tuple[str, ...]:

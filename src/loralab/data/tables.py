@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
+from loralab.data import reading
 from loralab.data.checks import (
     Faults,
     convert,
@@ -47,7 +49,9 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
     present, columns = _open(path, wanted)
     require(path, present, wanted)
     if not columns[wanted[0]]:
-        raise UserError(f"{path} has no rows: at least one was expected")
+        skipped = len(reading.current().skipped.get(path, ()))
+        left_out = f", as all {skipped} are left out" if skipped else ""
+        raise UserError(f"{path} has no rows{left_out}: at least one was expected")
     return columns
 
 
@@ -64,7 +68,7 @@ def names(path: Path) -> list[str]:
 
 
 def _open(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
-    with reading(path):
+    with readable(path):
         check_file(path)
         present, columns = READERS[path.suffix.lower()](path, wanted)
     if any("\0" in name for name in present):
@@ -73,7 +77,7 @@ def _open(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong while reading a file into a UserError of one line."""
     try:
         yield
@@ -130,32 +134,52 @@ def require(where: object, names: Sequence[str], wanted: Iterable[str]) -> None:
 # --- readers: (all column names, the wanted columns that are there once) ---
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
-    return _delimited(path, wanted, pa.csv.ParseOptions(newlines_in_values=True), {})
+def _delimited(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read the header for the names, then all cells as text; pyarrow would take some for numbers and dates.
 
-
-def _read_tsv(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
-    """Read without quoting: a lone quote mark in a text would swallow the lines up to the next one."""
-    parse = pa.csv.ParseOptions(delimiter="\t", quote_char=False)
-    return _delimited(path, wanted, parse, {"delimiter": "\t", "quoting": csv.QUOTE_NONE})
-
-
-def _delimited(path: Path, wanted: Sequence[str], parse: Any, dialect: Any) -> tuple[list[str], Columns]:
-    """Read the header for the names, then all cells as text; pyarrow would take some for numbers and dates."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        names = next((row for row in csv.reader(file, **dialect) if row), [])
+    The tabs of a TSV are read without quoting: a lone quote mark in a text would swallow the lines up to the next one.
+    """
+    content, form = reading.text_of(path)
+    separator = reading.SEPARATORS[str(form.separator)]
+    quoted = path.suffix.lower() != ".tsv" or separator != "\t"
+    dialect: Any = {"delimiter": separator, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
+    names = next((row for row in csv.reader(StringIO(content, newline=""), **dialect) if row), [])
     picked = [name for name in wanted if names.count(name) == 1]
     if not picked:
         return names, {}
+    ragged: dict[int, str] = {}  # row, counted from 1 -> what is wrong with its cells
+
+    def refuse(row: Any) -> str:
+        quote = ", and a quote mark that may be open" if quoted and '"' in row.text else ""
+        ragged[row.number - 1] = f"{row.actual_columns} cells where {row.expected_columns} were expected{quote}"
+        return "skip"
+
+    data = content.encode()
     table = pa.csv.read_csv(
-        path,
-        read_options=pa.csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1), use_threads=False),
-        parse_options=parse,  # one thread: errors name the row
+        pa.BufferReader(data),
+        read_options=pa.csv.ReadOptions(block_size=min(len(data) + 1, 2**31 - 1), use_threads=False),
+        parse_options=pa.csv.ParseOptions(  # one thread: errors name the row
+            delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted,
+            invalid_row_handler=refuse,
+        ),
         convert_options=pa.csv.ConvertOptions(column_types={name: pa.string() for name in names}),
-    )
+    )  # fmt: skip
     if table.column_names != names:
         raise ValueError("the header is not clear: quote its names, or leave quotes and line breaks out of them")
-    return names, {name: table.column(name).to_pylist() for name in picked}
+    return names, _whole_rows(path, {name: table.column(name).to_pylist() for name in picked}, ragged)
+
+
+def _whole_rows(path: Path, columns: Columns, ragged: Mapping[int, str]) -> Columns:
+    """Return the columns without the rows that are left out, given those with another number of cells."""
+    count = len(ragged) + len(next(iter(columns.values())))
+    kept = [row for row in reading.left(path, range(1, count + 1)) if row not in ragged]
+    faults: Faults = {}
+    for place, row in enumerate(reading.left(path, range(1, count + 1)), 1):
+        if row in ragged:
+            faults.setdefault(ragged[row], []).append(place)
+    raise_faults(path, faults)
+    place_of = {row: place for place, row in enumerate(row for row in range(1, count + 1) if row not in ragged)}
+    return {name: [cells[place_of[row]] for row in kept] for name, cells in columns.items()}
 
 
 def _read_parquet(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
@@ -176,7 +200,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns
         for batch in file.iter_batches(BATCH, columns=picked):
             for name, values in columns.items():
                 values += _cells(batch.column(name))
-        return names, columns
+        return names, {name: reading.left(path, values) for name, values in columns.items()}
 
 
 def _cells(array: Any) -> list[Any]:
@@ -212,13 +236,14 @@ class _DoubledKey(ValueError):
 
 def _read_json(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
     """Read one object a line, or one list of objects; 1, 1.0, true and "1" stay different values."""
-    content = path.read_text(encoding="utf-8-sig")
+    content, form = reading.text_of(path)
     faults: Faults = {}
     if content.lstrip().startswith("["):
-        rows = _parse(content)
+        rows = reading.left(path, _parse(content))
     else:
-        lines = [line for line in content.split("\n") if line.strip()]  # splitlines would cut texts at U+2028
-        rows = convert(lines, _parse_line, "", faults)
+        end = "\r" if form.line_end == "\r" else "\n"
+        lines = [line for line in content.split(end) if line.strip()]  # splitlines would cut texts at U+2028
+        rows = convert(reading.left(path, lines), _parse_line, "", faults)
     convert([] if faults else rows, _object, "", faults)
     raise_faults(path, faults)
     names = list(dict.fromkeys(name for row in rows for name in row)) if rows else list(wanted)
@@ -260,7 +285,8 @@ def _read_conll(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
     columns: Columns = {"tokens": [], "tags": []}
     words: list[str] = []
     tags: list[str] = []
-    for number, line in enumerate([*path.read_text(encoding="utf-8-sig").split("\n"), ""], 1):
+    content, form = reading.text_of(path)
+    for number, line in enumerate([*content.split("\r" if form.line_end == "\r" else "\n"), ""], 1):
         cells = line.split()
         if cells[:1] == ["-DOCSTART-"] or line.startswith("# "):
             continue
@@ -273,12 +299,12 @@ def _read_conll(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
             columns["tokens"].append(words)
             columns["tags"].append(tags)
             words, tags = [], []
-    return list(columns), {name: columns[name] for name in wanted if name in columns}
+    return list(columns), {name: reading.left(path, columns[name]) for name in wanted if name in columns}
 
 
 READERS: dict[str, Callable[[Path, Sequence[str]], tuple[list[str], Columns]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": _delimited,
+    ".tsv": _delimited,
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,

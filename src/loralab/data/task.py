@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loralab.data.reading import Reading
 from loralab.errors import UserError
 
 
@@ -19,8 +20,13 @@ class Split:
 
     texts: list[tuple[Any, ...]]
     labels: list[Any]
+    rows: list[int] = field(
+        default_factory=list, compare=False
+    )  # their numbers in the file, from 1; by default in order
 
     def __post_init__(self) -> None:
+        if not self.rows:
+            object.__setattr__(self, "rows", list(range(1, len(self.texts) + 1)))
         if len(self.texts) != len(self.labels):
             raise ValueError(f"{len(self.texts)} rows of text but {len(self.labels)} labels: the numbers must be equal")
 
@@ -30,7 +36,7 @@ class Split:
     def take(self, indices: Iterable[int]) -> "Split":
         """Return these rows, in this order."""
         rows = list(indices)
-        return Split([self.texts[row] for row in rows], [self.labels[row] for row in rows])
+        return Split([self.texts[i] for i in rows], [self.labels[i] for i in rows], [self.rows[i] for i in rows])
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Task:
     objective: str = "classification"  # a row of objectives.OBJECTIVES
     options: Mapping[str, Any] = field(default_factory=dict)  # of that objective, as the template of a chat
     columns: tuple[str, ...] = ()  # of the file, from which the input of a row is read
+    reading: Reading | None = field(default=None, compare=False)  # how the files of a user's own were read
 
     @property
     def num_outputs(self) -> int:

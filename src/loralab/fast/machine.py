@@ -17,25 +17,28 @@ def units() -> dict[str, bool]:
     return {name: bool(getattr(torch.cpu, f"_is_{word}_supported", bool)()) for name, word in UNITS.items()}
 
 
-def precision(dtype: str) -> torch.dtype:
+def precision(dtype: str, gpu: bool | None = None) -> torch.dtype:
     """The dtype of products for a setting: auto is bfloat16 where it is fast here, else float32."""
-    fast = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16())
+    fast = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(gpu))
     return torch.bfloat16 if fast else torch.float32
 
 
-def fast_bfloat16() -> bool:
-    """Whether products in bfloat16 run in hardware: AMX or AVX512-BF16 on a CPU, tensor cores on CUDA."""
-    if torch.cuda.is_available():
+def fast_bfloat16(gpu: bool | None = None) -> bool:
+    """Whether products in bfloat16 run in hardware: AMX or AVX512-BF16 on a CPU, tensor cores on CUDA.
+
+    `gpu` says which of the two is used; None: the GPU if there is one.
+    """
+    if torch.cuda.is_available() if gpu is None else gpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(units().values())
 
 
-def hardware() -> dict[str, Any]:
-    """The machine, as run files record it."""
+def hardware(gpu: bool | None = None) -> dict[str, Any]:
+    """The machine, as run files record it; without the GPU where it is not used."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name = torch.cuda.get_device_name() if gpu is not False and torch.cuda.is_available() else None
     threads = torch.get_num_threads()
-    return {"machine": platform.machine(), "cpu": cpu, "amx": units()["amx"], "threads": threads, "gpu": gpu}
+    return {"machine": platform.machine(), "cpu": cpu, "amx": units()["amx"], "threads": threads, "gpu": name}
 
 
 def rate(dtype: torch.dtype, size: int = SIZE) -> float:

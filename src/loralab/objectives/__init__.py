@@ -8,6 +8,7 @@ from typing import Any
 from loralab import data
 from loralab.data import Task, checks, tables
 from loralab.data.own_files import OwnFile
+from loralab.data.reading import USUAL, Reading
 from loralab.errors import UserError, hint
 from loralab.objectives import causal, choice, classification, multi_label, seq2seq, similarity, tagging
 from loralab.objectives.objective import Array, Batch, Encoding, Objective, by_row, ragged
@@ -36,22 +37,25 @@ def load(
     options: Mapping[str, Any] | None = None,
     names: tuple[str, ...] | None = None,
     whole: bool = False,
+    reading: Reading | None = None,
 ) -> Task:
     """Load a task by its name, or from a file of one's own.
 
     `folder` is that of GLUE. For own files only are the text columns, the label column, a validation file, and whether
     the labels are scores (None: guess from how they look). `objective` is the kind of task, by default what the columns
     say; `options` are its settings that are not at their defaults. `names` are labels that are known, and `whole`
-    leaves all rows of a file in train, both for the evaluation of a trained adapter. Raises UserError.
+    leaves all rows of a file in train, both for the evaluation of a trained adapter. `reading` says how own files are
+    read; rows that it leaves out are in its `skipped`, and the notes of the task say what it found. Raises UserError.
     """
-    path, options = Path(task), dict(options or {})
-    row = find(task, objective, bool(text or label))
+    path, options, reading = Path(task), dict(options or {}), reading or Reading()
+    with reading.active():
+        row = find(task, objective, bool(text or label))
     if idle := [f"--{name.replace('_', '-')}" for name in options if name not in row.takes]:
         raise UserError(f"{', '.join(idle)} with objective {row.name}: it takes none, so leave it out")
     if path.suffix.lower() in tables.READERS:
         columns = (text,) if isinstance(text, str) else tuple(text)
         other = None if validation is None else Path(validation)
-        return row.read(OwnFile(path, other, columns, label, regression, options, names, whole))
+        return _own(row, OwnFile(path, other, columns, label, regression, options, names, whole), reading)
     if path.is_file():
         raise UserError(f"{task}: a file ending in {', '.join(tables.READERS)} was expected")
     given = {"--text": text, "--label": label, "--validation": validation, "--problem-type": regression is not None}
@@ -59,12 +63,33 @@ def load(
         used = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{used} given, but {task} knows its columns: leave it out, it is for a file of your own")
     found = data.load(task, folder)
+    if reading.skip or reading.separator != "auto" or reading.encoding != "auto" or "label_map" in options:
+        used = "--skip-bad-rows, --separator, --encoding and --label-map"
+        raise UserError(f"{task} is read as it is known: {used} are for a file of your own, leave them out")
     if row.name == found.objective:
         return replace(found, options=options)
     if row.of is None:
         able = ", ".join(name for name, other in OBJECTIVES.items() if other.of is not None)
         raise UserError(f"{task} cannot be read as {row.name}: leave --objective out, or choose one of {able}")
     return row.of(found, options)
+
+
+def _own(row: Objective, file: OwnFile, reading: Reading) -> Task:
+    """Read a file of one's own; with `reading.skip` again and again without the rows that are found bad."""
+    suffixes = {path.suffix.lower() for path in (file.train, file.validation) if path is not None}
+    if reading.separator != "auto" and not suffixes & set(USUAL):
+        raise UserError(f"--separator {reading.separator}: {file.train} is no CSV or TSV, leave it out")
+    if reading.encoding != "auto" and suffixes == {".parquet"}:
+        raise UserError(f"--encoding {reading.encoding}: a parquet file has its own, leave it out")
+    with reading.active():
+        while True:
+            try:
+                task = row.read(file)
+            except checks.BadRows as bad:
+                if bad.path is None or not reading.leave_out(bad.path, bad.rows):
+                    raise
+            else:
+                return replace(task, notes=(*reading.notes(), *task.notes), reading=reading)
 
 
 def find(task: str, objective: str | None = None, labelled: bool = False) -> Objective:

@@ -109,7 +109,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
     notes = (lost,) if len(kept) < len(cut) else ()
     packed = how.train and how.pack
-    return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes, packed)
+    return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes, packed, tuple(kept))
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------
@@ -155,6 +155,28 @@ def parts(task: Task, predictions: Array, labels: Array) -> dict[str, dict[str, 
     return {} if task.labels is None else classification.parts(task, predictions, labels)
 
 
+def confusion(task: Task, predictions: Array, labels: Array) -> Array | None:
+    """Return the counts of a classification."""
+    return None if task.labels is None else classification.confusion(task, predictions, labels)
+
+
+def sure(task: Task, predictions: Array, labels: Array) -> tuple[Array, Array] | None:
+    """Return what calibration is computed from, of a classification."""
+    return None if task.labels is None else classification.sure(task, predictions, labels)
+
+
+def wrong(task: Task, predictions: Array, labels: Array) -> Array:
+    """Return (rows,): the loss of a token, row by row; of a classification as there."""
+    if task.labels is not None:
+        return classification.wrong(task, predictions, labels)
+    return np.asarray(predictions[:, 0] / np.maximum(predictions[:, 1], 1))
+
+
+def told(task: Task, row: tuple[Any, ...], label: Any, prediction: Array) -> tuple[str, str]:
+    """Return the label and the answer of a classification; of texts nothing, as the row has all."""
+    return ("", "") if task.labels is None else classification.told(task, row, label, prediction)
+
+
 def asked(row: chats.Row) -> tuple[chats.Row, str]:
     """Return the prompt of a row, and its last answer. Raises UserError for a text, which asks nothing."""
     if chats.is_chat(row):
@@ -181,4 +203,9 @@ OBJECTIVE = Objective(
     takes=("template", "loss_on", "pack"),
     asked=asked,
     parts=parts,
+    metrics=lambda task: () if task.labels is None else classification.metrics(task),
+    confusion=confusion,
+    sure=sure,
+    wrong=wrong,
+    told=told,
 )

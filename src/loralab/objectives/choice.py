@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import log_softmax, softmax
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,6 +84,22 @@ def score(task: Task, scores: Array, labels: Array) -> dict[str, float]:
     return {"accuracy": float((scores.argmax(1) == labels[:, 0]).mean())}
 
 
+def sure(task: Task, scores: Array, labels: Array) -> tuple[Array, Array]:
+    """Return the probability of each chosen answer (rows,), and whether it is right."""
+    return softmax(scores.astype(np.float64), axis=1).max(1), scores.argmax(1) == labels[:, 0]
+
+
+def wrong(task: Task, scores: Array, labels: Array) -> Array:
+    """Return (rows,): the negative log-probability of the right choice where another is chosen, else 0."""
+    found = -log_softmax(scores.astype(np.float64), axis=1)[np.arange(len(labels)), labels[:, 0].astype(int)]
+    return np.where(scores.argmax(1) == labels[:, 0], 0.0, found)
+
+
+def told(task: Task, row: tuple[Any, ...], label: Any, scores: Array) -> tuple[str, str]:
+    """Return the right choice of a row, and the chosen one."""
+    return str(row[1 + int(label[0])]), str(row[1 + int(scores.argmax())])
+
+
 def ask(question: Any, choices: Any) -> tuple[tuple[Any, ...], Any]:
     """Return question and choices of a row."""
     texts, _, count = _row(question, choices, 0)
@@ -109,5 +127,8 @@ OBJECTIVE = Objective(
     names=lambda task: ("score",),
     ask=ask,
     answer=answer,
+    sure=sure,
+    wrong=wrong,
+    told=told,
     collapsed=lambda scores: bool((scores.argmax(1) == scores.argmax(1)[0]).all()),
 )

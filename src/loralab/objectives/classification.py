@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax, softmax
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,6 +52,20 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def class_weights(names: Sequence[str], labels: Tensor) -> Tensor:
+    """Return (classes,) weights that give every class the same part of the loss; their mean over labels (rows,) is 1.
+
+    A class without rows weighs as one with one row.
+    """
+    counts = torch.bincount(labels, minlength=len(names))
+    return len(labels) / (len(names) * counts.clamp(min=1).float())
+
+
+def weighted_loss(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows,): the loss of each row times the weight (classes,) of its class."""
+    return loss(logits, labels) * weights.to(logits.device)[labels]
+
+
 def scores(task: Task, logits: Array, labels: Array) -> dict[str, float]:
     """Return the metrics of the task from logits (rows, outputs) and labels (rows,)."""
     return score(task.metrics, logits, labels)
@@ -67,6 +82,44 @@ def parts(task: Task, logits: Array, labels: Array) -> dict[str, dict[str, float
         name: dict(zip(heads, map(float, row), strict=True))
         for name, row in zip(task.labels, zip(*columns, strict=True), strict=True)
     }
+
+
+def metrics(task: Task) -> tuple[str, ...]:
+    """Return all metrics of two classes, of more, or of scores."""
+    if task.labels is None:
+        return ("pearson", "spearman")
+    return ("accuracy", "f1_macro", "matthews_correlation", *(["f1"] if len(task.labels) == 2 else []))
+
+
+def confusion(task: Task, logits: Array, labels: Array) -> Array | None:
+    """Return counts (label, prediction); None of a regression."""
+    if task.labels is None:
+        return None
+    n = len(task.labels)
+    return np.bincount(labels.astype(int) * n + logits.argmax(1), minlength=n * n).reshape(n, n)
+
+
+def sure(task: Task, logits: Array, labels: Array) -> tuple[Array, Array] | None:
+    """Return the probability of each answer (rows,), and whether it is right (rows,); None of a regression."""
+    if task.labels is None:
+        return None
+    return softmax(logits.astype(np.float64), axis=1).max(1), logits.argmax(1) == labels
+
+
+def wrong(task: Task, logits: Array, labels: Array) -> Array:
+    """Return (rows,): the negative log-probability of the label where the answer is another, else 0; of a score how far
+    off it is."""
+    if task.labels is None:
+        return np.asarray(np.abs(logits[:, 0] - labels))
+    found = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels.astype(int)]
+    return np.where(logits.argmax(1) == labels, 0.0, found)
+
+
+def told(task: Task, row: tuple[Any, ...], label: Any, logits: Array) -> tuple[str, str]:
+    """Return label and answer of a row as texts."""
+    if task.labels is None:
+        return f"{label:g}", f"{logits[0]:.4g}"
+    return task.labels[int(label)], task.labels[int(logits.argmax())]
 
 
 def answer(task: Task, row: tuple[Any, ...], logits: Array) -> dict[str, Any]:
@@ -113,6 +166,12 @@ OBJECTIVE = Objective(
     collapsed=collapsed,
     answer=answer,
     parts=parts,
+    metrics=metrics,
+    confusion=confusion,
+    sure=sure,
+    wrong=wrong,
+    told=told,
+    takes=("label_map",),
     threshold=threshold_of,
     endpoints=endpoints,
 )

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
 
 from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import Rows, tokenized
-from loralab.data.own_files import OwnFile, divided
+from loralab.data.own_files import OwnFile, blank_note, divided, read_texts
 from loralab.errors import UserError
 from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
 
@@ -30,24 +31,27 @@ def read(file: OwnFile) -> Task:
     text = file.text or next((names for names in (("text",), ("sentence",)) if {*names} <= {*there}), ("text",))
     label = file.label or "labels"
     columns = (label,) if label in there else tuple(label.split(","))
-    rows, found = _rows(file.train, text, columns)
+    rows, found = _rows(file, file.train, text, columns)
     names = file.names or (columns if len(columns) > 1 else tuple(sorted(set().union(*found))))
     if len(names) < 2:
         raise UserError(f"{file.train}: {len(names)} label in column {label!r}: expected at least two different ones")
     counts = ", ".join(f"{name} ({sum(name in row for row in found)})" for name in names)
     outside = None
     if file.validation is not None:
-        outside = Split(*_numbered(file.validation, names, *_rows(file.validation, text, columns)))
+        outside = Split(*_numbered(file.validation, names, *_rows(file, file.validation, text, columns)))
     notes = [f"labels are read as {len(names)} that a row may have at once: {counts}"]
     split = Split(*_numbered(file.train, names, rows, found))
+    notes += blank_note(split)
     return divided(file, split, outside, names, ("f1_micro", "f1_macro", "exact"), notes, NAME, text)
 
 
-def _rows(path: Path, text: tuple[str, ...], labels: tuple[str, ...]) -> tuple[list[Any], list[set[str]]]:
+def _rows(
+    file: OwnFile, path: Path, text: tuple[str, ...], labels: tuple[str, ...]
+) -> tuple[list[Any], list[set[str]]]:
     """Return the texts and the labels of each row."""
     columns = tables.read(path, (*text, *labels))
     faults: checks.Faults = {}
-    texts = [checks.convert(columns[name], checks.text, f"column {name!r}: ", faults) for name in text]
+    texts = read_texts(columns, text, faults)
     if len(labels) == 1:
         found = checks.convert(columns[labels[0]], _listed, f"column {labels[0]!r}: ", faults)
     else:
@@ -56,7 +60,7 @@ def _rows(path: Path, text: tuple[str, ...], labels: tuple[str, ...]) -> tuple[l
             {name for name, yes in zip(labels, row, strict=True) if yes} for row in zip(*each, strict=True)
         ]  # fmt: skip
     checks.raise_faults(path, faults)
-    return list(zip(*texts, strict=True)), found
+    return texts, [{file.merged(name) for name in row} for row in found]
 
 
 def _listed(cell: Any) -> set[str]:
@@ -127,9 +131,28 @@ def parts(task: Task, logits: Array, labels: Array) -> dict[str, dict[str, float
     }
 
 
+def sure(task: Task, logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Return the probability of what is said of each label of each row (rows * labels,), and whether it is right."""
+    chances = expit(logits.astype(np.float64))
+    return np.maximum(chances, 1 - chances).ravel(), ((logits > 0) == (labels > 0)).ravel()
+
+
+def wrong(task: Task, logits: Array, labels: Array) -> Array:
+    """Return (rows,): the mean negative log-probability of the labels where one is wrong, else 0."""
+    found = np.logaddexp(0, np.where(labels > 0, -1, 1) * logits.astype(np.float64)).mean(1)
+    return np.where(((logits > 0) == (labels > 0)).all(1), 0.0, found)
+
+
+def told(task: Task, row: tuple[Any, ...], label: Any, logits: Array) -> tuple[str, str]:
+    """Return the labels of a row, and those that it is given, with ; between them."""
+    names = task.labels or ()
+    chosen = [SEPARATOR.join(n for n, yes in zip(names, flags, strict=True) if yes) for flags in (label, logits > 0)]
+    return chosen[0], chosen[1]
+
+
 def ask(*cells: Any) -> tuple[tuple[Any, ...], Any]:
     """Return the texts of a row."""
-    return tuple(map(checks.text, cells)), []
+    return checks.texts(*cells), []
 
 
 def answer(task: Task, row: tuple[Any, ...], logits: Array) -> dict[str, Any]:
@@ -165,4 +188,8 @@ OBJECTIVE = Objective(
     ask=ask,
     answer=answer,
     parts=parts,
+    sure=sure,
+    wrong=wrong,
+    told=told,
+    takes=("label_map",),
 )

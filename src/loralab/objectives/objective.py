@@ -32,7 +32,7 @@ class Encoding:
 
 def ask_texts(*cells: Any) -> tuple[tuple[Any, ...], Any]:
     """Return the texts of a row, with a label that stands for none."""
-    return tuple(map(checks.text, cells)), 0
+    return checks.texts(*cells), 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,16 @@ class Objective:
     """Task, row and its prediction -> the columns of its answer; None where `loralab generate` writes it."""
     parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
     """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
+    confusion: Callable[[Task, Array, Array], Array | None] = lambda task, predictions, labels: None
+    """The same -> how often each label got each answer (labels, labels), None where a row has no single label."""
+    sure: Callable[[Task, Array, Array], tuple[Array, Array] | None] = lambda task, predictions, labels: None
+    """The same -> the probability of each answer and whether it is right (answers,), None where none is given."""
+    wrong: Callable[[Task, Array, Array], Array | None] = lambda task, predictions, labels: None
+    """The same -> how wrong each row is (rows,), 0 where it is right, None where that cannot be said."""
+    told: Callable[[Task, tuple[Any, ...], Any, Array], tuple[str, str]] = lambda task, row, label, prediction: ("", "")
+    """Task, row, its label in the split and its prediction -> what is right and what is answered, as texts."""
+    metrics: Callable[[Task], tuple[str, ...]] = lambda task: ()
+    """Metrics that it can compute besides those of the task."""
     takes: tuple[str, ...] = ()
     """Names of its options."""
     asked: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], str]] | None = None

@@ -31,6 +31,9 @@ class Saved:
     metrics: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
     max_length: int | None = None  # tokens
+    written: dict[str, str] = field(default_factory=dict)  # separator and encoding of the file that it learned from
+    base: str | None = None  # an alias, a hub name, or the last part of a folder's
+    data: str | None = None  # sha256 of the rows that it learned from
 
     def of(self, rows: Split) -> Task:
         """Return a task of rows that have no labels, for their encoding."""
@@ -38,12 +41,13 @@ class Saved:
         return Task(self.task, labels, tuple(self.metrics), rows, {}, "", (), self.objective, self.options)
 
 
-def save(folder: Path, task: Task, max_length: int) -> None:
-    """Write the file into an adapter folder."""
+def save(folder: Path, task: Task, max_length: int, base: str | None = None) -> None:
+    """Write the file into an adapter folder; `base` is the name by which another machine gets the base."""
     labels = None if task.labels is None else list(task.labels)
-    saved = Saved(
-        task.objective, task.name, list(task.columns), labels, list(task.metrics), dict(task.options), max_length
-    )
+    written = {} if task.reading is None else task.reading.main
+    parts: tuple[Any, ...] = (list(task.columns), labels, list(task.metrics), dict(task.options), max_length, written)
+    parts += (base, task.sha256)
+    saved = Saved(task.objective, task.name, *parts)
     write_json(folder / FILE, asdict(saved))
 
 
@@ -53,7 +57,7 @@ def read(folder: Path, task_type: str | None = None) -> Saved:
     if not path.exists():
         return Saved(OF_TYPE.get(task_type or "", "classification"), folder.resolve().name)
     content: dict[str, Any] = read_json(path)
-    optional = {"columns", "labels", "metrics", "options", "max_length"}
+    optional = {"columns", "labels", "metrics", "options", "max_length", "written", "base", "data"}
     problems = schema.field_problems(content, schema.fields_of(Saved), optional=optional)
     known = ", ".join(OBJECTIVES)
     if not problems and content["objective"] not in OBJECTIVES:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import IGNORED, Rows, tokenized
 from loralab.data.own_files import OwnFile, divided
-from loralab.objectives.causal import LANGUAGE, loss, score
+from loralab.objectives.causal import LANGUAGE, loss, score, wrong
 from loralab.objectives.objective import Batch, Encoding, Objective
 
 NAME = "seq2seq"
@@ -69,5 +69,6 @@ OBJECTIVE = Objective(
     score=score,
     outputs=lambda task: None,
     names=lambda task: (),
+    wrong=wrong,
     asked=lambda row: (row[:1], row[1]),
 )

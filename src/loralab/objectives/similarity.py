@@ -127,6 +127,25 @@ def collapsed(predictions: Array) -> bool:
     return predictions.ndim == 2 and bool(np.ptp(predictions) < 1e-6)
 
 
+def wrong(task: Task, predictions: Array, labels: Array) -> Array:
+    """Return (rows,): how far the cosine is from the score; of triplets by how much the negative is nearer.
+
+    Of pairs: how many positives of other rows are nearer than the row's own.
+    """
+    if task.metrics == CORRELATIONS:
+        return np.asarray(np.abs(predictions[:, 0] - labels))
+    if task.metrics == ("accuracy",):
+        return np.asarray(np.maximum(predictions[:, 1] - predictions[:, 0], 0))
+    cosines = predictions[:, 0] @ predictions[:, 1].T  # (rows, rows)
+    return np.asarray((cosines > np.diagonal(cosines)[:, None]).sum(1))
+
+
+def told(task: Task, row: tuple[Any, ...], label: Any, prediction: Array) -> tuple[str, str]:
+    """Return the score of a row, and its cosines."""
+    cosines = "" if prediction.ndim > 1 else " ".join(f"{cosine:.4f}" for cosine in prediction)
+    return "" if label is None else f"{label:g}", cosines
+
+
 def ask(*cells: Any) -> tuple[tuple[Any, ...], Any]:
     """Return the texts of a row: two are compared, one gets its embedding."""
     return tuple(map(checks.text, cells)), None
@@ -155,5 +174,7 @@ OBJECTIVE = Objective(
     of=of,
     ask=ask,
     answer=answer,
+    wrong=wrong,
+    told=told,
     whole=lambda task: task.metrics == RANKS,
 )

@@ -202,6 +202,26 @@ def parts(task: Task, predictions: Array, labels: Array) -> dict[str, dict[str, 
     }  # fmt: skip
 
 
+def confusion(task: Task, predictions: Array, labels: Array) -> Array:
+    """Return counts (tag, prediction) over words."""
+    assert task.labels is not None
+    n, words = len(task.labels), labels != IGNORED
+    pairs = labels[words].astype(int) * n + predictions[:, : labels.shape[1]][words].astype(int)
+    return np.bincount(pairs, minlength=n * n).reshape(n, n)
+
+
+def wrong(task: Task, predictions: Array, labels: Array) -> Array:
+    """Return (rows,): how many words have a wrong tag."""
+    return np.asarray(((predictions[:, : labels.shape[1]] != labels) & (labels != IGNORED)).sum(1))
+
+
+def told(task: Task, row: tuple[Any, ...], label: Any, tags: Array) -> tuple[str, str]:
+    """Return the tags of a row, and those that it is given."""
+    names = task.labels or ()
+    given = [names[int(tag)] for tag in tags if tag != IGNORED]
+    return " ".join(names[int(tag)] for tag in label), " ".join(given)
+
+
 def ask(cell: Any) -> tuple[tuple[Any, ...], Any]:
     """Return the words of a row, from a list or a text, and a tag for each that stands for none."""
     words = tuple(map(checks.text, cell)) if isinstance(cell, list) else tuple(WORD.findall(checks.text(cell)))
@@ -242,4 +262,7 @@ OBJECTIVE = Objective(
     ask=ask,
     answer=answer,
     parts=parts,
+    confusion=confusion,
+    wrong=wrong,
+    told=told,
 )

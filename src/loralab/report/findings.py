@@ -25,7 +25,10 @@ K = TypeVar("K")
 COMPARE = {"alpha": Compare.alpha, "margin": {"default": MARGIN}, "against": Compare.against}
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)}
 # settings that are not in a label: the cell has them, or they do not change the result
-UNLABELLED = ("task", "model", "method", "seed", "data", "validation", "threads", "track", "checkpoint_every")
+UNLABELLED = (
+    "task", "model", "method", "seed", "data", "validation", "threads", "track", "checkpoint_every", "device",
+    "licence",
+)  # fmt: skip
 MIRRORED = {"better": "worse", "worse": "better"}
 COSTS = ("time", "train_s"), ("time", "examples_per_s"), ("memory", "peak_bytes")  # of result.json
 REFERENCES = ("full", "lora")  # what others are compared with where a study does not say

@@ -99,9 +99,22 @@ def tiles(f: Findings) -> list[tuple[str, str]]:
     return boxes
 
 
+def lost(f: Findings) -> list[str]:
+    """Classes, types or labels that runs found in no row of the reported split, where they told others apart."""
+    lines = []
+    for r in f.results:
+        names: dict[str, list[int]] = {}
+        for run in r.cell.runs:
+            for name in [] if run.result.get("collapsed") else run.result.get("learned", {}).get("lost", []):
+                names.setdefault(name, []).append(run.seed)
+        lines += [f"{', '.join(r.cell.key)}: {name!r} is lost, it is found in no row (seed {n.spans(tuple(seeds))})"
+                  for name, seeds in names.items()]  # fmt: skip
+    return lines
+
+
 def warnings(f: Findings) -> list[str]:
     """What must be read before any number."""
-    lines = list(f.study.notes)
+    lines = [*lost(f), *f.study.notes]
     if optimistic := [r for r in f.results if r.optimistic]:
         which = f"{len(optimistic)} of {len(f.results)} results are optimistic"
         lines.append(f"{which}: their epoch was chosen on the reported split")

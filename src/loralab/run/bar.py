@@ -45,15 +45,15 @@ class Bar:
 
     def start(self, label: str, rows: int, done: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TextColumn("left"))
-        loss = TextColumn("loss {task.fields[loss]:.4f}")
+        loss = TextColumn("{task.fields[loss]}")  # nothing before the first step
         self.bar = Progress(*columns, TimeRemainingColumn(), loss, console=self.console, transient=True)
-        self.bar.add_task(label, total=rows, completed=done, loss=float("nan"))
+        self.bar.add_task(label, total=rows, completed=done, loss="")
         if self.console.is_terminal:
             self.bar.start()
 
     def advance(self, rows: int, loss: float) -> None:
         assert self.bar is not None
-        self.bar.update(self.bar.task_ids[0], advance=rows, loss=loss)
+        self.bar.update(self.bar.task_ids[0], advance=rows, loss=f"loss {loss:.4f}")
 
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         self.say(named(of, epoch_line(record, epochs, metric)))

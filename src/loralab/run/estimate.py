@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from loralab import fast, models, objectives
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters
+from loralab.errors import UserError
 from loralab.fast import heap
 from loralab.optimizers import adamw
 from loralab.recipe import Recipe
@@ -87,7 +88,13 @@ def estimate(settings: EstimateSettings, recipe: Recipe | None = None) -> Estima
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own copy.deepcopy does
         if recipe.store:
             keep(nn.Linear(8, 8), recipe.store)  # its library caches tables, which later runs need with values
-        return _estimate(settings, recipe)
+        try:
+            return _estimate(settings, recipe)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            what = f"batch_size={settings.batch_size} with max_length={settings.max_length}"
+            raise UserError(f"{what}: a tensor would have more bytes than 64 bits can count") from error
 
 
 def _estimate(settings: EstimateSettings, recipe: Recipe) -> Estimate:

@@ -35,7 +35,8 @@ from loralab.run.records import read_facts, read_result
 from loralab.run.settings import NOT_RESULT, Settings
 
 LOCK, TRACEBACK, FAILED = ".lock", "traceback.txt", "failed.json"
-FILES = ("run.json", "metrics.jsonl", "predictions.safetensors", "result.json")
+SKIPPED, WRONG = "skipped.csv", "wrong.csv"
+FILES = (SKIPPED, WRONG, "run.json", "metrics.jsonl", "predictions.safetensors", "result.json")
 FOLDERS = ("adapter", "checkpoint", "checkpoint.new", "checkpoint.old")
 STATE, PROGRESS = "state.safetensors", "progress.json"  # of a checkpoint; progress.json is written last
 
@@ -203,8 +204,11 @@ class RunFolder:
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def begin(self, facts: Mapping[str, Any]) -> None:
-        """Write run.json and an empty metrics.jsonl; what a killed start left is removed. Raises RunInterrupted."""
+    def begin(self, facts: Mapping[str, Any], skipped: str = "") -> None:
+        """Write run.json and an empty metrics.jsonl; what a killed start left is removed. Raises RunInterrupted.
+
+        `skipped` is the table of rows that the run leaves out, a CSV; a run that leaves none out has no such file.
+        """
         with self.writing():
             if not only_leftovers(self.path):
                 raise FileExistsError("other files were put there")
@@ -213,6 +217,8 @@ class RunFolder:
                     path.rmdir()
                 elif path.name != LOCK:
                     path.unlink()
+            if skipped:
+                write_text(self.path / SKIPPED, skipped)
             write_json(self.path / "run.json", facts)
             write_text(self.path / "metrics.jsonl", "")
 
@@ -230,12 +236,15 @@ class RunFolder:
             return None
         return self.path / TRACEBACK
 
-    def finish(self, result: Mapping[str, Any], predictions: Mapping[str, Tensor]) -> None:
+    def finish(self, result: Mapping[str, Any], predictions: Mapping[str, Tensor], wrong: str = "") -> None:
         """Write predictions and result.json, then remove the checkpoints. Raises RunInterrupted.
 
         `predictions` are those of the selected epoch: SPLIT/logits (rows, outputs) float32 and SPLIT/labels (rows,).
+        `wrong` is the table of the rows that are most wrong, a CSV.
         """
         with self.writing():
+            if wrong:
+                write_text(self.path / WRONG, wrong)
             write_tensors(self.path / "predictions.safetensors", predictions)
             write_json(self.result, result)
         self.clear()

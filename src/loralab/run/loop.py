@@ -19,21 +19,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from loralab import fast
+from loralab.data import tables
 from loralab.data.batches import Rows, sorted_batches, width
-from loralab.errors import UserError
-from loralab.objectives import ragged, saved
-from loralab.run import written
+from loralab.disk import write_text
+from loralab.errors import UserError, hint
+from loralab.model_names import public_name
+from loralab.objectives import learned, ragged, saved
+from loralab.run import card, written
 from loralab.run.bar import Reporter, Silent, named
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
 from loralab.run.records import read_result
-from loralab.run.result import facts, result_of
+from loralab.run.result import facts, lost_classes, result_of, skipped_rows
 from loralab.run.settings import Settings
-from loralab.run.setup import PreparedRun, prepare_together, recompute
+from loralab.run.setup import PreparedRun, prepare_together, recompute, reported
 from loralab.run.sharing import Outputs, forward, passes, with_same_rows
 from loralab.run.state import RunState, failure
 from loralab.run.step import Forward
@@ -76,13 +80,29 @@ def train_together(many: Sequence[Settings], reporter: Reporter | None = None) -
     return [outcomes[i] for i in range(len(many))]
 
 
-def _device_state() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())
+def _device_state(settings: Settings) -> PartialState:
+    """Return what Accelerate knows of this process and its device; it keeps the first device unless it is reset."""
+    state = PartialState(cpu=not settings.gpu)
+    if state.num_processes == 1 and (state.device.type == "cpu") == settings.gpu:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=not settings.gpu)
+    return state
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise UserError for a tracker that does not exist or is not installed: before anything is trained."""
+    if name is None or name in map(str, get_available_trackers()):
+        return
+    names = [str(key) for key in LOGGER_TYPE_TO_CLASS]
+    if name not in names:
+        raise UserError(f"track={name!r} is no tracker{hint(name, names)}: there are {', '.join(names)}")
+    raise UserError(f"track={name!r}: the package {name} is not installed, pip install {name}, or leave it out")
 
 
 def _open(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
     """Lock a folder and return its result if it is finished. Of several processes the first one locks it for all."""
-    if _device_state().is_main_process:
+    check_tracker(settings.track)
+    if _device_state(settings).is_main_process:
         return folder.open(settings.to_json(), settings.resume)
     return read_result(folder.path) if settings.resume and folder.result.is_file() else None
 
@@ -91,11 +111,11 @@ def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Rep
     """Train runs whose folders are open, together as far as that is possible."""
     outcomes: list[Outcome | None] = [None] * len(many)
     try:
-        peak = Peak()
+        peak = Peak(many[0].gpu)
         loop = Loop(prepare_together(many), folders, reporter, peak)
     except Exception as error:
         if len(many) == 1:
-            if _device_state().num_processes > 1:
+            if _device_state(many[0]).num_processes > 1:
                 raise
             outcomes = [failure(error, folders[0])]
     else:
@@ -119,7 +139,7 @@ class Loop:
         self.adapters, model = runs[0].adapters, runs[0].model
         # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
         AcceleratorState._reset_state()
-        self.choices = fast.enable(model.to(_device_state().device), s.precision, s.path)
+        self.choices = fast.enable(model.to(_device_state(s).device), s.precision, s.path)
         if s.checkpointing:
             recompute(model, s.model)
         if not self.alone:
@@ -195,7 +215,7 @@ class Loop:
         together = {"speed": [vars(choice) for choice in self.choices], "together": len(self.states)}
         if not (state.settings.resume and folder.started):
             if main:
-                folder.begin(facts(state.run) | together)
+                folder.begin(facts(state.run) | together, skipped_rows(state.run.task))
             return
         folder.check_same(facts(state.run))
         found, p = state.load_checkpoint(lambda text: self._say(state, text)), state.progress
@@ -346,8 +366,8 @@ class Loop:
     def _finish(self, state: RunState) -> dict[str, Any]:
         """Save the adapter of the selected epoch and write the result. Raises RunInterrupted."""
         state.restore_best()
-        run, p = state.run, state.progress
-        if state.settings.reads_validation_once:
+        run, p, s = state.run, state.progress, state.settings
+        if s.reads_validation_once:
             state.report({key: self._predictions([state], rows)[0] for key, rows in run.validation.items()})
             if self.accelerator.is_main_process:
                 state.folder.write_metrics(p.history)
@@ -357,11 +377,17 @@ class Loop:
         with self.accelerator.autocast():
             found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings)
         result["metrics"] = {**result["metrics"], **found}
+        split, wrong = next(iter(run.validation)), None
+        predicted, truth = (state.predictions[f"{split}/{what}"].numpy() for what in ("logits", "labels"))
+        result["learned"] = {"split": split, **learned.learned(run.task, predicted, truth)}
+        result["warnings"] += lost_classes(result)
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
-                saved.save(state.folder.path / "adapter", run.task, run.settings.max_length)
-            state.folder.finish(result, state.predictions)
+                saved.save(state.folder.path / "adapter", run.task, run.settings.max_length, public_name(s.model))
+                write_text(state.folder.path / "adapter" / card.FILE, card.card(run, result))
+                wrong = learned.worst(run.task, reported(run.task, run.settings), run.validation[split], predicted)
+            state.folder.finish(result, state.predictions, "" if wrong is None else tables.render(wrong, ".csv"))
         for warning in result["warnings"]:
             self._say(state, f"warning: {warning}")
         self.accelerator.wait_for_everyone()
@@ -393,7 +419,7 @@ def _accelerator(run: PreparedRun, autocast: bool) -> Accelerator:
     )
     return Accelerator(
         mixed_precision="bf16" if autocast else "no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not settings.gpu,
         log_with=settings.track,
         project_dir=str(settings.folder) if settings.track else None,
         kwargs_handlers=[unused],

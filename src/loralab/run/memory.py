@@ -151,9 +151,10 @@ def ledger(layers: Layers) -> dict[str, int]:
 class Peak:
     """The peak memory above what the process held when this was made: of the GPU if there is one, else resident."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: bool | None = None) -> None:
         trim()
-        if torch.cuda.is_available():  # not measured
+        self.gpu = torch.cuda.is_available() if gpu is None else gpu
+        if self.gpu:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
@@ -170,7 +171,7 @@ class Peak:
     @property
     def reached(self) -> int:
         """The peak itself."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+        return torch.cuda.max_memory_allocated() if self.gpu else _resident("VmHWM")
 
 
 def trim() -> None:

@@ -152,7 +152,7 @@ def _trial_adapter(work: PolicyInput) -> Iterator[Adapters]:
     s = work.settings
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)  # dropout
-        model = work.fresh().to("cuda" if torch.cuda.is_available() else "cpu")
+        model = work.fresh().to("cuda" if s.gpu else "cpu")
         common: dict[str, Any] = {**s.chosen_layers, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
         yield attach(model, replace(work.recipe, policy=None), name="policy", head=work.objective.new_head, **common)
 

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import transformers
 
 import loralab
+from loralab.data import Task, tables
 from loralab.data.metrics import best
 from loralab.fast.machine import hardware
 from loralab.recipe import to_json
+from loralab.run.settings import Settings
 from loralab.run.setup import PreparedRun
 from loralab.targets import meant_in_vain
 
@@ -32,7 +35,7 @@ def facts(run: PreparedRun) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
         },
-        "hardware": hardware(),
+        "hardware": hardware(run.settings.gpu),
         "precision": str(run.settings.precision).removeprefix("torch."),
         "data": {"sha256": run.task.sha256, "train": len(run.train), "held_out": len(run.held_out or ()),
                  **{key: len(rows) for key, rows in run.validation.items()}},
@@ -41,6 +44,14 @@ def facts(run: PreparedRun) -> dict[str, Any]:
         "coverage": {key: len(paths) for key, paths in spec.coverage.matched.items()} if spec.coverage else {},
         "notes": list(run.notes),
     }  # fmt: skip
+
+
+def skipped_rows(task: Task) -> str:
+    """Return the rows that a run leaves out, as a CSV of file, row and reason; empty if there are none."""
+    skipped = {} if task.reading is None else task.reading.skipped
+    rows = [(str(path), row, why) for path, mine in skipped.items() for row, why in sorted(mine.items())]
+    columns = dict(zip(("file", "row", "why"), map(list, zip(*rows, strict=True)), strict=False))
+    return tables.render(columns, ".csv") if rows else ""
 
 
 def result_of(
@@ -100,6 +111,24 @@ def result_of(
     }
 
 
+def lost_classes(result: Mapping[str, Any]) -> list[str]:
+    """Warn of classes, types or labels that are found in no row, where the model tells others apart."""
+    learned = result["learned"]
+    lost = [] if result["collapsed"] else learned.get("lost", [])
+    if not lost:
+        return []
+    rows = ", ".join(f"{name!r} ({learned['parts'][name].get('rows', learned['parts'][name].get('spans')):.0f})"
+                     for name in lost[:10]) + ", ..." * (len(lost) > 10)  # fmt: skip
+    balance = "--class-weights balanced, " if "confusion" in learned else ""
+    return [f"lost: {rows} of {learned['split']} are found in no row; try {balance}more rows of them, or more --epochs"]
+
+
+def _or_layers(settings: Settings) -> str:
+    """Advise to adapt all layers, where fewer are."""
+    usual = next(f.default for f in fields(Settings) if f.name == "targets")
+    return "" if settings.targets == usual or settings.idle() else f"--targets {usual}, "
+
+
 def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
     found, coverage, s = [], run.adapters.coverage(run.name), run.settings
     if coverage is not None and (in_vain := meant_in_vain(coverage, run.model, s.targets)) is not None:
@@ -107,6 +136,6 @@ def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
     if selected["one_class"]:
         found.append(
             f"every validation row is predicted the same class at the selected epoch: {s.method} did not learn "
-            f"{run.task.name}; try another --lr, more --epochs, or --targets all-linear"
+            f"{run.task.name}; try another --lr, more --epochs, {_or_layers(s)}or --tune"
         )
     return found

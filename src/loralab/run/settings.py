@@ -16,6 +16,7 @@ import torch
 
 from loralab import options
 from loralab.data import glue
+from loralab.data.reading import Separator
 from loralab.errors import UserError
 from loralab.fast import Speed
 from loralab.fast.machine import precision
@@ -28,9 +29,12 @@ LossOn = Literal["auto", "completion", "assistant", "all"]
 HeldOut = Literal["tenth", "unused"]
 REPORTED_ROWS = 5000  # of a validation split that is read once: more narrow an interval by little
 
-NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every"}  # they change no result
+NOT_RESULT = {"out", "resume", "track", "threads", "checkpoint_every", "device", "licence"}  # they change no result
 LEARNED = ("objective", "template", "loss_on")  # they say what a run learns of its rows
-SOURCE = ("task", "data", "text", "label", "problem_type", "validation", *LEARNED)  # which rows a run reads
+SOURCE = (
+    "task", "data", "text", "label", "problem_type", "validation",
+    "separator", "encoding", "skip_bad_rows", "label_map", *LEARNED,
+)  # fmt: skip  # which rows a run reads
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "rounds": 1, "max_length": 4, "seed": 0,
     "patience": 0, "checkpoint_every": 0, "eval_every": 0, "max_steps": 1, "weight_decay": 0, "clip": 0, "labels": 1,
@@ -122,6 +126,10 @@ class StepSettings:
         Raises UserError for a setting the method does not have, and for one that is given both ways.
         """
         flags = {key: value for key in OF_RECIPE if (value := getattr(self, key)) is not None}
+        known = options.options(self.method)
+        if idle := [key for key in flags if key not in known]:
+            there = f"it has {', '.join(known)} (loralab methods {self.method})"
+            raise UserError(f"method {self.method!r} has no setting {', '.join(map(repr, idle))}: {there}")
         settings = options.parse(self.method, self.set) if self.set else {}
         if twice := sorted(flags.keys() & settings.keys()):
             raise UserError(f"{', '.join(twice)}: given as a flag and by --set, leave one out")
@@ -131,7 +139,12 @@ class StepSettings:
     @property
     def precision(self) -> torch.dtype:
         """The dtype of matrix products on this machine."""
-        return precision(self.dtype)
+        return precision(self.dtype, self.gpu)
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU is used: one that is there."""
+        return torch.cuda.is_available()
 
     @property
     def chosen_layers(self) -> dict[str, Any]:
@@ -162,6 +175,18 @@ class Settings(StepSettings):
     """What the labels of an own file are; auto: classes, unless they are numbers with a fraction."""
     validation: Path | None = None
     """Validation file of an own task; by default a fifth of the file is set apart."""
+    separator: Separator = "auto"
+    """What divides the cells of a CSV or TSV: , or ; or tab or |; by default found by looking at the file."""
+    encoding: str = "auto"
+    """Encoding of an own file, as cp1252 or utf-16; by default UTF-8, or what its byte order mark says, and a guess
+    only for a file that is neither."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, count them in a note and list them in skipped.csv; by default they are
+    refused."""
+    label_map: Path | None = None
+    """JSON file that merges labels of an own file: {"Pos": "pos", "positive": "pos"}."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: rows of a rare class weigh more in the loss, so that every class has the same part of it."""
     template: Path | None = None
     """Chat template (a Jinja file) for objective causal; the tokenizer's own by default."""
     loss_on: LossOn = "auto"
@@ -214,24 +239,31 @@ class Settings(StepSettings):
     """Largest norm of the gradient; 0 turns clipping off."""
     selection: Selection = "held-out"
     """How the epoch is chosen: by a held-out tenth of train, the last one, or (optimistic) by the validation split."""
+    select_by: str | None = None
+    """Metric that chooses the epoch and is reported first, as f1_macro; by default the task's own first one."""
     held_out: HeldOut = "tenth"
     """Which rows are held out: a tenth of train, at most 1,000; or unused: up to 2,000 that --train-rows leaves out,
     and the validation split is read once, at the selected epoch, on at most 5,000 rows."""
     patience: int = 0
     """Stop after this many epochs without a better score; 0 runs all epochs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one, found without being asked for, else the CPU; cpu: the CPU even so. Of several GPUs
+    the environment variable CUDA_VISIBLE_DEVICES chooses."""
     threads: int | None = None
     """Threads of torch; torch chooses by default."""
     checkpoint_every: int = 0
     """Write a checkpoint every so many optimizer steps, besides the one after each epoch; 0: after each epoch only."""
     track: str | None = None
     """A tracker of Accelerate: tensorboard, wandb, mlflow."""
+    licence: str | None = None
+    """Licence of the adapter, as apache-2.0: it is written into its model card."""
     resume: bool = False
     """Go on with the unfinished run in --out; without one the run starts there."""
 
     def problems(self) -> list[str]:
         """List what is wrong with the values, one phrase each."""
         wrong = super().problems()
-        if self.accumulate > self.batch_size:
+        if self.accumulate > self.batch_size >= 1:
             wrong.append(f"accumulate={self.accumulate} cuts batch_size={self.batch_size} into empty parts")
         if not 0 <= self.keep <= 1:
             wrong.append(f"keep={self.keep}: expected a share of the importance, 0 to 1")
@@ -243,6 +275,8 @@ class Settings(StepSettings):
             wrong.append(
                 f"held_out='unused' with selection={self.selection!r}: only selection='held-out' holds rows out"
             )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            wrong.append("device='cuda': torch finds no GPU on this machine, leave it out and the CPU is used")
         if not 0 <= self.warmup < 1:
             wrong.append(f"warmup={self.warmup}: expected a share of all steps, 0 <= warmup < 1")
         return wrong + [text for key, text in self.idle().items() if key not in NOTED]
@@ -253,6 +287,11 @@ class Settings(StepSettings):
         given = {key: value for key in BELONGS if (value := self.of(key)) != defaults[key]}
         found = {key: reason for key in given if (reason := BELONGS[key](self)) is not None}
         return {key: f"{key}={given[key]} with {reason}" for key, reason in found.items()}
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the run is on a GPU: one that is there, unless the CPU is asked for."""
+        return self.device != "cpu" and super().gpu
 
     @property
     def makes_map(self) -> str | None:

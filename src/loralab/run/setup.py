@@ -1,10 +1,12 @@
 """All that a run needs before its first step: the task, the model with its adapter, and tokenized rows."""
 
+import json
 import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from loralab import data, models, objectives
 from loralab.adapters import Adapters, attach
 from loralab.data import Task
 from loralab.data.batches import Rows, collate, epoch_batches, longest
-from loralab.errors import UserError
+from loralab.data.labels import read_map
+from loralab.data.reading import Reading
+from loralab.errors import UserError, hint
 from loralab.fast.block import SAME_ATTENTION
 from loralab.fast.layers import layers_of
-from loralab.objectives import Encoding, Objective
+from loralab.objectives import Encoding, Objective, classification
 from loralab.objectives.templates import template_of
 from loralab.run import policies, written
 from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
@@ -45,9 +49,11 @@ class PreparedRun:
     plan: dict[str, Any] | None = None  # what made the rank map before the run, and what that cost
     asked: tuple[Question, ...] = ()  # what is to be answered at the end, for --generate-metric
 
+    weighted: Objective | None = None  # the objective with the classes weighed, for --class-weights
+
     @property
     def objective(self) -> Objective:
-        return objectives.of(self.task)
+        return self.weighted or objectives.of(self.task)
 
     @property
     def adapter_name(self) -> str:
@@ -88,7 +94,9 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
         what = f"attention={settings.attention!r} with speed='auto'"
         notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
     asked = written.questions(task, reported(task, settings), settings, model, tokenizer)
-    objective, train = objectives.of(task), rows["train"]
+    train = rows["train"]
+    weighted = _weighted(settings, task, train)
+    objective = weighted or objectives.of(task)
     labels = objective.names(task)
 
     def start_batches() -> Iterator[dict[str, Tensor]]:
@@ -102,6 +110,11 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     steps = settings.steps(len(train))
     recipe = recipe.for_steps(steps)
     notes += recipe.notes(steps)
+    if settings.batch_size > len(train):
+        notes.append(
+            f"batch_size={settings.batch_size} is more than the {len(train)} rows to train on: an epoch is one step of "
+            f"all of them, so the run has {steps} steps; a smaller batch takes more"
+        )
     alone = replace(train, packed=False)  # policies and starts run the model itself, which takes no packed rows
     data = (objective, alone, task.sha256, labels, tokenizer)
     work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
@@ -117,7 +130,21 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     notes += [] if plan is None else [policies.note(recipe)]
     validation = {key: rows[key] for key in task.validation}
     parts = (settings, task, shared.model, tokenizer, shared, train, rows.get("held-out"), validation)
-    return PreparedRun(name, *parts, tuple(notes), plan, tuple(asked))
+    return PreparedRun(name, *parts, tuple(notes), plan, tuple(asked), weighted)
+
+
+def _weighted(settings: Settings, task: Task, train: Rows) -> Objective | None:
+    """Return the objective of a task with its classes weighed, if that is asked for. Raises UserError."""
+    if settings.class_weights == "none":
+        return None
+    objective = objectives.of(task)
+    if objective is not classification.OBJECTIVE or task.labels is None:
+        kind = "a regression" if task.labels is None and objective is classification.OBJECTIVE else objective.name
+        raise UserError(
+            f"class_weights={settings.class_weights!r} with {kind}: it has no classes to weigh, leave it out"
+        )
+    weights = classification.class_weights(task.labels, train.labels)
+    return replace(objective, loss=partial(classification.weighted_loss, weights))
 
 
 def _check_whole(objective: Objective, task: Task, settings: Settings) -> None:
@@ -156,15 +183,35 @@ def task_of(s: Settings) -> Task:
     """Read the task that a run's settings name. Raises UserError."""
     regression = None if s.problem_type == "auto" else s.problem_type == "regression"
     options = {} if s.loss_on == "auto" else {"loss_on": str(s.loss_on)}
+    if s.label_map is not None:
+        options["label_map"] = json.dumps(read_map(s.label_map), ensure_ascii=False)
     if s.template is not None:
         options["template"] = template_of(s.template)
     columns: dict[str, Any] = {"text": s.text, "label": s.label, "validation": s.validation, "regression": regression}
-    return objectives.load(s.task, s.data, objective=s.objective, options=options, **columns)
+    read = {"objective": s.objective, "options": options, "reading": reading_of(s), **columns}
+    return selected_by(objectives.load(s.task, s.data, **read), s.select_by)
+
+
+def selected_by(task: Task, metric: str | None) -> Task:
+    """Return a task with this metric first, by which epochs are selected; None leaves it. Raises UserError."""
+    if metric is None:
+        return task
+    able = [*task.metrics, *(objectives.of(task).metrics(task))]
+    if metric not in able:
+        there = ", ".join(dict.fromkeys(able))
+        raise UserError(f"select_by={metric!r}: {task.name} has no such metric{hint(metric, able)}: it has {there}")
+    return replace(task, metrics=tuple(dict.fromkeys([metric, *task.metrics])))
+
+
+def reading_of(s: Settings) -> Reading:
+    """Return how a run's files are read."""
+    return Reading(s.separator, s.encoding, s.skip_bad_rows)
 
 
 def objective_of(s: Settings) -> Objective:
     """Return the objective of a run's task; of a file, only the names of its columns are read. Raises UserError."""
-    return objectives.find(s.task, s.objective, bool(s.text or s.label))
+    with reading_of(s).active():
+        return objectives.find(s.task, s.objective, bool(s.text or s.label))
 
 
 def _rows(

@@ -85,7 +85,7 @@ def _base(s: Settings) -> Any:
     like = rank and max(SMALL, 1 << (rank - 1).bit_length())
     objective = objective_of(s)
     kind = objective.task_type, objective.forward
-    return s.model, kind, s.attention, s.precision, s.accumulate, s.threads, r.store, like
+    return s.model, kind, s.attention, s.precision, s.gpu, s.accumulate, s.threads, r.store, like
 
 
 # ---- a pass ----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ def begin_from(handle: Adapters, name: str, folder: Path) -> str:
             wanted[key].copy_(tensor)
     head = "" if same_head else f", with a new head: its labels are {_names(file)}"
     what = f"starts from the adapter {file.name} of {folder} (sha256 {checksum(folder)[:12]}){head}"
-    what = f"starts from the adapter {file.name} of {folder} (sha256 {checksum(folder)[:12]}){head}"
     return "; ".join([what, *file.notes])
 
 

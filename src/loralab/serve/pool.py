@@ -40,6 +40,7 @@ class AdapterFolder:
     base: str | None  # name of the base, as the run was given it or as the folder has it
     sha256: str | None  # of that base
     objective: str = "classification"
+    written: Mapping[str, str] = field(default_factory=dict)  # separator and encoding of the file it learned from
 
 
 def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
@@ -68,17 +69,17 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
     if (place := peft_format.places(folder)[1]).is_file():
         base = _string(read_header(place).get("base_model_name_or_path"))
         known = saved.read(folder, _string(read_header(place).get("task_type")))
-        return AdapterFolder(folder, name or folder.resolve().name, (), base, None, known.objective)
+        return AdapterFolder(folder, name or folder.resolve().name, (), base, None, known.objective, known.written)
     header = read_header(place := files.places(folder)[1])
     base_entry = header.get("base")
     if not isinstance(base_entry, dict):
         raise UserError(f"{place}: not an adapter header, it names no base")
     own_name, settings = str(header.get("name")), _settings(folder)
-    base = _string(settings.get("model")) or _string(base_entry.get("name"))
     known = saved.read(folder, _string(base_entry.get("task_type")))
+    base = _string(settings.get("model")) or known.base or _string(base_entry.get("name"))
     text = tuple(known.columns) or _text(own_name, settings)
     digest = _string(base_entry.get("sha256"))
-    return AdapterFolder(folder, name or own_name, text, base, digest, known.objective)
+    return AdapterFolder(folder, name or own_name, text, base, digest, known.objective, known.written)
 
 
 def _string(value: Any) -> str | None:

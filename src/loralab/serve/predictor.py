@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loralab import models
 from loralab.cache import Scope
 from loralab.data.batches import Rows, collate, longest, sorted_batches, tokenized
-from loralab.data.checks import any_text
+from loralab.data.checks import texts
 from loralab.errors import UserError
-from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool
+from loralab.serve.loading import shared
+from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool, adapter_folders
 
 
 class Request(NamedTuple):
@@ -45,6 +47,33 @@ class Predictor:
     scope: Scope = field(default_factory=Scope)
     """Where the updates that adapters are lowered to are kept; only the pool changes its models."""
 
+    @classmethod
+    def open(
+        cls,
+        adapters: Mapping[str, AdapterFolder] | Sequence[str | Path],
+        model: str | None = None,
+        memory: int | None = None,
+        batch_size: int = 32,
+        rank: int | None = None,
+        max_length: int | None = None,
+    ) -> "Predictor":
+        """Make a predictor of classifiers, from adapter folders over one base, NAME=FOLDER, or `adapter_folders`.
+
+        `model` is the base, by default the one the folders name; `memory` the most bytes that loaded adapters may take.
+        Raises UserError for folders of another kind of task, and where no base is known or can be had.
+        """
+        found = adapters if isinstance(adapters, Mapping) else adapter_folders([str(entry) for entry in adapters])
+        if others := sorted({folder.objective for folder in found.values()} - {"classification"}):
+            raise UserError(f"adapters of {', '.join(others)} answer one at a time: open each with loralab.pipeline")
+        name = shared(model, found.values())
+        first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
+        spare: list[Any] = [first]
+
+        def new_base() -> Any:
+            return spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
+
+        return cls(Pool(new_base, memory), tokenizer, found, batch_size, rank, max_length)
+
     def fault(self, request: Request) -> str | None:
         """Say what is wrong with a request, as far as that is known without loading its adapter; None if nothing."""
         faults = []
@@ -56,7 +85,7 @@ class Predictor:
         elif adapter.sha256 not in (None, self.pool.base_sha256):
             base = f"{adapter.base}, {str(adapter.sha256)[:12]}; here {self.pool.base_sha256[:12]}"
             faults.append(f"adapter {request.adapter!r} is of another base ({base})")
-        faults += [fault for text in request.texts if (fault := _text_fault(text))]
+        faults += [fault] if (fault := _text_fault(request.texts)) else []
         return "; ".join(dict.fromkeys(faults)) or None
 
     @torch.no_grad()
@@ -66,7 +95,7 @@ class Predictor:
         answers: list[Any] = [None if fault is None else UserError(fault) for fault in faults]
         good = [i for i, fault in enumerate(faults) if fault is None]
         if good:
-            tokens = self._encoded([requests[i] for i in good])
+            tokens = self._encoded([requests[i]._replace(texts=texts(*requests[i].texts)) for i in good])
             folders = [self.adapters[requests[i].adapter].folder for i in good]
             for batch in self._batches(tokens, folders):
                 for j, answer in self._answered(batch, tokens, folders):
@@ -125,11 +154,13 @@ class Predictor:
             yield to_answer(row[: len(adapter.labels)], adapter.labels)
 
 
-def _text_fault(text: Any) -> str | None:
-    if text is None or (isinstance(text, str) and not text.strip()):
+def _text_fault(cells: tuple[Any, ...]) -> str | None:
+    if not cells:
+        return None
+    if all(text is None or (isinstance(text, str) and not text.strip()) for text in cells):
         return "no text"
     try:
-        any_text(text)
+        texts(*cells)
     except ValueError as fault:
         return f"text has {fault}"
     return None

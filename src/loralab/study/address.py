@@ -72,6 +72,8 @@ SETTINGS: Frozen = {
     "max_time": ("max_time", None),
     "eval_every": ("eval_every", 0),
     "held_out": ("held_out", "tenth"),
+    "class_weights": ("class_weights", "none"),
+    "select_by": ("select_by", None),
 }
 RECIPE: Frozen = {
     "start": ("start", "kaiming"),

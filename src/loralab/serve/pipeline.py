@@ -1,0 +1,133 @@
+"""`loralab.pipeline`: an adapter folder as a function from rows to answers, whatever it was trained to do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab import adapters, objectives
+from loralab.adapters import Adapters
+from loralab.data import chats
+from loralab.data.batches import longest, sorted_batches
+from loralab.data.reading import counted
+from loralab.errors import UserError
+from loralab.objectives import generation, saved
+from loralab.objectives.classification import SCORE
+from loralab.objectives.generation import Decoding
+from loralab.objectives.saved import Saved
+from loralab.serve.answers import answer_rows
+from loralab.serve.loading import model_of, on_base
+
+TEXTS = (["prompt"], ["prompt", "completion"], ["text"])  # columns of a training on texts as they are
+
+
+@dataclass
+class Pipeline:
+    """Answers rows with one adapter, in batches."""
+
+    folder: Path
+    adapters: Adapters
+    tokenizer: Any
+    known: Saved
+    """What the adapter was trained to do: kind of task, columns, labels, length."""
+    batch_size: int = 32
+    rank: int | None = None
+    """Rank to evaluate at, for an adapter that was trained for many."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """How texts are written, for an adapter that writes."""
+
+    def __call__(self, rows: Any) -> Any:
+        """Answer rows: a list of answers, in order; of one text or one dict its answer alone.
+
+        A row is a text, a tuple of the cells of the columns that the adapter learned from, or a dict with these.
+        An answer is a dict with the columns that `loralab predict` writes, or `text` where the adapter writes texts.
+        Raises UserError that names the rows that cannot be answered.
+        """
+        one = isinstance(rows, str | Mapping)
+        cells = [self._cells(row) for row in ([rows] if one else rows)]
+        writes = objectives.OBJECTIVES[self.known.objective].answer is None
+        with self.adapters.use(self.adapters.names[0], rank=self.rank):
+            found = self._written(cells) if writes else self._answered(cells)
+        faults: dict[str, list[int]] = {}
+        for row, answer in enumerate(found, 1):
+            if isinstance(answer, UserError):
+                faults.setdefault(str(answer), []).append(row)
+        if faults:
+            raise UserError("; ".join(f"{what} in {counted(places)}" for what, places in faults.items()))
+        return found[0] if one else found
+
+    def _cells(self, row: Any) -> tuple[Any, ...]:
+        if not isinstance(row, Mapping):
+            return row if isinstance(row, tuple) else (row,)
+        columns = self.known.columns or ["text"]
+        if absent := [name for name in columns if name not in row]:
+            raise UserError(f"a row without {', '.join(absent)}: the adapter learned from {', '.join(columns)}")
+        return tuple(row[name] for name in columns)
+
+    def _answered(self, cells: Sequence[tuple[Any, ...]]) -> list[dict[str, Any] | UserError]:
+        limits = [n for n in (self.known.max_length, longest(self.adapters.model)) if n is not None]
+        most = min(limits, default=None)
+        return answer_rows(self.adapters, self.known, cells, self.tokenizer, most, self.batch_size)
+
+    def _written(self, cells: Sequence[tuple[Any, ...]]) -> list[dict[str, Any] | UserError]:
+        """Let the model write an answer to each prompt."""
+        found: list[Any] = [None] * len(cells)
+        prompts: dict[int, list[int]] = {}
+        for i, cell in enumerate(cells):
+            try:
+                prompts[i] = self._prompt(cell[0])
+            except (UserError, ValueError) as fault:
+                found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
+        places = list(prompts)
+        for batch in sorted_batches([len(prompts[i]) for i in places], self.batch_size) if places else ():
+            mine = [places[j] for j in batch]
+            with self.adapters.caching():
+                texts = generation.answers(
+                    self.adapters.model, self.tokenizer, [prompts[i] for i in mine], self.decoding
+                )
+            for i, (text, *_) in zip(mine, texts, strict=True):
+                found[i] = {"text": text}
+        return found
+
+    def _prompt(self, prompt: Any) -> list[int]:
+        """Return the tokens of a prompt: a text or a list of messages, as a chat where the adapter learned chats."""
+        template = self.known.options.get("template")
+        row: chats.Row = chats.open_chat(prompt) if isinstance(prompt, list) else (prompt,)
+        if not chats.is_chat(row):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError("no text")
+            on_texts = self.known.objective != "causal" or self.known.columns in TEXTS
+            if not on_texts and (template or self.tokenizer.chat_template):
+                row = (("user", prompt),)
+        ids = generation.prompt_ids(row, self.tokenizer, template)
+        if self.known.objective == "causal":  # an encoder-decoder cuts
+            generation.check_length(ids, self.adapters.model, self.decoding)
+        return ids
+
+
+def pipeline(
+    adapter: Path | str,
+    model: str | None = None,
+    *,
+    batch_size: int = 32,
+    rank: int | None = None,
+    device: str | None = None,
+    **decoding: Any,
+) -> Pipeline:
+    """Open an adapter folder: `loralab.pipeline("runs/reviews/adapter")(["a text", "another"])`.
+
+    Base, tokenizer, labels, columns and length are those that the folder names; `model` names another place of the
+    base. `device` is torch's, by default a GPU if there is one. `decoding` are settings of an adapter that writes, as
+    max_new_tokens=50. Raises UserError for a folder, or a base, that does not fit or is not there.
+    """
+    folder = Path(adapter)
+    file = adapters.read(folder)
+    known = saved.read(folder, file.base.get("task_type"))
+    if known.labels is None and file.labels and tuple(file.labels) != SCORE:
+        known = replace(known, labels=list(file.labels))
+    whole = objectives.OBJECTIVES[known.objective].new_head
+    handle, tokenizer = on_base(model_of(model, folder, file), file, folder, whole=whole)
+    handle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return Pipeline(folder, handle, tokenizer, known, batch_size, rank, Decoding(**decoding))

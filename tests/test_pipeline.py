@@ -1,0 +1,85 @@
+"""`loralab.pipeline`: a folder as a function from rows to answers, whatever it learned; `Predictor.open` for many."""
+
+import json
+import shutil
+
+import pytest
+from test_cli import adapter, cli, flags  # noqa: F401  (fixtures)
+from test_objectives import KINDS, MODEL, MODEL_OBJECTIVE, bases, files, rows_of, run_json, settings  # noqa: F401
+
+import loralab
+from loralab import UserError
+from loralab.run import train
+from loralab.serve import Predictor, Request
+
+COLUMNS = {  # kind -> the columns of its file that a row to answer has
+    "classification": ["text"], "regression": ["text"], "multi-label": ["text"], "tagging": ["tokens"],
+    "multiple-choice": ["question", "choices"], "similarity": ["sentence1", "sentence2"],
+    "triplets": ["anchor", "positive"], "pairs": ["anchor", "positive"], "chat": ["messages"],
+    "completion": ["prompt"], "text": ["text"], "seq2seq": ["source"],
+}  # fmt: skip
+WRITES = ("chat", "completion", "text", "seq2seq")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_answers_as_the_command_does_whatever_it_learned(kind, bases, files, tmp_path, capsys):  # noqa: F811
+    train(settings(kind, bases, files, tmp_path / "run", epochs=1))
+    folder = tmp_path / "run/adapter"
+    rows = [{name: row[name] for name in COLUMNS[kind]} for row in rows_of(kind, 9, 5)]
+    answer = loralab.pipeline(folder, batch_size=4, **({"max_new_tokens": 4} if kind in WRITES else {}))
+    cells = [tuple(row.values()) for row in rows]
+    found = answer(cells)
+    assert len(found) == len(rows)
+    if kind != "completion":  # whose columns are prompt and completion, and a row to answer has the prompt alone
+        assert answer(rows) == found == [answer(row) for row in rows] or kind not in WRITES
+    if kind in WRITES:
+        assert all(set(one) == {"text"} and isinstance(one["text"], str) for one in found)
+        return
+    (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = run_json(capsys, "predict", "--adapters", folder, "--input", tmp_path / "bare.jsonl", "--json")
+    for mine, theirs in zip(found, expected, strict=True):
+        assert {name: approx(value) for name, value in mine.items()} == {name: theirs[name] for name in mine}
+
+
+def approx(value):
+    if isinstance(value, dict):
+        return {key: approx(x) for key, x in value.items()}
+    return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
+
+
+def test_the_folder_alone_is_enough_where_the_base_is_known(adapter, tiny, tmp_path):  # noqa: F811
+    """Copied away from its run it has labels, columns and length; the base is found by its name, or given."""
+    copied = shutil.copytree(adapter, tmp_path / "copied")
+    answer = loralab.pipeline(copied, str(tiny))
+    assert (answer.known.columns, answer.known.labels, answer.known.max_length) == (["sentence"], ["cat", "dog"], 32)
+    assert answer(["the cat sees"])[0]["label"] in ("cat", "dog")
+    assert answer({"sentence": "the cat sees"}) == answer("the cat sees") == answer([("the cat sees",)])[0]
+
+
+def test_rows_that_cannot_be_answered_are_named(adapter, tiny):  # noqa: F811
+    answer = loralab.pipeline(adapter, str(tiny))
+    with pytest.raises(UserError, match=r"empty in 2 rows \(2, 4\)"):
+        answer(["the cat", "", "a dog", " "])
+    with pytest.raises(UserError, match="a row without sentence: the adapter learned from sentence"):
+        answer({"text": "the cat"})
+    assert answer([]) == []
+
+
+def test_another_base_is_refused(adapter, tmp_path, tiny):  # noqa: F811
+    other = shutil.copytree(tiny, tmp_path / "other")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(other / "model.safetensors")
+    save_file({key: t + 1 for key, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="base"):
+        loralab.pipeline(adapter, str(other))
+
+
+def test_a_predictor_opens_folders(adapter, tiny, tmp_path):  # noqa: F811
+    other = shutil.copytree(adapter, tmp_path / "copy")
+    predictor = Predictor.open([f"one={adapter}", f"two={other}"], str(tiny))
+    answers = predictor.answer([Request("one", ("the cat sees",)), Request("two", ("the cat sees",))])
+    assert answers[0] == answers[1]
+    alone = loralab.pipeline(adapter, str(tiny))("the cat sees")
+    assert answers[0].label == alone["label"]
+    assert answers[0].probabilities == approx(alone["probabilities"])
