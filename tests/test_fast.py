@@ -12,6 +12,7 @@ from loralab.active import Stream
 from loralab.fast import encoder_layer, masks, prepare, put_back
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
+from loralab.update import each, merged, stack
 
 ENCODERS = ["bert", "roberta", "electra", "mpnet", "distilbert"]
 LOW_RANK = [name for name, (row, _) in NAMED.items() if row.factors is not None and row.low_rank and not row.policy]
@@ -394,3 +395,31 @@ def test_a_block_leaves_attention_that_was_asked_for():
     found = {choice.piece: choice for choice in prepare(model)}["block"]
     assert not found.used
     assert found.reason == "attention is flex_attention"
+
+
+ALIKE = [name for name in LOW_RANK if NAMED[name][0].store is None and NAMED[name][0].start not in ("eva", "loftq")]
+
+
+@pytest.mark.parametrize("method", ALIKE)
+def test_adapters_of_one_recipe_are_lowered_in_one_go(method):
+    """And beside others of other ranks and methods; the update of each is that of it alone."""
+    model, adapters = adapted("bert", method)
+    names = ["default", "other", "b", "third", "c"]
+    given = {key: x for key, x in SETTINGS.items() if key in vars(NAMED[method][0].factors)}
+    for name in ("b", "c"):
+        adapters.add(name, method, head=True, targets=adapters.spec("default").paths, **given)
+    adapters.add("other", "rslora", rank=4, head=True)
+    adapters.add("third", "dora", rank=2, head=True)
+    for i, name in enumerate(names):
+        shake(adapters, name, seed=i)
+    double(model, adapters)
+    for layer in adapters.layers.values():
+        together = layer.lower_together(names, {})
+        own_constants = method == "miss"  # each adapter has tensors of its own
+        assert len({layer._likeness(name, {}) for name in names}) == (5 if own_constants else 3)
+        for i, name in enumerate(names):
+            alone = stack([layer.lower(name)])
+            W = merged(layer.weight.double(), each(lambda t, i=i: t[i], together))
+            torch.testing.assert_close(
+                W, merged(layer.weight.double(), each(lambda t: t[0], alone)), rtol=0, atol=1e-12
+            )

@@ -19,7 +19,7 @@ from loralab.errors import UserError
 from loralab.kinds import keep, restore
 from loralab.methods.gain import row_norms
 from loralab.recipe import Recipe
-from loralab.update import Dense, Update, apply, by_row, each, merged, nothing
+from loralab.update import Dense, Update, apply, by_row, cat, each, merged, nothing, stack, take
 
 FAST = "_loralab_fast"  # marks a module whose forward is not that of its class
 HOOKS = (  # where torch keeps the hooks that run when a module is called
@@ -189,6 +189,7 @@ class Adapted(nn.Module):
             for role, t in tensors.items()
         }
         self.adapters[name] = nn.ParameterDict(roles)
+        recipe = next((other for other in self.recipes.values() if other == recipe), recipe)  # one object for equals
         self.recipes[name], self.constants[name], self._sources[name] = recipe, local, (constants, here)
         self.stacked.clear()
 
@@ -227,6 +228,33 @@ class Adapted(nn.Module):
         p = {**self.roles(name), **self.constants[name]}
         return self.recipes[name].lower(p, self.base, self.active.chosen.get(name, drawn))
 
+    def lower_together(self, names: Sequence[str], drawn: Mapping[str, Any]) -> Update | Dense:
+        """The updates of several adapters with a leading axis. Those of one recipe are lowered in one go: of each role
+        one tensor (K, ...), where K times as many small operations would be asked for."""
+        alike: dict[Any, list[int]] = {}
+        for i, name in enumerate(names):
+            alike.setdefault(self._likeness(name, drawn), []).append(i)
+        if len(alike) == len(names):
+            return stack([self.lower(name, drawn.get(name)) for name in names])
+        parts, places = [], [i for same in alike.values() for i in same]
+        for same in alike.values():
+            first = names[same[0]]
+            if len(same) == 1:
+                parts.append(stack([self.lower(first, drawn.get(first))]))
+                continue
+            of_each = [self.roles(names[i]) for i in same]
+            p = {role: torch.stack([roles[role] for roles in of_each]) for role in of_each[0]}  # (K, ...)
+            parts.append(self.recipes[first].lower({**p, **self.constants[first]}, self.base))
+        u = cat(parts)
+        return u if places == sorted(places) else take(u, torch.tensor(places).argsort())
+
+    def _likeness(self, name: str, drawn: Mapping[str, Any]) -> Any:
+        """Equal for adapters that can be lowered in one go: with one recipe and the same constants, nothing drawn."""
+        recipe = self.recipes.get(name)
+        if recipe is None or not recipe.low_rank or drawn.get(name) is not None or name in self.active.chosen:
+            return name
+        return id(recipe), *(t.data_ptr() for t in self._sources[name][1].values())
+
     def dropout(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """The dropout on the input of an adapter, or None where there is none."""
         p = self.recipes[name].dropout if name in self.recipes else 0.0
@@ -242,8 +270,10 @@ class Adapted(nn.Module):
             self._check_frozen()
         drawn = self.active.drawn
         if drawn or not keeps():
-            fresh = [self.lower(name, drawn.get(name)) for name in names]
-            return fresh[0] if ids is None else by_row(fresh, ids, state.equal_parts)
+            if ids is None:
+                return self.lower(names[0], drawn.get(names[0]))
+            fresh = self.lower_together(names, drawn)
+            return fresh if state.equal_parts else take(fresh, ids)
         if ids is None:
             return self._cached(names[0])
         key = (names, tuple(ids.tolist()), tuple(map(state.chosen.get, names)))

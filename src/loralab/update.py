@@ -85,24 +85,33 @@ def stack(updates: Sequence[Update | Dense]) -> Update | Dense:
 
     One dense update among them makes the result dense.
     """
+    return _joined(updates, torch.stack)
+
+
+def cat(updates: Sequence[Update | Dense]) -> Update | Dense:
+    """Updates that have a leading axis each as one, along it; ranks and gains as in `stack`."""
+    return updates[0] if len(updates) == 1 else _joined(updates, torch.cat)
+
+
+def _joined(updates: Sequence[Update | Dense], join: Callable[[list[Tensor]], Tensor]) -> Update | Dense:
     low = [u for u in updates if isinstance(u, Update)]
     if len(low) < len(updates):
-        return Dense(torch.stack([u.matrix() for u in updates]), _gains(updates))  # D (K, out, in)
+        return Dense(join([u.matrix() for u in updates]), _gains(updates, join))  # D (K, out, in)
     rank = max(u.A.shape[-2] for u in low)
-    A = torch.stack([_pad(u.A, (0, 0, 0, rank - u.A.shape[-2])) for u in low])  # (K, r, in)
-    B = torch.stack([_pad(u.B, (0, rank - u.B.shape[-1])) for u in low])  # (K, out, r)
-    return Update(A, B, _gains(low))
+    A = join([_pad(u.A, (0, 0, 0, rank - u.A.shape[-2])) for u in low])  # (K, r, in)
+    B = join([_pad(u.B, (0, rank - u.B.shape[-1])) for u in low])  # (K, out, r)
+    return Update(A, B, _gains(low, join))
 
 
 def _pad(t: Tensor, more: tuple[int, ...]) -> Tensor:
     return F.pad(t, more) if any(more) else t
 
 
-def _gains(updates: Sequence[Update | Dense]) -> Tensor | None:
+def _gains(updates: Sequence[Update | Dense], join: Callable[[list[Tensor]], Tensor]) -> Tensor | None:
     if all(u.gain is None for u in updates):
         return None
-    ups = [u.B if isinstance(u, Update) else u.D for u in updates]  # (out, ...)
-    return torch.stack([t.new_ones(len(t)) if u.gain is None else u.gain for u, t in zip(updates, ups, strict=True)])
+    ups = [u.B if isinstance(u, Update) else u.D for u in updates]  # (..., out, ...)
+    return join([t.new_ones(t.shape[:-1]) if u.gain is None else u.gain for u, t in zip(updates, ups, strict=True)])
 
 
 def take(u: Update | Dense, ids: Tensor) -> Update | Dense:
