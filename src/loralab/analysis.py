@@ -28,7 +28,6 @@ from loralab.errors import UserError
 from loralab.files import AdapterFile
 from loralab.inputs import evaluating
 from loralab.kinds import is_product, keep
-from loralab.methods.base import Factors
 from loralab.update import Dense, Update
 
 TOP = 8  # directions to compare by default: the usual rank
@@ -98,7 +97,7 @@ def _from_file(file: AdapterFile, folder: Path | str) -> Iterator[tuple[str, Upd
         if share is not None:
             p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
         factors: Any = file.recipe.factors
-        if not file.recipe.low_rank or type(factors).constants is not Factors.constants:
+        if not file.recipe.low_rank or factors.constants([(1, 1)]):  # what is drawn over the sizes of the base
             raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
         yield path, file.recipe.at(path).lower_low_rank(p)
 
