@@ -184,7 +184,7 @@ def test_resume_starts_a_run_where_there_is_none(short, tmp_path, there):
             (folder / "failed.json").write_text("{}")
         train(Settings(**short, text=("sentence",), out=folder, resume=resume))
         assert {path.name for path in folder.iterdir()} == {
-            "run.json", "metrics.jsonl", "adapter", "predictions.safetensors", "result.json"
+            "run.json", "metrics.jsonl", "adapter", "predictions.safetensors", "wrong.csv", "result.json"
         }  # fmt: skip
     assert_same(tmp_path / "rTrue", tmp_path / "rFalse")
 
@@ -378,10 +378,13 @@ def test_a_setting_of_the_method_reaches_the_recipe_from_the_command_line(tiny, 
         (["--set", "rank=3", "--rank", "3"], ("rank: given as a flag and by --set",)),
         (["--set", "wait=soon"], ("wait=soon: expected",)),
         (["--set", "wait"], ("expected name=value",)),
-        (["--seed", str(2**32)], ("seed=4294967296: expected 4294967295 or less",)),
-        (["--weight-decay", "nan"], ("weight_decay=nan: expected a finite number",)),
-        (["--lr", "inf"], ("lr=inf: expected a finite number",)),
-        (["--batch-size", "0", "--clip", "-1"], ("batch_size=0: expected 1 or more", "clip=-1.0: expected 0 or more")),
+        (["--seed", str(2**32)], ("--seed 4294967296: expected 4294967295 or less",)),
+        (["--weight-decay", "nan"], ("--weight-decay nan: expected a finite number",)),
+        (["--lr", "inf"], ("--lr inf: expected a finite number",)),
+        (
+            ["--batch-size", "0", "--clip", "-1"],
+            ("--batch-size 0: expected 1 or more", "--clip -1.0: expected 0 or more"),
+        ),
     ):
         assert main([*flags[:-2], str(tmp_path / "s"), *more]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -277,22 +277,15 @@ BAD = {  # flags -> what the one line says
         "--prompt: row 2: a prompt of 67 tokens and an answer of up to 9 are more than the 64"
     ),
     ("--model", "BASE", "--input", "ROWS", "--adapter-column", "who", "--max-new-tokens", "4"): (
-        "rows 2-3: no adapter 'X'; row 4: a message without role and content"
+        "2 rows (2, 3): no adapter 'X'; row 4: a message without role and content"
     ),
     ("--model", "BASE", "--input", "ROWS", "--adapter-column", "whom"): "no column 'whom'",
     ("--model", "BASE", "--input", "OTHER"): "no column to answer among question, answer",
     ("--model", "BASE", "--input", "TAKEN"): "column answer is there already; --prefix renames",
     ("--model", "BASE", "--input", "TAKEN", "--out", "rows.xlsx"): "a name ending in",
     ("--model", "BASE", "--chat", "--plain"): "leave --plain out",
-    (
-        "--model",
-        "BASE",
-        "--chat",
-        "--keep-going",
-        "--prefix",
-        "x",
-    ): "--prefix would do nothing with --chat",
-    ("--model", "BASE", "--prompt", "a", "--template", "nowhere"): "--template nowhere cannot be read",
+    ("--model", "BASE", "--chat", "--keep-going", "--prefix", "x"): "--prefix would do nothing with --chat",
+    ("--model", "BASE", "--prompt", "a", "--template", "nowhere"): "--template nowhere does not exist",
 }
 
 

@@ -443,8 +443,8 @@ def test_an_adapter_of_a_run_knows_its_columns_and_its_base(cli, tiny, own, adap
 @pytest.mark.parametrize(
     ("change", "more", "message"),
     [
-        ({"who": {0: "nobody", 2: "nobody", 3: "nobody"}}, (), "no adapter 'nobody' in 3 rows (1, 3, 4)"),
-        ({"text": {1: ""}, "who": {2: "x"}}, (), "no text in row 2; no adapter 'x' in row 3"),
+        ({"who": {0: "nobody", 2: "nobody", 3: "nobody"}}, (), "3 rows (1, 3, 4): no adapter 'nobody'"),
+        ({"text": {1: ""}, "who": {2: "x"}}, (), "row 2: no text; row 3: no adapter 'x'"),
         ({}, ("--rank", "2"), "--rank 2"),
         ({}, ("--memory", "2 boxes"), "expected a size such as"),
         ({}, ("--memory", "1kB"), "more than the budget of 1,000"),
@@ -482,7 +482,7 @@ def test_keep_going_answers_the_rest_and_names_the_error(cli, tiny, folders, ask
     given = command(folders, tiny, path, "--adapter-column", "who", "--keep-going", "--out", out)
     code, _, err = cli(*given)
     assert code == 0
-    assert "no adapter 'nobody' in row 2; no text in row 5" in err
+    assert "row 2: no adapter 'nobody'; row 5: no text" in err
     for i, row in enumerate(read_back(out)):
         assert (row["label"] is None) == (row["error"] is not None) == (i in (1, 4))
 

@@ -59,6 +59,7 @@ def test_every_separator_encoding_and_line_end_gives_the_same_rows(tmp_path, sep
         ("text\tlabel\na,b\tgood\nc\tbad\n", ".csv", "tab"),
         ("text,label\na,good\nb,bad\n", ".tsv", ","),  # named .tsv and is none
         ("text|label\na,b|good\nb|bad\n", ".csv", "|"),
+        ("text, all of it;label\na;x\nb;y\n", ".csv", ";"),  # a comma in the header, and none in the rows
         ("text\njust, a; text\n", ".csv", ","),  # one column: nothing to find
     ],
 )

@@ -213,6 +213,13 @@ def test_there_are_sixty_of_them():
 # ---- the rules behind the table --------------------------------------------------------------------------------------
 
 
+def test_notes_of_a_run_name_flags_too(folder):
+    code, _, err = said(f"{TRAIN} --batch-size 500 --method head --targets attention --epochs 1 --out noted", folder)
+    assert code == 0
+    assert "note: --batch-size 500 is more than the " in err
+    assert "note: --targets attention with --method head: " in err
+
+
 def functions():
     return {name: getattr(import_module(f"loralab.cli.{name}"), name) for name in COMMANDS}
 

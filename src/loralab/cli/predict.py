@@ -163,7 +163,7 @@ def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
             faults.setdefault(str(answer), []).append(row)
     if not faults:
         return
-    listed = "; ".join(f"{what} in {counted(rows)}" for what, rows in faults.items())
+    listed = "; ".join(f"{counted(rows)}: {what}" for what, rows in faults.items())
     if not keep_going:
         raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
     print(f"note: no answer for {listed}", file=sys.stderr)

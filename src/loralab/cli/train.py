@@ -12,6 +12,7 @@ from rich.text import Text
 
 from loralab.cli.show import Json, as_json, pairs, table
 from loralab.cli.show_learned import show
+from loralab.cli.wording import spelled
 from loralab.data.batches import IGNORED, Rows
 from loralab.disk import size_text
 from loralab.errors import UserError
@@ -49,9 +50,9 @@ def train(
         return
     tried: list[Tried] = []
     if tune is not None:
-        tried, best = try_rates(settings, tune, Bar())
+        tried, best = try_rates(settings, tune, SpelledBar())
         settings = replace(settings, out=best.folder, lr=best.lr, resume=True)  # the run that is finished there
-    result = run(settings, Bar())
+    result = run(settings, SpelledBar())
     if not PartialState().is_main_process:
         return
     if json:
@@ -64,6 +65,14 @@ def train(
         if (wrong := settings.folder / WRONG).is_file():
             print(f"rows that are most wrong: {wrong}")
         print(f"run folder: {settings.folder}")
+
+
+class SpelledBar(Bar):
+    """A bar whose notes name settings as flags."""
+
+    def say(self, text: str) -> None:
+        """Print a note in the words of the command line."""
+        super().say(spelled(text, "train"))
 
 
 def summary(result: dict[str, Any]) -> dict[str, str]:

@@ -30,6 +30,7 @@ Speed = Literal["auto", "off", "compile"]
 COMPILER = "inductor"  # torch's own; batches of any shape share what it makes
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
+LARGEST = 8 << 20  # values of a matrix, 32 MiB in float32 (see heap.py)
 MANY = "16384"  # prepared products; its own 1024 are too few
 
 
@@ -177,8 +178,14 @@ def _no_heap(model: nn.Module) -> str | None:
     return heap.problem() if device == "cpu" else f"the model is on {device}, where PyTorch keeps freed memory itself"
 
 
-def _put_heap(_model: nn.Module) -> None:
-    heap.keep()
+def keeps_large(model: nn.Module) -> bool:
+    """Whether the heap may keep large blocks: not where a product is with a matrix of more than LARGEST values."""
+    sizes = (getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in model.modules())
+    return max((size for size in sizes if isinstance(size, int)), default=0) <= LARGEST
+
+
+def _put_heap(model: nn.Module) -> None:
+    heap.keep(keeps_large(model))
 
 
 PIECES: dict[str, Piece] = {
@@ -200,6 +207,7 @@ __all__ = [
     "Piece",
     "Speed",
     "enable",
+    "keeps_large",
     "prepare",
     "put_back",
     "round_frozen",

@@ -4,6 +4,10 @@ A training step makes and frees the same large tensors again and again. By defau
 above 32 MiB back to the system and asks for it anew, page by page, which took a fifth of a step of 8 runs in one pass
 (docs/decisions.md). `keep` makes it hold on to them.
 
+Where a product is with a matrix as large as the output layer of a language model, oneDNN makes a copy of it, on a page
+of its own, for each product. A freed block of that kind never fits the next one, as a few bytes at its front are taken by
+then, so a kept heap grew by 0.23 GB with each step of SmolLM2. There, blocks above 32 MiB go back to the system.
+
 A process takes more memory than its tensors have, because malloc leaves holes between them. The holes follow from the
 order of sizes and from small blocks in between, which keep a hole from being as large as the next tensor needs it with
 its alignment. So an estimate replays the order through this machine's own malloc, in a process of its own, without
@@ -21,9 +25,11 @@ from contextlib import suppress
 
 Event = tuple[int, int]  # (number of a storage, its bytes where it is made or 0 where it is freed)
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # mallopt's numbers for them
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's numbers for them
 ALIGNMENT = 64  # of PyTorch's tensors on CPU
 LARGE = 31 << 20  # a freed block up to 32 MiB, as loading leaves some, makes malloc take later ones from its heap
+MOST_MMAP = 32 << 20  # bytes; the largest threshold that malloc takes
+MANY_MAPS = 65536  # blocks with pages of their own, as many as malloc allows by default
 SMALL = (104, 208, 56, 72, 320)  # bytes of what PyTorch makes beside a storage: its record, the tensor's, autograd's
 
 
@@ -39,28 +45,33 @@ def problem() -> str | None:
     return None if hasattr(ctypes.CDLL(None), "mallopt") else "this C library has no mallopt"
 
 
-def keep() -> None:
-    """Keep freed memory of any size in this process from now on, so that the next step finds its pages in place."""
+def keep(large: bool = True) -> None:
+    """Keep freed memory in this process from now on, so that the next step finds its pages in place.
+
+    With `large` blocks of any size are kept, else those up to 32 MiB.
+    """
     libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_MAX, 0)  # no block gets pages of its own
+    libc.mallopt(MMAP_MAX, 0 if large else MANY_MAPS)  # 0: no block gets pages of its own
+    if not large:
+        libc.mallopt(MMAP_THRESHOLD, MOST_MMAP)
     libc.mallopt(TRIM_THRESHOLD, -1)  # the end of the heap is never given back
 
 
-def resident(events: Sequence[Event], kept: bool) -> int | None:
+def resident(events: Sequence[Event], kept: bool, large: bool = True) -> int | None:
     """The most bytes that malloc takes from the system, over numbers of small blocks; None where that is not known.
 
-    `kept` is true for a process that has called `keep`. It is not known with another C library, and where the order
+    `kept` is true for a process that has called `keep(large)`. It is not known with another C library, and where the order
     asks for more than this machine lets a process have.
     """
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return None
     program = [sys.executable, "-I", "-S", __file__]
-    out = subprocess.run(program, input=json.dumps([events, kept]), capture_output=True, text=True, check=True)
+    out = subprocess.run(program, input=json.dumps([events, kept, large]), capture_output=True, text=True, check=True)
     found = out.stdout.split()
     return max(map(int, found)) if len(found) == len(SMALL) + 1 else None
 
 
-def replayed(events: Sequence[Event], kept: bool, small: Sequence[int]) -> int:
+def replayed(events: Sequence[Event], kept: bool, large: bool, small: Sequence[int]) -> int:
     """`resident` for one number of small blocks, in this process, whose heap then is no longer fresh."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _Info
@@ -72,7 +83,7 @@ def replayed(events: Sequence[Event], kept: bool, small: Sequence[int]) -> int:
         return int(info.arena + info.hblkhd)
 
     if kept:
-        keep()
+        keep(large)
     else:
         libc.free(libc.malloc(LARGE))
     before = most = taken()
@@ -92,12 +103,12 @@ def replayed(events: Sequence[Event], kept: bool, small: Sequence[int]) -> int:
 
 def main() -> None:
     """Print the bytes for each number of small blocks."""
-    events, kept = json.load(sys.stdin)
+    events, kept, large = json.load(sys.stdin)
     for count in range(len(SMALL) + 1):
         child = os.fork()  # each number of small blocks on a fresh heap
         if not child:
             with suppress(MemoryError):
-                os.write(1, f"{replayed(events, kept, SMALL[:count])}\n".encode())
+                os.write(1, f"{replayed(events, kept, large, SMALL[:count])}\n".encode())
             os._exit(0)
         os.waitpid(child, 0)
 

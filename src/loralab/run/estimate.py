@@ -115,9 +115,9 @@ def _estimate(settings: EstimateSettings, recipe: Recipe) -> Estimate:
     return Estimate(settings, loading, meter.most, _resident(meter, step.heap_kept), meter.products // WARM, layers)
 
 
-def _resident(meter: "Meter", heap_kept: bool) -> int:
+def _resident(meter: "Meter", heap_kept: tuple[bool, bool]) -> int:
     """Return the peak of resident memory for the tensors that a meter saw (on a GPU, not measured, of the tensors)."""
-    resident = None if torch.cuda.is_available() else heap.resident(meter.events, heap_kept)
+    resident = None if torch.cuda.is_available() else heap.resident(meter.events, *heap_kept)
     return (meter.most if resident is None else resident) + NO_TENSORS
 
 
@@ -157,7 +157,7 @@ class BlankStep:
         handle.active.activate("estimate")
         choices = fast.enable(model, settings.precision, settings.path)
         self.autocast = choices.autocast
-        self.heap_kept = any(c.piece == "heap" and c.used for c in choices)
+        self.heap_kept = any(c.piece == "heap" and c.used for c in choices), fast.keeps_large(model)
         if settings.checkpointing:
             recompute(model, settings.model)
         self.steps = handle.steps
