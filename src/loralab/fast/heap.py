@@ -5,8 +5,8 @@ above 32 MiB back to the system and asks for it anew, page by page, which took a
 (docs/decisions.md). `keep` makes it hold on to them.
 
 Where a product is with a matrix as large as the output layer of a language model, oneDNN makes a copy of it, on a page
-of its own, for each product. A freed block of that kind never fits the next one, as a few bytes at its front are taken by
-then, so a kept heap grew by 0.23 GB with each step of SmolLM2. There, blocks above 32 MiB go back to the system.
+of its own, for each product. A freed block of that kind never fits the next one, as a few bytes at its front are taken
+by then, so a kept heap grew by 0.23 GB with each step of SmolLM2. There, blocks above 32 MiB go back to the system.
 
 A process takes more memory than its tensors have, because malloc leaves holes between them. The holes follow from the
 order of sizes and from small blocks in between, which keep a hole from being as large as the next tensor needs it with
@@ -60,8 +60,8 @@ def keep(large: bool = True) -> None:
 def resident(events: Sequence[Event], kept: bool, large: bool = True) -> int | None:
     """The most bytes that malloc takes from the system, over numbers of small blocks; None where that is not known.
 
-    `kept` is true for a process that has called `keep(large)`. It is not known with another C library, and where the order
-    asks for more than this machine lets a process have.
+    `kept` is true for a process that has called `keep(large)`. It is not known with another C library, and where the
+    order asks for more than this machine lets a process have.
     """
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return None
