@@ -179,30 +179,31 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import loralab
 from loralab.objectives import vocabulary
 
-sizes = {"hidden_size": 192, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=60_000, **sizes))
+sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=49_152, **sizes))
 vocabulary.prepare(model)
 adapters = loralab.attach(model, "lora", targets="all-linear")
 adapters.fast("bfloat16")
 optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-3))
 resident = []
-for step in range(24):
-    ids = torch.randint(60_000, (4, 20 + step % 7))
-    at = torch.arange(4).repeat_interleave(19), torch.arange(19).repeat(4)
-    vocabulary.likelihoods(model, {"input_ids": ids}, at, ids[:, 1:20].flatten())[0].mean().backward()
+for step in range(16):
+    ids = torch.randint(49_152, (4, 130 + 37 * step % 90))
+    wanted = 40 + 13 * step % 50  # tokens of a row that are learned
+    at = torch.arange(4).repeat_interleave(wanted), torch.arange(wanted).repeat(4)
+    nll, _ = vocabulary.likelihoods(model, {"input_ids": ids}, at, ids[:, 1 : wanted + 1].flatten())
+    nll.mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    kept = [torch.empty(3000 + 8 * i) for i in range(4)]  # small blocks that stay for a while
     resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
-print(resident[-1] - resident[7])
+print(resident[-1] - resident[8])
 """
 
 
 @pytest.mark.skipif(heap.problem() is not None, reason="not the GNU C library")
 def test_a_large_output_layer_does_not_make_the_heap_grow():
-    """Each product with it takes a copy of it, 46 MB, that a kept heap would take anew each time."""
+    """Steps that differ in how many tokens are learned: kept whole, the heap grows by 100 MB with each of these."""
     out = subprocess.run([sys.executable, "-c", LARGE_OUTPUT], capture_output=True, text=True, check=True).stdout
-    assert int(out.splitlines()[-1]) < 60e6
+    assert int(out.splitlines()[-1]) < 200e6
 
 
 @pytest.mark.skipif(heap.problem() is not None, reason="not the GNU C library")
