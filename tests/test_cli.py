@@ -161,7 +161,7 @@ def test_methods_are_a_table_or_json(cli):
         (["export", ".", "--model", ".", "--out", "e", "--layout", "onnx"], '"onnx"'),
         (["inspect", "."], "is no adapter folder"),
         (["verify", "nowhere"], "nowhere does not exist"),
-        (["inspect", "r", "--memory", "--top", "3", "--plot", "x.png"], "--plot, --top would do nothing with --memory"),
+        (["inspect", ".", "--memory", "--top", "3", "--plot", "x.png"], "--plot, --top would do nothing with --memory"),
         (["methods", "--jsn"], "--jsn"),
         (["demo", "--seed", "1.5"], "--seed 1.5: expected a whole number"),
     ],

@@ -551,7 +551,7 @@ def test_choices_say_when_the_fast_path_was_taken_off():
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", torch.float32, torch.bfloat16])
 def test_enable_rounds_what_is_frozen_where_bfloat16_is_wanted_and_says_what_autocast_is_for(dtype, monkeypatch):
-    monkeypatch.setattr("loralab.fast.machine.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("loralab.fast.machine.fast_bfloat16", lambda gpu=None: True)
     narrow = dtype not in ("float32", torch.float32)
     model, _ = adapted("bert")
     choices = enable(model, dtype)

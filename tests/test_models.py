@@ -291,7 +291,8 @@ def test_an_adapter_is_merged_and_exported_as_the_class_it_was_made_on(
             assert run("export", tmp_path / source, "--model", folder, "--out", tmp_path / "exported") == 0
             assert ("vLLM refuses a head" in capsys.readouterr().err) == own_head
     config = json.loads((tmp_path / "exported/adapter_config.json").read_text())
-    assert config["task_type"] == task
+    # PEFT takes a folder with a task of labels for one with a head, and fails where there is none
+    assert config["task_type"] == (task if own_head or task not in (*LABELLED, "QUESTION_ANS") else None)
 
 
 def test_a_folder_of_0_1_0_without_a_class_is_merged_as_its_base_was_saved(

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(tiny, own
         ({"lr": -1.0}, "lr=-1.0"),
         ({"accumulate": 33}, "empty parts"),
         ({"rank": 99}, "rank 99"),
-        ({"targets": "nothing"}, "match no linear layer"),
+        ({"targets": "nothing"}, "match no layer"),
         ({"method": "loras"}, "did you mean 'lora'"),
         ({"label": "lable"}, "lable"),
         ({"model": "./nowhere"}, "nowhere"),

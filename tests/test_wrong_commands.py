@@ -76,7 +76,7 @@ WRONG = {  # heading -> (command without `loralab`, what its message must contai
         (f"{TRAIN} --set rank", ["--set rank: expected name=value"]),
         (f"{TRAIN} --set stabilized=perhaps", ["--set stabilized=perhaps", "true or false"]),
         (f"{TRAIN} --rank 3 --set rank=4", ["given as a flag and by --set"]),
-        (f"{TRAIN} --targets q_prj", ["'q_prj' match no linear layer", "presets", "all-linear"]),
+        (f"{TRAIN} --targets q_prj", ["'q_prj' match no layer", "presets", "all-linear"]),
         (f"{TRAIN} --policy drops", ["--policy drops", "alora"]),
         ("methods loar", ["did you mean 'lora'?"]),
     ],

@@ -29,7 +29,7 @@ def on_base(
     try:
         model_names.require(model)
         base = plain(model, file, folder, whole, say)
-        return put(base.model, file, folder, name or file.name), base.tokenizer
+        return put(base.model, file, folder, name), base.tokenizer
     except (OtherBase, model_names.NotHere) as error:
         raise UserError(f"{error}; {wanted(folder, file)}") from error
 
