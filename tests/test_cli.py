@@ -448,6 +448,7 @@ def program(*argv, **given):
     return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120, **given)
 
 
+@pytest.mark.slow
 def test_the_program_says_only_its_own_words(tiny, own, tmp_path):
     done = program(*flags(tiny, own, out=tmp_path / "run"))
     assert done.returncode == 0

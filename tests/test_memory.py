@@ -199,6 +199,7 @@ print(resident[-1] - resident[8])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(heap.problem() is not None, reason="not the GNU C library")
 def test_a_large_output_layer_does_not_make_the_heap_grow():
     """Steps that differ in how many tokens are learned: kept whole, the heap grows by 100 MB with each of these."""

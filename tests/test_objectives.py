@@ -195,6 +195,7 @@ def test_a_step_is_the_same_however_its_rows_are_divided(kind, bases, files, tmp
             torch.testing.assert_close(adapter(tmp_path / parts)[key], t, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["completion", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tagging", "seq2seq"))]
 )

@@ -509,6 +509,7 @@ def test_a_replica_of_data_parallel_does_not_ignore_use():
     assert "DataParallel runs the model in threads" in said[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_use_in_one_thread_and_refuses_others():
     model, adapters = adapted()
     adapters.add("b", "dora", rank=2, head=True)

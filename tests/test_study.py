@@ -311,6 +311,7 @@ def test_a_full_disk_is_no_fault_of_a_run(tiny, own, here, broken, capsys):
     assert main(["study", "x.toml"]) == 0
 
 
+@pytest.mark.slow
 def test_processes_come_to_what_one_comes_to(tiny, own, here):
     """A study in two processes, tuned and with a failing method, has the cells of one in turn."""
     methods = [{"method": "lora", "rank": 3}, {"method": "full"}]

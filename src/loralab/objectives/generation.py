@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from loralab.data import chats
 from loralab.data.batches import longest, padded
 from loralab.errors import UserError
 from loralab.objectives import templates
+
+STARTS = 100  # brackets of an answer at which JSON may begin; each that fails reads on to where it does
 
 # ---- how answers are decoded -----------------------------------------------------------------------------------------
 
@@ -203,13 +206,15 @@ def same_json(answer: str, wanted: str) -> float:
 
 
 def first_json(text: str) -> Any:
-    """Return the first JSON object or list in a text; None if there is none."""
+    """Return the first JSON object or list in a text; None if none begins at its first STARTS brackets."""
     decoder = json.JSONDecoder()
-    for place in (place for place, char in enumerate(text) if char in "{["):
+    for place in islice((place for place, char in enumerate(text) if char in "{["), STARTS):
         try:
             return decoder.raw_decode(text, place)[0]
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:  # nested deeper than Python reads
+            return None
     return None
 
 
