@@ -1,7 +1,5 @@
 """The module of a mixture's experts, with adapters on its stacks of weights (see kinds/stack.py)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +7,7 @@ from loralab.active import Active
 from loralab.errors import UserError
 from loralab.kinds.by_forward import twin
 from loralab.kinds.stack import Stack, stacks_of
-from loralab.layer import Adapted
+from loralab.layer import Adapted, LikeOriginal
 
 
 class AdaptedStack(Adapted):
@@ -23,7 +21,7 @@ class AdaptedStack(Adapted):
         return self.base.count
 
 
-class AdaptedExperts(nn.Module):
+class AdaptedExperts(LikeOriginal, nn.Module):
     """A module of experts whose own forward computes with adapted weights; its other tensors stay its own."""
 
     def __init__(self, original: nn.Module, active: Active, path: str) -> None:
@@ -39,15 +37,6 @@ class AdaptedExperts(nn.Module):
         for name, module in original.named_children():
             self.add_module(name, module)
         self.original = (original,)  # last: before it is there, no attribute is taken for the model's
-
-    def __getattr__(self, name: str) -> Any:
-        """What the model asks of its module: num_experts, config, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "original" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["original"][0], name)
 
     def forward(self, *args: Tensor) -> Tensor:
         """What the original answers for tokens (t, in) and what goes with each; rows have as many tokens each."""

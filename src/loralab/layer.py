@@ -47,6 +47,18 @@ def put_back(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
+class LikeOriginal(nn.Module):
+    """What the model asks of its module, such as stride or num_experts, is asked of `original`, the one it had."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["original"][0], name)
+
+
 class _OnDevice(dict[str, Tensor]):
     """The constants of an adapter on one device; a dict that weak references can point to."""
 

@@ -12,22 +12,13 @@ from loralab.active import Active
 from loralab.errors import UserError
 from loralab.kinds import is_product
 from loralab.kinds.by_forward import ByForward
-from loralab.layer import Adapted
+from loralab.layer import Adapted, LikeOriginal
 
 
-class OwnForward(Adapted):
+class OwnForward(LikeOriginal, Adapted):
     """y = g * (W x + B A x) + b, with whatever arguments the original layer takes for x."""
 
     base: ByForward
-
-    def __getattr__(self, name: str) -> Any:
-        """What the model asks of its layer: padding_idx, stride, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "original" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["original"][0], name)
 
     @property
     def weight(self) -> Tensor:

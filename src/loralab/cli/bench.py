@@ -29,9 +29,9 @@ READ_BY = {  # a measurement -> the flags that it alone reads
     "epoch": ("tasks", "data", "rows", "max_length", "together"), "cost": ("ranks", "layers"), "mixed": ("loaded",),
 }  # fmt: skip
 ONE = {  # a measurement -> the flags of which it takes one value
-    "cost": {"models", "methods", "targets", "dtypes"},
-    "mixed": {"models", "methods", "targets", "lengths", "dtypes"},
-    "profile": {"models", "methods", "targets", "lengths", "dtypes"},
+    "cost": ("models", "methods", "targets", "dtypes"),
+    "mixed": ("models", "methods", "targets", "lengths", "dtypes"),
+    "profile": ("models", "methods", "targets", "lengths", "dtypes"),
 }
 
 
@@ -164,8 +164,7 @@ def _check_idle(kind: str, lists: dict[str, tuple[Any, ...]], others: dict[str, 
     base.check_idle(
         {"lengths": kind == "epoch" and given["lengths"]}, "with --epoch, whose rows have their own lengths"
     )
-    several = {name: ONE.get(kind, frozenset()) >= {name} and given[name] and len(x) > 1 for name, x in lists.items()}
-    if wrong := [f"--{name}" for name, there in several.items() if there]:
+    if wrong := [f"--{name}" for name in ONE.get(kind, ()) if given[name] and len(lists[name]) > 1]:
         raise UserError(f"--{kind} measures one case: give one value for {', '.join(wrong)}")
 
 

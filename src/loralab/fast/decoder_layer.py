@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
-from loralab.fast.shared import LayerCall, dropout_of, no_autocast, softmax
+from loralab.fast.shared import LayerCall, backward_of, dropout_of, softmax
 
 LONGEST = 512  # tokens of a row: what is kept of the scores grows with their square, and torch's attention keeps none
 
@@ -184,31 +183,6 @@ def compute(
     return out.add_(h).view(b, t, d), saved, [of_qkv, of_o, of_gate_up, of_down]
 
 
-class DecoderLayer(torch.autograd.Function):
-    """`compute` with its backward pass. Inputs: call, x, mask, cos, sin, then A, B and gain of the seven layers."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, *flat: Tensor
-    ) -> Tensor:
-        updates = by_product(flat, call.products)
-        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
-        out, saved, of_products = compute(call, x, mask, cos, sin, joined)
-        ctx.call, ctx.shape = call, x.shape
-        learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(7)]  # A of each: only its gradient needs the input
-        ctx.learns = any(learns[:3]), learns[3], any(learns[4:6]), learns[6]
-        if not ctx.learns[1]:
-            saved = (*saved[:9], None, *saved[10:])  # the input of o
-        ctx.save_for_backward(cos, sin, *flat, *saved, *(t for of_one in of_products for t in of_one))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        with no_autocast(grad.device.type):
-            return _backward(ctx, grad)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors  # read once: checkpointing recomputes them for the first reader and no other
     cos, sin, flat, saved = tensors[0], tensors[1], tensors[2:23], tensors[23:]
@@ -233,6 +207,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dn1, of123 = products.qkv.backward(dqkv, n1, u_qkv, of_qkv, ctx.needs_input_grad[1])
     dx = None if dn1 is None else m.norm1.backward(dn1, x, rstd1).add_(dh).view(b, t, d)
     return None, dx, None, None, None, *of123, *of4, *of56, *of7
+
+
+class DecoderLayer(torch.autograd.Function):
+    """`compute` with its backward pass. Inputs: call, x, mask, cos, sin, then A, B and gain of the seven layers."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, *flat: Tensor
+    ) -> Tensor:
+        updates = by_product(flat, call.products)
+        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
+        out, saved, of_products = compute(call, x, mask, cos, sin, joined)
+        ctx.call, ctx.shape = call, x.shape
+        learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(7)]  # A of each: only its gradient needs the input
+        ctx.learns = any(learns[:3]), learns[3], any(learns[4:6]), learns[6]
+        if not ctx.learns[1]:
+            saved = (*saved[:9], None, *saved[10:])  # the input of o
+        ctx.save_for_backward(cos, sin, *flat, *saved, *(t for of_one in of_products for t in of_one))
+        return out
+
+    backward = backward_of(_backward)
 
 
 def _activation(m: DecoderModules) -> Activation:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
-from loralab.fast.shared import SHORT, LayerCall, dropout_of, no_autocast, softmax
+from loralab.fast.shared import SHORT, LayerCall, backward_of, dropout_of, softmax
 
 aten = torch.ops.aten
 
@@ -64,7 +63,7 @@ class LayerModules:
     def checked(self) -> tuple[tuple[nn.Module, tuple[type, ...]], ...]:
         """Modules other than the linear ones, each with the classes that it may be of."""
         drops = (drop for drop in (self.attention_dropout, self.o_dropout, self.down_dropout) if drop is not None)
-        norms = (norm for norm in (self.norm1, self.norm2))
+        norms = self.norm1, self.norm2
         return (*((norm, (nn.LayerNorm,)) for norm in norms), *((drop, (nn.Dropout,)) for drop in drops))
 
     def products(self) -> "LayerProducts":
@@ -141,30 +140,6 @@ def compute(
     return out.view(b, t, d), saved, [of_qkv, of_o, of_up, of_down]
 
 
-class EncoderLayer(torch.autograd.Function):
-    """`compute` with its backward pass. Inputs: call, x, mask, bias, then A, B and gain of the six linear layers."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
-    ) -> Tensor:
-        updates = by_product(flat, call.products)
-        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
-        out, (x_in, c, y, g, *saved), of_products = compute(call, x, mask, bias, joined)
-        learns = [ctx.needs_input_grad[4 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
-        wanted = (any(learns[:3]), *learns[3:])
-        inputs = [t if learned else None for t, learned in zip((x_in, c, y, g), wanted, strict=True)]
-        ctx.call, ctx.shape = call, x.shape
-        ctx.save_for_backward(*flat, *inputs, *saved, *(t for of_one in of_products for t in of_one))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        with no_autocast(grad.device.type):
-            return _backward(ctx, grad)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors  # read once: checkpointing recomputes them for the first reader and no other
     flat, saved = tensors[:18], tensors[18:]
@@ -183,6 +158,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
     dx = None if dx is None else dx.add_(do).view(b, t, d)
     return None, dx, None, None, *of123, *of4, *of5, *of6
+
+
+class EncoderLayer(torch.autograd.Function):
+    """`compute` with its backward pass. Inputs: call, x, mask, bias, then A, B and gain of the six linear layers."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
+    ) -> Tensor:
+        updates = by_product(flat, call.products)
+        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
+        out, (x_in, c, y, g, *saved), of_products = compute(call, x, mask, bias, joined)
+        learns = [ctx.needs_input_grad[4 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
+        wanted = (any(learns[:3]), *learns[3:])
+        inputs = [t if learned else None for t, learned in zip((x_in, c, y, g), wanted, strict=True)]
+        ctx.call, ctx.shape = call, x.shape
+        ctx.save_for_backward(*flat, *inputs, *saved, *(t for of_one in of_products for t in of_one))
+        return out
+
+    backward = backward_of(_backward)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """What layers that are computed in one, of encoders and decoders, have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loralab.active import Stream
 from loralab.fast.masks import mask as dropout_mask
@@ -31,6 +32,16 @@ def autocasts(device: str) -> bool:
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Turn autocast off where it is on: tensors have the dtype they are to be computed in."""
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def backward_of(run: Callable[[Any, Tensor], tuple[Any, ...]]) -> Any:
+    """The backward pass of an autograd function, which is that of its forward: once, and outside autocast."""
+
+    def outside(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with no_autocast(grad.device.type):
+            return run(ctx, grad)
+
+    return staticmethod(once_differentiable(outside))
 
 
 def softmax(s: Tensor) -> Tensor:
