@@ -342,6 +342,13 @@ def test_what_does_not_go_with_experts_is_refused():
             loralab.attach(mixture(), rank=2, targets=["down_proj"], **given)
 
 
+def test_an_adapter_of_experts_is_not_exported(tmp_path):
+    handle = loralab.attach(mixture(), "lora", rank=2, targets=["q_proj", "down_proj"])
+    with pytest.raises(loralab.UserError, match="experts model.layers.0.mlp.experts.down_proj.*not exported"):
+        handle.export(tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
 # ---- weights that the model reads itself -----------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from loralab.files import AdapterFile, fingerprint
 from loralab.hooks import StepHooks
 from loralab.inputs import start_directions
 from loralab.kinds import loaded
+from loralab.kinds.stack import Stack
 from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
@@ -267,6 +268,10 @@ class Adapters(AdaptedModel):
             raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
         if not spec.recipe.low_rank:
             raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
+        if stacks := [path for path in spec.paths if isinstance(self.layers[path].base, Stack)]:
+            raise UserError(
+                f"adapter {name!r} adapts the experts {stacks[0]}, which are not exported yet; merge it instead"
+            )
         updates = {path: self.layers[path].lower(name) for path in spec.paths}
         gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
         sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
