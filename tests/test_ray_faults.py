@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -56,15 +56,17 @@ def killer(workers):
     over = threading.Event()
 
     def kill(names):
-        while not over.is_set():
-            there = psutil.Process().children(recursive=True)
-            found = [next((p for p in there if p.name().startswith(name)), None) for name in names]
-            if list(Path("runs/store").glob("*/checkpoint/progress.json")) and None not in found:
-                for process in found:
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(time.time())
-                return
-            time.sleep(0.01)
+        while not over.wait(0.05):
+            if not list(Path("runs/store").glob("*/checkpoint/progress.json")):
+                continue
+            with suppress(psutil.Error):  # a process that ends while it is looked at
+                there = psutil.Process().children(recursive=True)
+                found = [next((p for p in there if p.name().startswith(name)), None) for name in names]
+                if None not in found:
+                    for process in found:
+                        process.send_signal(signal.SIGKILL)
+                        killed.append(time.time())
+                    return
 
     @contextmanager
     def killing(*names):
@@ -131,12 +133,13 @@ def test_a_lost_node_loses_nothing(tiny, own, here, workers, tally):  # noqa: F8
     psutil = pytest.importorskip("psutil")
     from ray.cluster_utils import Cluster
 
-    cluster, lost = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}), []
+    cluster, lost, over = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}), [], threading.Event()
     node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
     given = {"seeds": [0], "methods": [{"method": "lora", "epochs": 60}, {"method": "dora", "epochs": 60}]}
 
     def lose():
-        for _ in range(6000):
+        while not over.wait(0.05):
             begun = [file.parents[1] for file in Path("runs/store").glob("*/checkpoint/progress.json")]
             if len(begun) == 2:
                 pids = {folder: json.loads((folder / ".lock").read_text())["pid"] for folder in begun}
@@ -145,14 +148,14 @@ def test_a_lost_node_loses_nothing(tiny, own, here, workers, tally):  # noqa: F8
                 cluster.remove_node(node, allow_graceful=False)
                 lost.extend(folder for folder in there if not (folder / "result.json").exists())
                 return
-            time.sleep(0.01)
 
     thread = threading.Thread(target=lose)
     try:
         thread.start()
         done = carried_out(study(tiny, own, **given), on=f"ray:{cluster.address}")
-        thread.join()
     finally:
+        over.set()
+        thread.join()
         cluster.shutdown()
     assert len(lost) == 1
     tally("workers and nodes")
