@@ -11,20 +11,23 @@ import numpy as np
 import pytest
 import torch
 from archs import build, rows
+from test_objectives import bases  # noqa: F401  (fixture)
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import loralab
 from loralab import models
 from loralab.bench import Bench, Case, EpochCase, MixedCase, measure, mixed, profile, tables
-from loralab.bench.backends import Built, batch, shorten, stepper, under_peft
+from loralab.bench.backends import BACKENDS, Built, batch, shorten, stepper, under_peft
 from loralab.bench.cases import PEFT_METHODS, epochs, from_json, grid, growth, mixed_case
 from loralab.bench.flops import step_flops
 from loralab.bench.measure import NAMES, quartiles, ratio, turn, workers
 from loralab.cli import main
 from loralab.errors import UserError
 from loralab.fast.machine import rate
+from loralab.objectives import OBJECTIVES
 from loralab.run.estimate import EstimateSettings, estimate
+from loralab.run.step import forward_loss
 
 pytest.importorskip("peft")
 RANK = 3
@@ -175,18 +178,43 @@ def test_both_sides_start_alike_and_train_as_many_values(method):
 
 def test_a_batch_is_a_quarter_padded_and_the_same_each_time():
     case, config = Case(max_length=12, batch_size=8), SimpleNamespace(vocab_size=101, pad_token_id=1)
-    (inputs, labels), (again, _) = batch(case, config), batch(case, config)
+    (inputs, labels, weight), (again, *_) = batch(case, config), batch(case, config)
+    assert weight == 8
     assert inputs["attention_mask"].sum(1).tolist() == [9, 9, *[12] * 6]
     assert ((inputs["input_ids"] == 1) == (inputs["attention_mask"] == 0)).all()
     assert torch.equal(inputs["input_ids"], again["input_ids"])
     assert set(labels.tolist()) <= {0, 1}
 
 
+@pytest.mark.parametrize("learns", ["tags", "text"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_both_sides_have_one_loss_of_tags_and_of_text(learns, method, tiny, bases):  # noqa: F811
+    """That of a token that is learned, by hand; transformers' own for a decoder under PEFT."""
+    model = bases["llama"] if learns == "text" else tiny
+    case = Case(model=str(model), method=method, max_length=9, batch_size=5, dtype="float32", learns=learns)
+    losses = []
+    for build_one in BACKENDS.values():
+        built = build_one(case)
+        inputs, labels, weight = batch(case, built.model.config)
+        built.model.eval()  # without dropout
+        losses.append(forward_loss(built.model, built.objective, inputs, labels, weight).item())
+        with torch.no_grad():
+            logits = built.model(**{key: t for key, t in inputs.items() if key != "labels"}).logits
+        wanted = inputs["labels"]
+        if learns == "text":
+            logits, wanted = logits[:, :-1], wanted[:, 1:]
+        assert losses[-1] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item(), rel=1e-4)
+        before = {key: p.detach().clone() for key, p in built.model.named_parameters()}
+        stepper(built, inputs, labels, weight)()
+        assert any(not torch.equal(p, before[key]) for key, p in built.model.named_parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_step_learns_what_it_should_and_no_more():
     theirs, adapters = pair("bert", "lora-fa", "all-linear")
     case = Case(max_length=7, batch_size=4)
     for model in (theirs, adapters.model):
-        built = Built(model, [p for p in model.parameters() if p.requires_grad], autocast=False)
+        built = Built(model, [p for p in model.parameters() if p.requires_grad], False, OBJECTIVES["classification"])
         before = {key: p.detach().clone() for key, p in model.named_parameters()}
         stepper(built, *batch(case, model.config))()
         moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}

@@ -32,13 +32,33 @@ def test_a_folder_answers_as_the_command_does_whatever_it_learned(kind, bases, f
     assert len(found) == len(rows)
     if kind != "completion":  # whose columns are prompt and completion, and a row to answer has the prompt alone
         assert answer(rows) == found == [answer(row) for row in rows] or kind not in WRITES
-    if kind in WRITES:
-        assert all(set(one) == {"text"} and isinstance(one["text"], str) for one in found)
-        return
     (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    expected = run_json(capsys, "predict", "--adapters", folder, "--input", tmp_path / "bare.jsonl", "--json")
+    command = ("generate", "--max-new-tokens", 4) if kind in WRITES else ("predict",)
+    expected = run_json(capsys, *command, "--adapters", folder, "--input", tmp_path / "bare.jsonl", "--json")
+    assert all(set(one) == {"answer"} and isinstance(one["answer"], str) for one in found) or kind not in WRITES
     for mine, theirs in zip(found, expected, strict=True):
         assert {name: approx(value) for name, value in mine.items()} == {name: theirs[name] for name in mine}
+
+
+def test_predict_lets_an_encoder_decoder_write(bases, files, tmp_path, capsys):  # noqa: F811
+    """Each source with its own adapter or all with one, by beams too; cut where training did."""
+    for name, rate in (("one", 3e-3), ("two", 3e-2)):
+        train(settings("seq2seq", bases, files, tmp_path / name, epochs=2, lr=rate, max_length=9))
+    folders = [tmp_path / "one/adapter", tmp_path / "two/adapter"]
+    sources = [row["source"] * times for times, row in enumerate(rows_of("seq2seq", 6, 5), 1)]  # the last ones are cut
+    rows = [{"source": text, "which": folders[i % 2].parent.name} for i, text in enumerate(sources)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    both = [f"one={folders[0]}", f"two={folders[1]}"]
+    shared = ("--adapters", *both, "--adapter-column", "which", "--input", tmp_path / "in.jsonl", "--json")
+    predicted = [row["answer"] for row in run_json(capsys, "predict", *shared)]
+    alone = [loralab.pipeline(folder)(sources) for folder in folders]
+    assert predicted == [alone[i % 2][i]["answer"] for i in range(len(sources))]
+    assert alone[0] != alone[1]
+    for beams in (1, 3):
+        how = ("--num-beams", beams, "--max-new-tokens", 5)
+        written = [row["answer"] for row in run_json(capsys, "generate", *shared, *how)]
+        alone = [loralab.pipeline(folder, num_beams=beams, max_new_tokens=5)(sources) for folder in folders]
+        assert written == [alone[i % 2][i]["answer"] for i in range(len(sources))]
 
 
 def approx(value):

@@ -18,7 +18,7 @@ from loralab.errors import UserError
 from loralab.model_names import ALIASES, alias_hint, not_reached, place_of, require, unreachable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # a base and its tokenizer; no pickles, no code
 NOT_WANTED = ["*/*", "consolidated*"]  # other formats and second copies of the weights
@@ -133,6 +133,15 @@ def architecture(name: str) -> str | None:
         return None
     found = read_json(folder / "config.json").get("architectures")
     return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else None
+
+
+def config(name: str) -> "PretrainedConfig":
+    """The config of the named checkpoint, without reading its weights. Raises UserError."""
+    folder = _folder(name)
+    from transformers import AutoConfig
+
+    with _quiet(), _one_line(name, "a model"):
+        return AutoConfig.from_pretrained(folder, **_source(folder))
 
 
 def _folder(name: str) -> Path:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab import fast, models
+from loralab import fast, models, objectives
 from loralab.adapters import Adapters, attach
-from loralab.bench.cases import PEFT_METHODS, Case
+from loralab.bench.cases import LEARNS, PEFT_METHODS, Case
+from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 from loralab.heads import head_of
-from loralab.objectives.classification import OBJECTIVE
+from loralab.objectives import Batch, Objective
 from loralab.optimizers import adamw
 from loralab.run.settings import StepSettings
 from loralab.run.step import step as take_step
@@ -24,6 +25,7 @@ from loralab.stores.nf4 import library
 from loralab.targets import cover
 
 FIRST_ID = 5  # of a token in a random batch: below are padding and other special ones
+CLASSES = objectives.OBJECTIVES["classification"]
 CLIP = 1.0  # of the gradient's norm, Trainer's default
 
 
@@ -34,6 +36,7 @@ class Built:
     model: nn.Module
     trainable: list[nn.Parameter]
     autocast: bool  # whether products are cast to bfloat16 step by step
+    objective: Objective
     choices: list[fast.Choice] = field(default_factory=list)
 
 
@@ -43,8 +46,9 @@ def device() -> torch.device:
 
 
 def load(case: Case) -> Any:
-    """The base of a case under a new head, the same for both backends."""
-    model, _ = models.classifier(case.model, 2, False, torch.float32, 0)
+    """The base of a case, under a new head where it has one, the same for both backends."""
+    objective = objectives.OBJECTIVES[LEARNS[case.learns]]
+    model, _ = models.fresh(case.model, objective.task_type, 2 if objective.new_head else None, torch.float32, seed=0)
     if case.layers is not None:
         shorten(model, case.layers)
     most = getattr(model.config, "max_position_embeddings", case.max_length)
@@ -64,12 +68,12 @@ def shorten(model: Any, count: int) -> None:
 
 def build_peft(case: Case) -> Built:
     """The model of a case under PEFT."""
-    return under_peft(load(case), case)
+    return under_peft(load(case), case, objectives.OBJECTIVES[LEARNS[case.learns]])
 
 
-def under_peft(model: nn.Module, case: StepSettings) -> Built:
-    """PEFT's adapters on a loaded model."""
-    method, heads = PEFT_METHODS[case.method], head_of(model)
+def under_peft(model: nn.Module, case: StepSettings, objective: Objective = CLASSES) -> Built:
+    """PEFT's adapters on a loaded model; a decoder has transformers' own loss."""
+    method, heads = PEFT_METHODS[case.method], head_of(model) if objective.new_head else ()
     if method.config is not None:
         import peft
 
@@ -83,7 +87,15 @@ def under_peft(model: nn.Module, case: StepSettings) -> Built:
             for module in model.modules():
                 if hasattr(module, "lora_A"):
                     module.lora_A.requires_grad_(False)
-    return _ready(model, autocast=case.precision == torch.bfloat16)
+    own = objective if objective.new_head else replace(objective, forward=_own_loss)
+    return _ready(model, case.precision == torch.bfloat16, own)
+
+
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return (rows, 1): a decoder's own mean loss of a token, times the tokens, in the first row."""
+    labels = batch["labels"]  # (rows, t)
+    mean = model(**batch, use_cache=False).loss
+    return torch.cat([(mean * (labels[:, 1:] != IGNORED).sum())[None], mean.new_zeros(len(labels) - 1)])[:, None]
 
 
 def peft_rank(case: StepSettings) -> dict[str, Any]:
@@ -110,26 +122,33 @@ def four_bit(model: nn.Module, paths: list[str], dtype: torch.dtype) -> None:
 
 def adapted(case: Case) -> Adapters:
     """loralab's adapters on a loaded model, without the fast path."""
-    return attach(load(case), case.recipe(), targets=case.targets, head=True)
+    objective, model = objectives.OBJECTIVES[LEARNS[case.learns]], load(case)
+    objective.prepare(model)
+    return attach(model, case.recipe(), targets=case.targets, head=objective.new_head)
 
 
 def build_loralab(case: Case) -> Built:
     """The model of a case under loralab, with the fast path as `case.speed` says."""
     model = adapted(case).model
     choices = fast.enable(model.to(device()), case.precision, case.speed)
-    return replace(_ready(model, choices.autocast), choices=list(choices))
+    objective = objectives.OBJECTIVES[LEARNS[case.learns]]
+    return replace(_ready(model, choices.autocast, objective), choices=list(choices))
 
 
-def _ready(model: nn.Module, autocast: bool) -> Built:
+def _ready(model: nn.Module, autocast: bool, objective: Objective) -> Built:
     model.to(device()).train()
-    return Built(model, [p for p in model.parameters() if p.requires_grad], autocast)
+    return Built(model, [p for p in model.parameters() if p.requires_grad], autocast, objective)
 
 
 BACKENDS: dict[str, Callable[[Case], Built]] = {"peft": build_peft, "loralab": build_loralab}
 
 
-def batch(case: Case, config: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """(inputs, labels): random tokens; the last quarter of a quarter of the rows is padding."""
+def batch(case: Case, config: Any) -> tuple[dict[str, Tensor], Tensor, int]:
+    """(inputs, labels, weight): random tokens; the last quarter of a quarter of the rows is padding.
+
+    Labels are those of rows (rows,), what the loss is of; those of tokens are in the inputs. The weight is how many
+    labels there are.
+    """
     n, length = case.batch_size, case.max_length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(FIRST_ID, config.vocab_size, (n, length), generator=generator)
@@ -137,17 +156,21 @@ def batch(case: Case, config: Any) -> tuple[dict[str, Tensor], Tensor]:
     mask[: n // 4, length - length // 4 :] = 0
     ids[mask == 0] = config.pad_token_id
     labels = torch.randint(0, 2, (n,), generator=generator)
-    inputs = {"input_ids": ids.to(device()), "attention_mask": mask.to(device())}
-    return inputs, labels.to(device())
+    inputs, weight = {"input_ids": ids, "attention_mask": mask}, n
+    if case.learns != "classes":
+        of_tokens = ids if case.learns == "text" else torch.randint(0, 2, (n, length), generator=generator)
+        inputs["labels"] = of_tokens.masked_fill(mask == 0, IGNORED)  # (n, length)
+        weight = int((inputs["labels"][:, case.learns == "text" :] != IGNORED).sum())
+    return {key: t.to(device()) for key, t in inputs.items()}, labels.to(device()), weight
 
 
-def stepper(built: Built, inputs: dict[str, Tensor], labels: Tensor) -> Callable[[], None]:
+def stepper(built: Built, inputs: dict[str, Tensor], labels: Tensor, weight: int) -> Callable[[], None]:
     """A function that takes one optimizer step: forward, backward, clipping, AdamW."""
-    optimizer = adamw([{"params": built.trainable, "lr": 1e-4}], fused=True)
+    optimizer, learned = adamw([{"params": built.trainable, "lr": 1e-4}], fused=True), built.trainable
     kind = device().type
 
     def step() -> None:
-        take_step(built.model, OBJECTIVE, inputs, labels, len(labels), optimizer, built.trainable, CLIP, built.autocast)
+        take_step(built.model, built.objective, inputs, labels, weight, optimizer, learned, CLIP, built.autocast)
         if kind == "cuda":
             torch.cuda.synchronize()
 

@@ -14,6 +14,7 @@ DTYPES = ("bfloat16", "float32")
 RANKS = (1, 4, 16, 64, 256)  # of --cost, which varies rank, layers and length one at a time
 LAYERS = (1, 2, 4, 6)  # of an encoder's layers, the first ones
 LENGTHS = (16, 32, 64, 128, 256)
+LEARNS = {"classes": "classification", "tags": "tagging", "text": "causal"}  # what a step learns -> its objective
 FLAGS = {"max_length": "--lengths", "batch_size": "--batch-size", "rank": "--ranks", "layers": "--layers"}
 METHODS_OWN = ("alpha", "lr_ratio", "dropout", "set", "ranks", "policy", "store")  # settings that a case may not change
 
@@ -63,9 +64,12 @@ class Case(StepSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "bfloat16"
     layers: int | None = None
     """Only the encoder's first layers; all by default."""
+    learns: Literal["classes", "tags", "text"] = "classes"
+    """What the step learns: the class of a row, the tag of each token, or the next token of a decoder."""
 
     def problems(self) -> list[str]:
-        return _unlike(self) + _by_flag(super().problems())
+        wrong = [unknown("--learns", self.learns, LEARNS)] if self.learns not in LEARNS else []
+        return wrong + _unlike(self) + _by_flag(super().problems())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +128,15 @@ def grid(
     lengths: Sequence[int],
     dtypes: Sequence[str],
     batch_size: int,
+    learns: str = "classes",
 ) -> list[Case]:
     """Every combination. Raises UserError at once for a model that cannot be found, not after minutes."""
     for name in model_names:
         models.resolve(name)
     points = product(model_names, methods, targets, lengths, dtypes)
+    rest: dict[str, Any] = {"batch_size": batch_size, "learns": learns}
     return [
-        Case(model=model, method=method, targets=target, max_length=length, dtype=dtype, batch_size=batch_size)  # type: ignore[arg-type]
+        Case(model=model, method=method, targets=target, max_length=length, dtype=dtype, **rest)  # type: ignore[arg-type]
         for model, method, target, length, dtype in points
     ]
 

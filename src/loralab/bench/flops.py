@@ -39,7 +39,7 @@ def step_flops(adapters: Adapters, inputs: dict[str, Tensor]) -> int:
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | Adapted)}
     hooks = [m.register_forward_hook(_recorder(calls, path)) for path, m in layers.items()]
     try:
-        model(**inputs)
+        model(**{key: t for key, t in inputs.items() if key != "labels"})
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,6 +42,7 @@ def bench(
     targets: tuple[str, ...] = ("all-linear",),
     lengths: tuple[int, ...] = (),
     dtypes: tuple[str, ...] = (),
+    learns: Literal["classes", "tags", "text"] = "classes",
     batch_size: int = 32,
     repeats: int | None = None,
     threads: int | None = None,
@@ -78,6 +79,8 @@ def bench(
     dtypes: tuple
         bfloat16 (PEFT under autocast, as with Trainer's bf16=True) or float32; bfloat16 by default where this machine
         multiplies it fast.
+    learns: Literal
+        What a step learns: classes of rows, tags of tokens, or text (a decoder; PEFT with transformers' own loss).
     batch_size: int
         Rows of a step; with --mixed also the number of adapters in a batch.
     repeats: int
@@ -124,11 +127,11 @@ def bench(
     kind = wanted[0] if wanted else "steps"
     lists = {"models": models, "methods": methods, "targets": targets, "lengths": lengths, "dtypes": dtypes}
     others: dict[str, Any] = {"tasks": tasks, "data": data, "rows": rows, "max_length": max_length}
-    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded}
+    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded, "learns": learns}
     _check_idle(kind, lists, others)
     chosen = dtypes or (DTYPES[0] if fast_bfloat16() else DTYPES[1],)
     default = LENGTH_MIXED if mixed else LENGTH
-    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size)
+    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size, learns)
     turns = (REPEATS_MIXED if mixed else REPEATS) if repeats is None else repeats
     run = Bench(min(turns, EPOCHS) if epoch else turns, threads)
     check_output_folder(out, lambda folder: (folder / "bench.json").is_file())
@@ -164,6 +167,7 @@ def _check_idle(kind: str, lists: dict[str, tuple[Any, ...]], others: dict[str, 
     base.check_idle(
         {"lengths": kind == "epoch" and given["lengths"]}, "with --epoch, whose rows have their own lengths"
     )
+    base.check_idle({"learns": kind in ("epoch", "mixed") and given["learns"]}, f"with --{kind}, which has classes")
     if wrong := [f"--{name}" for name in ONE.get(kind, ()) if given[name] and len(lists[name]) > 1]:
         raise UserError(f"--{kind} measures one case: give one value for {', '.join(wrong)}")
 

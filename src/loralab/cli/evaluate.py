@@ -10,7 +10,7 @@ from loralab.cli import base
 from loralab.cli.show import Json, as_json, table
 from loralab.cli.show_learned import show
 from loralab.data import Split, Task, tables
-from loralab.data.batches import Rows, longest
+from loralab.data.batches import Rows, cut_at
 from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
 from loralab.objectives import learned, saved
@@ -80,9 +80,9 @@ def evaluate(
     name = model_of(model, adapter, file)
     handle, tokenizer = base.load(name, adapter)
     split = _rows(found)
-    limits = [n for n in (max_length, known.max_length, longest(handle.model)) if n is not None]
+    most = cut_at(max_length or known.max_length, handle.model)
     with handle.use(handle.names[0], rank=rank):
-        made, rows = predictions(handle, found, split, tokenizer, min(limits, default=512), batch_size)
+        made, rows = predictions(handle, found, split, tokenizer, most, batch_size)
     labels, objective = rows.labels.numpy(), objectives.of(found)
     scores, what = objective.score(found, made, labels), learned.learned(found, made, labels)
     if out is not None:

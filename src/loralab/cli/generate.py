@@ -1,4 +1,4 @@
-"""`loralab generate`: a decoder writes answers, with one adapter, several side by side, or each row with its own."""
+"""`loralab generate`: a language model writes answers, with one adapter, several side by side, or one a row."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ def generate(
     prefix: str = "",
     json: Json = False,
 ) -> None:
-    """Let a decoder write answers: to prompts of the command line, to the rows of a file, or in a chat.
+    """Let a language model write answers: to prompts of the command line, to the rows of a file, or in a chat.
 
     Chats go through the chat template. So does a prompt that is a text, as one turn of the user, unless its adapter was
     trained on texts as they are. Without adapters the base answers.
@@ -166,9 +166,10 @@ def _generator(
     if model is None and not folders:
         raise UserError("no base: name it with --model, or give --adapters")
     name = shared(model, folders.values())
+    task_type = "SEQ_2_SEQ_LM" if models.config(name).is_encoder_decoder else "CAUSAL_LM"
 
     def load() -> tuple[Any, Any]:
-        return models.fresh(name, "CAUSAL_LM", None, torch.float32, seed=0)
+        return models.fresh(name, task_type, None, torch.float32, seed=0)
 
     first, tokenizer = load()
     spare: list[nn.Module] = [first]
@@ -176,7 +177,8 @@ def _generator(
     def new_base() -> nn.Module:
         return spare.pop() if spare else load()[0]
 
-    return Generator(Pool(new_base, budget, heads=False), tokenizer, folders, decoding, *rest)
+    pool = Pool(new_base, budget, heads=False)
+    return Generator(pool, tokenizer, folders, decoding, *rest, task_type=task_type)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -11,10 +11,8 @@ from loralab.cli.show import Json, as_bytes
 from loralab.data import checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
-from loralab.objectives import saved
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
-from loralab.serve.answers import answer_rows
-from loralab.serve.loading import model_of
+from loralab.serve.pipeline import pipeline
 
 Row = dict[str, Any] | UserError  # what a row is answered, by column
 
@@ -42,7 +40,8 @@ def predict(
     """Answer every row of a CSV, TSV, JSON or parquet file; rows of different adapters share batches.
 
     Writes the same columns and those of the answers: label and probabilities (a regression's label is its number), or
-    labels, tags and entities, answer, similarity or embedding, as the adapter was trained. Rows that cannot be answered
+    labels, tags and entities, answer, similarity or embedding, as the adapter was trained. A model that writes answers
+    greedily here; `loralab generate` has its settings. Rows that cannot be answered
     are all named, and nothing is written.
 
     Parameters
@@ -62,7 +61,7 @@ def predict(
     batch_size: int
         Rows of a batch.
     max_length: int
-        Tokens after which a row is cut; by default as many as the base takes.
+        Tokens after which a row is cut, at most as many as the base takes; by default as in training.
     rank: int
         Rank to evaluate at, for adapters trained for many.
     memory: str
@@ -89,7 +88,8 @@ def predict(
         predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length)
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
-        answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
+        how = {"model": model, "batch_size": batch_size, "rank": rank, "max_length": max_length}
+        answers = _each_alone(requests, folders, **how)
     refuse(input, answers, keep_going)
     added = _columns(input, list(columns), answers, prefix, keep_going)
     for note in reading.notes():
@@ -131,25 +131,12 @@ def _text(path: Path, columns: list[str], adapter: AdapterFolder) -> tuple[str, 
     )
 
 
-def _each_alone(
-    requests: Sequence[Request],
-    folders: Mapping[str, AdapterFolder],
-    model: str | None,
-    batch_size: int,
-    rank: int | None,
-    max_length: int | None,
-) -> list[Row]:
+def _each_alone(requests: Sequence[Request], folders: Mapping[str, AdapterFolder], **how: Any) -> list[Row]:
     """Answer the rows of one adapter after the other, each on its own model class."""
     found: list[Row] = [UserError(f"no adapter {request.adapter!r}") for request in requests]
     for name in dict.fromkeys(request.adapter for request in requests if request.adapter in folders):
         mine = [i for i, request in enumerate(requests) if request.adapter == name]
-        folder = folders[name].folder
-        file = base.read(folder)
-        known = saved.read(folder, file.base.get("task_type"))
-        handle, tokenizer = base.load(model_of(model, folder, file), folder)
-        cells = [requests[i].texts for i in mine]
-        with handle.use(handle.names[0], rank=rank):
-            answers = answer_rows(handle, known, cells, tokenizer, max_length, batch_size)
+        answers = pipeline(folders[name].folder, **how).answers([requests[i].texts for i in mine])
         for i, answer in zip(mine, answers, strict=True):
             found[i] = answer
     return found

@@ -13,8 +13,7 @@ from loralab.errors import UserError
 
 POOL = 50  # batches whose rows are sorted by length together: more give less padding and less chance
 SPARE = 8  # rows that a table of positions may have above max_position_embeddings
-
-
+LONGEST = 512  # tokens of a row where neither the user nor the model says
 IGNORED = -100  # the label of a token that is not learned
 
 
@@ -77,6 +76,11 @@ def longest(model: Any) -> int | None:
             first = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
             limit = min(limit, len(weight) - first)
     return limit
+
+
+def cut_at(given: int | None, model: Any) -> int:
+    """Return the tokens after which a row is cut: those given, but at most those that the model takes."""
+    return min((n for n in (given, longest(model)) if n is not None), default=LONGEST)
 
 
 def tokenized(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> tuple[dict[str, list[Any]], int]:

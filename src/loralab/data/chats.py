@@ -105,6 +105,7 @@ PROMPTS = (  # files whose rows wait for an answer; the first form that fits cou
     Form(("prompt",), prompt),
     Form(("instruction",), question, ("input",)),
     Form(("text",), prompt),
+    *(Form((name,), prompt) for name in ("source", "document", "article")),  # what an encoder-decoder reads
 )
 
 

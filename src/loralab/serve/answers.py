@@ -9,7 +9,7 @@ import torch
 from loralab import objectives
 from loralab.adapters import Adapters
 from loralab.data import Split, Task
-from loralab.data.batches import Rows, collate, longest, sorted_batches
+from loralab.data.batches import Rows, collate, cut_at, sorted_batches
 from loralab.errors import UserError
 from loralab.objectives import Array, Encoding, by_row, ragged
 from loralab.objectives.saved import Saved
@@ -53,10 +53,13 @@ def answer_rows(
     max_length: int | None = None,
     batch_size: int = 32,
 ) -> list[dict[str, Any] | UserError]:
-    """Return what the active adapter answers to each row, by column; a UserError for a row that cannot be answered."""
+    """Return what the active adapter answers to each row, by column; a UserError for a row that cannot be answered.
+
+    Rows are cut after `max_length` tokens, by default where those of the adapter's training were.
+    """
     objective = objectives.OBJECTIVES[known.objective]
     if objective.answer is None:
-        return [UserError(f"the adapter writes texts ({known.objective}): use loralab generate")] * len(cells)
+        raise ValueError(f"{known.objective} writes its answers: loralab.objectives.generation")
     found: list[Any] = [None] * len(cells)
     rows, labels, places = [], [], []
     for i, cell in enumerate(cells):
@@ -73,8 +76,8 @@ def answer_rows(
     if rows:
         split = Split(rows, labels)
         task = known.of(split)
-        limits = [n for n in (max_length, longest(adapters.model)) if n is not None]
-        made, _ = predictions(adapters, task, split, tokenizer, min(limits, default=512), batch_size)
+        most = cut_at(max_length or known.max_length, adapters.model)
+        made, _ = predictions(adapters, task, split, tokenizer, most, batch_size)
         for i, row, prediction in zip(places, rows, made, strict=True):
             found[i] = objective.answer(task, row, prediction)
     return found

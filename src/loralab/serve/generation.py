@@ -1,4 +1,4 @@
-"""Prompts in, written answers out: rows of different adapters, and of the base, over one decoder.
+"""Prompts in, written answers out: rows of different adapters, and of the base, over one model that writes.
 
 Rows of adapters over the same base share batches. Rows that want the base itself run without an adapter.
 """
@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from loralab import objectives
 from loralab.cache import Scope, caching
 from loralab.data import chats
 from loralab.data.batches import sorted_batches
@@ -17,10 +19,9 @@ from loralab.objectives import generation, saved
 from loralab.objectives.generation import Decoding
 from loralab.objectives.saved import Saved
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool
+from loralab.serve.prompts import prompt_tokens, template_of
 
 BASE = "base"  # what a row says for the base itself
-
-TEXTS = (["prompt"], ["prompt", "completion"], ["text"])  # columns of a training on texts as they are
 
 
 class Request(NamedTuple):
@@ -46,13 +47,15 @@ class Generator:
     """Take texts as they are, without the chat template."""
     template: str | None = None
     """A chat template to use in place of the adapters' and the tokenizer's."""
+    task_type: str = "CAUSAL_LM"
+    """What the base does, in PEFT's words; or SEQ_2_SEQ_LM."""
     scope: Scope = field(default_factory=Scope)
     """Where the updates that adapters are lowered to are kept; only the pool changes its models."""
 
     @cached_property
     def known(self) -> dict[str, Saved | None]:
         """Name -> what that adapter was trained to do. The base is asked as the first adapter is."""
-        found = {name: saved.read(folder.folder, "CAUSAL_LM") for name, folder in self.adapters.items()}
+        found = {name: saved.read(folder.folder, self.task_type) for name, folder in self.adapters.items()}
         return {BASE: next(iter(found.values()), None), **found}
 
     def fault(self, request: Request) -> str | None:
@@ -60,8 +63,13 @@ class Generator:
         if request.adapter != BASE and request.adapter not in self.adapters:
             return f"no adapter {request.adapter!r}"
         known = self.known[request.adapter]
-        if known is not None and known.objective != "causal":
+        if known is None:
+            return None
+        objective = objectives.OBJECTIVES[known.objective]
+        if objective.answer is not None:
             return f"adapter {request.adapter!r} is of {known.objective} and writes no texts: use loralab predict"
+        if objective.task_type != self.task_type:
+            return f"adapter {request.adapter!r} is of {known.objective}, which the base does not do"
         return None
 
     def answer(self, requests: Sequence[Request], streamer: Any = None) -> list[list[str] | UserError]:
@@ -84,24 +92,20 @@ class Generator:
         """Return the tokens of a request's prompt. Raises UserError for one that cannot be answered."""
         if fault := self.fault(request):
             raise UserError(fault)
-        known = self.known[request.adapter]
-        asked = self._asked(request.prompt, known)
-        ids = generation.prompt_ids(asked, self.tokenizer, self._template(known))
-        generation.check_length(ids, self.pool.any_model, self.decoding)
-        return ids
-
-    def _asked(self, prompt: chats.Row, known: Saved | None) -> chats.Row:
-        """Return a text as a turn of the user, unless its adapter was trained on texts as they are."""
-        on_texts = known is not None and known.columns in TEXTS
-        plain = self.as_it_is or on_texts or (self._template(known) or self.tokenizer.chat_template) is None
-        return prompt if plain or chats.is_chat(prompt) else (("user", prompt[0]),)
-
-    def _template(self, known: Saved | None) -> str | None:
-        return self.template or (None if known is None else known.options.get("template"))
+        return prompt_tokens(
+            request.prompt,
+            self.known[request.adapter],
+            self.pool.any_model,
+            self.tokenizer,
+            self.decoding,
+            self.template,
+            self.as_it_is,
+        )
 
     def shows_chats(self) -> bool:
         """Tell whether there is a chat template for every adapter and the base."""
-        return all(self._template(known) or self.tokenizer.chat_template for known in self.known.values())
+        own = self.tokenizer.chat_template
+        return all(template_of(known, self.template) or own for known in self.known.values())
 
     def _batch(
         self, mine: Sequence[int], requests: Sequence[Request], prompts: Mapping[int, list[int]], streamer: Any
@@ -116,10 +120,17 @@ class Generator:
             admitted, waiting, failed = self.pool.admit_all(waiting, self.rank)
             yield from ((i, failed[folder]) for i, folder in folders.items() if folder in failed)
             for kind in dict.fromkeys(adapter.kind for adapter in admitted.values()):
-                rows = [i for i, folder in folders.items() if folder in admitted and admitted[folder].kind == kind]
-                used = self._use(kind, [admitted[folders[i]] for i in rows])
-                texts = self._write(self.pool.models[kind], used, rows, prompts, streamer)
-                yield from zip(rows, texts, strict=True)
+                whole = [i for i, folder in folders.items() if folder in admitted and admitted[folder].kind == kind]
+                for rows in self._parts(whole, folders):
+                    used = self._use(kind, [admitted[folders[i]] for i in rows])
+                    texts = self._write(self.pool.models[kind], used, rows, prompts, streamer)
+                    yield from zip(rows, texts, strict=True)
+
+    def _parts(self, rows: list[int], folders: Mapping[int, Path]) -> list[list[int]]:
+        """Divide rows by adapter where they cannot share a batch: beams repeat the rows of a decoder alone."""
+        if self.decoding.copies == 1 or self.task_type == "CAUSAL_LM":
+            return [rows]
+        return [[i for i in rows if folders[i] == folder] for folder in dict.fromkeys(folders[i] for i in rows)]
 
     def _use(self, kind: Any, adapters: Sequence[LoadedAdapter]) -> AbstractContextManager[Any]:
         """Use the adapter of each row; a row is repeated next to itself by beams and by answers, and so is its id."""

@@ -10,7 +10,7 @@ import torch
 from loralab import adapters, objectives
 from loralab.adapters import Adapters
 from loralab.data import chats
-from loralab.data.batches import longest, sorted_batches
+from loralab.data.batches import sorted_batches
 from loralab.data.reading import counted
 from loralab.errors import UserError
 from loralab.objectives import generation, saved
@@ -19,8 +19,7 @@ from loralab.objectives.generation import Decoding
 from loralab.objectives.saved import Saved
 from loralab.serve.answers import answer_rows
 from loralab.serve.loading import model_of, on_base
-
-TEXTS = (["prompt"], ["prompt", "completion"], ["text"])  # columns of a training on texts as they are
+from loralab.serve.prompts import prompt_tokens
 
 
 @dataclass
@@ -35,6 +34,8 @@ class Pipeline:
     batch_size: int = 32
     rank: int | None = None
     """Rank to evaluate at, for an adapter that was trained for many."""
+    max_length: int | None = None
+    """Tokens after which a row is cut, in place of those of its training."""
     decoding: Decoding = field(default_factory=Decoding)
     """How texts are written, for an adapter that writes."""
 
@@ -42,14 +43,11 @@ class Pipeline:
         """Answer rows: a list of answers, in order; of one text or one dict its answer alone.
 
         A row is a text, a tuple of the cells of the columns that the adapter learned from, or a dict with these.
-        An answer is a dict with the columns that `loralab predict` writes, or `text` where the adapter writes texts.
+        An answer is a dict with the columns that `loralab predict` writes.
         Raises UserError that names the rows that cannot be answered.
         """
         one = isinstance(rows, str | Mapping)
-        cells = [self._cells(row) for row in ([rows] if one else rows)]
-        writes = objectives.OBJECTIVES[self.known.objective].answer is None
-        with self.adapters.use(self.adapters.names[0], rank=self.rank):
-            found = self._written(cells) if writes else self._answered(cells)
+        found = self.answers([self._cells(row) for row in ([rows] if one else rows)])
         faults: dict[str, list[int]] = {}
         for row, answer in enumerate(found, 1):
             if isinstance(answer, UserError):
@@ -57,6 +55,12 @@ class Pipeline:
         if faults:
             raise UserError("; ".join(f"{what} in {counted(places)}" for what, places in faults.items()))
         return found[0] if one else found
+
+    def answers(self, cells: Sequence[tuple[Any, ...]]) -> list[dict[str, Any] | UserError]:
+        """Answer rows given as the cells of the columns; a UserError for a row that cannot be answered."""
+        writes = objectives.OBJECTIVES[self.known.objective].answer is None
+        with self.adapters.use(self.adapters.names[0], rank=self.rank):
+            return self._written(cells) if writes else self._answered(cells)
 
     def _cells(self, row: Any) -> tuple[Any, ...]:
         if not isinstance(row, Mapping):
@@ -67,9 +71,7 @@ class Pipeline:
         return tuple(row[name] for name in columns)
 
     def _answered(self, cells: Sequence[tuple[Any, ...]]) -> list[dict[str, Any] | UserError]:
-        limits = [n for n in (self.known.max_length, longest(self.adapters.model)) if n is not None]
-        most = min(limits, default=None)
-        return answer_rows(self.adapters, self.known, cells, self.tokenizer, most, self.batch_size)
+        return answer_rows(self.adapters, self.known, cells, self.tokenizer, self.max_length, self.batch_size)
 
     def _written(self, cells: Sequence[tuple[Any, ...]]) -> list[dict[str, Any] | UserError]:
         """Let the model write an answer to each prompt."""
@@ -88,23 +90,15 @@ class Pipeline:
                     self.adapters.model, self.tokenizer, [prompts[i] for i in mine], self.decoding
                 )
             for i, (text, *_) in zip(mine, texts, strict=True):
-                found[i] = {"text": text}
+                found[i] = {"answer": text}
         return found
 
     def _prompt(self, prompt: Any) -> list[int]:
-        """Return the tokens of a prompt: a text or a list of messages, as a chat where the adapter learned chats."""
-        template = self.known.options.get("template")
+        """Return the tokens of a prompt: a text, or a list of messages."""
         row: chats.Row = chats.open_chat(prompt) if isinstance(prompt, list) else (prompt,)
-        if not chats.is_chat(row):
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError("no text")
-            on_texts = self.known.objective != "causal" or self.known.columns in TEXTS
-            if not on_texts and (template or self.tokenizer.chat_template):
-                row = (("user", prompt),)
-        ids = generation.prompt_ids(row, self.tokenizer, template)
-        if self.known.objective == "causal":  # an encoder-decoder cuts
-            generation.check_length(ids, self.adapters.model, self.decoding)
-        return ids
+        if not chats.is_chat(row) and (not isinstance(prompt, str) or not prompt.strip()):
+            raise ValueError("no text")
+        return prompt_tokens(row, self.known, self.adapters.model, self.tokenizer, self.decoding)
 
 
 def pipeline(
@@ -113,6 +107,7 @@ def pipeline(
     *,
     batch_size: int = 32,
     rank: int | None = None,
+    max_length: int | None = None,
     device: str | None = None,
     **decoding: Any,
 ) -> Pipeline:
@@ -130,4 +125,4 @@ def pipeline(
     whole = objectives.OBJECTIVES[known.objective].new_head
     handle, tokenizer = on_base(model_of(model, folder, file), file, folder, whole=whole)
     handle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return Pipeline(folder, handle, tokenizer, known, batch_size, rank, Decoding(**decoding))
+    return Pipeline(folder, handle, tokenizer, known, batch_size, rank, max_length, Decoding(**decoding))

@@ -41,6 +41,7 @@ class AdapterFolder:
     sha256: str | None  # of that base
     objective: str = "classification"
     written: Mapping[str, str] = field(default_factory=dict)  # separator and encoding of the file it learned from
+    max_length: int | None = None  # tokens after which its rows were cut
 
 
 def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
@@ -69,7 +70,8 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
     if (place := peft_format.places(folder)[1]).is_file():
         base = _string(read_header(place).get("base_model_name_or_path"))
         known = saved.read(folder, _string(read_header(place).get("task_type")))
-        return AdapterFolder(folder, name or folder.resolve().name, (), base, None, known.objective, known.written)
+        name = name or folder.resolve().name
+        return AdapterFolder(folder, name, (), base, None, known.objective, known.written, known.max_length)
     header = read_header(place := files.places(folder)[1])
     base_entry = header.get("base")
     if not isinstance(base_entry, dict):
@@ -79,7 +81,8 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
     base = _string(settings.get("model")) or known.base or _string(base_entry.get("name"))
     text = tuple(known.columns) or _text(own_name, settings)
     digest = _string(base_entry.get("sha256"))
-    return AdapterFolder(folder, name or own_name, text, base, digest, known.objective, known.written)
+    rest = (known.objective, known.written, known.max_length)
+    return AdapterFolder(folder, name or own_name, text, base, digest, *rest)
 
 
 def _string(value: Any) -> str | None:

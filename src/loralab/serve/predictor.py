@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loralab import models
 from loralab.cache import Scope
-from loralab.data.batches import Rows, collate, longest, sorted_batches, tokenized
+from loralab.data.batches import Rows, collate, cut_at, sorted_batches, tokenized
 from loralab.data.checks import texts
 from loralab.errors import UserError
 from loralab.serve.loading import shared
@@ -43,7 +43,7 @@ class Predictor:
     rank: int | None = None
     """Rank to evaluate at, for adapters that were trained for many."""
     max_length: int | None = None
-    """Tokens after which a text is cut; None means as many as the base takes."""
+    """Tokens after which a text is cut, in place of those of each adapter's training."""
     scope: Scope = field(default_factory=Scope)
     """Where the updates that adapters are lowered to are kept; only the pool changes its models."""
 
@@ -103,18 +103,21 @@ class Predictor:
         return answers
 
     def _encoded(self, requests: Sequence[Request]) -> Rows:
-        """Tokenize requests of one text and of two, in the order given."""
-        limits = [n for n in (self.max_length, longest(self.pool.any_model)) if n is not None]
+        """Tokenize requests of one text and of two, each cut where its adapter learned, in the order given."""
         columns: dict[str, list[Any]] = {}
-        max_length = min(limits, default=512)
-        for count in sorted({len(request.texts) for request in requests}):
-            mine = [i for i, request in enumerate(requests) if len(request.texts) == count]
-            made, _ = tokenized([requests[i].texts for i in mine], self.tokenizer, max_length)
+        kinds = [(len(request.texts), self._most(request)) for request in requests]
+        for kind in sorted(set(kinds)):
+            mine = [i for i, other in enumerate(kinds) if other == kind]
+            made, _ = tokenized([requests[i].texts for i in mine], self.tokenizer, kind[1])
             for key, column in made.items():
                 whole = columns.setdefault(key, [None] * len(requests))
                 for i, value in zip(mine, column, strict=True):
                     whole[i] = value
-        return Rows(columns, torch.zeros(len(requests)), 0, max_length)
+        return Rows(columns, torch.zeros(len(requests)), 0, max(most for _, most in kinds))
+
+    def _most(self, request: Request) -> int:
+        """Return the tokens after which a request is cut."""
+        return cut_at(self.max_length or self.adapters[request.adapter].max_length, self.pool.any_model)
 
     def _batches(self, tokens: Rows, folders: Sequence[Path]) -> Iterator[list[int]]:
         by_folder: dict[Path, list[int]] = {}

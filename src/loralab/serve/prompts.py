@@ -1,0 +1,50 @@
+"""The tokens of a prompt, as its adapter learned prompts: of a text as it is, of a turn of the user, of a source."""
+
+from typing import Any
+
+from loralab.data import chats
+from loralab.data.batches import cut_at
+from loralab.errors import UserError
+from loralab.objectives import generation
+from loralab.objectives.generation import Decoding
+from loralab.objectives.saved import Saved
+
+TEXTS = (["prompt"], ["prompt", "completion"], ["text"])  # columns of a training on texts as they are
+
+
+def prompt_tokens(
+    prompt: chats.Row,
+    known: Saved | None,
+    model: Any,
+    tokenizer: Any,
+    decoding: Decoding,
+    template: str | None = None,
+    as_it_is: bool = False,
+) -> list[int]:
+    """Return the tokens of a text, or of a chat that ends with the user, for an adapter that was trained on `known`.
+
+    A text becomes a turn of the user, unless the adapter was trained on texts as they are, there is no chat template,
+    or `as_it_is` says so. A decoder refuses a prompt that leaves no room for its answer; an encoder-decoder cuts the
+    source where training did. Raises UserError for what cannot be answered.
+    """
+    if model.config.is_encoder_decoder:
+        return _source(prompt, known, model, tokenizer)
+    template = template_of(known, template)
+    on_texts = known is not None and known.columns in TEXTS
+    plain = as_it_is or on_texts or (template or tokenizer.chat_template) is None
+    row = prompt if plain or chats.is_chat(prompt) else (("user", prompt[0]),)
+    ids = generation.prompt_ids(row, tokenizer, template)
+    generation.check_length(ids, model, decoding)
+    return ids
+
+
+def template_of(known: Saved | None, given: str | None = None) -> str | None:
+    """Return the chat template that is given, or the one an adapter was trained with; None: the tokenizer's."""
+    return given or (None if known is None else known.options.get("template"))
+
+
+def _source(prompt: chats.Row, known: Saved | None, model: Any, tokenizer: Any) -> list[int]:
+    if chats.is_chat(prompt):
+        raise UserError("a chat for an encoder-decoder, which reads one text: give the text")
+    most = cut_at(known and known.max_length, model)
+    return list(tokenizer(prompt[0], truncation=True, max_length=most, verbose=False)["input_ids"])
