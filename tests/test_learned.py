@@ -74,7 +74,7 @@ def test_a_class_without_rows_is_not_lost():
 
 def encoded(labels, kept=None):
     count = len(labels)
-    return Rows({"input_ids": [[1]] * count}, torch.as_tensor(labels), 0, 8, kept=kept)
+    return Rows({"input_ids": [[1]] * count}, torch.as_tensor(labels), (), 8, kept=kept)
 
 
 def test_the_worst_rows_have_their_numbers_in_the_file_and_their_texts():

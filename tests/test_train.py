@@ -308,7 +308,7 @@ def test_a_model_takes_its_longest_row_and_no_longer_one(kind):
 
 def test_long_rows_are_cut_and_counted(tiny, own, tmp_path):
     result = train(settings(tiny, own, tmp_path / "r", max_length=5, epochs=1))
-    assert any("rows are longer than 5 tokens and were cut" in note for note in result["notes"])
+    assert any("rows are longer than 5 tokens and were cut; the longest has " in note for note in result["notes"])
 
 
 def test_batches_hold_every_row_once_in_an_order_of_seed_and_epoch():

@@ -94,7 +94,7 @@ def evaluate(
     if json:
         as_json(result)
         return
-    for note in (*found.notes, *rows.notes, *_cut(rows.truncated, len(rows), rows.max_length)):
+    for note in (*found.notes, *rows.notes, *rows.cut()):
         print(f"note: {note}", file=sys.stderr)
     table(
         f"{adapter} on {found.name}: {len(rows)} rows",
@@ -139,10 +139,6 @@ def _task(
 def _rows(task: Task) -> Split:
     """Return the rows of a file, or the first validation split of a task by name."""
     return next(iter(task.validation.values()), task.train)
-
-
-def _cut(truncated: int, rows: int, most: int) -> list[str]:
-    return [f"{truncated} of {rows} rows are longer than {most} tokens and were cut"] if truncated else []
 
 
 def _wrong(task: Task, split: Split, rows: Rows, made: Any) -> tables.Columns:

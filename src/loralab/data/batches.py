@@ -23,7 +23,7 @@ class Rows:
 
     columns: dict[str, list[list[int]]]  # of each sequence: input_ids, attention_mask, ...; `labels` of its tokens
     labels: Tensor  # (rows, ...): int64 for classes, float32 for regression; what predictions are compared with
-    truncated: int  # rows cut to the maximal length
+    uncut: Sequence[int]  # tokens of each sequence before any was cut; a row that was dropped counts too
     max_length: int  # tokens
     sequences: int = 1  # of a row, one after another in `columns`
     weights: Tensor | None = None  # (rows,) what a row counts in the loss, as its learned tokens; None: each row 1
@@ -43,6 +43,16 @@ class Rows:
     def _sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens of each sequence (rows, sequences)."""
         return np.array([len(ids) for ids in self.columns["input_ids"]]).reshape(-1, self.sequences)
+
+    def cut(self, name: str = "") -> list[str]:
+        """Return the note on the rows, those of the split `name`, that were cut, if any were."""
+        widest = np.array(self.uncut, dtype=int).reshape(-1, self.sequences).max(1)  # (rows,)
+        count = int((widest > self.max_length).sum())
+        if not count:
+            return []
+        which = " ".join(filter(None, (f"{count} of {len(widest)}", name, "rows")))
+        most = f"the longest has {widest.max()} (--max-length)"
+        return [f"{which} are longer than {self.max_length} tokens and were cut; {most}"]
 
     def tokens(self, chosen: Sequence[int]) -> int:
         """Count the tokens of some rows, without padding."""
@@ -83,15 +93,17 @@ def cut_at(given: int | None, model: Any) -> int:
     return min((n for n in (given, longest(model)) if n is not None), default=LONGEST)
 
 
-def tokenized(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> tuple[dict[str, list[Any]], int]:
-    """Tokenize rows of one text or two; return (columns, rows cut).
+def tokenized(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int
+) -> tuple[dict[str, list[Any]], list[int]]:
+    """Tokenize rows of one text or two; return (columns, tokens of each row before the cut).
 
-    Rows of more than `max_length` tokens are cut at the end, longest text first, and counted.
+    Rows of more than `max_length` tokens are cut at the end, longest text first.
     """
     parts = [list(column) for column in zip(*texts, strict=True)]
     free = tokenizer(*parts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
     columns = dict(tokenizer(*parts, truncation=True, max_length=max_length, verbose=False))
-    return columns, sum(len(ids) > max_length for ids in free)
+    return columns, [len(ids) for ids in free]
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:

@@ -90,7 +90,6 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
             [templates.tokens((*row, f" {word}"), tokenizer, task.options) for word in mine]
             for row, mine in zip(split.texts, words, strict=True)
         ]
-    long = [any(len(piece.ids) > how.max_length for piece in row) for row in pieces]
     cut = [[piece.cut(how.max_length, keep_end=task.labels is not None) for piece in row] for row in pieces]
     kept = [i for i, row in enumerate(cut) if all(piece.learned for piece in row)]
     if not kept:
@@ -105,11 +104,12 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         "attention_mask": [[1] * len(piece.ids) for piece in flat],
         "labels": [piece.labels for piece in flat],
     }
+    uncut = [len(piece.ids) for row in pieces for piece in row]
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
     labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
     notes = (lost,) if len(kept) < len(cut) else ()
     packed = how.train and how.pack
-    return Rows(columns, labels, sum(long), how.max_length, len(cut[kept[0]]), weights, notes, packed, tuple(kept))
+    return Rows(columns, labels, uncut, how.max_length, len(cut[kept[0]]), weights, notes, packed, tuple(kept))
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         for question, *choices in split.texts
         for i in range(most)
     ]
-    columns, truncated = tokenized(pairs, tokenizer, how.max_length)
-    return Rows(columns, torch.tensor(split.labels), truncated, how.max_length, sequences=most)
+    columns, uncut = tokenized(pairs, tokenizer, how.max_length)
+    return Rows(columns, torch.tensor(split.labels), uncut, how.max_length, sequences=most)
 
 
 def predict(logits: Tensor, labels: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ def read(file: OwnFile) -> Task:
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     """Tokenize texts; the label is that of the row."""
-    columns, truncated = tokenized(split.texts, tokenizer, how.max_length)
+    columns, uncut = tokenized(split.texts, tokenizer, how.max_length)
     labels = torch.tensor(split.labels, dtype=torch.float32 if task.labels is None else torch.int64)  # (rows,)
-    return Rows(columns, labels, truncated, how.max_length)
+    return Rows(columns, labels, uncut, how.max_length)
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:

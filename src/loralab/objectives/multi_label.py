@@ -105,8 +105,8 @@ def _numbered(
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     """Tokenize texts; the labels are 0 or 1 for each name, (rows, labels)."""
-    columns, truncated = tokenized(split.texts, tokenizer, how.max_length)
-    return Rows(columns, torch.tensor(split.labels, dtype=torch.float32), truncated, how.max_length)
+    columns, uncut = tokenized(split.texts, tokenizer, how.max_length)
+    return Rows(columns, torch.tensor(split.labels, dtype=torch.float32), uncut, how.max_length)
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Split:
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     """Tokenize source and target; each is cut at the maximal length, and a row counts by its target's tokens."""
-    columns, cut = tokenized([row[:1] for row in split.texts], tokenizer, how.max_length)
+    columns, uncut = tokenized([row[:1] for row in split.texts], tokenizer, how.max_length)
     free = tokenizer(text_target=[row[1] for row in split.texts], verbose=False)["input_ids"]
     targets = [ids[: how.max_length] for ids in free]
     weights = torch.tensor([len(ids) for ids in targets])  # (rows,)
@@ -45,7 +45,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         short := sum(len(ids) > how.max_length for ids in free)
     ) else []  # fmt: skip
     columns = {"input_ids": columns["input_ids"], "attention_mask": columns["attention_mask"], "labels": targets}
-    return Rows(columns, weights.float(), cut, how.max_length, weights=weights, notes=tuple(notes))
+    return Rows(columns, weights.float(), uncut, how.max_length, weights=weights, notes=tuple(notes))
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:

@@ -74,12 +74,12 @@ def of(task: Task, options: Mapping[str, Any]) -> Task:
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     """Tokenize the texts of a row as sequences of their own. Rows.labels are scores in 0..1, or nan (rows,)."""
     sequences = len(split.texts[0])
-    columns, truncated = tokenized([(text,) for row in split.texts for text in row], tokenizer, how.max_length)
+    columns, uncut = tokenized([(text,) for row in split.texts for text in row], tokenizer, how.max_length)
     labels = torch.full((len(split),), float("nan"))
     if split.labels[0] is not None:
         low, high = min(task.train.labels), max(task.train.labels)
         labels = (torch.tensor(split.labels, dtype=torch.float32) - low) / (high - low)  # (rows,)
-    return Rows(columns, labels, truncated, how.max_length, sequences)
+    return Rows(columns, labels, uncut, how.max_length, sequences)
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:

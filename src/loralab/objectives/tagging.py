@@ -105,9 +105,10 @@ def _ids(path: Path, names: Sequence[str], found: Sequence[list[str]]) -> list[l
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     """Tokenize words; the first token of each has its tag, the others none. Rows.labels are (rows, tokens)."""
     texts = [" ".join(words) for words in split.texts]
+    free = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
     made = tokenizer(texts, truncation=True, max_length=how.max_length, return_offsets_mapping=True, verbose=False)
     offsets = made.pop("offset_mapping")
-    labels, cut = [], 0
+    labels = []
     for words, tags, places in zip(split.texts, split.labels, offsets, strict=True):
         starts = [0, *accumulate(len(word) + 1 for word in words)]  # of each word in the text
         first: dict[int, int] = {}  # word -> its first token
@@ -118,11 +119,10 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         for word, token in first.items():
             row[token] = tags[word]
         labels.append(row)
-        cut += len(first) < len(words)
     widest = max(map(len, labels))
     padded = torch.tensor([row + [IGNORED] * (widest - len(row)) for row in labels])  # (rows, tokens)
     columns = {**made, "labels": labels}
-    return Rows(columns, padded, cut, how.max_length, weights=(padded != IGNORED).sum(1))
+    return Rows(columns, padded, [len(ids) for ids in free], how.max_length, weights=(padded != IGNORED).sum(1))
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------

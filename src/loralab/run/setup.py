@@ -238,8 +238,7 @@ def _rows(
             for name, split in texts.items()
         }
         told = dict.fromkeys(note for r in rows.values() for note in r.notes)
-        over = f"rows are longer than {settings.max_length} tokens and were cut"
-        cut = [f"{r.truncated} of {len(r)} {name} {over}" for name, r in rows.items() if r.truncated]
+        cut = [note for name, r in rows.items() for note in r.cut(name)]
         cache[key] = rows, [*task.notes, *sizes, *told, *cut]
     rows, notes = cache[key]
     return rows, list(notes)

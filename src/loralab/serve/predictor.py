@@ -113,7 +113,7 @@ class Predictor:
                 whole = columns.setdefault(key, [None] * len(requests))
                 for i, value in zip(mine, column, strict=True):
                     whole[i] = value
-        return Rows(columns, torch.zeros(len(requests)), 0, max(most for _, most in kinds))
+        return Rows(columns, torch.zeros(len(requests)), (), max(most for _, most in kinds))
 
     def _most(self, request: Request) -> int:
         """Return the tokens after which a request is cut."""
