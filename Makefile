@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures mistakes clean
+.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-studies architectures mistakes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -81,44 +81,39 @@ GPU_PYTHON ?= python3
 GPU_OUT    ?= runs/gpu
 GPU_ARGS   ?= --seconds 420
 
-gpu:  ## on a machine with a GPU: is it right, is it fast, how many adapters at once (7 minutes)
-	PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/bnb $(GPU_PYTHON) tests/gpu $(GPU_ARGS) --out $(GPU_OUT)
+gpu: .whl/pack  ## on a machine with a GPU: is it right, is it fast, how many adapters at once (7 minutes)
+	PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/pack/bnb $(GPU_PYTHON) tests/gpu $(GPU_ARGS) --out $(GPU_OUT)
 
 gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (2 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --out runs/gpu/toy
 
-gpu-pack: .whl/bnb .whl/site .whl/glue  ## put what `make gpu` and `make gpu-study` need and a GPU machine may lack into .whl
+# the verdict first, since it is the largest; rte-from-mnli needs an adapter that it says how to make
+STUDIES    ?= $(addprefix studies/,verdict.toml delta.toml targets.toml ratios.toml ranks.toml tokens.toml \
+	double-quantization.toml ten-epochs.toml drop.toml)
+SECONDS    ?= 500
 
-.whl/bnb: | $(BIN)/pip
-	rm -rf .whl/bnb .whl/bitsandbytes-*.whl
+gpu-studies: .whl/pack  ## on a machine with a GPU: STUDIES one after another for SECONDS; the same command goes on
+	LORALAB_MODELS=.whl/pack/models PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/pack/site:.whl/pack/bnb $(GPU_PYTHON) \
+		tests/gpu/studies.py $(GPU_OUT) $(STUDIES) --data .whl/pack/glue --seconds $(SECONDS)
+
+# on the machine with the GPU: the parts that gpu-pack made, where they were carried; without them what can goes without
+.whl/pack:
+	mkdir -p .whl/pack && if ls .whl/part.* >/dev/null 2>&1; then cat .whl/part.* | tar xz -C .whl/pack; fi
+
+gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, in .whl/part.*: bitsandbytes, the command line's needs, minilm, GLUE
+	rm -rf .whl && mkdir -p .whl/pack/models/minilm
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
 		--platform manylinux_2_24_x86_64 -d .whl bitsandbytes==0.50.2
-	$(BIN)/python -m zipfile -e .whl/bitsandbytes-*.whl .whl/bnb.part
-	find .whl/bnb.part -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
-	mv .whl/bnb.part .whl/bnb && rm .whl/bitsandbytes-*.whl
-
-.whl/site: | $(BIN)/pip
-	rm -rf .whl/wheels .whl/site.part
+	$(BIN)/python -m zipfile -e .whl/bitsandbytes-*.whl .whl/pack/bnb
+	find .whl/pack/bnb -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .whl/wheels \
 		cyclopts docstring-parser rich-rst
-	for wheel in .whl/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel .whl/site.part; done
-	mv .whl/site.part .whl/site && rm -r .whl/wheels
-
-# minilm in three parts of 29 MB, since what carries it may take no larger file
-.whl/glue: $(VENV)/dev.stamp
-	mkdir -p .whl/minilm && cp -r --no-preserve=mode $(GLUE) .whl/glue.part
+	for wheel in .whl/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel .whl/pack/site; done
+	cp -r --no-preserve=mode $(GLUE) .whl/pack/glue
 	folder=$$($(BIN)/python -c 'from loralab.models import resolve; print(resolve("minilm"))'); \
-		cp $$folder/*.json $$folder/vocab.txt .whl/minilm/ && split -n 3 -d -a 1 $$folder/model.safetensors .whl/minilm/part.
-	mv .whl/glue.part .whl/glue
-
-STUDY     ?= studies/verdict.toml
-PROCESSES ?= 15
-
-gpu-study:  ## on a machine with a GPU, after gpu-pack: a study in PROCESSES processes, STUDY=FILE; the same command goes on
-	mkdir -p $(GPU_OUT)/models/minilm && cp .whl/minilm/*.json .whl/minilm/vocab.txt $(GPU_OUT)/models/minilm/
-	cat .whl/minilm/part.* > $(GPU_OUT)/models/minilm/model.safetensors
-	LORALAB_MODELS=$(GPU_OUT)/models PYTHONPATH=src:.whl/site:.whl/bnb OMP_NUM_THREADS=1 $(GPU_PYTHON) -m loralab study $(STUDY) \
-		--data .whl/glue --on processes:$(PROCESSES) --store $(GPU_OUT)/store --out $(GPU_OUT)/studies/$(basename $(notdir $(STUDY)))
+		cp $$folder/*.json $$folder/vocab.txt $$folder/model.safetensors .whl/pack/models/minilm/
+	tar cz -C .whl/pack . | split -b 33m -d -a 1 - .whl/part.
+	rm -rf .whl/wheels .whl/*.whl && ls -l .whl
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -16,7 +16,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 CASES = REPO.parent / "shared/cases"
-LINES, WIDTH, SECONDS = 4, 400, 600  # of what a program prints last; how long it may take
+LINES, WIDTH, SECONDS = 4, 400, 1200  # of what a program prints last; how long it may take
 OLD_NAMES = """
 import runpy, sys, loralab, loralab.fast
 loralab.speed = loralab.fast
