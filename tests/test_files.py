@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 
 import loralab
 from loralab import disk
-from loralab.files import HEADER, TENSORS, FolderNote, adapter_name, read, sealed, tensor_sha256
+from loralab.files import HEADER, TENSORS, FolderNote, adapter_name, read, sealed
+from loralab.hashes import tensor_sha256
 from loralab.peft_format import HEADER as PEFT_HEADER
 
 OLD = Path(__file__).parent / "fixtures/v1"

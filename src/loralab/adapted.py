@@ -21,7 +21,7 @@ from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
 from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
 from loralab.experts import AdaptedStack
-from loralab.files import fingerprint
+from loralab.hashes import fingerprint
 from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
 from loralab.recipe import Recipe

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import files, fitting, install, kinds, peft_format
+from loralab import checkpoints, files, fitting, install, kinds, peft_format
 from loralab.active import follow_checkpoints
-from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, once
-from loralab.disk import write_json, write_tensors
+from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
+from loralab.contents import adapter_file, base_of, constants_sha256, labels_of
 from loralab.errors import UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, enable
-from loralab.files import AdapterFile, fingerprint
+from loralab.files import AdapterFile
 from loralab.hooks import StepHooks
 from loralab.inputs import start_directions
 from loralab.kinds import loaded
@@ -25,10 +25,10 @@ from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
+from loralab.reference import frozen_copy
 from loralab.schema import listed
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
-NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,6 +105,8 @@ class Adapters(AdaptedModel):
         super().__init__(model)
         self.steps = StepHooks(self)
         self.on_model: Any = None  # the hook that runs before a forward pass
+        self.on_load: list[Any] = []  # the hooks that run around `load_state_dict`
+        self.taken_in = False  # whether the state that is being loaded is a checkpoint
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin as a copy, perhaps in another process: all that `attach` asks of torch holds for it too."""
@@ -118,6 +120,10 @@ class Adapters(AdaptedModel):
         if self.on_model is None:
             setattr(self.model, HANDLE, self)
             self.on_model = self.model.register_forward_pre_hook(self.before_forward)
+            self.on_load = [
+                self.model.register_load_state_dict_pre_hook(self.before_load),
+                self.model.register_load_state_dict_post_hook(self.after_load),
+            ]
             if hasattr(self.model, "save_pretrained"):
                 self.model.__dict__["save_pretrained"] = self.save_pretrained
             watch(self)
@@ -220,6 +226,16 @@ class Adapters(AdaptedModel):
             print(choices)
         return choices
 
+    def reference(self) -> nn.Module:
+        """A frozen model that answers for ever as this one does now: the `ref_model` of DPO and its like.
+
+        It shares the tensors of the base, so it costs a copy of the adapters only. Inside `use(None)` it is the base.
+        """
+        self.check_attached()
+        frozen = frozen_copy(self)
+        of(frozen).steps.disconnect()
+        return frozen
+
     # ---- leaving -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str, name: str | None = None, saved_as: str | None = None) -> Path:
@@ -228,24 +244,7 @@ class Adapters(AdaptedModel):
         Raises UserError if the folder cannot be written or holds an adapter in another layout, and for an adapter with
         values that are not finite.
         """
-        name = self.only(name)
-        self._check_finite(name)
-        self._warn_of_others(name)
-        spec, tensors = self.specs[name], once(self.tensors(name))
-        base = _base_name(self.model)
-        file = AdapterFile(
-            name=saved_as or name,
-            recipe=spec.recipe,
-            coverage={} if spec.coverage is None else spec.coverage.matched,
-            heads=list(spec.heads),
-            labels=_labels(spec, base["task_type"]),
-            base={**base, "sha256": self.base_sha256},
-            tensors={key: t for key, (_, t) in tensors.items()},
-            roles={key: role for key, (role, _) in tensors.items()},
-            counts=self.counts(name) | _unreached(spec),
-            constants=_constants_sha256(self, spec),
-        )
-        return files.write(file, folder)
+        return files.write(self._contents(self.only(name), saved_as), folder)
 
     def export(
         self, folder: Path | str, name: str | None = None, layout: str = "peft", base_name: str | None = None
@@ -276,10 +275,10 @@ class Adapters(AdaptedModel):
         gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
         sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
         head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
-        base = _base_name(self.model)
+        base = base_of(self.model)
         base["name"] = base_name or base["name"]
         return peft_format.write(
-            folder, updates, gains, head, spec.heads, base, _labels(spec, base["task_type"]), sides
+            folder, updates, gains, head, spec.heads, base, labels_of(spec, base["task_type"]), sides
         )
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -302,32 +301,33 @@ class Adapters(AdaptedModel):
     def save_pretrained(self, folder: Path | str, is_main_process: bool = True, **more: Any) -> None:
         """Stand in for the model's own method, which would write a base under names that no model reads.
 
-        Writes the active adapter as `save` does, each other one into a folder of its name inside, and what learns once
-        more as model.safetensors, from which Trainer goes on, with the draws and counts of methods that act at every
-        step. There is no whole model in the folder, so its config.json makes `from_pretrained` fail and says why;
-        `adapters.merge().save_pretrained(folder)` writes one.
-        Raises UserError if the folder cannot be written, or is to be pushed to the hub.
+        Writes adapters as a checkpoint (see checkpoints.py), which `load` reads and Trainer goes on from. There is no
+        whole model in the folder, so `from_pretrained` fails and says why; `adapters.merge().save_pretrained(folder)`
+        writes one. Raises UserError if the folder cannot be written, or is to be pushed to the hub.
         """
         self.check_attached()
         if more.get("push_to_hub"):
             raise UserError(
                 "an adapted model is not pushed: adapters.save(folder), or adapters.merge().push_to_hub(...)"
             )
-        if not is_main_process:
-            return
-        folder, active = Path(folder), self.active.default.names
-        for name in self.specs:
-            self.save(folder if (name,) == active else folder / name, name)
-        own = {id(t) for name in self.specs for t in self.state(name).values()}
-        state = {key: t for key, t in self.model.named_parameters() if id(t) in own}  # without repeats
-        try:
-            write_tensors(folder / "model.safetensors", state | self.steps.saved())
-            write_json(
-                folder / "config.json",
-                {"model_type": "loralab-adapter", "vocab_size": NO_MODEL, "hidden_size": NO_MODEL},
-            )
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        if is_main_process:
+            each = {name: self._contents(name) for name in self.specs}
+            checkpoints.write(each, self.active.default.names, self.steps.saved(), Path(folder))
+
+    def before_load(self, _model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        """Take the tensors of a checkpoint from a state (a hook of the model). Raises UserError for other adapters."""
+        self.taken_in = checkpoints.take_in(self, state)
+
+    def after_load(self, _model: nn.Module, keys: Any) -> None:
+        """Miss nothing of the base after a checkpoint, which does not hold it (a hook of the model)."""
+        if self.taken_in:
+            keys.missing_keys.clear()
+
+    def _contents(self, name: str, saved_as: str | None = None) -> AdapterFile:
+        """An adapter as its folder holds it. Raises UserError for values that are not finite."""
+        self._check_finite(name)
+        self._warn_of_others(name)
+        return adapter_file(self, name, saved_as or name)
 
     def _check_finite(self, name: str) -> None:
         """Raise UserError if an adapter holds a value that is not finite."""
@@ -345,7 +345,7 @@ class Adapters(AdaptedModel):
             warnings.warn(
                 f"{listed(others, 3)} ({len(others)} tensors) of the base can learn but are no part of adapter "
                 f"{name!r}, so its file does not hold them: name their modules in head=[...] when attaching",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def detach(self) -> None:
@@ -363,7 +363,8 @@ class Adapters(AdaptedModel):
         """Put plain layers back: with the update of `name` merged in, or None for the base alone."""
         self.steps.disconnect()
         if self.on_model is not None:
-            self.on_model.remove()
+            for hook in (self.on_model, *self.on_load):
+                hook.remove()
         put_back(self.model)
         there = {id(p) for p in self.model.parameters()}
         for experts in [m for m in self.model.modules() if isinstance(m, AdaptedExperts)]:
@@ -447,7 +448,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
         spec = install.spec_of(handle, name, file.recipe, {}, file.paths, file.heads, labels)
         computed = starts.added(file.recipe.start) if file.starts_anew else ()
         problems = fitting.unlike(fitting.expected(handle, spec, computed), file.tensors)
-        if not problems and file.constants not in (None, _constants_sha256(handle, spec)):
+        if not problems and file.constants not in (None, constants_sha256(handle, spec)):
             problems.append(f"what its seed draws here is not what it was trained with (sha256 {file.constants[:12]})")
     if problems:
         other = file.base.get("sha256") not in (None, handle.base_sha256)
@@ -459,33 +460,3 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     for note in file.notes:
         warnings.warn(f"{folder}: {note}", files.FolderNote, stacklevel=3)
     return handle
-
-
-def _constants_sha256(handle: AdaptedModel, spec: AdapterSpec) -> str | None:
-    """sha256 of the frozen tensors that a method draws from a seed and no file holds; None where there are none."""
-    drawn = handle.constants(spec)
-    return fingerprint(sorted(drawn.items()), exact=True) if drawn else None
-
-
-def _unreached(spec: AdapterSpec) -> dict[str, int]:
-    """How many values of the model no target reaches, for `loralab inspect`, which has no model; empty where none."""
-    count = 0 if spec.coverage is None else spec.coverage.unreached_values
-    return {"unreached": count} if count else {}
-
-
-def _base_name(model: nn.Module) -> dict[str, Any]:
-    """Name, model type, class and task of the base, as far as the model tells them."""
-    config, kind = getattr(model, "config", None), type(model).__name__
-    name = getattr(config, "_name_or_path", "") or kind
-    return {
-        "name": Path(name).name if Path(name).is_dir() else name,
-        "model_type": getattr(config, "model_type", None),
-        "class": kind,
-        "task_type": peft_format.task_type(kind),
-    }
-
-
-def _labels(spec: AdapterSpec, task: str | None) -> list[str]:
-    """Names of the outputs; the names that transformers gives any model are none of a task without labels."""
-    default = all(label == f"LABEL_{i}" for i, label in enumerate(spec.labels))
-    return [] if default and task is not None and task not in peft_format.LABELLED else list(spec.labels)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from loralab.disk import (
     write_tensors,
 )
 from loralab.errors import UserError
+from loralab.hashes import tensor_sha256
 from loralab.methods import starts
 from loralab.rankmap import LayerRank
 from loralab.recipe import FACTORS, OLD_FIELDS, Recipe, from_json, to_json
@@ -37,6 +38,7 @@ from loralab.schema import field_problems, fields_of, listed, problems, shown
 
 FORMAT, VERSION, OLD = "loralab adapter", 2, 1
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
+CHECKPOINT, INSIDE = "model.safetensors", "loralab/"  # where a checkpoint has its tensors, under loralab/NAME/
 PEFT_TENSORS, PEFT_HEADER = "adapter_model.safetensors", "adapter_config.json"  # a folder holds one layout only
 NO_CHECKSUMS = (
     "saved by loralab 0.1.0, without checksums, so damage to its files would not be seen; load it and save it again to "
@@ -57,11 +59,13 @@ FIELDS: dict[str, Any] = {  # of adapter.json
     "roles": dict[str, str],  # tensor -> role
     "counts": dict[str, int],
     "constants": str | None,
+    "checkpoint": bool,  # whether the tensors are in CHECKPOINT
     "base": dict,
     "tensors": dict[str, Any],  # tensor -> RECORD
     "sha256": dict[str, str],  # every other field -> sha256 of its JSON
 }
 NEW_FIELDS = ("tensors", "sha256")  # version 1 has none of them
+OPTIONAL = {1: ("scaling", "roles", "counts", "constants", "checkpoint"), 2: ("checkpoint",)}  # version -> fields
 RECORD: dict[str, Any] = {"dtype": str, "shape": list[int], "sha256": str}
 BASE: dict[str, Any] = dict.fromkeys(("name", "model_type", "class", "task_type", "sha256"), str | None)
 
@@ -93,9 +97,10 @@ class AdapterFile:
         return list(dict.fromkeys(path for paths in self.coverage.values() for path in paths))
 
 
-def write(file: AdapterFile, folder: Path | str) -> Path:
+def write(file: AdapterFile, folder: Path | str, beside: Mapping[str, Tensor] | None = None) -> Path:
     """Write an adapter with its head, recipe, scaling, labels, coverage and the base's hash; return the folder.
 
+    With `beside` the folder is a checkpoint: its tensors lie in model.safetensors, among these others.
     Raises UserError if the folder cannot be written or holds an adapter in PEFT's layout, and for an adapter that could
     not be read again, such as one with values that are not finite.
     """
@@ -115,17 +120,22 @@ def write(file: AdapterFile, folder: Path | str) -> Path:
         "roles": dict(file.roles),
         "counts": dict(file.counts),
         "constants": file.constants,
+        **({} if beside is None else {"checkpoint": True}),
         "base": file.base,
     }
+    start = "" if beside is None else f"{INSIDE}{file.name}/"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing_both(folder / TENSORS, folder / HEADER) as (tensors, last):
-            write_tensors(tensors, file.tensors)
+        with replacing_both(folder / (CHECKPOINT if start else TENSORS), folder / HEADER) as (tensors, last):
+            write_tensors(tensors, {start + key: t for key, t in file.tensors.items()} | dict(beside or {}))
+            written = tensor_headers(tensors)
             header["tensors"] = {
-                key: {"dtype": written.dtype, "shape": list(written.shape), "sha256": tensor_sha256(file.tensors[key])}
-                for key, written in tensor_headers(tensors).items()
+                key: {"dtype": written[start + key].dtype, "shape": list(t.shape), "sha256": tensor_sha256(t)}
+                for key, t in file.tensors.items()
             }
             write_json(last, sealed(header))
+        if start:
+            (folder / TENSORS).unlink(missing_ok=True)  # of an earlier save
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
@@ -155,9 +165,12 @@ def read(folder: Path | str) -> AdapterFile:
     stored, place = places(folder)
     header = read_header(place)
     _check_header(place, header)
-    found = tensor_headers(stored)
+    start = ""
+    if header.get("checkpoint"):
+        stored, start = newest(folder / CHECKPOINT, folder / HEADER)[0], f"{INSIDE}{header['name']}/"
+    found = {key.removeprefix(start): t for key, t in tensor_headers(stored).items() if key.startswith(start)}
     recipe = _recipe(place, header["recipe"], found)
-    tensors = read_tensors(stored)
+    tensors = {key.removeprefix(start): t for key, t in read_tensors(stored).items() if key.startswith(start)}
     file = AdapterFile(
         header["name"], recipe, header["coverage"], header["head"], header["labels"],
         dict.fromkeys(BASE) | header["base"], tensors, header.get("roles", {}), header.get("counts", {}),
@@ -192,7 +205,7 @@ def _check_header(place: Path, header: Mapping[str, Any]) -> None:
         raise UserError(f"{place}: {got}; this loralab reads {FORMAT!r}, version {OLD} and {VERSION}")
     old = header["version"] == OLD
     fields = {key: kind for key, kind in FIELDS.items() if not old or key not in NEW_FIELDS}
-    wrong = field_problems(header, fields, optional=("scaling", "roles", "counts", "constants") if old else ())
+    wrong = field_problems(header, fields, optional=OPTIONAL[header["version"]])
     wrong = wrong or field_problems(header["base"], BASE, "base", optional=BASE)
     for key, record in () if wrong or old else header["tensors"].items():
         wrong = wrong or field_problems(record, RECORD, f"tensors.{listed([key])}")
@@ -464,28 +477,3 @@ def _layer_size(file: AdapterFile, path: str, first: str) -> tuple[int, int] | s
     if len(B) % layers:
         return f"B {tuple(B.shape)} of {listed([path])}: expected a multiple of {layers} rows"
     return len(B) // layers, A.shape[1]
-
-
-# ---- hashes ----------------------------------------------------------------------------------------------------------
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes, as safetensors stores them."""
-    return hashlib.sha256(_bytes(tensor.detach().cpu())).hexdigest()
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]], exact: bool = False) -> str:
-    """sha256 over names, shapes and values rounded to bfloat16: one base loaded in float32 or bfloat16 is one base.
-
-    `exact` takes the values as they are.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor.detach().to("cpu", tensor.dtype if exact else torch.bfloat16)))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The memory of a CPU tensor, row by row."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

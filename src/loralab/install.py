@@ -271,6 +271,7 @@ def add_layers(
         return
     constants = Constants(handle.constants(spec))
     given, places = Starts(spec.recipe), all_paths(handle.model)
+    output = output_layer(handle.model)  # losses of other libraries, such as TRL's, read its weight
     if not handle.specs:
         put_back(handle.model)  # a fast path put in before the first adapter knows another `Active`
     for path in spec.paths:
@@ -281,7 +282,7 @@ def add_layers(
             original = handle.model.get_submodule(path)
             W = kinds.keep(original).dense()  # (out, in)
             layer = adapted(original, spec.recipe.store, handle.active, path).train(original.training)
-            layer.read_past = any(is_read_past(handle.model, place) for place in places[path])
+            layer.read_past = path == output or any(is_read_past(handle.model, place) for place in places[path])
             handle.layers[path] = layer
             for place in places[path]:
                 handle.model.set_submodule(place, layer)
