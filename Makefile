@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures mistakes clean
+.PHONY: help examples first-hour demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures mistakes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -65,6 +65,9 @@ structure: $(VENV)/dev.stamp  ## files by storey, rings, what a run and a load c
 
 examples: $(VENV)/dev.stamp  ## write the rows of docs/objectives.md and run its commands, in order (it needs ../shared/data/glue for one)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/examples.py docs/objectives.md
+
+first-hour: $(VENV)/dev.stamp  ## what five kinds of new users do in their first hour, as they type it (under 10 minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/first_hour.py
 
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py

@@ -116,6 +116,15 @@ def test_the_code_of_the_readme_runs(code, tiny, tmp_path, monkeypatch):
     exec(compile(code.replace("FacebookAI/roberta-base", str(tiny)), "example", "exec"), {})
 
 
+def test_the_loops_of_the_page_run_one_after_the_other(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks((REPO / "docs/own-loop.md").read_text(), "python"))
+    exec(compile(code.replace("FacebookAI/roberta-base", str(tiny)), "own-loop.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("adapter", "dora", "'label': "))
+    assert (tmp_path / "mood-adapter/README.md").exists()
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import files, fitting, install, kinds, peft_format
+from loralab import files, fitting, install, kinds, model_card, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, AdapterSpec, once
 from loralab.disk import write_json, write_tensors
@@ -117,6 +117,8 @@ class Adapters(AdaptedModel):
         """Let the model know of its adapters, once the first of them is there."""
         if self.on_model is None:
             setattr(self.model, HANDLE, self)
+            if loaded.open_whole(self.model):
+                warnings.warn(loaded.WHOLE, loaded.WholeNote, stacklevel=4)
             self.on_model = self.model.register_forward_pre_hook(self.before_forward)
             if hasattr(self.model, "save_pretrained"):
                 self.model.__dict__["save_pretrained"] = self.save_pretrained
@@ -223,7 +225,9 @@ class Adapters(AdaptedModel):
     # ---- leaving -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str, name: str | None = None, saved_as: str | None = None) -> Path:
-        """Write adapter.safetensors and adapter.json, under another name if `saved_as` gives it; see `load`.
+        """Write adapter.safetensors, adapter.json and a model card (README.md); see `load`.
+
+        `saved_as` gives the adapter another name in the file. A README of somebody's own stays.
 
         Raises UserError if the folder cannot be written or holds an adapter in another layout, and for an adapter with
         values that are not finite.
@@ -245,7 +249,12 @@ class Adapters(AdaptedModel):
             counts=self.counts(name) | _unreached(spec),
             constants=_constants_sha256(self, spec),
         )
-        return files.write(file, folder)
+        written = files.write(file, folder)
+        try:
+            model_card.write(file, written)
+        except OSError as error:
+            raise UserError(f"cannot write {written / model_card.FILE}: {error.strerror or error}") from error
+        return written
 
     def export(
         self, folder: Path | str, name: str | None = None, layout: str = "peft", base_name: str | None = None

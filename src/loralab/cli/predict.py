@@ -14,10 +14,11 @@ from loralab.errors import UserError
 from loralab.objectives import saved
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.answers import answer_rows
-from loralab.serve.loading import model_of
+from loralab.serve.loading import Device, model_of, torch_device
 
 Row = dict[str, Any] | UserError  # what a row is answered, by column
 
+ROW = "row"  # the column of a row's number in the file, as in wrong.csv and the answers of evaluate
 USUAL = (("text",), ("sentence",))  # columns of text to try where neither flag nor adapter names them
 
 
@@ -37,13 +38,14 @@ def predict(
     prefix: str = "",
     separator: Separator = "auto",
     encoding: str = "auto",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Answer every row of a CSV, TSV, JSON or parquet file; rows of different adapters share batches.
 
-    Writes the same columns and those of the answers: label and probabilities (a regression's label is its number), or
-    labels, tags and entities, answer, similarity or embedding, as the adapter was trained. Rows that cannot be answered
-    are all named, and nothing is written.
+    Writes the row's number, the same columns and those of the answers: label and probabilities (a regression's label is
+    its number), or labels, tags and entities, answer, similarity or embedding, as the adapter was trained. Rows that
+    cannot be answered are all named, and nothing is written.
 
     Parameters
     ----------
@@ -75,8 +77,11 @@ def predict(
         What divides the cells of a CSV or TSV; by default found by looking, as in training.
     encoding: str
         Encoding of the input; by default UTF-8, else that of the file the adapter learned from.
+    device: Device
+        Where it runs: a GPU if there is one, cpu or cuda.
     """
     base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
+    torch_device(device)
     base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
     likely = next((folder.written for folder in folders.values() if folder.written), {})
@@ -86,15 +91,15 @@ def predict(
     requests = _requests(input, columns, folders, adapter_column, text or [])
     before = time.perf_counter()
     if all(folder.objective == "classification" for folder in folders.values()):
-        predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length)
+        predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length, device)
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
-        answers = _each_alone(requests, folders, model, batch_size, rank, max_length)
+        answers = _each_alone(requests, folders, model, batch_size, rank, max_length, device)
     refuse(input, answers, keep_going)
     added = _columns(input, list(columns), answers, prefix, keep_going)
     for note in reading.notes():
         print(f"note: {note}", file=sys.stderr)
-    _deliver({**columns, **added}, input, out, json)
+    _deliver({**_numbered(columns, len(requests), prefix), **added}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
 
@@ -138,6 +143,7 @@ def _each_alone(
     batch_size: int,
     rank: int | None,
     max_length: int | None,
+    device: str,
 ) -> list[Row]:
     """Answer the rows of one adapter after the other, each on its own model class."""
     found: list[Row] = [UserError(f"no adapter {request.adapter!r}") for request in requests]
@@ -146,7 +152,7 @@ def _each_alone(
         folder = folders[name].folder
         file = base.read(folder)
         known = saved.read(folder, file.base.get("task_type"))
-        handle, tokenizer = base.load(model_of(model, folder, file), folder)
+        handle, tokenizer = base.load(model_of(model, folder, file), folder, device=device)
         cells = [requests[i].texts for i in mine]
         with handle.use(handle.names[0], rank=rank):
             answers = answer_rows(handle, known, cells, tokenizer, max_length, batch_size)
@@ -167,6 +173,12 @@ def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
     if not keep_going:
         raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
     print(f"note: no answer for {listed}", file=sys.stderr)
+
+
+def _numbered(columns: tables.Columns, rows: int, prefix: str) -> tables.Columns:
+    """Return the columns of a file after one with the number of each row, unless the file has such a column."""
+    name = f"{prefix}{ROW}"
+    return dict(columns) if name in columns else {name: [*range(1, rows + 1)], **columns}
 
 
 def _as_columns(answer: Answer | UserError) -> Row:

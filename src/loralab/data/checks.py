@@ -87,6 +87,10 @@ class BadRows(UserError):
         super().__init__(message)
         self.path, self.rows = path, rows
 
+    def advised(self, advice: str) -> "BadRows":
+        """Return the same error with one more thing to do about it."""
+        return BadRows(f"{self}, {advice}", self.path, self.rows)
+
 
 def raise_faults(where: object, faults: Faults, advice: str = "mend or remove these rows") -> None:
     """Raise one BadRows for all faults of a file, if there are any; rows are counted among those that were read."""
