@@ -128,6 +128,7 @@ def test_numbers_read_as_people_write_them():
     sizes = {0: "0 B", 999: "999 B", 999_600: "1 MB", 45_450_000: "45.5 MB", 1.5e9: "1.5 GB", 2.5e12: "2.5 TB"}
     assert {count: size_text(count) for count in sizes} == sizes
     assert n.spans((5, 0, 2, 1)) == "0–2, 5"
+    assert (n.seeds([0]), n.seeds([1, 0, 2])) == ("seed 0", "seeds 0–2")
     assert n.spans([3, 5, 6, 7, 9], "-") == "3, 5-7, 9"
 
 

@@ -56,4 +56,8 @@ for (const table of document.querySelectorAll("table")) {
     event.target.setAttribute("aria-pressed", String(table.classList.toggle("all")));
   });
   count();
+  const scroll = table.parentElement, bar = scroll.previousElementSibling;
+  const cue = () => bar.classList.toggle("wide", scroll.scrollWidth > scroll.clientWidth + 1);
+  new ResizeObserver(cue).observe(scroll);
+  new ResizeObserver(cue).observe(table);
 }
