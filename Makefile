@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples first-hour demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures mistakes clean
+.PHONY: help examples first-hour docs wheel demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-study architectures mistakes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -68,6 +68,16 @@ examples: $(VENV)/dev.stamp  ## write the rows of docs/objectives.md and run its
 
 first-hour: $(VENV)/dev.stamp  ## what five kinds of new users do in their first hour, as they type it (under 10 minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/first_hour.py
+
+docs: $(VENV)/docs.stamp  ## the site of docs/ in build/site: every link is checked, and no page fetches anything from elsewhere
+	$(BIN)/python tests/site.py
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/dev.stamp
+	@$(PIP) 'zensical>=0.0.40'
+	@touch $@
+
+wheel: $(VENV)/demo.stamp  ## build the wheel into dist/ and try it in a new environment, with nothing else of the repository (minutes)
+	$(BIN)/python tests/wheel.py
 
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
@@ -124,7 +134,7 @@ gpu-study:  ## on a machine with a GPU, after gpu-pack: a study in PROCESSES pro
 		--data .whl/glue --on processes:$(PROCESSES) --store $(GPU_OUT)/store --out $(GPU_OUT)/studies/$(basename $(notdir $(STUDY)))
 
 clean:  ## remove .venv, caches and builds; runs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .cache src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(GET):

@@ -196,7 +196,7 @@ def own_csv(hour: Hour) -> None:
         "evaluate runs/reviews/adapter --task test.csv --label stars --wrong wrong.csv --out scored.csv",
         CONFUSION, "f1_macro",
     )  # fmt: skip
-    check({"row", "text"} <= hour.table("wrong.csv")[0].keys(), "wrong.csv has no row numbers and texts")
+    check({"row", "title", "body"} <= hour.table("wrong.csv")[0].keys(), "wrong.csv has no row numbers and texts")
     hour.types("predict --adapters runs/reviews/adapter --input new.csv --out answers.csv")
     answers = hour.table("answers.csv")
     check([row["row"] for row in answers] == [str(i) for i in range(1, 31)], "answers carry no row numbers")

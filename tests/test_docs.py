@@ -13,7 +13,7 @@ from loralab.cli import COMMANDS, app, main
 from loralab.recipe import NAMED
 
 REPO = Path(__file__).parents[1]
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("**/*.md"))]
 README = (REPO / "README.md").read_text()
 ARCHITECTURE = (REPO / "docs/architecture.md").read_text()
 HOW_TO = REPO / "docs/how-to-add-a-method.md"  # its commands are run, by test_how_to.py

@@ -20,7 +20,7 @@ from loralab.study.rerun import compare, rerun, settings_of
 def first(tiny, own, tmp_path_factory):
     """A finished run folder, of settings that are not at their defaults."""
     folder = tmp_path_factory.mktemp("first") / "run"
-    more = {"warmup": 0.25, "weight_decay": 0.05, "dropout": 0.1, "targets": "query"}
+    more = {"warmup": 0.25, "weight_decay": 0.05, "dropout": 0.1, "targets": "attention-qv"}
     assert main(flags(tiny, own, out=folder, **more)) == 0
     return folder
 

@@ -131,7 +131,8 @@ def warnings(f: Findings) -> list[str]:
         which = f"{len(optimistic)} of {len(f.results)} results are optimistic"
         lines.append(f"{which}: their epoch was chosen on the reported split")
     if single := [r for r in f.results if len(r.seeds) == 1]:
-        lines.append(f"{len(single)} of {len(f.results)} results have one seed, too few to compare methods")
+        which = f"{len(single)} of {len(f.results)} results have" if len(f.results) > 1 else "the only result has"
+        lines.append(f"{which} one seed, too few to compare methods")
     if len({hardware(run.facts) for r in f.results for run in r.cell.runs}) > 1:
         lines.append("Runs come from different machines or numbers of threads, so their times cannot be compared")
     lines += [f"{', '.join(cell.key)}: {why}" for r in f.results for cell in [r.cell] for why in cell.failed]

@@ -117,6 +117,8 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
     tuned = [r for r in results if len(tried(r)) > 1]
     if not tuned or len(tuned) > MANY:
         return None
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     near, far = outliers(tuned, _alive)
 
     def line(ax: Any, r: Result, grey: str | None) -> None:
@@ -125,6 +127,9 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
     fig, axes, apart = multiples.curves(near, line)
     for ax in axes:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(numticks=5, subs=(1, 3)))
+        ax.xaxis.set_minor_locator(NullLocator())  # its labels would lie on each other
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         ax.set_ylim(*limits(extent(near, _alive), left=0.14))
     name_axes(fig, axes, apart, "learning rate", f"{n.metric(results[0].summary.metric)}, held out")
     return _caption(tuned, far), fig
