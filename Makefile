@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-studies architectures mistakes clean
+.PHONY: help examples first-hour docs wheel demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-studies architectures mistakes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -65,6 +65,19 @@ structure: $(VENV)/dev.stamp  ## files by storey, rings, what a run and a load c
 
 examples: $(VENV)/dev.stamp  ## write the rows of docs/objectives.md and run its commands, in order (it needs ../shared/data/glue for one)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/examples.py docs/objectives.md
+
+first-hour: $(VENV)/dev.stamp  ## what five kinds of new users do in their first hour, as they type it (under 10 minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/first_hour.py
+
+docs: $(VENV)/docs.stamp  ## the site of docs/ in build/site: every link is checked, and no page fetches anything from elsewhere
+	$(BIN)/python tests/site.py
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/dev.stamp
+	@$(PIP) 'zensical>=0.0.40'
+	@touch $@
+
+wheel: $(VENV)/demo.stamp  ## build the wheel into dist/ and try it in a new environment, with nothing else of the repository (minutes)
+	$(BIN)/python tests/wheel.py
 
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
@@ -116,7 +129,7 @@ gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, in .whl/part.*: bit
 	rm -rf .whl/wheels .whl/*.whl && ls -l .whl
 
 clean:  ## remove .venv, caches and builds; runs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .cache src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(GET):

@@ -10,6 +10,7 @@ from torch import nn
 import loralab
 from loralab import adapted
 from loralab.presets import PRESETS
+from loralab.recipe import NAMED, name_of, recipe
 from loralab.targets import ReachNote, cover
 
 PER_LAYER = {  # layers a preset means in one block: q, k, v and o are four, GPT-2 keeps q, k and v in one
@@ -160,3 +161,30 @@ def test_a_newer_transformers_than_the_tested_one_is_told_once(monkeypatch):
         warnings.simplefilter("error")
         loralab.attach(build("bert"), rank=2)
     adapted._check_transformers.cache_clear()
+
+
+# ---- the table of adapters -------------------------------------------------------------------------------------------
+
+
+def test_the_handle_prints_a_table_of_its_adapters():
+    model = build("bert")
+    adapters = loralab.attach(model, "dora", name="one", rank=3, targets=["query", "value"], head=True)
+    adapters.add("another one", "vera", rank=5)
+    adapters.add("still", "bitfit")
+    for tensor in adapters.state("another one").values():
+        tensor.requires_grad_(False)
+    head, *lines = str(adapters).splitlines()
+    assert head.split() == ["adapter", "method", "rank", "targets", "values", "learns", "in", "use"]
+    assert [row.split()[0] for row in lines] == ["one", "another", "still"]
+    assert all(word in lines[0] for word in ("dora", " 3 ", "query, value, + head", "yes"))
+    assert f"{adapters.counts('one')['trainable']:,}" in lines[0]
+    assert "vera" in lines[1]
+    assert lines[1].split()[-2:] == ["no", "no"]
+    adapters.detach()
+    assert "detached" in repr(adapters)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_recipe_knows_its_name_at_any_rank_and_rate(name):
+    free = {"lr": 0.5, **({"rank": 3} if hasattr(NAMED[name][0].factors, "rank") else {})}
+    assert name_of(recipe(name, **free)) == name

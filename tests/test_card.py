@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from test_cli import cli, flags, refused  # noqa: F401  (fixtures)
 from test_objectives import KINDS, bases, files, settings  # noqa: F401
 
@@ -70,6 +71,34 @@ def test_every_kind_of_task_has_a_card(kind, bases, files, tmp_path):  # noqa: F
     told = rows_of((tmp_path / "run/adapter/README.md").read_text())
     assert {"base", "input", "longest row", "labels", "data", "licence", *result["metrics"]} <= set(told)
     assert told["licence"] == "not stated"
+
+
+def test_the_librarys_own_save_writes_a_card_whose_use_runs(tiny, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=3)
+    adapters = loralab.attach(base, "dora", name="mood", rank=3, head=True, labels=["good", "bad", "so-so"])
+    folder = adapters.save(tmp_path / "mood")
+    card = (folder / "README.md").read_text()
+    told = rows_of(card)
+    assert card.startswith('---\nlibrary_name: "loralab"\n')
+    assert adapters.base_sha256 in told["base"]
+    assert told["labels"] == "good, bad, so-so"
+    assert f"{adapters.counts()['adapter']:,} in the adapter" in told["values that learn"]
+    assert str(tiny.parent) not in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(f'"{tiny.name}"', repr(str(tiny)))
+    found = {}
+    exec(code.replace('"path/to/this/folder"', repr(str(folder))), found)
+    assert found["adapters"].names == ["mood"]
+    (folder / "README.md").write_text("# My own words\n")
+    adapters.save(folder)
+    assert (folder / "README.md").read_text() == "# My own words\n"
+
+
+def test_a_card_of_a_model_that_is_not_of_transformers_names_its_class(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    folder = loralab.attach(model, "lora", rank=2, targets=["0"]).save(tmp_path / "plain")
+    assert "the Sequential that it was trained on" in (folder / "README.md").read_text()
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------

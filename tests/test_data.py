@@ -21,7 +21,8 @@ import pytest
 from conftest import TABLES
 from sklearn.model_selection import train_test_split
 
-from loralab import data, objectives
+from loralab import data, model_names, objectives
+from loralab.cli import early
 from loralab.data import Split, held_out, is_constant, sample, score, tables
 from loralab.data.glue import TABLE
 from loralab.data.task import digest
@@ -158,7 +159,20 @@ def test_the_hub_gives_the_same_task(glue: Path, monkeypatch: pytest.MonkeyPatch
     datasets = pytest.importorskip("datasets")
     parts = {split: datasets.Dataset(small(glue, "stsb", split)) for split in TABLE["stsb"].official}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name: parts if path == "nyu-mll/glue" else None)
+    monkeypatch.setattr(model_names, "unreachable", lambda: None)
     assert data.load("STS-B").train == whole("stsb", glue).train.take(range(ROWS))
+
+
+def test_glue_from_a_hub_that_cannot_be_reached_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert {*model_names.GLUE_TASKS} == {*TABLE}
+    monkeypatch.setattr(model_names, "unreachable", lambda: "no network here")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    for load in (lambda: data.load("SST-2"), lambda: early.check(["train", "--task", "SST-2", "--out", "x"])):
+        with pytest.raises(UserError, match=r"no sst2 from .*\(no network here\): pass --data DIR"):
+            load()
+    early.check(["train", "--task", "SST-2", "--data", str(tmp_path)])
+    (tmp_path / "nyu-mll___glue/sst2").mkdir(parents=True)
+    early.check(["train", "--task", "SST-2"])
 
 
 @pytest.mark.parametrize(("alias", "name"), [("SST-2", "sst2"), ("sts_b", "stsb"), ("CoLA", "cola")])

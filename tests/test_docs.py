@@ -13,7 +13,7 @@ from loralab.cli import COMMANDS, app, main
 from loralab.recipe import NAMED
 
 REPO = Path(__file__).parents[1]
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("**/*.md"))]
 README = (REPO / "README.md").read_text()
 ARCHITECTURE = (REPO / "docs/architecture.md").read_text()
 HOW_TO = REPO / "docs/how-to-add-a-method.md"  # its commands are run, by test_how_to.py
@@ -114,6 +114,15 @@ def test_a_command_of_the_documentation_parses(page, command):
 def test_the_code_of_the_readme_runs(code, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("FacebookAI/roberta-base", str(tiny)), "example", "exec"), {})
+
+
+def test_the_loops_of_the_page_run_one_after_the_other(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks((REPO / "docs/own-loop.md").read_text(), "python"))
+    exec(compile(code.replace("FacebookAI/roberta-base", str(tiny)), "own-loop.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("adapter", "dora", "'label': "))
+    assert (tmp_path / "mood-adapter/README.md").exists()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_the_header_says_all_that_the_adapter_needs(folder):
     assert header["tensors"].keys() == header["roles"].keys() == load_file(folder / TENSORS).keys()
     assert header["tensors"][f"{QUERY}.A"]["shape"] == [3, 24]
     assert header["sha256"].keys() == header.keys() - {"sha256"}
-    assert {file.name for file in folder.iterdir()} == {HEADER, TENSORS}
+    assert {file.name for file in folder.iterdir()} == {HEADER, TENSORS, "README.md"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import get_args
@@ -11,11 +12,12 @@ import pytest
 import torch
 from conftest import WORDS
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import loralab
-from loralab import objectives
+from loralab import model_names, objectives
 from loralab.cli import demo, main
 from loralab.data import chats, records, tables
 from loralab.errors import UserError
@@ -94,6 +96,22 @@ def loralab_base(base: Path):
     from loralab import models as named
 
     return named.fresh(str(base), "CAUSAL_LM", None, torch.float32, seed=0)
+
+
+def test_a_wrong_or_missing_base_says_which_is_wanted(base, folders, monkeypatch, tmp_path, capsys):
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({key: t + 1e-2 for key, t in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_names, "unreachable", lambda: "no network")
+    name = next(iter(ADAPTERS))
+    argv = ["generate", "--adapters", str(folders[name]), "--prompt", "a b", "--max-new-tokens", "2"]
+    digest = json.loads((folders[name] / "adapter.json").read_text())["base"]["sha256"][:12]
+    for more, told in (["--model", str(other)], "was trained on another base"), ([], "no network"):
+        assert main([*argv, *more]) == 2
+        err = capsys.readouterr().err
+        assert told in err, err
+        assert f"the adapter wants the base {base.name} (sha256 of its tensors {digest}): " in err
 
 
 def requests() -> list[Request]:

@@ -21,6 +21,7 @@ from transformers import AutoModel, BertConfig, DistilBertConfig, GPT2Config, Pr
 import loralab
 from loralab.cli import main
 from loralab.errors import UserError
+from loralab.kinds.loaded import WholeNote
 from loralab.model_names import ALIASES, find
 from loralab.models import architecture, classifier, pretrained, resolve
 from loralab.peft_format import LABELLED, task_type
@@ -206,6 +207,24 @@ def test_a_gguf_folder_is_a_decoder_under_a_head_of_the_seed(tmp_path: Path) -> 
     assert same(head(model), head(again))
     assert not same(head(model), head(other))
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id == 4
+
+
+def test_a_gguf_model_that_says_it_is_quantized_is_taken_by_trainer_once_adapted(tmp_path: Path) -> None:
+    """Transformers refuses to train it: the flag is cleared on attach, told once, and the weights are as they were."""
+    save_gguf(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    data = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7]}] * 4
+    quiet = {"max_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    settings = transformers.TrainingArguments(str(tmp_path / "out"), learning_rate=0.1, **quiet)
+    with pytest.raises(ValueError, match="quantized"):
+        transformers.Trainer(model, settings, train_dataset=data)
+    with pytest.warns(WholeNote, match="Trainer takes it"):
+        adapters = loralab.attach(model, "lora", rank=3, targets=["q_proj", "down_proj"])
+    transformers.Trainer(model, settings, train_dataset=data).train()
+    assert any(t.abs().sum() > 0 for key, t in adapters.state().items() if key.endswith(".B"))
+    adapters.detach()
+    assert same(before, model.state_dict())
 
 
 # Other tasks than classification

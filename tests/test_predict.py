@@ -340,8 +340,9 @@ def test_every_fault_of_every_row_and_the_good_rows_answered(tiny, folders, pred
     predictor = predictor(given=given)
     shutil.rmtree(given["size"])
     answers = predictor.answer(asked)
-    messages = {1: "no adapter 'nobody'", 2: "another base", 3: "size is no adapter folder", 4: "no text", 5: "no text",
-            6: "another base", 7: "no text", 9: "half of a surrogate pair", 10: "number instead of text"}  # fmt: skip
+    messages = {1: "no adapter 'nobody'", 2: "wants the base", 3: "size is no adapter folder", 4: "no text",
+            5: "no text", 6: "another base", 7: "no text", 9: "half of a surrogate pair",
+            10: "number instead of text"}  # fmt: skip
     for i, answer in enumerate(answers):
         assert isinstance(answer, loralab.UserError) == (i in messages), i
         assert messages.get(i, "") in str(answer)
@@ -406,6 +407,7 @@ def test_a_file_comes_back_with_label_and_probabilities(cli, tiny, folders, aske
     assert f"{len(asked['id'])} rows" in err
     for i, row in enumerate(read_back(out)):
         assert {key: row[key] for key in asked} == {key: column[i] for key, column in asked.items()}
+        assert int(row["row"]) == i + 1
         expected = literal(tiny, folders, Request(asked["who"][i], (asked["text"][i],)))
         if expected.probabilities is None:
             assert float(row["label"]) == pytest.approx(expected.label, abs=1e-4)
@@ -413,6 +415,25 @@ def test_a_file_comes_back_with_label_and_probabilities(cli, tiny, folders, aske
         shares = dict(json.loads(row["probabilities"]) if suffix == ".csv" else row["probabilities"])
         assert shares == pytest.approx(expected.probabilities, abs=1e-5)
         assert row["label"] == max(shares, key=shares.get)
+
+
+def test_a_column_of_row_numbers_stays_as_it_is(cli, tiny, folders, asked, tmp_path):  # noqa: F811
+    path = written({"row": [f"r{i}" for i in range(len(asked["text"]))], "text": asked["text"]}, tmp_path / "in.csv")
+    out = cli(*command({"pets": folders["pets"]}, tiny, path))[1]
+    assert [line.split(",")[0] for line in out.splitlines()[:3]] == ["row", "r0", "r1"]
+
+
+def test_a_device_that_is_not_there_is_told_by_each_command(cli, tiny, folders, asked, tmp_path):  # noqa: F811
+    path, cuda = written(asked, tmp_path / "in.csv"), torch.cuda.is_available()
+    commands = [
+        command({"pets": folders["pets"]}, tiny, path),
+        ["evaluate", folders["pets"], "--task", path, "--model", tiny],
+        ["generate", "--prompt", "a cat", "--model", tiny],
+    ]
+    assert cli(*commands[0], "--device", "cpu")[0] == 0
+    for words in commands if not cuda else ():
+        code, _, err = cli(*words, "--device", "cuda")
+        assert (code, "--device cuda: torch finds no GPU" in err) == (2, True), err
 
 
 def test_one_adapter_needs_no_column(cli, tiny, folders, asked, tmp_path):  # noqa: F811
@@ -424,14 +445,14 @@ def test_one_adapter_needs_no_column(cli, tiny, folders, asked, tmp_path):  # no
     assert [record["label"] for record in records] == [
         literal(tiny, folders, Request("pets", (text,))).label for text in asked["text"]
     ]
-    assert cli(*command(one, tiny, path))[1].splitlines()[0] == "id,who,text,label,probabilities"
+    assert cli(*command(one, tiny, path))[1].splitlines()[0] == "row,id,who,text,label,probabilities"
 
 
 def test_an_adapter_of_a_run_knows_its_columns_and_its_base(cli, tiny, own, adapter, tmp_path):  # noqa: F811
     code, out, _ = cli("predict", "--adapters", adapter, "--input", own["class"], "--prefix", "our_", "--json")
     assert code == 0
     records = json.loads(out)
-    assert {"sentence", "label", "our_label", "our_probabilities"} == set(records[0])
+    assert {"our_row", "sentence", "label", "our_label", "our_probabilities"} == set(records[0])
     model, tokenizer = models.classifier(str(tiny), 2, False, torch.float32, seed=9)
     loralab.load(model, adapter)
     with torch.no_grad():

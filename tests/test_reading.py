@@ -186,6 +186,23 @@ def test_labels_equal_but_for_case_space_or_accents_are_named_and_can_be_merged(
     assert not any("different classes" in note for note in task.notes)
 
 
+def test_a_label_map_merges_tags_by_type_or_whole(tmp_path):
+    """A type in the map counts in B- and I- tags alike; O takes a type out; a whole tag comes first."""
+    rows = [(["Ann", "Lee", "in", "Rome", "on", "Monday"], ["B-PERS", "I-PERS", "O", "B-LOC", "O", "B-DAY"]),
+            (["Bo", "saw", "oslo"], ["B-PER", "O", "B-loc"])]  # fmt: skip
+    path = tmp_path / "tags.jsonl"
+    path.write_text("".join(json.dumps({"tokens": words, "tags": tags}) + "\n" for words, tags in rows))
+    (note,) = [note for note in objectives.load(str(path), whole=True).notes if "different classes" in note]
+    assert "'LOC' and 'loc'" in note
+    merge = {"PERS": "PER", "B-loc": "B-LOC", "DAY": "O"}
+    task = objectives.load(str(path), whole=True, options={"label_map": json.dumps(merge)})
+    assert task.labels == ("O", "B-LOC", "B-PER", "I-PER")
+    tags = [[task.labels[tag] for tag in row] for row in task.train.labels]
+    assert tags == [["B-PER", "I-PER", "O", "B-LOC", "O", "O"], ["B-PER", "O", "B-LOC"]]
+    with pytest.raises(UserError, match="--label-map names 'ORG', and .* has none of them"):
+        objectives.load(str(path), whole=False, options={"label_map": '{"ORG": "PER"}'})
+
+
 def test_a_label_map_that_merges_nothing_is_refused(tmp_path):
     path = written(tmp_path / "own.csv")
     with pytest.raises(

@@ -24,12 +24,14 @@ from loralab.experts import AdaptedStack
 from loralab.hashes import fingerprint
 from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
-from loralab.recipe import Recipe
+from loralab.recipe import Recipe, name_of
 from loralab.targets import layer_at, shape_of
 
 NEWEST = (5, 23)  # of transformers, with which the tests pass; they do with 5.17 too
 HANDLE = "_loralab"  # the attribute of a model that holds its handle
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # the attribute where DistributedDataParallel reads what to leave out
+
+OVERVIEW = ("adapter", "method", "rank", "targets", "values", "learns", "in use")  # columns of `print(adapters)`
 
 Tensors = Mapping[str, tuple[str, Tensor]]  # path.role -> (role, live tensor)
 
@@ -117,6 +119,28 @@ class AdaptedModel:
                 "these adapters were detached from their model and are gone: attach or load again, and use the new "
                 "handle"
             )
+
+    def __str__(self) -> str:
+        """A table of the adapters: method, rank, targets, values, whether they learn, and which is in use."""
+        if self.detached:
+            return "adapters that were detached from their model"
+        rows = [OVERVIEW, *(self._overview(name) for name in self.specs)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(OVERVIEW))]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+    def _overview(self, name: str) -> tuple[str, ...]:
+        spec, tensors = self.specs[name], once(self.tensors(name))
+        ranks = sorted({getattr(spec.recipe.at(path).factors, "rank", 0) for path in spec.paths})
+        learned = sum(t.numel() for _, t in tensors.values() if t.requires_grad)
+        values = sum(t.numel() for _, t in tensors.values())
+        learns = "no" if not learned else "yes" if learned == values else f"{learned:,} of them"
+        where = ", ".join([*(spec.coverage.matched if spec.coverage else ()), *("+ head" for _ in spec.heads[:1])])
+        in_use = "yes" if name in self.active.names else "no"
+        rank = "-".join(dict.fromkeys(str(rank) for rank in (*ranks[:1], *ranks[-1:])))
+        layers = f"{where} ({len(spec.paths)} layers)"
+        return name, name_of(spec.recipe), rank or "-", layers, f"{values:,}", learns, in_use
 
     # ---- what is in use ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import checkpoints, files, fitting, install, kinds, peft_format
+from loralab import checkpoints, files, fitting, install, kinds, model_card, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
 from loralab.contents import adapter_file, base_of, constants_sha256, labels_of
@@ -119,6 +119,8 @@ class Adapters(AdaptedModel):
         """Let the model know of its adapters, once the first of them is there."""
         if self.on_model is None:
             setattr(self.model, HANDLE, self)
+            if loaded.open_whole(self.model):
+                warnings.warn(loaded.WHOLE, loaded.WholeNote, stacklevel=4)
             self.on_model = self.model.register_forward_pre_hook(self.before_forward)
             self.on_load = [
                 self.model.register_load_state_dict_pre_hook(self.before_load),
@@ -239,12 +241,20 @@ class Adapters(AdaptedModel):
     # ---- leaving -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str, name: str | None = None, saved_as: str | None = None) -> Path:
-        """Write adapter.safetensors and adapter.json, under another name if `saved_as` gives it; see `load`.
+        """Write adapter.safetensors, adapter.json and a model card (README.md); see `load`.
+
+        `saved_as` gives the adapter another name in the file. A README of somebody's own stays.
 
         Raises UserError if the folder cannot be written or holds an adapter in another layout, and for an adapter with
         values that are not finite.
         """
-        return files.write(self._contents(self.only(name), saved_as), folder)
+        file = self._contents(self.only(name), saved_as)
+        written = files.write(file, folder)
+        try:
+            model_card.write(file, written)
+        except OSError as error:
+            raise UserError(f"cannot write {written / model_card.FILE}: {error.strerror or error}") from error
+        return written
 
     def export(
         self, folder: Path | str, name: str | None = None, layout: str = "peft", base_name: str | None = None

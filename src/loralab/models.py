@@ -15,6 +15,7 @@ import torch
 
 from loralab.disk import read_json, sha256
 from loralab.errors import UserError
+from loralab.kinds import loaded
 from loralab.model_names import ALIASES, alias_hint, not_reached, place_of, require, unreachable
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def pretrained(
             **head,
             **_source(folder),
         )
+    loaded.open_whole(model)
     drawn = _complete(name, model, report)
     if task != "FEATURE_EXTRACTION" or words.pad_token is None:
         _pad(name, model, words)

@@ -208,6 +208,21 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     return check(changed)
 
 
+def name_of(r: Recipe) -> str:
+    """The name of the method that a recipe is, or comes nearest to, whatever its rank and rates."""
+    free = {"lr", "dropout", "ranks", "factors", "rank", "alpha"}  # what every method may have in its own size
+
+    def other(a: Any, b: Any) -> int:
+        return sum(getattr(a, f.name) != getattr(b, f.name) for f in dataclasses.fields(a) if f.name not in free)
+
+    def distance(name: str) -> tuple[bool, int]:
+        row = NAMED[name][0]
+        same = type(row.factors) is type(r.factors)
+        return not same, other(r, row) + (other(r.factors, row.factors) if same and r.factors is not None else 0)
+
+    return min(NAMED, key=distance)
+
+
 def _without_store(r: Recipe) -> str | None:
     """The named method that a recipe is but for its store, which then is what its own name means."""
     plain = replace(r, store=None)

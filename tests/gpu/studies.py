@@ -1,4 +1,4 @@
-"""Studies on a machine with a GPU that is there for minutes: one after another until the time is up, packed as they are.
+"""Studies on a machine with a GPU that is there for minutes: one after another until the time is up, and packed.
 
     PYTHONPATH=src python3 tests/gpu/studies.py OUT STUDY.toml ... [--data DIR] [--seconds 500] [--processes 15]
 

@@ -40,6 +40,10 @@ COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when 
         "Write the page, pictures and tables of a study or a folder of runs.",
         "loralab report runs",
     ),
+    "rerun": (
+        "Repeat one run that is on record, and compare the two.",
+        "loralab rerun 0062adca69bef8f2 --store studies/results/store --data DIR",
+    ),
     "judge": (
         "Test which methods of a table of results differ from one of them, corrected for multiple comparisons.",
         "loralab judge results.csv --method method --score accuracy --seed seed --task task",
@@ -89,6 +93,7 @@ DOING = {  # command that takes long -> what it does first
     "demo": "loads the model and the embedded task, then trains three ways",
     "train": "reads the data and loads the model, then trains",
     "study": "checks every run of the study, then trains those that are not done",
+    "rerun": "reads the recorded run, then trains it again",
     "bench": "loads the models, then measures",
     "evaluate": "loads the adapter and its base, then scores the rows",
     "predict": "loads the adapters and their base, then answers the rows",

@@ -24,13 +24,15 @@ def read(folder: Path, name: str | None = None) -> AdapterFile:
     return replace(file, name=name or file.name, notes=())
 
 
-def load(model: str, folder: Path, name: str | None = None, whole: bool = False) -> tuple[Adapters, Any]:
+def load(
+    model: str, folder: Path, name: str | None = None, whole: bool = False, device: str = "cpu"
+) -> tuple[Adapters, Any]:
     """(adapters, tokenizer): the adapter of a folder on its base, as the model class that it was made on.
 
     Raises UserError for what does not fit, and with `whole` where a part of the head would be random.
     """
     file = read(folder, name)
-    return on_base(model, file, folder, name, whole, _say)
+    return on_base(model, file, folder, name, whole, _say, device)
 
 
 def _say(note: str) -> None:

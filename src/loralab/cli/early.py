@@ -36,7 +36,8 @@ def check(words: Sequence[str]) -> None:
     """Raise UserError for a path or a model among the words of a command line that is not there."""
     command = words[0] if words else ""
     wrong, models = [], []
-    for flag, value in values(words[1:]):
+    given = [*values(words[1:])]
+    for flag, value in given:
         if flag in MODELS:
             models.append(value)
         if flag in PATHS.get(command, ()):
@@ -48,6 +49,10 @@ def check(words: Sequence[str]) -> None:
         raise UserError("; ".join(wrong))
     for model in models:
         model_names.require(model)
+    if "--data" not in {flag for flag, _ in given}:
+        for flag, value in given:
+            if flag in TASKS.get(command, ()) and (task := model_names.glue_task(value)):
+                model_names.require_glue(task)
 
 
 def values(words: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
 from loralab.objectives import learned, saved
 from loralab.serve.answers import predictions
-from loralab.serve.loading import model_of
+from loralab.serve.loading import Device, model_of, torch_device
 
 
 def evaluate(
@@ -35,6 +35,7 @@ def evaluate(
     separator: Separator = "auto",
     encoding: str = "auto",
     skip_bad_rows: bool = False,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Score an adapter on a file with labels, or on the validation rows of a task by name.
@@ -69,8 +70,11 @@ def evaluate(
         Encoding of the file; by default UTF-8, else that of the file the adapter learned from.
     skip_bad_rows: bool
         Leave out rows that cannot be used; by default they are refused.
+    device: Device
+        Where it runs: a GPU if there is one, cpu or cuda.
     """
     base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
+    torch_device(device)
     base.check_out(out)
     base.check_out(wrong, "--wrong")
     file = base.read(adapter)
@@ -78,7 +82,7 @@ def evaluate(
     reading = Reading(separator, encoding, skip_bad_rows, known.written)
     found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels), reading)
     name = model_of(model, adapter, file)
-    handle, tokenizer = base.load(name, adapter)
+    handle, tokenizer = base.load(name, adapter, device=device)
     split = _rows(found)
     most = cut_at(max_length or known.max_length, handle.model)
     with handle.use(handle.names[0], rank=rank):

@@ -19,7 +19,7 @@ from loralab.objectives.generation import Decoding
 from loralab.objectives.templates import template_of
 from loralab.serve import BASE, AdapterFolder, Generator, Pool, adapter_folders
 from loralab.serve.generation import Request
-from loralab.serve.loading import shared
+from loralab.serve.loading import Device, present, shared, torch_device
 
 GREEDY = Decoding()
 ANSWER, ERROR = "answer", "error"  # new columns
@@ -46,6 +46,7 @@ def generate(
     memory: str | None = None,
     keep_going: bool = False,
     prefix: str = "",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Let a language model write answers: to prompts of the command line, to the rows of a file, or in a chat.
@@ -86,13 +87,16 @@ def generate(
         Answer what can be answered; the other rows carry an error.
     prefix: str
         What the new columns' names begin with.
+    device: Device
+        Where it runs: a GPU if there is one, cpu or cuda.
     """
     idle = {"side_by_side": side_by_side, "keep_going": keep_going, "prefix": bool(prefix), "json": json}
     _check(prompt, input, chat, plain, adapter_column, out, {"batch_size": batch_size, "rank": rank}, idle)
+    torch_device(device)
     folders = adapter_folders(adapters or [])
     names = _names(folders, side_by_side)
     given = None if template is None else template_of(template)
-    generator = _generator(model, folders, as_bytes(memory), decoding, batch_size, rank, plain, given)
+    generator = _generator(model, folders, device, as_bytes(memory), decoding, batch_size, rank, plain, given)
     if chat:
         _talk(generator, names[-1])
         return
@@ -161,15 +165,22 @@ def _adapter(cell: Any) -> str:
 
 
 def _generator(
-    model: str | None, folders: Mapping[str, AdapterFolder], budget: int | None, decoding: Decoding, *rest: Any
+    model: str | None,
+    folders: Mapping[str, AdapterFolder],
+    device: str,
+    budget: int | None,
+    decoding: Decoding,
+    *rest: Any,
 ) -> Generator:
     if model is None and not folders:
         raise UserError("no base: name it with --model, or give --adapters")
-    name = shared(model, folders.values())
+    name, place = shared(model, folders.values()), torch_device(device)
+    present(name, folders.values())
     task_type = "SEQ_2_SEQ_LM" if models.config(name).is_encoder_decoder else "CAUSAL_LM"
 
     def load() -> tuple[Any, Any]:
-        return models.fresh(name, task_type, None, torch.float32, seed=0)
+        made, words = models.fresh(name, task_type, None, torch.float32, seed=0)
+        return made.to(place), words
 
     first, tokenizer = load()
     spare: list[nn.Module] = [first]

@@ -12,10 +12,12 @@ from loralab.data import checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
+from loralab.serve.loading import Device, torch_device
 from loralab.serve.pipeline import pipeline
 
 Row = dict[str, Any] | UserError  # what a row is answered, by column
 
+ROW = "row"  # the column of a row's number in the file, as in wrong.csv and the answers of evaluate
 USUAL = (("text",), ("sentence",))  # columns of text to try where neither flag nor adapter names them
 
 
@@ -35,14 +37,15 @@ def predict(
     prefix: str = "",
     separator: Separator = "auto",
     encoding: str = "auto",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Answer every row of a CSV, TSV, JSON or parquet file; rows of different adapters share batches.
 
-    Writes the same columns and those of the answers: label and probabilities (a regression's label is its number), or
-    labels, tags and entities, answer, similarity or embedding, as the adapter was trained. A model that writes answers
-    greedily here; `loralab generate` has its settings. Rows that cannot be answered
-    are all named, and nothing is written.
+    Writes the row's number, the same columns and those of the answers: label and probabilities (a regression's label is
+    its number), or labels, tags and entities, answer, similarity or embedding, as the adapter was trained. A model that
+    writes answers greedily here; `loralab generate` has its settings. Rows that cannot be answered are all named, and
+    nothing is written.
 
     Parameters
     ----------
@@ -74,8 +77,11 @@ def predict(
         What divides the cells of a CSV or TSV; by default found by looking, as in training.
     encoding: str
         Encoding of the input; by default UTF-8, else that of the file the adapter learned from.
+    device: Device
+        Where it runs: a GPU if there is one, cpu or cuda.
     """
     base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
+    torch_device(device)
     base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
     likely = next((folder.written for folder in folders.values() if folder.written), {})
@@ -85,16 +91,16 @@ def predict(
     requests = _requests(input, columns, folders, adapter_column, text or [])
     before = time.perf_counter()
     if all(folder.objective == "classification" for folder in folders.values()):
-        predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length)
+        predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length, device)
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
-        how = {"model": model, "batch_size": batch_size, "rank": rank, "max_length": max_length}
+        how = {"model": model, "batch_size": batch_size, "rank": rank, "max_length": max_length, "device": device}
         answers = _each_alone(requests, folders, **how)
     refuse(input, answers, keep_going)
     added = _columns(input, list(columns), answers, prefix, keep_going)
     for note in reading.notes():
         print(f"note: {note}", file=sys.stderr)
-    _deliver({**columns, **added}, input, out, json)
+    _deliver({**_numbered(columns, len(requests), prefix), **added}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
 
@@ -154,6 +160,12 @@ def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
     if not keep_going:
         raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
     print(f"note: no answer for {listed}", file=sys.stderr)
+
+
+def _numbered(columns: tables.Columns, rows: int, prefix: str) -> tables.Columns:
+    """Return the columns of a file after one with the number of each row, unless the file has such a column."""
+    name = f"{prefix}{ROW}"
+    return dict(columns) if name in columns else {name: [*range(1, rows + 1)], **columns}
 
 
 def _as_columns(answer: Answer | UserError) -> Row:

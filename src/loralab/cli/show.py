@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from loralab.errors import UserError
 
 Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
 
+WIDEST = 1000  # characters of a table
+FOLDED = 12  # characters to which a text may be folded
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -22,8 +25,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], tex
     """Print a table. The first `texts` columns are text, the others are numbers, which are never wrapped."""
     shown = _plain()
     for i, column in enumerate(columns):
-        number = i >= texts
-        shown.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        number, widest = i >= texts, max(cell_len(line[i]) for line in (columns, *rows))
+        least = widest if number else min(widest, FOLDED)
+        side: JustifyMethod = "right" if number else "left"
+        shown.add_column(column, justify=side, no_wrap=number, overflow="fold", min_width=least)
     for row in rows:
         shown.add_row(*row)
     _print(title, shown)
@@ -45,8 +50,13 @@ def _plain() -> Table:
 
 
 def _print(title: str, shown: Table) -> None:
-    """Print without markup, as a path or an equation may have brackets."""
+    """Print without markup, as a path or an equation may have brackets.
+
+    A table whose numbers do not fit the terminal is printed at its own width: rich would cut digits off.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
+    needed = console.measure(shown, options=console.options.update(width=WIDEST)).minimum
+    console.width = max(console.width, needed)
     console.print(title, style="bold", soft_wrap=True)  # a table would wrap its title to its own width
     console.print(shown)
 

@@ -24,6 +24,7 @@ def study(
     *,
     model: tuple[str, ...] = (),
     tasks: tuple[str, ...] = (),
+    methods: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
     data: Path | None = None,
     out: Path | None = None,
@@ -47,6 +48,8 @@ def study(
         Models in the place of the file's.
     tasks: tuple[str, ...]
         Tasks in the place of the file's; one that the file has keeps its settings.
+    methods: tuple[str, ...]
+        Of the file's methods only these, by their labels or the names of their methods.
     seeds: tuple[int, ...]
         Seeds in the place of the file's.
     data: Path | None
@@ -62,6 +65,7 @@ def study(
     """
     flags = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
     chosen, definition = runner(on), read(file, **flags)
+    definition = definition.only(methods) if methods else definition
     folder = out or Path("runs/studies") / definition.name
     if dry_run:
         check_question(definition, folder)

@@ -14,6 +14,7 @@ from loralab.errors import UserError
 Faults = dict[str, list[int]]  # what is wrong -> the rows, counted from 1
 Value = TypeVar("Value")
 
+MEND = "mend or remove these rows"
 SHOWN = 5  # kinds of fault that a message spells out
 KINDS = ((str, "text"), (bool, "true or false"), (int | float | Decimal, "number"), (list, "list"), (dict, "object"))
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -87,8 +88,12 @@ class BadRows(UserError):
         super().__init__(message)
         self.path, self.rows = path, rows
 
+    def advised(self, advice: str) -> "BadRows":
+        """Return the same error with one more thing to do about it, where rows are all that is wrong."""
+        return BadRows(f"{self}, {advice}", self.path, self.rows) if str(self).endswith(MEND) else self
 
-def raise_faults(where: object, faults: Faults, advice: str = "mend or remove these rows") -> None:
+
+def raise_faults(where: object, faults: Faults, advice: str = MEND) -> None:
     """Raise one BadRows for all faults of a file, if there are any; rows are counted among those that were read."""
     named = {what: numbers(where, rows) for what, rows in faults.items()}
     parts = [f"{what} in {counted(rows)}" for what, rows in list(named.items())[:SHOWN]]

@@ -1,7 +1,6 @@
 """The nine labelled tasks of GLUE (Wang et al., 2018): the same rows from parquet, GLUE's own TSV files or the hub."""
 
 import fnmatch
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from loralab import model_names
 from loralab.data import tables
 from loralab.data.checks import Faults, any_text, convert, number, one_line, raise_faults
 from loralab.data.task import Split, Task, build
 from loralab.errors import UserError
 
-HUB = "nyu-mll/glue"
+HUB = model_names.GLUE
 BROKEN = 0.001  # share of QQP's lines that may end early; in the official train file about 1 in 15,000 does
 UNLABELLED = " (-1 marks a test split, which has no labels)"
 
@@ -65,8 +65,7 @@ TABLE: dict[str, GlueTask] = {
 
 def canonical(name: str) -> str | None:
     """Return the name in TABLE: CoLA, SST-2 and sts_b are cola, sst2 and stsb. None for a name that is no task."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return plain if plain in TABLE else None
+    return model_names.glue_task(name)
 
 
 def load(name: str, data: Path | None = None) -> Task:
@@ -141,6 +140,7 @@ def _notes(split: str, rows: Split, official: int, broken: int) -> list[str]:
 
 
 def _hub(name: str) -> Callable[[str], Source]:
+    model_names.require_glue(name)
     try:
         import datasets
     except ImportError:

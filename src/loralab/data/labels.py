@@ -128,7 +128,7 @@ def notes(values: Sequence[Any], names: Sequence[str] | None) -> list[str]:
         if name.strip().lower() in MISSING
     ]
     told = f"labels are read as {len(names)} classes: {first}{hint}"
-    return [told, *missing, *_look_alikes(names), *imbalance({name: counts[name] for name in names})]
+    return [told, *missing, *look_alikes(names), *imbalance({name: counts[name] for name in names})]
 
 
 def imbalance(counts: Mapping[str, int]) -> list[str]:
@@ -150,7 +150,7 @@ def read_map(path: Path) -> dict[str, str]:
     return dict(content)
 
 
-def _look_alikes(names: Sequence[str]) -> list[str]:
+def look_alikes(names: Sequence[str]) -> list[str]:
     """Name the classes that other tools would take for one."""
     groups: dict[str, list[str]] = {}
     for name in names:

@@ -38,6 +38,14 @@ class OwnFile:
         """Return a label as it counts."""
         return self.label_map.get(checks.literal(label), label) if self.label_map else label
 
+    def check_map(self, path: Path, there: set[str]) -> None:
+        """Raise UserError for a label map that merges none of the labels `there` of the file that is trained on."""
+        if self.label_map and not self.whole and path == self.train and not there & set(self.label_map):
+            raise UserError(
+                f"--label-map names {', '.join(map(checks.shown, list(self.label_map)[:5]))}, and {path} has none of "
+                f"them: its labels are {', '.join(map(checks.shown, sorted(there)[:10]))}"
+            )
+
     def __post_init__(self) -> None:
         for path in (self.train, self.validation):
             if path is not None and path.suffix.lower() not in tables.READERS:
@@ -145,7 +153,7 @@ def _read(file: OwnFile, path: Path, label: str) -> tuple[list[tuple[str, ...]],
     texts = read_texts(columns, file.text, faults)
     values = checks.convert(columns[label], labels.check, f"column {label!r}: ", faults)
     checks.raise_faults(path, faults)
-    _check_map(file, path, values)
+    file.check_map(path, set(map(checks.literal, values)))
     values = [file.merged(value) for value in values]
     labels.check_types(path, label, values)
     if set(map(checks.literal, values)) == {"-1"}:
@@ -153,16 +161,6 @@ def _read(file: OwnFile, path: Path, label: str) -> tuple[list[tuple[str, ...]],
             f"{path}: all of column {label!r} is -1, as in a test split without labels: give a labelled file"
         )
     return texts, values
-
-
-def _check_map(file: OwnFile, path: Path, values: Sequence[Any]) -> None:
-    """Refuse a label map that merges nothing of the file that is trained on."""
-    there = set(map(checks.literal, values))
-    if file.label_map and not file.whole and path == file.train and not there & set(file.label_map):
-        raise UserError(
-            f"--label-map names {', '.join(map(checks.shown, list(file.label_map)[:5]))}, and {path} has none of them: "
-            f"its labels are {', '.join(map(checks.shown, sorted(there)[:10]))}"
-        )
 
 
 def blank_note(rows: Split) -> list[str]:

@@ -11,6 +11,13 @@ PACKAGE = "bitsandbytes"
 FLAGS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 
 
+WHOLE = "the weights of this GGUF model are whole, so it no longer says that it is quantized: Trainer takes it"
+
+
+class WholeNote(UserWarning):
+    """A model of a GGUF file whose weights are whole, and which transformers takes for a quantized one."""
+
+
 class Loaded(nn.Module):
     """W (out, in) in the codes of bitsandbytes; y = W x + b is what its layer computes.
 
@@ -89,6 +96,21 @@ def dense(layer: Any) -> Tensor:
 def whole_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of what bitsandbytes left whole in a model: embeddings, norms."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def open_whole(model: nn.Module) -> bool:
+    """Let transformers know that the weights of a GGUF file were dequantized at load; whether there was need to.
+
+    Its Trainer refuses a model that says it is quantized. One whose weights stay packed is left as it is.
+    """
+    method = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = getattr(model, "quantization_method", None) or getattr(method, "quant_method", None)
+    if not vars(model).get("is_quantized") or str(getattr(method, "value", method)).lower() != "gguf":
+        return False
+    if any(type(module).__name__.startswith("Gguf") for module in model.modules()):
+        return False
+    make_plain(model)
+    return True
 
 
 def make_plain(model: nn.Module) -> None:

@@ -87,7 +87,7 @@ def _own(row: Objective, file: OwnFile, reading: Reading) -> Task:
                 task = row.read(file)
             except checks.BadRows as bad:
                 if bad.path is None or not reading.leave_out(bad.path, bad.rows):
-                    raise
+                    raise bad if reading.skip else bad.advised("or leave them out with --skip-bad-rows") from None
             else:
                 return replace(task, notes=(*reading.notes(), *task.notes), reading=reading)
 

@@ -60,6 +60,7 @@ def _rows(
             {name for name, yes in zip(labels, row, strict=True) if yes} for row in zip(*each, strict=True)
         ]  # fmt: skip
     checks.raise_faults(path, faults)
+    file.check_map(path, set().union(*found) if len(labels) == 1 else {*labels})
     return texts, [{file.merged(name) for name in row} for row in found]
 
 

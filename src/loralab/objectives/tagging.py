@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import IGNORED, Rows
+from loralab.data.labels import look_alikes
 from loralab.data.own_files import OwnFile, divided
 from loralab.errors import UserError
 from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
@@ -33,27 +34,42 @@ def read(file: OwnFile) -> Task:
     there = {*tables.names(file.train)}
     given = (*file.text, file.label) if file.label else ()
     words, tags = next((names for names in (given, *COLUMNS) if len(names) == 2 and {*names} <= there), COLUMNS[0])
-    rows, found = _rows(file.train, words, tags)
+    rows, found = _rows(file, file.train, words, tags)
     names = file.names or tuple(sorted(set().union(*found), key=lambda tag: (tag != "O", tag)))
     if len(names) < 2:
         raise UserError(f"{file.train}: all tags are {names[0]!r}: expected at least two different ones")
     outside = None
     if file.validation is not None:
-        others, unseen = _rows(file.validation, words, tags)
+        others, unseen = _rows(file, file.validation, words, tags)
         outside = Split(others, _ids(file.validation, names, unseen))
     metrics = ("span_f1", "accuracy") if spans_are_marked(names) else ("accuracy", "f1_macro")
     notes = [f"{len(names)} tags: {', '.join(names[:10])}{', ...' * (len(names) > 10)}"]
+    kinds = dict.fromkeys(tag.partition("-")[2] if marked else tag for tag in names for marked in [SPAN.fullmatch(tag)])
+    notes += look_alikes([kind for kind in kinds if kind])
     return divided(file, Split(rows, _ids(file.train, names, found)), outside, names, metrics, notes, NAME, (words,))
 
 
-def _rows(path: Path, words: str, tags: str) -> tuple[list[tuple[str, ...]], list[list[str]]]:
+def _rows(file: OwnFile, path: Path, words: str, tags: str) -> tuple[list[tuple[str, ...]], list[list[str]]]:
+    """Return the words and the tags of each row, the tags as they count."""
     columns = tables.read(path, (words, tags))
     faults: checks.Faults = {}
     change = _of_entities if tags == "entities" else _of_lists
     cells = zip(columns[words], columns[tags], strict=True)
     rows = checks.convert(cells, lambda row: change(*row), "", faults)
     checks.raise_faults(path, faults)
-    return [row[0] for row in rows], [row[1] for row in rows]
+    own = [row[1] for row in rows]
+    file.check_map(path, {name for row in own for tag in row for name in (tag, tag.partition("-")[2])} - {""})
+    return [row[0] for row in rows], [[merged(file, tag) for tag in row] for row in own]
+
+
+def merged(file: OwnFile, tag: str) -> str:
+    """Return a tag as it counts: a label map names whole tags (B-PERS), or types of spans (PERS)."""
+    whole = str(file.merged(tag))
+    mark, dash, kind = whole.partition("-")
+    if whole != tag or not dash or SPAN.fullmatch(whole) is None:
+        return whole
+    counts_as = str(file.merged(kind))
+    return "O" if counts_as == "O" else f"{mark}-{counts_as}"
 
 
 def _of_lists(words: Any, tags: Any) -> tuple[tuple[str, ...], list[str]]:
@@ -265,4 +281,5 @@ OBJECTIVE = Objective(
     confusion=confusion,
     wrong=wrong,
     told=told,
+    takes=("label_map",),
 )

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralab.disk import size_text
+from loralab.report import multiples
 from loralab.report import numbers as n
 from loralab.report.findings import Cost, Findings, Result, pareto, swept
 from loralab.report.style import INK, MARKERS, MUTED, PAPER, SERIES, figure, styled
@@ -89,7 +90,8 @@ def intervals(results: Sequence[Result], styles: dict[str, Style]) -> Drawing:
     if far:
         ax.set_xlim(*limits(extent(near), left=0.25))
     ax.set_xlabel(metric(results))
-    meaning = "Point: mean (hollow: one seed); bar: 95 % interval; ticks: seeds."
+    bar = "; bar: 95 % interval" if any(np.isfinite(r.summary.low) for r in results) else ""
+    meaning = f"Point: mean (hollow: one seed){bar}; ticks: seeds."
     arrow = " Arrow: off the scale, with its value." if far else ""
     return "scores", "score", f"{meaning}{arrow} {counted(results)}", fig
 
@@ -110,23 +112,27 @@ def by_epoch(name: str) -> Draw:
         if not shown:
             return None
         near, far = outliers(shown, lambda r: histories[r.label][1][:, -1].tolist())
-        fig = figure(height=3.0)
-        ax = fig.subplots()
-        for r in near:
-            color, marker = styles[r.label]
+
+        def line(ax: Any, r: Result, grey: str | None) -> None:
             epochs, values = histories[r.label]
-            mean = np.nanmean(values, axis=0)
+            mean, (color, marker) = np.nanmean(values, axis=0), styles[r.label]
+            if grey is not None:
+                ax.plot(epochs, mean, color=grey, lw=0.8, zorder=1)
+                return
             ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=cut(r.label, 28))
             if len(values) > 1:
                 ax.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.16, lw=0)
-        ax.set(xlabel="epoch", ylabel=n.metric(name))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        legend(fig, ax)
+
+        fig, axes, apart = multiples.curves(near, line)
+        for ax in axes:
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        name_axes(fig, axes, apart, "epoch", n.metric(name))
         hidden = off_scale(far, lambda r: float(np.nanmean(histories[r.label][1][:, -1])))
         rows = "held-out rows" if any(map(read_once, (run for r in shown for run in r.cell.runs))) else "validation"
         meaning = f"After each epoch, on {rows}. Line: mean; band: lowest to highest seed."
         title = "learning curve" if name == results[0].summary.metric else f"learning curve, {n.metric(name)}"
-        return "scores", title, f"{meaning}{choice}{hidden} {counted(results)}", fig
+        grey = " Grey: the other methods." if apart else ""
+        return "scores", title, f"{meaning}{grey}{choice}{hidden} {counted(results)}", fig
 
     return draw
 
@@ -182,7 +188,8 @@ def against(key: str) -> Draw:
         legend(fig, ax)
         of_time = shared(results) if text is n.duration else ""
         others = " Grey: the others." if len(results) > MANY else ""
-        front = f"Filled: on the Pareto front (dashed); bar: 95 % interval of the score.{others}"
+        bar = "; bar: 95 % interval of the score" if any(np.isfinite(r.summary.low) for r in results) else ""
+        front = f"Filled: on the Pareto front (dashed){bar}.{others}"
         return "costs", f"score against {key}", f"{front}{off_scale(far)}{of_time} {counted(results)}", fig
 
     return draw
@@ -313,9 +320,21 @@ def name_rows(ax: Any, labels: Sequence[str], at: Sequence[int] | None = None) -
     ax.grid(axis="y", visible=False)
 
 
+def name_axes(fig: Any, axes: Sequence[Any], apart: bool, x: str, y: str) -> None:
+    """Name the axes of a picture with its legend, or of its small multiples, which have their names above them."""
+    if apart:
+        fig.supxlabel(x, fontsize=9)
+        fig.supylabel(y, fontsize=9)
+    else:
+        axes[0].set(xlabel=x, ylabel=y)
+        legend(fig, axes[0])
+
+
 def legend(fig: Any, ax: Any) -> None:
-    """A legend below the picture, whose height grows by as much."""
-    handles, labels = ax.get_legend_handles_labels()
+    """A legend below the picture, whose height grows by as much; what has no point in the picture is not in it."""
+    named = zip(*ax.get_legend_handles_labels(), strict=True)
+    seen = [(handle, label) for handle, label in named if np.isfinite(handle.get_ydata()).any()]
+    handles, labels = [handle for handle, _ in seen], [label for _, label in seen]
     if handles:
         columns = max(1, min(4, 52 // (max(map(len, labels)) + 6), len(labels)))
         fig.legend(handles, labels, loc="outside lower center", ncols=columns)

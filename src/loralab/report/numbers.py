@@ -56,6 +56,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
+def seeds(values: Iterable[int]) -> str:
+    """0 -> seed 0; 0, 1, 2 -> seeds 0–2."""
+    known = sorted(values)
+    return f"seed{'s' * (len(known) != 1)} {spans(known)}"
+
+
 def spans(values: Iterable[int], dash: str = "–") -> str:
     """0, 1, 2, 5 -> 0–2, 5."""
     runs: list[list[int]] = []

@@ -42,7 +42,7 @@ for (const table of document.querySelectorAll("table")) {
   });
   const count = () => {
     const shown = given.filter(row => !row.hidden).length;
-    part(".count").textContent = shown === given.length ? `${shown} rows` : `${shown} of ${given.length} rows`;
+    part(".count").textContent = shown === given.length ? `${shown} row${shown === 1 ? "" : "s"}` : `${shown} of ${given.length} rows`;
   };
   part("input").addEventListener("input", event => {
     const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -56,4 +56,8 @@ for (const table of document.querySelectorAll("table")) {
     event.target.setAttribute("aria-pressed", String(table.classList.toggle("all")));
   });
   count();
+  const scroll = table.parentElement, bar = scroll.previousElementSibling;
+  const cue = () => bar.classList.toggle("wide", scroll.scrollWidth > scroll.clientWidth + 1);
+  new ResizeObserver(cue).observe(scroll);
+  new ResizeObserver(cue).observe(table);
 }

@@ -12,6 +12,7 @@ from loralab.report.charts import Chart
 from loralab.report.findings import Findings
 from loralab.report.style import svg
 from loralab.report.tables import Table, hardware
+from loralab.study.record import collapses
 
 LEADING = "contrasts"  # the section of charts that comes before any table
 SECTIONS = {  # section of a chart -> its title, and a hint to readers
@@ -89,7 +90,7 @@ def tiles(f: Findings) -> list[tuple[str, str]]:
         ("tasks", ", ".join(dict.fromkeys(task for task, _ in places))),
         ("models", ", ".join(dict.fromkeys(model for _, model in places))),
         ("methods", str(len(f.methods))),
-        ("seeds", n.spans(seeds)),
+        ("seeds", n.seeds(seeds)),
         ("finished runs", str(len(runs))),
         ("hardware", "; ".join(dict.fromkeys(hardware(run.facts) for run in runs))),
     ]
@@ -97,6 +98,17 @@ def tiles(f: Findings) -> list[tuple[str, str]]:
         counts = {"pending": pending, "failed": failed}
         boxes.insert(5, ("not finished", ", ".join(f"{count} {what}" for what, count in counts.items() if count)))
     return boxes
+
+
+def unlearnt(f: Findings) -> list[str]:
+    """Runs that give every row the same answer: their scores say nothing of their method."""
+    lines = []
+    for r in f.results:
+        if constant := [run.seed for run in r.cell.runs if collapses(run)]:
+            where = ", ".join(r.cell.key)
+            count = f"{len(constant)} of {len(r.seeds)} runs" if len(r.seeds) > 1 else "the run"
+            lines.append(f"{where}: {count} did not learn, one answer for every row ({n.seeds(constant)})")
+    return lines
 
 
 def lost(f: Findings) -> list[str]:
@@ -107,19 +119,20 @@ def lost(f: Findings) -> list[str]:
         for run in r.cell.runs:
             for name in [] if run.result.get("collapsed") else run.result.get("learned", {}).get("lost", []):
                 names.setdefault(name, []).append(run.seed)
-        lines += [f"{', '.join(r.cell.key)}: {name!r} is lost, it is found in no row (seed {n.spans(tuple(seeds))})"
+        lines += [f"{', '.join(r.cell.key)}: {name!r} is lost, it is found in no row ({n.seeds(seeds)})"
                   for name, seeds in names.items()]  # fmt: skip
     return lines
 
 
 def warnings(f: Findings) -> list[str]:
     """What must be read before any number."""
-    lines = [*lost(f), *f.study.notes]
+    lines = [*unlearnt(f), *lost(f), *f.study.notes]
     if optimistic := [r for r in f.results if r.optimistic]:
         which = f"{len(optimistic)} of {len(f.results)} results are optimistic"
         lines.append(f"{which}: their epoch was chosen on the reported split")
     if single := [r for r in f.results if len(r.seeds) == 1]:
-        lines.append(f"{len(single)} of {len(f.results)} results have one seed, too few to compare methods")
+        which = f"{len(single)} of {len(f.results)} results have" if len(f.results) > 1 else "the only result has"
+        lines.append(f"{which} one seed, too few to compare methods")
     if len({hardware(run.facts) for r in f.results for run in r.cell.runs}) > 1:
         lines.append("Runs come from different machines or numbers of threads, so their times cannot be compared")
     lines += [f"{', '.join(cell.key)}: {why}" for r in f.results for cell in [r.cell] for why in cell.failed]

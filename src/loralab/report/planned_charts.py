@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from loralab.report import multiples
 from loralab.report import numbers as n
-from loralab.report.charts import FAR, MANY, Chart, Style, cut, extent, legend, limits, outliers, styles_of
+from loralab.report.charts import FAR, MANY, Chart, Style, cut, extent, limits, name_axes, outliers, styles_of
 from loralab.report.findings import Findings, Result
 from loralab.report.style import GRID, INK, MUTED, PAPER, figure, styled
 from loralab.study import Run
@@ -116,28 +117,44 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
     tuned = [r for r in results if len(tried(r)) > 1]
     if not tuned or len(tuned) > MANY:
         return None
-    fig = figure(height=3.0)
-    ax = fig.subplots()
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     near, far = outliers(tuned, _alive)
-    for r in near:
-        color, marker = styles[r.label]
-        means = {}
-        for rate, runs in sorted(tried(r).items()):
-            values = [_held_out(run) for run in runs if not collapses(run)]
-            ax.plot([rate] * len(values), values, marker, color=color, markersize=3.5)
-            if len(values) < len(runs):
-                ax.plot(rate, 0.03, "x", color=color, markersize=5, transform=ax.get_xaxis_transform())
-            elif values:
-                means[rate] = float(np.mean(values))
-        ax.plot(list(means), list(means.values()), color=color, lw=1.2, label=cut(r.label, 28))
-        if (chosen := _chosen(r)) in means:
-            ring = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.4}
-            ax.plot(chosen, means[chosen], "o", color=color, **ring)
-    ax.set_xscale("log")
-    ax.set_ylim(*limits(extent(near, _alive), left=0.14))
-    ax.set(xlabel="learning rate", ylabel=f"{n.metric(results[0].summary.metric)}, held out")
-    legend(fig, ax)
+
+    def line(ax: Any, r: Result, grey: str | None) -> None:
+        _rates_of(ax, r, styles[r.label], grey)
+
+    fig, axes, apart = multiples.curves(near, line)
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(numticks=5, subs=(1, 3)))
+        ax.xaxis.set_minor_locator(NullLocator())  # its labels would lie on each other
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+        ax.set_ylim(*limits(extent(near, _alive), left=0.14))
+    name_axes(fig, axes, apart, "learning rate", f"{n.metric(results[0].summary.metric)}, held out")
     return _caption(tuned, far), fig
+
+
+def _rates_of(ax: Any, r: Result, style: Style, grey: str | None) -> None:
+    """Draw the runs of every rate and the line of their means; in grey the line alone."""
+    color, marker = style
+    means = {}
+    for rate, runs in sorted(tried(r).items()):
+        values = [_held_out(run) for run in runs if not collapses(run)]
+        if grey is None:
+            ax.plot([rate] * len(values), values, marker, color=color, markersize=3.5)
+        if len(values) < len(runs):
+            if grey is None:
+                ax.plot(rate, 0.03, "x", color=color, markersize=5, transform=ax.get_xaxis_transform())
+        elif values:
+            means[rate] = float(np.mean(values))
+    if grey is not None:
+        ax.plot(list(means), list(means.values()), color=grey, lw=0.8, zorder=1)
+        return
+    ax.plot(list(means), list(means.values()), color=color, lw=1.2, label=cut(r.label, 28))
+    if (chosen := _chosen(r)) in means:
+        ring = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.4}
+        ax.plot(chosen, means[chosen], "o", color=color, **ring)
 
 
 def _alive(r: Result) -> list[float]:

@@ -92,15 +92,21 @@ def _bar(text: str) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A LaTeX table with booktabs."""
-    columns = [column for column in table.columns if column.short]
+    """A LaTeX table with booktabs that fits the width of a page: what all rows share is in its caption."""
+    short = [column for column in table.columns if column.short]
+    shown = {column.title: {column.show(row) for row in table.rows} for column in short}
+    same = [column for column in short if len(table.rows) > 1 and len(shown[column.title]) == 1]
+    columns = [column for column in short if column not in same] or short[:1]
+    shared = [f"{column.title}: {next(iter(shown[column.title]))}" for column in same]
     body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table.cells(columns)]
     head = " & ".join(column.title.translate(LATEX) for column in columns) + r" \\"
-    caption = " ".join([f"{table.title}.", *(f"{note}." for note in table.notes)]).translate(LATEX)
+    said = [*([f"In every row {', '.join(shared)}"] if shared else []), *table.notes]
+    caption = " ".join([f"{table.title}.", *(f"{note}." for note in said)]).translate(LATEX)
     align = "".join("r" if column.number else "l" for column in columns)
     return "\n".join([
-        r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
-        rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+        r"% \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}}",
         r"\end{table}", "",
     ])  # fmt: skip
 
@@ -136,7 +142,7 @@ def _scores() -> list[Column]:
                "mean of the selected epoch over seeds ± standard deviation over seeds"),
         Column("95 % interval", lambda r: n.interval(r.summary.low, r.summary.high), lambda r: r.summary.low,
                "over seeds and, where predictions were kept, validation rows"),
-        Column("seeds", lambda r: f"{len(r.seeds)} ({n.spans(r.seeds)})", lambda r: len(r.seeds)),
+        Column("seeds", lambda r: f"{len(r.seeds)} ({n.seeds(r.seeds)})", lambda r: len(r.seeds)),
         Column("rows", lambda r: f"{r.validation_rows:,}", lambda r: r.validation_rows, "validation rows"),
     ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
-from loralab import fast
+from loralab import fast, model_card
 from loralab.data import tables
 from loralab.data.batches import Rows, sorted_batches, width
 from loralab.disk import write_text
@@ -385,7 +385,7 @@ class Loop:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
                 saved.save(state.folder.path / "adapter", run.task, run.settings.max_length, public_name(s.model))
-                write_text(state.folder.path / "adapter" / card.FILE, card.card(run, result))
+                write_text(state.folder.path / "adapter" / model_card.FILE, card.card(run, result))
                 wrong = learned.worst(run.task, reported(run.task, run.settings), run.validation[split], predicted)
             state.folder.finish(result, state.predictions, "" if wrong is None else tables.render(wrong, ".csv"))
         for warning in result["warnings"]:

@@ -184,7 +184,7 @@ class Settings(StepSettings):
     """Leave out rows that cannot be used, count them in a note and list them in skipped.csv; by default they are
     refused."""
     label_map: Path | None = None
-    """JSON file that merges labels of an own file: {"Pos": "pos", "positive": "pos"}."""
+    """JSON file that merges labels of an own file: {"Pos": "pos", "positive": "pos"}; of tags their types too."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: rows of a rare class weigh more in the loss, so that every class has the same part of it."""
     template: Path | None = None

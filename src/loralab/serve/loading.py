@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from loralab import model_names, models
 from loralab.adapters import Adapters, OtherBase, put
@@ -13,6 +15,19 @@ from loralab.peft_format import LABELLED, task_type
 from loralab.schema import listed
 from loralab.serve.pool import AdapterFolder, adapter_folders
 
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def torch_device(given: str) -> torch.device:
+    """The device that is meant: with auto a GPU if there is one. Raises UserError for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if given.startswith("cuda") and not there:
+        raise UserError(f"device={given!r}: torch finds no GPU on this machine, leave it out and the CPU is used")
+    try:
+        return torch.device(("cuda" if there else "cpu") if given == "auto" else given)
+    except RuntimeError as error:
+        raise UserError(f"device={given!r}: expected auto, cpu, cuda or another device of torch") from error
+
 
 def on_base(
     model: str,
@@ -21,25 +36,28 @@ def on_base(
     name: str | None = None,
     whole: bool = False,
     say: Callable[[str], None] = lambda note: None,
+    device: str = "cpu",
 ) -> tuple[Adapters, Any]:
-    """Return (adapters, tokenizer): an adapter on its base. Raises UserError as `plain` and `adapters.put` do.
+    """Return (adapters, tokenizer): an adapter on its base, in eval mode on a device (see `torch_device`).
 
-    A base that is not there, or is another one, is an error that says which is wanted and how to get it.
+    Raises UserError as `plain` and `adapters.put` do. A base that is not there, or is another one, is an error that
+    says which is wanted and how to get it.
     """
+    place = torch_device(device)
     try:
         model_names.require(model)
         base = plain(model, file, folder, whole, say)
-        return put(base.model, file, folder, name), base.tokenizer
+        handle = put(base.model, file, folder, name)
     except (OtherBase, model_names.NotHere) as error:
         raise UserError(f"{error}; {wanted(folder, file)}") from error
+    handle.model.to(place)
+    return handle, base.tokenizer
 
 
 def wanted(folder: Path, file: AdapterFile) -> str:
     """Say which base an adapter wants and how to get it."""
     name = saved.read(folder, file.base.get("task_type")).base or file.base.get("name")
-    digest = str(file.base.get("sha256") or "not recorded")[:12]
-    how = f": {model_names.how_to_get(name)}" if isinstance(name, str) else ""
-    return f"the adapter wants the base {name} (sha256 of its tensors {digest}){how}"
+    return model_names.wanted(name, file.base.get("sha256"))
 
 
 def model_of(given: str | None, folder: Path, file: AdapterFile) -> str:
@@ -57,6 +75,15 @@ def shared(given: str | None, folders: Iterable[AdapterFolder]) -> str:
     if given is None and len(bases) != 1:
         raise UserError(f"the adapters name {', '.join(bases) or 'no base'}: say which base with --model")
     return given or bases[0]
+
+
+def present(model: str, adapters: Iterable[AdapterFolder]) -> None:
+    """Raise UserError for a base that is not there, with which the first adapter wants and how to get it."""
+    try:
+        model_names.require(model)
+    except model_names.NotHere as error:
+        first = next(iter(adapters), None)
+        raise UserError(f"{error}; {first.wanted}" if first else str(error)) from error
 
 
 def plain(

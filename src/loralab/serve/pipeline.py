@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loralab import adapters, objectives
 from loralab.adapters import Adapters
 from loralab.data import chats
@@ -123,6 +121,7 @@ def pipeline(
     if known.labels is None and file.labels and tuple(file.labels) != SCORE:
         known = replace(known, labels=list(file.labels))
     whole = objectives.OBJECTIVES[known.objective].new_head
-    handle, tokenizer = on_base(model_of(model, folder, file), file, folder, whole=whole)
-    handle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    name = model_of(model, folder, file)
+    handle, tokenizer = on_base(name, file, folder, whole=whole, device=device or "auto")
+    handle.model.eval()
     return Pipeline(folder, handle, tokenizer, known, batch_size, rank, max_length, Decoding(**decoding))

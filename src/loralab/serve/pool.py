@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab import fast, files, peft_format
+from loralab import fast, files, model_names, peft_format
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters, of, put, read
 from loralab.data import glue
@@ -42,6 +42,11 @@ class AdapterFolder:
     objective: str = "classification"
     written: Mapping[str, str] = field(default_factory=dict)  # separator and encoding of the file it learned from
     max_length: int | None = None  # tokens after which its rows were cut
+
+    @property
+    def wanted(self) -> str:
+        """Which base it wants, and how to get it."""
+        return model_names.wanted(self.base, self.sha256)
 
 
 def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:

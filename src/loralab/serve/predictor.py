@@ -13,7 +13,7 @@ from loralab.cache import Scope
 from loralab.data.batches import Rows, collate, cut_at, sorted_batches, tokenized
 from loralab.data.checks import texts
 from loralab.errors import UserError
-from loralab.serve.loading import shared
+from loralab.serve.loading import present, shared, torch_device
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool, adapter_folders
 
 
@@ -56,21 +56,25 @@ class Predictor:
         batch_size: int = 32,
         rank: int | None = None,
         max_length: int | None = None,
+        device: str = "auto",
     ) -> "Predictor":
         """Make a predictor of classifiers, from adapter folders over one base, NAME=FOLDER, or `adapter_folders`.
 
-        `model` is the base, by default the one the folders name; `memory` the most bytes that loaded adapters may take.
+        `model` is the base, by default the one the folders name; `memory` the most bytes that loaded adapters may take,
+        `device` torch's, by default a GPU if there is one.
         Raises UserError for folders of another kind of task, and where no base is known or can be had.
         """
         found = adapters if isinstance(adapters, Mapping) else adapter_folders([str(entry) for entry in adapters])
         if others := sorted({folder.objective for folder in found.values()} - {"classification"}):
             raise UserError(f"adapters of {', '.join(others)} answer one at a time: open each with loralab.pipeline")
-        name = shared(model, found.values())
+        name, place = shared(model, found.values()), torch_device(device)
+        present(name, found.values())
         first, tokenizer = models.classifier(name, 2, False, torch.float32, seed=0)
         spare: list[Any] = [first]
 
         def new_base() -> Any:
-            return spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
+            plain = spare.pop() if spare else models.classifier(name, 2, False, torch.float32, seed=0)[0]
+            return plain.to(place)
 
         return cls(Pool(new_base, memory), tokenizer, found, batch_size, rank, max_length)
 
@@ -83,8 +87,8 @@ class Predictor:
         elif not request.texts:
             faults.append("no text")
         elif adapter.sha256 not in (None, self.pool.base_sha256):
-            base = f"{adapter.base}, {str(adapter.sha256)[:12]}; here {self.pool.base_sha256[:12]}"
-            faults.append(f"adapter {request.adapter!r} is of another base ({base})")
+            here = f"the sha256 of this one begins {self.pool.base_sha256[:12]}"
+            faults.append(f"adapter {request.adapter!r} was trained on another base ({here}); {adapter.wanted}")
         faults += [fault] if (fault := _text_fault(request.texts)) else []
         return "; ".join(dict.fromkeys(faults)) or None
 

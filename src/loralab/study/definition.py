@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralab import options
+from loralab.errors import UserError, hint
 from loralab.run import Settings
 
 KEPT = 3  # rates that halving takes to its second seed
@@ -72,6 +73,24 @@ class Definition:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     tune: Tune = Tune()
     compare: Compare = Compare()
+
+    def only(self, names: Sequence[str]) -> "Definition":
+        """The study with those of its methods that are named, by label or by method. Raises UserError.
+
+        What methods are compared with has to be among them.
+        """
+        able = {m.label: {m.label, str(m.settings.get("method", m.label))} for m in self.methods}
+        if unknown := [name for name in names if not any(name in words for words in able.values())]:
+            there = ", ".join(able)
+            raise UserError(
+                f"--methods {' '.join(unknown)}: the study has no such method{hint(unknown[0], able)}: {there}"
+            )
+        kept = tuple(m for m in self.methods if able[m.label] & {*names})
+        for key in ("reference", "against"):
+            wanted = getattr(self.compare, key)
+            if wanted is not None and wanted not in [m.label for m in kept]:
+                raise UserError(f"--methods leaves out {wanted}, which {key} of [compare] names: name it too")
+        return replace(self, methods=kept)
 
     def grid(self, method: StudyMethod) -> Mapping[str, Any]:
         """What tuning varies for a method."""
