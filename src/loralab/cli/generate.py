@@ -96,7 +96,9 @@ def generate(
     folders = adapter_folders(adapters or [])
     names = _names(folders, side_by_side)
     given = None if template is None else template_of(template)
-    generator = _generator(model, folders, device, as_bytes(memory), decoding, batch_size, rank, plain, given)
+    how: dict[str, Any] = {"decoding": decoding, "batch_size": batch_size, "rank": rank}
+    how |= {"as_it_is": plain, "template": given}
+    generator = _generator(model, folders, device, as_bytes(memory), **how)
     if chat:
         _talk(generator, names[-1])
         return
@@ -169,8 +171,7 @@ def _generator(
     folders: Mapping[str, AdapterFolder],
     device: str,
     budget: int | None,
-    decoding: Decoding,
-    *rest: Any,
+    **how: Any,
 ) -> Generator:
     if model is None and not folders:
         raise UserError("no base: name it with --model, or give --adapters")
@@ -189,7 +190,7 @@ def _generator(
         return spare.pop() if spare else load()[0]
 
     pool = Pool(new_base, budget, heads=False)
-    return Generator(pool, tokenizer, folders, decoding, *rest, task_type=task_type)
+    return Generator(pool, tokenizer, folders, task_type=task_type, **how)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -46,5 +46,5 @@ def template_of(known: Saved | None, given: str | None = None) -> str | None:
 def _source(prompt: chats.Row, known: Saved | None, model: Any, tokenizer: Any) -> list[int]:
     if chats.is_chat(prompt):
         raise UserError("a chat for an encoder-decoder, which reads one text: give the text")
-    most = cut_at(known and known.max_length, model)
+    most = cut_at(None if known is None else known.max_length, model)
     return list(tokenizer(prompt[0], truncation=True, max_length=most, verbose=False)["input_ids"])
