@@ -8,7 +8,9 @@ from archs import build, rows, shake
 
 import loralab
 from loralab import algebra, files
+from loralab.adapted import base_tensor
 from loralab.algebra import combine
+from loralab.extract import extract
 
 RANKS = {"a": 2, "b": 3, "c": 2}
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.3}
@@ -194,3 +196,33 @@ def test_adapters_of_other_bases_heads_and_labels_are_refused(other, told, tmp_p
     read = [files.read(each.save(tmp_path / str(i))) for i, each in enumerate((one, two))]
     with pytest.raises(loralab.UserError, match=told):
         combine(read, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("rank", [3, 24])
+def test_a_tuned_model_minus_its_base_is_a_lora_with_its_error(rank):
+    base, tuned = build("gpt2"), build("gpt2")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for key, p in tuned.named_parameters():
+            if "c_" in key or "score" in key or key == "transformer.ln_f.bias":
+                p.add_(torch.empty(p.shape).normal_(0, 0.1, generator=generator))
+    right, before = tuned(**rows()).logits.detach(), {k: p.detach().clone() for k, p in tuned.named_parameters()}
+    made = extract(base, tuned, rank)
+    for path, error in made.layers.items():
+        D = (tuned.get_submodule(path).weight - build("gpt2").get_submodule(path).weight).double().T
+        s = torch.linalg.svdvals(D)
+        assert error == pytest.approx(float(s[rank:].norm() / s.norm()), abs=1e-5)
+    biases = [key for key in before if "c_" in key and key.endswith("bias")]
+    assert sorted(made.left) == sorted([*biases, "transformer.ln_f.bias"])
+    assert all(torch.equal(p, before[key]) for key, p in tuned.named_parameters())
+    assert made.adapters.spec(None).heads == ("score",)
+    with torch.no_grad():
+        for key in made.left:
+            base_tensor(base, key).copy_(before[key])
+        off = (base(**rows()).logits - right).abs().max()
+    assert off < 1e-4 if rank == 24 else off > 1e-2
+
+
+def test_models_of_other_shapes_are_no_difference():
+    with pytest.raises(loralab.UserError, match="not of one base"):
+        extract(build("bert"), build("gpt2"), 2)

@@ -118,7 +118,7 @@ def combine(
         sides, size = min(D.shape), float(D.norm())
         most = min(sides, sides if rank is None else rank)
         if len(u.A) > most:
-            u = _best(u, most)
+            u = best(u, most)
         gone = float((D - u.matrix().double()).norm()) if rank is not None else 0.0
         linear = _linear([files[i] for i in there], path, parts, own)
         apart = None if linear is None else float((D - linear).norm())
@@ -166,7 +166,7 @@ def _merged(
     return Update(A, B), D
 
 
-def _best(u: Update, rank: int) -> Update:
+def best(u: Update, rank: int) -> Update:
     """The best update of a lower rank, its singular values divided evenly; B A is never formed."""
     write, R_b = torch.linalg.qr(u.B.double())  # (out, k), (k, r)
     read, R_a = torch.linalg.qr(u.A.double().mT)  # (in, k), (k, r)
