@@ -36,6 +36,8 @@ WRONG = {  # heading -> (command without `loralab`, what its message must contai
         ("train --task reviews.csv more.csv", ["cannot use 'more.csv'"]),
         ("predict --input reviews.csv", ["needs --adapters"]),
         ("merge run/adapter --out merged", ["needs --model"]),
+        ("combine run/adapter --out both --how mean", ["--how", "ties"]),
+        ("combine run/adapter run/adapter --out both --weights 1", ["--weights", "expected one number for each"]),
         ("evaluate run/adapter", ["needs --task"]),
     ],
     "Files and columns": [

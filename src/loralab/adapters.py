@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from loralab import checkpoints, files, fitting, install, kinds, model_card, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
+from loralab.algebra import Combined, combine
 from loralab.contents import adapter_file, base_of, constants_sha256, labels_of
 from loralab.errors import UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
@@ -194,6 +195,16 @@ class Adapters(AdaptedModel):
         if self.synchronized is not None:
             self.synchronized = tuple(other for other in self.synchronized if other != name)
         self._follow()
+
+    def combine(self, name: str, weights: Mapping[str, float], how: str = "exact", **given: Any) -> Combined:
+        """Add the combination of adapters, name -> weight, as a LoRA under a new name; see `algebra.combine`.
+
+        Returns what it is and what was lost. Raises UserError as `algebra.combine` and `add` do.
+        """
+        files = [self._contents(self.only(each)) for each in weights]
+        made = combine(files, list(weights.values()), how, name=name, **given)
+        put(self.model, made.file, f"combination {name!r}", name)
+        return made
 
     # ---- training ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ amplification    |D| / |U^T W V| over the first `top` directions (section 7.3), 
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters import MERGE_DTYPES, Adapters, load, read
+from loralab.algebra import lowered
 from loralab.coverage import kind, summary
 from loralab.errors import UserError
-from loralab.files import AdapterFile
 from loralab.inputs import evaluating
 from loralab.kinds import is_product, keep
 from loralab.update import Dense, Update
@@ -69,37 +69,20 @@ def updates(folder: Path | str, model: nn.Module | None = None) -> dict[str, Lay
     """
     file = read(folder)
     if model is None:
-        return {path: Layer(update, None) for path, update in _from_file(file, folder)}
+        return {path: Layer(update, None) for path, update in lowered(file, folder)}
     before = {p: keep(m).dense().clone() for p, m in model.named_modules() if is_product(m)}
     handle = load(model, folder)
     name = handle.only(None)
     spec = handle.spec(name)
-    lowered = {p: Layer(handle.layers[p].lower(name), handle.layers[p].base.dense()) for p in spec.paths}
+    adapted = {p: Layer(handle.layers[p].lower(name), handle.layers[p].base.dense()) for p in spec.paths}
     learned = [key.removesuffix(".weight") for key in spec.base_names if key.endswith(".weight")]
     in_place = {p: Layer(Dense(_weight(model, p) - before[p]), before[p]) for p in learned if p in before}
-    return lowered | in_place
+    return adapted | in_place
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:
     weight: Tensor = keep(model.get_submodule(path)).dense()
     return weight
-
-
-def _from_file(file: AdapterFile, folder: Path | str) -> Iterator[tuple[str, Update]]:
-    if file.recipe.learn_base == "all":
-        raise UserError(f"{folder}: it trained the base in place, so its update is known only over it: give --model")
-    of_share: dict[str, dict[str, Tensor]] = {}  # what layers share is kept under the first of them
-    shared = () if file.recipe.factors is None else file.recipe.factors.shared
-    for path in file.paths:
-        start = f"{path}."
-        p = {key.removeprefix(start): t for key, t in file.tensors.items() if key.rpartition(".")[0] == path}
-        share = None if file.recipe.ranks is None else file.recipe.ranks.layers[path].share
-        if share is not None:
-            p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
-        factors: Any = file.recipe.factors
-        if not file.recipe.low_rank or factors.constants([(1, 1)]):  # what is drawn over the sizes of the base
-            raise UserError(f"{folder}: its method makes A and B over the sizes of its base: give --model")
-        yield path, file.recipe.at(path).lower_low_rank(p)
 
 
 @torch.no_grad()

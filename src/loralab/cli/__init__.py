@@ -80,6 +80,10 @@ COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when 
         "Write a plain model with an adapter merged into its weights.",
         "loralab merge runs/reviews/adapter --model minilm --out merged",
     ),
+    "combine": (
+        "Combine adapters into one: sum, difference, TIES, DARE; or resize one.",
+        "loralab combine runs/a/adapter runs/b/adapter --weights 0.7 0.3 --out both",
+    ),
     "export": (
         "Write an adapter in PEFT's layout.",
         "loralab export runs/reviews/adapter --model minilm --out exported",

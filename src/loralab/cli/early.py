@@ -24,6 +24,7 @@ PATHS = {  # command -> its flags whose values are files or folders that must be
     "predict": ("--adapters", "--input"),
     "generate": ("--adapters", "--input", "--template"),
     "merge": ("",),
+    "combine": ("",),
     "export": ("",),
 }
 TASKS = {"train": ("--task",), "evaluate": ("--task",)}  # a file of one's own, or a name
