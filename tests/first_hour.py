@@ -217,6 +217,9 @@ def better_method(hour: Hour) -> None:
         "study mine.toml --store store", r"a against b", r"planned: against lora", "study folder: runs/studies/mine"
     )
     hour.types("study mine.toml --store store --dry-run", "6 runs, 6 done")
+    planned = json.loads((hour.folder / "runs/studies/mine/study.json").read_text())["planned"]
+    hour.types(f"rerun {planned[0]['address']} --store store", "the same to the bit")
+    hour.types("study mine.toml --store store --methods lora dora --dry-run", "6 runs, 6 done")
     hour.types("report runs/studies/mine", "report: runs/studies/mine/report/index.html")
     hour.gives(*(f"runs/studies/mine/report/{name}" for name in ("index.html", "results.csv", "planned.tex")))
 

@@ -169,9 +169,9 @@ def test_a_newer_transformers_than_the_tested_one_is_told_once(monkeypatch):
 def test_the_handle_prints_a_table_of_its_adapters():
     model = build("bert")
     adapters = loralab.attach(model, "dora", name="one", rank=3, targets=["query", "value"], head=True)
-    adapters.add("another one", "vera", rank=5)
-    adapters.add("still", "bitfit")
-    for tensor in adapters.state("another one").values():
+    adapters.add("another", "vera", rank=5)
+    adapters.add("still", "lora-fa", rank=2)
+    for tensor in adapters.state("another").values():
         tensor.requires_grad_(False)
     head, *lines = str(adapters).splitlines()
     assert head.split() == ["adapter", "method", "rank", "targets", "values", "learns", "in", "use"]
@@ -180,6 +180,7 @@ def test_the_handle_prints_a_table_of_its_adapters():
     assert f"{adapters.counts('one')['trainable']:,}" in lines[0]
     assert "vera" in lines[1]
     assert lines[1].split()[-2:] == ["no", "no"]
+    assert f"{adapters.counts('still')['trainable']:,} of them" in lines[2]
     adapters.detach()
     assert "detached" in repr(adapters)
 

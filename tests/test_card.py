@@ -126,6 +126,14 @@ def test_a_shared_folder_knows_its_base_by_name(shared, tiny):
     assert found == tiny.name
 
 
+def test_inspect_calls_the_base_as_others_get_it(shared, cli, tmp_path):  # noqa: F811
+    folder = shutil.copytree(shared[0], tmp_path / "copy")
+    task = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(task | {"base": "minilm"}))
+    assert "minilm, sha256 " in cli("inspect", folder)[1]
+    assert json.loads(cli("inspect", folder, "--json")[1])["base"]["name"] == "minilm"
+
+
 def test_a_missing_base_says_which_is_wanted_and_how_to_get_it(shared, tiny, monkeypatch, tmp_path):
     folder, _ = shared
     monkeypatch.setattr(model_names, "unreachable", lambda: "no network")

@@ -44,6 +44,18 @@ def test_pictures_are_those_of_the_script(tmp_path):
         assert path.read_text() == (DOCS / "pictures" / path.name).read_text()
 
 
+def test_the_study_of_the_tutorial_is_one(tmp_path, monkeypatch):
+    from loralab.study.toml import read
+
+    runpy.run_path(str(DOCS / "examples/messy.py"))["main"](tmp_path, 60)
+    (text,) = blocks((DOCS / "tutorials/dora-or-lora.md").read_text(), "toml")
+    (tmp_path / "mine.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    made = read(tmp_path / "mine.toml")
+    assert [method.label for method in made.methods] == ["lora", "dora"]
+    assert made.budget(made.methods[0]) == 3
+
+
 def test_the_index_leads_to_every_page():
     index = (DOCS / "README.md").read_text()
     linked = set(re.findall(r"\]\(([^)#]+\.md)", index))

@@ -28,7 +28,7 @@ def first(tiny, own, tmp_path_factory):
 def test_settings_come_back_from_a_run_folder(first, tiny, own):
     s = settings_of(first)
     assert (s.task, s.model, s.text, s.rank) == (str(own["class"]), str(tiny), ("sentence",), 3)
-    assert s.to_json() == json.loads((first / "run.json").read_text())["settings"]
+    assert json.loads(json.dumps(s.to_json())) == json.loads((first / "run.json").read_text())["settings"]
 
 
 def test_a_run_repeats_to_the_bit_on_one_machine(first, cli, tmp_path):  # noqa: F811

@@ -16,6 +16,7 @@ PATHS = {  # command -> its flags whose values are files or folders that must be
     "plan": ("--ranks",),
     "study": ("", "--data"),
     "report": ("", "--published"),
+    "rerun": ("--store", "--data"),
     "judge": ("",),
     "bench": ("--data",),
     "inspect": ("", "--against"),

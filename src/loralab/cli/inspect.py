@@ -88,15 +88,16 @@ def inspect(
 
 
 def facts(file: AdapterFile, folder: Path) -> dict[str, Any]:
-    """What a folder holds, for --json."""
+    """What a folder holds, for --json; the base is called as others can get it, where a run wrote the folder."""
+    known = saved.read(folder, file.base.get("task_type"))
     return {
         "name": file.name,
         "recipe": to_json(file.recipe),
         "layers": file.paths,
         "head": file.heads,
         "labels": file.labels,
-        "objective": saved.read(folder, file.base.get("task_type")).objective,
-        "base": file.base,
+        "objective": known.objective,
+        "base": {**file.base, **({"name": known.base} if known.base else {})},
         "values": sum(t.numel() for t in file.tensors.values()),
         "unreached": file.counts.get("unreached", 0),  # values of the base that no target reaches
         "bytes": folder_size(folder),
@@ -210,7 +211,7 @@ def _show_facts(folder: Path, file: AdapterFile, data: dict[str, Any]) -> None:
     shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in data.items()}
     shown["recipe"] = ", ".join(f"{key} {value}" for key, value in _changed_settings(data["recipe"]).items())
     shown["layers"] = summary(file.paths)
-    shown["base"] = f"{file.base.get('name')}, sha256 {str(file.base.get('sha256') or 'not stored')[:16]}"
+    shown["base"] = f"{data['base'].get('name')}, sha256 {str(file.base.get('sha256') or 'not stored')[:16]}"
     shown["unreached"] = _unreached(file)
     shown["values"], shown["bytes"] = f"{data['values']:,}", size_text(data["bytes"])
     pairs(str(folder), {key: _printable(value or "none") for key, value in shown.items()})
