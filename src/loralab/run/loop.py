@@ -357,9 +357,10 @@ class Loop:
             return [None] * len(states)
         self.model.eval()
         mine: list[tuple[list[int], list[Any]]] = []  # rows, and each run's predictions of them
-        process = self.accelerator.process_index
+        process, s = self.accelerator.process_index, states[0].settings
+        at_once = 2 * -(-s.batch_size // s.accumulate)  # rows; nothing is kept for backward
         with torch.no_grad(), self.adapters.caching():
-            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * states[0].settings.batch_size)):
+            for i, chosen in enumerate(sorted_batches(rows.lengths, at_once)):
                 if i % self.accelerator.num_processes == process:
                     found = self._forward(states, [(rows, chosen)] * len(states))
                     kept = [s.run.objective.predict(*out) for s, out in zip(states, found, strict=True)]

@@ -69,7 +69,7 @@ class Definition:
     packed: bool = False  # true: predictions of reported runs in one file of the study, of tuning runs none
     adapters: bool = True  # false: the weights of a finished run are removed, its numbers stay
     registered: bool = False  # true: the study folder refuses another question
-    dtype: str | None = None  # of products of the runs that leave it to the machine; None: they do leave it
+    dtype: Literal["float32", "bfloat16"] | None = None  # of products, in runs that leave it to the machine
     protocol: Mapping[str, Any] = field(default_factory=dict)
     tune: Tune = Tune()
     compare: Compare = Compare()

@@ -53,7 +53,8 @@ class InProcesses:
                     else:
                         yield original[s.folder], outcome
             for s in again:
-                yield original[s.folder], *self.pool.submit(work, [s], adapters, 1).result()
+                (outcome,) = self.pool.submit(work, [s], adapters, 1).result()
+                yield original[s.folder], outcome
         except BrokenProcessPool as error:
             raise UserError(
                 "a process of the study died, perhaps for want of memory. The same command goes on."

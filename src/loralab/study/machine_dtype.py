@@ -4,18 +4,19 @@ The dtype of products is part of a run's address. So where `auto` is bfloat16 on
 finished run of the first is found on the second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loralab.disk import read_header
 from loralab.errors import UserError
-from loralab.fast import DTYPES
 from loralab.run import Settings
 from loralab.study.address import address
 from loralab.study.definition import Definition
 from loralab.study.schedule import CellSettings, cells
+
+NAMES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 
 
 def machine_dtype(definition: Definition) -> str | None:
@@ -49,7 +50,7 @@ def _usual(definition: Definition, cell: CellSettings) -> Settings:
     return definition.settings(cell.task, cell.model, cell.method, definition.seeds[0], {})
 
 
-def _of_addresses(definition: Definition, done: list[Mapping[str, Any]]) -> str | None:
+def _of_addresses(definition: Definition, done: Sequence[Mapping[str, Any]]) -> str | None:
     """Return what `auto` was in a study.json that does not say so: the dtype with which addresses are as they are."""
     by_key = {cell.key: cell for cell in cells(replace(definition, dtype=None))}
     for entry in done:
@@ -57,7 +58,7 @@ def _of_addresses(definition: Definition, done: list[Mapping[str, Any]]) -> str 
         if cell is None:
             continue
         found = cell.settings(entry["role"], entry["seed"], {**entry["tried"]})
-        for dtype in DTYPES if found.dtype == "auto" else ():
+        for dtype in NAMES if found.dtype == "auto" else ():
             if address(replace(found, dtype=dtype)) == entry["address"]:
                 return dtype
     return None
