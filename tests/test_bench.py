@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loralab
 from loralab import models
-from loralab.bench import Bench, Case, EpochCase, MixedCase, measure, mixed, profile, tables
+from loralab.bench import Bench, Case, EpochCase, MixedCase, backends, measure, mixed, profile, roofline, tables
 from loralab.bench.backends import BACKENDS, Built, batch, shorten, stepper, under_peft
 from loralab.bench.cases import PEFT_METHODS, epochs, from_json, grid, growth, mixed_case
-from loralab.bench.flops import step_flops
+from loralab.bench.flops import step_flops, step_products
 from loralab.bench.measure import NAMES, quartiles, ratio, turn, workers
 from loralab.cli import main
 from loralab.errors import UserError
@@ -305,6 +305,38 @@ def test_an_epoch_of_a_tiny_model(tiny, own, tmp_path, capsys):
     assert row["rows"] == {"peft": 20, "loralab": 20}
 
 
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert"])
+@pytest.mark.parametrize("method", ["lora", "dora", "full", "lora-fa"])
+def test_the_products_of_a_step_add_up_to_its_operations_and_can_be_taken(kind, method):
+    """Each is a product of its shape and of the memory layout that it says."""
+    model = build(kind)
+    adapters = loralab.attach(model, method, **({} if method == "full" else {"rank": RANK}), head=True)
+    found = step_products(adapters, rows())
+    assert sum(p.operations * count for p, count in found.items()) == step_flops(adapters, rows())
+    assert {p.batch for p in found} == {1, 15}  # rows times heads
+    for product in found:
+        a, b, out = roofline.operands(product, torch.float32)
+        assert a.shape == (product.batch, product.n, product.k)
+        assert torch.bmm(a, b).shape == out.shape
+        sides = ("t" if x.mT.is_contiguous() and not x.is_contiguous() else "n" for x in (a, b))
+        if 1 not in product[:4]:
+            assert "".join(sides) == product.form
+
+
+def test_a_roofline_counts_every_product_beside_the_step(tiny, monkeypatch):
+    monkeypatch.setattr(roofline, "TURNS", 2)
+    case = Case(model=str(tiny), batch_size=3, max_length=6, dtype="float32")
+    found = roofline.measure(case)
+    adapters = backends.adapted(case)
+    assert found["operations"] == step_flops(adapters, batch(case, adapters.model.config)[0])
+    assert found["floor"] == pytest.approx(sum(p["count"] * p["seconds"] for p in found["products"]))
+    ((_, columns, table, _),) = tables.tables({"roofline": {"case": case.to_json(), **found}})
+    assert {len(row) for row in table} == {len(columns)}
+    assert [row[0] for row in table[-2:]] == ["sum", "step"]
+    assert len(table) == len(found["products"]) + 2
+    assert table[-1][-1] == "100%"
+
+
 @pytest.mark.slow
 def test_mixed_and_profile_of_a_tiny_model(tiny, tmp_path, capsys):
     argv = [
@@ -325,6 +357,8 @@ def test_mixed_and_profile_of_a_tiny_model(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| 6 loaded |" in printed
     assert "| PEFT, adapter_names |" in printed
+    assert main([*argv, "--roofline"]) == 0
+    assert "| product | calls | GFLOP/s | time | of the step |" in capsys.readouterr().out
     assert main([*argv, "--profile"]) == 0
     assert "| operation | PEFT calls | share | loralab calls | share |" in capsys.readouterr().out
 

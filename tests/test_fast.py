@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import loralab
 from loralab.active import Stream
-from loralab.fast import encoder_layer, masks, prepare, put_back
+from loralab.fast import encoder_parts, masks, prepare, put_back
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
 from loralab.update import each, merged, stack
@@ -85,7 +85,7 @@ def test_a_block_takes_every_low_rank_method(method):
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
-@pytest.mark.parametrize("tokens", [7, encoder_layer.SHORT + 3])
+@pytest.mark.parametrize("tokens", [7, encoder_parts.SHORT + 3])
 def test_a_block_is_the_layer_with_the_same_dropout(kind, tokens, monkeypatch):
     monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
     results = []

@@ -1,5 +1,6 @@
 """Halving over seeds, what a study that uses it keeps, and what it says it can find before it runs."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,8 @@ from loralab.study.bar import StudyBar
 from loralab.study.definition import KEPT
 from loralab.study.halving import EXTENSION, beyond, halving
 from loralab.study.packed import FILE, PREDICTIONS
-from loralab.study.power import power
+from loralab.study.power import power, upper
+from loralab.study.record import Run, ScheduledRun
 from loralab.study.results import as_data, outline
 from loralab.study.run_study import run_study
 from loralab.study.runners import runner
@@ -262,3 +264,45 @@ def test_what_a_study_can_find_is_found_as_often_as_promised(tiny, own):
         assert np.mean(np.maximum(low, high) < 0.05 / found.tests) == pytest.approx(0.8, abs=0.04)
         assert found.source == "the file"
     assert {p.source for p in power(study(tiny, own, compare={"reference": "LoRA"}), [])} == {"unknown"}
+
+
+def finished(method, scores, role="final", task="a"):
+    """Finished runs of a method, as far as `power` looks at them."""
+    return [
+        Run(ScheduledRun(task, "m", method, seed, role, {}, "x", {}), Path(), {"metric": {"selected": x}}, [], {})
+        for seed, x in enumerate(scores)
+    ]
+
+
+def found_with(tiny, own, runs, **compare):
+    d = study(tiny, own, seeds=list(range(12)), methods=[{"name": n, "rank": i + 1} for i, n in enumerate("rab")],
+              compare={"reference": "r", **compare})  # fmt: skip
+    return power(dataclasses.replace(d, models=("m",)), runs)[0]
+
+
+def test_few_runs_do_not_replace_what_the_file_expects(tiny, own):
+    base, five, six = [0.5] * 7, [0.51, 0.50, 0.52, 0.50, 0.51], [0.51, 0.50, 0.52, 0.50, 0.51, 0.53]
+    for runs, expected in (
+        ([], ("the file", 0.02, 0)),
+        (finished("r", base) + finished("a", five), ("the file", 0.02, 0)),
+        (finished("r", base, "tune") + finished("a", six + six[:1], "tune"), ("the file", 0.02, 0)),
+        (finished("r", base) + finished("a", six), ("finished runs", None, 6)),
+        (finished("r", base) + finished("a", six) + finished("b", five), ("finished runs", None, 11)),
+    ):
+        got = found_with(tiny, own, runs, sd=0.02)
+        assert (got.source, got.differences) == (expected[0], expected[2])
+        if expected[1] is not None:
+            assert got.sd == expected[1]
+    few = found_with(tiny, own, finished("r", base) + finished("a", five[:2]))
+    assert (few.source, few.differences) == ("finished runs", 2)
+    assert few.sd > 3 * np.std(five[:2], ddof=1)  # two differences say little
+    assert found_with(tiny, own, finished("r", base) + finished("a", base)).source == "unknown"  # all equal
+
+
+@pytest.mark.parametrize("freedom", [1, 3, 5, 20])
+def test_the_spread_that_runs_show_is_above_the_true_one_four_times_in_five(freedom):
+    """By simulation; so power that is promised from few runs is kept, instead of missed in half of the studies."""
+    squares = 0.02**2 * np.random.default_rng(freedom).chisquare(freedom, 4000)
+    above = np.mean([upper(s, freedom) >= 0.02 for s in squares])
+    assert above == pytest.approx(0.8, abs=0.025)
+    assert upper(0.02**2 * 1e4, 10**4) == pytest.approx(0.02, rel=0.01)

@@ -190,7 +190,9 @@ def boom(states, name):
 def check_that_only_b_failed(tiny, own, tmp_path, outcomes):
     first, failed, third = outcomes
     assert isinstance(failed, RunFailed)
-    assert re.fullmatch(r".*b failed: MemoryError: no more; its traceback is in .*b/traceback.txt", str(failed))
+    assert re.fullmatch(
+        r".*b failed: MemoryError: no more; it needs .*; its traceback is in .*b/traceback.txt", str(failed)
+    )
     assert "boom" in failed.traceback == (tmp_path / "b/traceback.txt").read_text()
     assert not (tmp_path / "b/result.json").exists()
     for outcome, name, seed in ((first, "a", 0), (third, "c", 2)):

@@ -93,6 +93,8 @@ WRONG = {  # heading -> (command without `loralab`, what its message must contai
         (f"{TRAIN} --patience 2 --selection last", ["--patience 2 with --selection last"]),
         (f"{TRAIN} --warmup 0.3 --schedule constant", ["--warmup 0.3 with --schedule constant"]),
         (f"{TRAIN} --tune 1e-3", ["--tune 0.001: expected two or more different rates"]),
+        (f"{TRAIN} --memory lots", ["--memory lots", "2GB or 1.5GiB"]),
+        (f"{TRAIN} --memory 1GB --tune", ["--memory with --tune", "leave one out"]),
         (f"{TRAIN} --objective classify", ["no objective 'classify'", "did you mean 'classification'?"]),
         (f"{TRAIN} --problem-type regression", ["'good' instead of a number", "in 30 rows"]),
         (f"{TRAIN} --pack", ["--pack", "only a causal model"]),

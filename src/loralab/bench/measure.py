@@ -201,6 +201,14 @@ class Bench:
             self.done()
         return {"case": case.to_json(), "backends": profiles}
 
+    def roofline(self, case: Case) -> dict[str, Any]:
+        """What the products of a step take one by one, beside the step of loralab."""
+        with workers("loralab", threads=self.threads) as (worker,):
+            self._ask_facts(worker)
+            found = worker.ask("roofline", case=case.to_json())
+        self.done()
+        return {"case": case.to_json(), **found}
+
     def _turns(self) -> Iterator[str]:
         """Names of backends, each as often as repeats; who begins alternates."""
         for i in range(self.repeats):

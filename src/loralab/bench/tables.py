@@ -31,6 +31,10 @@ NOTES = {
     "mixed": "time: median over turns; the other columns: throughput as a multiple of that of the named variant",
     "profile": "share: self time on the CPU by torch's profiler, its own cost included; calls: of one step",
 }
+NOTES["roofline"] = (
+    "time: of all calls in a step, each product taken by itself, medians; sum: a floor for a step that takes these "
+    "products one after the other; of the step: share of a step of loralab"
+)
 NOTES["growth"] = NOTES["steps"]
 Record = Mapping[str, Any]  # one case with what was measured of it
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], int]  # title, columns, rows, columns of text
@@ -43,6 +47,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         if records := result.get(kind):
             made.append(_table(kind, keys, records))
     made += [_mixed(result["mixed"])] if "mixed" in result else []
+    made += [_roofline(result["roofline"])] if "roofline" in result else []
     return made + ([_profile(result["profile"])] if "profile" in result else [])
 
 
@@ -87,6 +92,30 @@ def _mixed(r: Record) -> Table:
     settings += [f"{COLUMNS[key]} {_cell(r, key)}" for key in COLUMNS if key in case]
     title = f"A batch: {', '.join(settings)}; a row differs from the row alone by at most {r['largest_difference']:.0e}"
     return title, ("variant", "time", *against.values()), rows, 1
+
+
+def _roofline(r: Record) -> Table:
+    """A row a product, then what they add up to, then the step."""
+    step, case = r["seconds"], r["case"]
+
+    def row(name: str, calls: str, operations: float, taken: float) -> tuple[str, ...]:
+        return name, calls, f"{operations / taken / 1e9:,.0f}", milliseconds(taken), f"{taken / step:.0%}"
+
+    rows = [
+        row(_shape(p), str(p["count"]), p["count"] * p["operations"], p["count"] * p["seconds"]) for p in r["products"]
+    ]
+    rows.append(row("sum", str(sum(p["count"] for p in r["products"])), r["operations"], r["floor"]))
+    rows.append(row("step", "", r["operations"], step))
+    settings = [f"batch {case['batch_size']}", case["method"]]
+    settings += [f"{COLUMNS[key]} {_cell(r, key)}" for key in COLUMNS if key in case]
+    return f"Roofline of a step: {', '.join(settings)}", ("product", "calls", "GFLOP/s", "time", "of the step"), rows, 1
+
+
+def _shape(p: Mapping[str, Any]) -> str:
+    """A product as text, transposed operands marked: 2048 x 384 by (384 x 1536)^T."""
+    a, b = f"{p['n']} x {p['k']}", f"{p['k']} x {p['m']}"
+    a, b = (f"({x})T" if turned == "t" else x for x, turned in zip((a, b), p["form"], strict=True))
+    return (f"{p['batch']} of " if p["batch"] > 1 else "") + f"{a} by {b}"
 
 
 def _profile(r: Record) -> Table:

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer  # noqa: F401  (not counted later)
 
 import loralab
-from loralab.bench import mixed, profile
+from loralab.bench import mixed, profile, roofline
 from loralab.bench.backends import BACKENDS, adapted, batch, stepper
 from loralab.bench.cases import Case, EpochCase, MixedCase, from_json
 from loralab.bench.epoch import EPOCHS
@@ -27,7 +27,9 @@ from loralab.errors import UserError
 from loralab.fast.machine import hardware, rate, units
 from loralab.run.memory import Peak
 
-REQUESTS = ("facts", "build", "steps", "memory", "flops", "rate", "epoch", "mixed", "profile")  # methods of Worker
+REQUESTS = (  # methods of Worker
+    "facts", "build", "steps", "memory", "flops", "rate", "epoch", "mixed", "profile", "roofline",
+)  # fmt: skip
 Json = dict[str, Any]
 
 
@@ -105,6 +107,10 @@ class Worker:
     def profile(self, case: Json) -> Json:
         """The operations that take most of a step."""
         return profile.measure(self.backend, from_json(Case, case))
+
+    def roofline(self, case: Json) -> Json:
+        """What the products of a step take one by one, beside the step."""
+        return roofline.measure(from_json(Case, case))
 
 
 def cpu_name() -> str:

@@ -32,6 +32,7 @@ ONE = {  # a measurement -> the flags of which it takes one value
     "cost": ("models", "methods", "targets", "dtypes"),
     "mixed": ("models", "methods", "targets", "lengths", "dtypes"),
     "profile": ("models", "methods", "targets", "lengths", "dtypes"),
+    "roofline": ("models", "methods", "targets", "lengths", "dtypes"),
 }
 
 
@@ -58,6 +59,7 @@ def bench(
     mixed: bool = False,
     loaded: int = 1000,
     profile: bool = False,
+    roofline: bool = False,
     out: Path = Path("runs/bench"),
     markdown: bool = False,
     json: Json = False,
@@ -114,6 +116,9 @@ def bench(
     profile: bool
         List the operations that take most of a step, for the first of --models, --methods, --targets, --lengths and
         --dtypes.
+    roofline: bool
+        Measure each product that a step needs by itself, and what they add up to beside the step, for the first of
+        --models, --methods, --targets, --lengths and --dtypes.
     out: Path
         Folder to write; an earlier bench there is replaced.
     markdown: bool
@@ -121,7 +126,8 @@ def bench(
     """
     if not all((models, methods, targets, tasks, ranks, layers, together)):
         raise UserError("a flag that takes several values got none: give one or more")
-    wanted = [name for name, on in {"epoch": epoch, "cost": cost, "mixed": mixed, "profile": profile}.items() if on]
+    kinds = {"epoch": epoch, "cost": cost, "mixed": mixed, "profile": profile, "roofline": roofline}
+    wanted = [name for name, on in kinds.items() if on]
     if len(wanted) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in wanted)} are different measurements: choose one")
     kind = wanted[0] if wanted else "steps"
@@ -144,6 +150,8 @@ def bench(
         measured = _mixed(run, mixed_case(cases[0], loaded))
     elif profile:
         measured = _profile(run, cases[0])
+    elif roofline:
+        measured = _roofline(run, cases[0])
     else:
         measured = _steps(run, cases)
     rates = {dtype: asdict(quartiles(values)) for dtype, values in run.rates.items()}
@@ -198,6 +206,11 @@ def _mixed(run: Bench, case: MixedCase) -> dict[str, Any]:
 def _profile(run: Bench, case: Case) -> dict[str, Any]:
     with _bar(run, "profile", 2):
         return {"profile": run.profile(case)}
+
+
+def _roofline(run: Bench, case: Case) -> dict[str, Any]:
+    with _bar(run, "roofline", 1):
+        return {"roofline": run.roofline(case)}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from loralab.cli.show import Json, as_bytes, as_json, pairs, table
 from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run.estimate import Estimate, EstimateSettings, estimate, largest_batch
+from loralab.run.fit import Rung, ladder
 from loralab.run.memory import PURPOSES, Layers
 
 CHANGES: dict[str, dict[str, Any]] = {  # what a user may change -> settings; what costs least quality comes first
@@ -36,14 +37,16 @@ def plan(
     Parameters
     ----------
     memory: str
-        Memory of the machine, as 24GB or 512MiB: says whether the step fits, and the largest batch that does.
+        Memory of the machine, as 24GB or 512MiB: says whether the step fits, the largest batch that does, and what
+        `train --memory` would do.
     """
     room = as_bytes(memory)
     found = estimate(settings)
     most = None if room is None else largest_batch(found, room)
     changes = _changes(found)
+    tried = [] if room is None else list(ladder(settings, room))
     if json:
-        as_json(_data(found, room, most, changes))
+        as_json(_data(found, room, most, changes, tried))
         return
     show_layers(
         f"{settings.model}, {settings.method}, {settings.batch_size} rows of {settings.max_length} tokens", found.layers
@@ -51,8 +54,17 @@ def plan(
     pairs("\npeak memory, imports excluded", _summary(found))
     rows = [(name, size_text(other.peak), f"{other.peak / found.peak - 1:+.0%}") for name, other in changes.items()]
     table("\nwhat would reduce it", ("change", "peak", ""), rows)
+    if room is not None and len(tried) > 1:
+        title = f"what `loralab train --memory {memory}` tries, the rows of an optimizer step staying the same"
+        table(f"\n{title}", ("step", "peak", ""), [_rung(rung) for rung in tried])
     if room is not None and most is not None:
         print(f"\n{_verdict(found, room, most, changes)}")
+
+
+def _rung(rung: Rung) -> tuple[str, str, str]:
+    changes = [f"--{key}" if value is True else f"--{key} {value}" for key, value in rung.changes.items()]
+    text = " ".join([f"--accumulate {rung.parts}", *changes])
+    return f"{text}, {rung.rows} rows at a time", size_text(rung.estimate.peak), "fits" * rung.fits
 
 
 def _summary(e: Estimate) -> dict[str, str]:
@@ -64,11 +76,14 @@ def _summary(e: Estimate) -> dict[str, str]:
     }
 
 
-def _data(found: Estimate, room: int | None, most: int | None, changes: dict[str, Estimate]) -> dict[str, Any]:
+def _data(
+    found: Estimate, room: int | None, most: int | None, changes: dict[str, Estimate], tried: list[Rung]
+) -> dict[str, Any]:
     fits = None if room is None else found.peak <= room
     parts = {"ledger": found.ledger, "layers": found.layers, "memory": room, "fits": fits, "largest_batch": most}
     changed = {name: _numbers(other) for name, other in changes.items()}
-    return {"settings": asdict(found.settings), **_numbers(found), **parts, "changes": changed}
+    rungs = [{**rung.settings, "rows": rung.rows, "peak": rung.estimate.peak, "fits": rung.fits} for rung in tried]
+    return {"settings": asdict(found.settings), **_numbers(found), **parts, "changes": changed, "ladder": rungs}
 
 
 def _numbers(e: Estimate) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """`loralab study`: many runs that answer one question."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -10,6 +10,8 @@ from loralab.cli.study_tables import show, show_outline
 from loralab.disk import write_json
 from loralab.errors import UserError
 from loralab.study.bar import StudyBar
+from loralab.study.failures import message
+from loralab.study.machine_dtype import check_dtype
 from loralab.study.record import Study
 from loralab.study.results import as_data, outline
 from loralab.study.run_study import check_question, check_study_folder, run_study
@@ -29,6 +31,7 @@ def study(
     data: Path | None = None,
     out: Path | None = None,
     store: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     on: str = "together",
     dry_run: Annotated[
         bool, Parameter(help="Print the planned runs, how many are done, and a guess of what is left.")
@@ -58,17 +61,20 @@ def study(
         Study folder; runs/studies/NAME by default.
     store: Path | None
         Folder of the runs, which studies share; the file's, or runs/store.
+    dtype: str | None
+        Dtype of matrix products of the runs that leave it to the machine, as a study from another machine needs it.
     on: str
         together (runs of like models share passes; together:8 for at most 8), in-turn, processes:8 (that many
         processes on this machine, by default one a core), ray (on this machine) or ray:ADDRESS (a cluster that sees
         the same files).
     """
-    flags = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store}
+    flags = {"models": model, "tasks": tasks, "seeds": seeds, "data": data, "store": store, "dtype": dtype}
     chosen, definition = runner(on), read(file, **flags)
     definition = definition.only(methods) if methods else definition
     folder = out or Path("runs/studies") / definition.name
     if dry_run:
         check_question(definition, folder)
+        check_dtype(definition, folder)
         content = outline(definition, schedule(definition))
         as_json(content) if json else show_outline(content)
         return
@@ -86,10 +92,5 @@ def study(
 
 def _complain(study: Study) -> None:
     """Raise UserError for runs that failed, after everything else is printed."""
-    cells = study.cells()
-    failed = [f"{' '.join(key)}: {why}" for key, cell in cells.items() for why in cell.failed]
-    pending = [" ".join(key) for key, cell in cells.items() if cell.pending]
-    if pending:
-        failed.append(f"not run, as no tuning run worked or it could not start: {', '.join(pending)}")
-    if failed:
-        raise UserError("; ".join(failed) + "; --retry runs again what failed")
+    if text := message(study):
+        raise UserError(text)

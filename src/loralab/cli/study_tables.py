@@ -60,7 +60,9 @@ def _result(s: Summary, result: dict[str, Any]) -> tuple[str, ...]:
 def _power(found: dict[str, Any]) -> str:
     """A line of what a family of tests can find."""
     unit = " standard deviations of a paired difference over seeds" * (found["source"] == "unknown")
-    known = "" if unit else f" (a paired difference over seeds varies by {found['sd']:.3f}, by {found['source']})"
+    n = found["differences"]
+    source = f"the upper 80 % bound from {n} differences of finished runs" if n else f"by {found['source']}"
+    known = "" if unit else f" (a paired difference over seeds varies by {found['sd']:.3f}, {source})"
     digits = 1 if unit else 3
     return (
         f"{found['family']}, {Path(found['model']).name}, {found['tests']} tests, {found['seeds']} seeds: can find "

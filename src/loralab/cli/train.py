@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from loralab.cli.show import Json, as_json, pairs, table
+from loralab.cli.show import Json, as_bytes, as_json, pairs, table
 from loralab.cli.show_learned import show
 from loralab.cli.wording import spelled
 from loralab.data.batches import IGNORED, Rows
@@ -19,6 +19,7 @@ from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.run import train as run
 from loralab.run.bar import Bar
+from loralab.run.fit import began_with, fit
 from loralab.run.folder import WRONG
 from loralab.run.setup import training_rows
 from loralab.run.tune import Tried, metric_of
@@ -31,10 +32,15 @@ ROWS = """Print so many training rows as the model gets them, what is learned of
 read and nothing is trained."""
 
 
+MEMORY = """Keep within so much memory, as 2GB: the batch is taken in parts, then activations are recomputed, then
+weights are stored in fewer bits, until an estimate of the step fits. The line that says so has the numbers."""
+
+
 def train(
     settings: Annotated[Settings, Parameter(name="*")],
     *,
     tune: Annotated[tuple[float, ...] | None, Parameter(help=TUNE)] = None,
+    memory: Annotated[str | None, Parameter(help=MEMORY)] = None,
     show_rows: Annotated[int, Parameter(help=ROWS)] = 0,
     json: Json = False,
 ) -> None:
@@ -48,6 +54,8 @@ def train(
         rows, tokenizer = training_rows(settings)
         _show_rows(rows, tokenizer, show_rows)
         return
+    if memory is not None:
+        settings = _within(settings, as_bytes(memory) or 0, tuned=tune is not None)
     tried: list[Tried] = []
     if tune is not None:
         tried, best = try_rates(settings, tune, SpelledBar())
@@ -65,6 +73,20 @@ def train(
         if (wrong := settings.folder / WRONG).is_file():
             print(f"rows that are most wrong: {wrong}")
         print(f"run folder: {settings.folder}")
+
+
+def _within(settings: Settings, room: int, tuned: bool) -> Settings:
+    """Return the settings that keep within `room` bytes, and say what they are."""
+    if tuned:
+        raise UserError("--memory with --tune: what several runs need together is not estimated, leave one out")
+    if (before := began_with(settings)) is not None:
+        return replace(settings, **before)
+    tried = fit(settings, room)
+    first, chosen = tried[0].estimate.peak, tried[-1]
+    text = f"memory: {chosen}: a step takes about {size_text(chosen.estimate.peak)} of {size_text(room)}"
+    text += f", as given {size_text(first)}" * (len(tried) > 1)
+    SpelledBar().say(text + "; weights in fewer bits change the result" * ("store" in chosen.changes))
+    return replace(settings, **chosen.settings)
 
 
 class SpelledBar(Bar):

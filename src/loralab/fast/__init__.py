@@ -23,7 +23,7 @@ from loralab.errors import UserError
 from loralab.fast import heap, machine, masks
 from loralab.fast.block import Block
 from loralab.fast.choices import Choice, Choices
-from loralab.fast.layers import LAYERS, layers_of
+from loralab.fast.layers import LAYERS, layers_of, refused
 from loralab.layer import Adapted, put, put_back
 
 Speed = Literal["auto", "off", "compile"]
@@ -157,7 +157,9 @@ def _put_dropout(model: nn.Module) -> None:
 
 
 def _no_block(model: nn.Module) -> str | None:
-    return None if layers_of(model) else f"{type(model).__name__} has no layers of a known kind: {', '.join(LAYERS)}"
+    if layers_of(model):
+        return None
+    return refused(model) or f"{type(model).__name__} has no layers of a known kind: {', '.join(LAYERS)}"
 
 
 def _put_block(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from loralab.errors import UserError
 from loralab.fast.decoder_layer import DecoderModules
 from loralab.fast.encoder_layer import LayerModules
 from loralab.fast.masks import has_own_streams
+from loralab.fast.pre_norm_layer import PreNormModules
 from loralab.fast.shared import LayerCall, autocasts, no_autocast
 from loralab.layer import FAST, Adapted
 from loralab.stores.float import Float
@@ -31,7 +32,8 @@ except ImportError:
 SAME_ATTENTION = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
 COLLECTING = "transformers.utils.output_capturing"
 
-Find = Callable[[Any], LayerModules | DecoderModules]  # layer -> its modules
+Modules = LayerModules | PreNormModules | DecoderModules
+Find = Callable[[Any], Modules]  # layer -> its modules
 
 
 class Obstacle(NamedTuple):
@@ -201,7 +203,7 @@ def _inner(layer: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _misfit(m: LayerModules | DecoderModules) -> Obstacle | None:
+def _misfit(m: Modules) -> Obstacle | None:
     """A module of another class than the block computes: a quantized layer of another library, say."""
     bases = [layer.base if type(layer) is Adapted else layer for layer in m.linear]
     classes = [

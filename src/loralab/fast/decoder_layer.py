@@ -237,14 +237,14 @@ def _activation(m: DecoderModules) -> Activation:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + [-x2, x1] sin for x (b, t, heads, dh) = [x1, x2] and cos, sin (b or 1, t, 1, dh)."""
     a, z = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat((-z, a), -1), sin)
 
 
-def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of x in `_rotate`."""
+def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of x in `rotate`."""
     a, z = (dy * sin).chunk(2, -1)
     return torch.addcmul(torch.cat((z, -a), -1), dy, cos)
 
@@ -260,7 +260,7 @@ def _heads(qkv: Tensor, call: LayerCall, cos: Tensor, sin: Tensor) -> tuple[Tens
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (b or 1, t, 1, dh)
     kv = k.shape[2]
     return (  # type: ignore[return-value]
-        _to_rows(_rotate(q, cos, sin), kv), _to_rows(_rotate(k, cos, sin), kv), _to_rows(v, kv), q_in, k_in
+        _to_rows(rotate(q, cos, sin), kv), _to_rows(rotate(k, cos, sin), kv), _to_rows(v, kv), q_in, k_in
     )  # fmt: skip
 
 
@@ -319,8 +319,8 @@ def _attention_backward(
     ds = ds if dropped is None else ds.mul_(dropped)
     ds = torch._softmax_backward_data(ds, s, -1, s.dtype).mul_(m.scale)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    dq = _rotate_back(_from_rows(torch.bmm(ds, k), b, t), cos, sin)  # (b, t, heads, dh)
-    dk = _rotate_back(_from_rows(torch.bmm(ds.mT, q), b, t), cos, sin)  # (b, t, kv, dh)
+    dq = rotate_back(_from_rows(torch.bmm(ds, k), b, t), cos, sin)  # (b, t, heads, dh)
+    dk = rotate_back(_from_rows(torch.bmm(ds.mT, q), b, t), cos, sin)  # (b, t, kv, dh)
     if m.q_norm is not None and m.k_norm is not None and q_in is not None and k_in is not None:
         dq = m.q_norm.backward(dq, q_in, m.q_norm.rstd(q_in))
         dk = m.k_norm.backward(dk, k_in, m.k_norm.rstd(k_in))

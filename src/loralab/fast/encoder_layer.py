@@ -14,10 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from loralab.fast.encoder_parts import (
+    add_masked,
+    attention,
+    attention_backward,
+    dropout_mask,
+    fused_attention,
+    layer_norm,
+    masked,
+    norm_backward,
+    probability,
+)
 from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
-from loralab.fast.shared import SHORT, LayerCall, backward_of, dropout_of, softmax
+from loralab.fast.shared import LayerCall, backward_of
 
 aten = torch.ops.aten
 
@@ -39,7 +49,7 @@ class LayerModules:
     attention_dropout: nn.Dropout
     attention: nn.Module  # attention dropout is on while this module trains
     o_dropout: nn.Dropout | None
-    down_dropout: nn.Dropout
+    down_dropout: nn.Dropout | None
     approximate: str  # of GELU: "none" or "tanh"
     position_bias: bool = False  # whether the layer takes a position bias as its third argument
     returns_tuple: bool = False
@@ -57,7 +67,7 @@ class LayerModules:
     @property
     def dropout(self) -> tuple[float, float, float]:
         """The probabilities that dropout has now: of attention, after o, after down."""
-        return self.attention_p, _p(self.o_dropout), _p(self.down_dropout)
+        return self.attention_p, probability(self.o_dropout), probability(self.down_dropout)
 
     @property
     def checked(self) -> tuple[tuple[nn.Module, tuple[type, ...]], ...]:
@@ -93,10 +103,6 @@ class LayerModules:
         return EncoderLayer.apply(call, x, mask, *given, *flat)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _p(module: nn.Dropout | None) -> float:
-    return module.p if module is not None and module.training else 0.0
-
-
 class LayerProducts(NamedTuple):
     """The linear layers of one layer as four products."""
 
@@ -124,18 +130,18 @@ def compute(
     qkv, of_qkv = products.qkv.forward(x, joined[0])  # (n, 3 d)
     qkv = qkv.view(b, t, 3, m.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
     by_products = call.wants_gradient or bool(call.dropout[0])
-    c, *of_attention = _attention(qkv, mask, bias, call) if by_products else _fused_attention(qkv, mask, bias)
+    c, *of_attention = attention(qkv, mask, bias, call) if by_products else fused_attention(qkv, mask, bias)
     c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
     o, of_o = products.o.forward(c, joined[1])  # (n, d)
-    mask_o = _mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
-    o = _add_masked(x, o, mask_o)
-    y, *of_norm1 = _norm(o, m.norm1)  # (n, d)
+    mask_o = dropout_mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
+    o = add_masked(x, o, mask_o)
+    y, *of_norm1 = layer_norm(o, m.norm1)  # (n, d)
     u, of_up = products.up.forward(y, joined[2])  # (n, inner)
     g = aten.gelu(u, approximate=m.approximate)  # (n, inner)
     w, of_down = products.down.forward(g, joined[3])  # (n, d)
-    mask_down = _mask(w, call.dropout[2], (b, t, d), call)  # (n, d)
-    w = _add_masked(y, w, mask_down)
-    out, *of_norm2 = _norm(w, m.norm2)  # (n, d)
+    mask_down = dropout_mask(w, call.dropout[2], (b, t, d), call)  # (n, d)
+    w = add_masked(y, w, mask_down)
+    out, *of_norm2 = layer_norm(w, m.norm2)  # (n, d)
     saved = (x, c, y, g, *of_attention, o, mask_o, *of_norm1, u, w, mask_down, *of_norm2)
     return out.view(b, t, d), saved, [of_qkv, of_o, of_up, of_down]
 
@@ -147,13 +153,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_qkv, of_o, of_up, of_down = (Saved(*saved[16 + 5 * i : 21 + 5 * i]) for i in range(4))
     call, (b, t, d), (u_qkv, u_o, u_up, u_down) = ctx.call, ctx.shape, by_product(flat, ctx.call.products)
     m, products, to_x = call.modules, call.products, ctx.needs_input_grad[1]
-    dw = _norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, m.norm2)  # (n, d), of y too, by the residual
-    dg, of6 = products.down.backward(_masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
+    dw = norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, m.norm2)  # (n, d), of y too, by the residual
+    dg, of6 = products.down.backward(masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
     du = aten.gelu_backward(dg, u, approximate=m.approximate)  # (n, inner)
     dy, of5 = products.up.backward(du, y, u_up, of_up, True)  # (n, d)
-    do = _norm_backward(dy.add_(dw), o, mean1, rstd1, m.norm1)  # (n, d), of x too
-    dc, of4 = products.o.backward(_masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
-    dqkv = _attention_backward(dc, qkv, s, mask_s, b)  # (3, b heads, t, dh)
+    do = norm_backward(dy.add_(dw), o, mean1, rstd1, m.norm1)  # (n, d), of x too
+    dc, of4 = products.o.backward(masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
+    dqkv = attention_backward(dc, qkv, s, mask_s, b)  # (3, b heads, t, dh)
     dqkv = dqkv.view(3, b, m.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
     dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
     dx = None if dx is None else dx.add_(do).view(b, t, d)
@@ -178,98 +184,3 @@ class EncoderLayer(torch.autograd.Function):
         return out
 
     backward = backward_of(_backward)
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-OfAttention = tuple[Tensor | None, Tensor | None, Tensor | None]  # what backward needs: q k v; weights; dropout mask
-
-
-def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """scale s + mask + bias for scores s (b, heads, t, t); a boolean mask is true where attention may look."""
-    s = s.mul_(scale) if bias is None else torch.add(bias, s, alpha=scale)
-    if mask is None:
-        return s
-    if mask.dtype == torch.bool:
-        return s.masked_fill_(~mask, torch.finfo(s.dtype).min)
-    return s.add_(mask)
-
-
-def _attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None, call: LayerCall) -> tuple[Tensor, *OfAttention]:
-    """q, k, v (3, b, heads, t, dh) -> the output (b, heads, t, dh), and what backward needs."""
-    _, b, heads, t, dh = shape = qkv.shape
-    qkv = qkv.reshape(3, b * heads, t, dh)
-    s = torch.bmm(qkv[0], qkv[1].mT).view(b, heads, t, t)
-    s = softmax(_add_bias(s, dh**-0.5, mask, bias)).view(-1, t, t)  # (b heads, t, t)
-    m = _mask(s, call.dropout[0], (b, heads, t, t), call)  # (b heads, t, t)
-    return torch.bmm(s if m is None else s * m, qkv[2]).view(shape[1:]), qkv, s, m
-
-
-def _fused_attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, *OfAttention]:
-    """The output alone, by torch's fused attention: faster forward, on CPU much slower backward (docs/decisions.md)."""
-    added = bias if mask is None else mask
-    if bias is not None and mask is not None:
-        lowest = torch.finfo(bias.dtype).min
-        added = bias.where(mask, lowest) if mask.dtype == torch.bool else bias + mask
-    q, k, v = qkv
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=added), None, None, None
-
-
-def _attention_backward(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int) -> Tensor:
-    """dc (n, d) -> the gradient of q, k, v (3, b heads, t, dh)."""
-    q, k, v = qkv
-    t, dh = q.shape[1:]
-    dc = dc.view(b, t, -1, dh).transpose(1, 2).reshape(-1, t, dh)  # (b heads, t, dh)
-    out = torch.empty_like(qkv)
-    torch.bmm((s if m is None else s * m).mT, dc, out=out[2])
-    ds = torch.bmm(dc, v.mT)  # (b heads, t, t)
-    ds = ds if m is None else ds.mul_(m)
-    if t > SHORT:
-        ds = torch._softmax_backward_data(ds, s, -1, s.dtype)
-    else:
-        ds = ds.mul_(s)
-        ds = ds.addcmul_(s, ds.sum(-1, keepdim=True), value=-1)
-    ds = ds.mul_(dh**-0.5)
-    torch.bmm(ds, k, out=out[0])
-    torch.bmm(ds.mT, q, out=out[1])
-    return out
-
-
-# ---- dropout and LayerNorm -------------------------------------------------------------------------------------------
-
-
-def _mask(like: Tensor, p: float, shape: Sequence[int], call: LayerCall) -> Tensor | None:
-    """The dropout mask of `like`, which holds a tensor (rows, ...) of that shape; None where nothing is dropped."""
-    mask = dropout_of(like.view(shape), p, call.streams)
-    return None if mask is None else mask.view_as(like)
-
-
-def _masked(x: Tensor, m: Tensor | None) -> Tensor:
-    return x if m is None else x * m
-
-
-def _add_masked(x: Tensor, y: Tensor, m: Tensor | None) -> Tensor:
-    """x + y m."""
-    return torch.add(x, y) if m is None else torch.addcmul(x, y, m)
-
-
-def _affine(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias (d,) of a LayerNorm in that dtype."""
-    weight, bias = norm.weight, norm.bias
-    return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of x (n, d), with mean and 1 / std (n, 1)."""
-    out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
-        x, norm.normalized_shape, *_affine(norm, x.dtype), norm.eps
-    )
-    return out
-
-
-def _norm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """The gradient of the input (n, d)."""
-    affine = _affine(norm, x.dtype)
-    arguments = (dy.contiguous(), x, norm.normalized_shape, mean, rstd, *affine, [True, False, False])
-    dx: Tensor = aten.native_layer_norm_backward(*arguments)[0]
-    return dx

@@ -6,6 +6,7 @@ from torch import nn
 
 from loralab.fast.block import Find
 from loralab.fast.encoder_layer import LayerModules
+from loralab.fast.pre_norm_layer import PreNormModules
 
 GELU = {  # class of an activation in transformers -> torch's variant
     "GELUActivation": "none",
@@ -70,6 +71,52 @@ def _distilbert(layer: Any) -> LayerModules:
     )
 
 
+def _albert(layer: Any) -> LayerModules:
+    """One layer that the model calls at every depth."""
+    inner = layer.attention
+    return LayerModules(
+        q=inner.query,
+        k=inner.key,
+        v=inner.value,
+        o=inner.dense,
+        norm1=inner.LayerNorm,
+        up=layer.ffn,
+        down=layer.ffn_output,
+        norm2=layer.full_layer_layer_norm,
+        activation=layer.activation,
+        heads=inner.num_attention_heads,
+        attention_dropout=inner.attention_dropout,
+        attention=inner,
+        o_dropout=inner.output_dropout,
+        down_dropout=None,
+        approximate=_approximate(layer.activation),
+    )
+
+
+def _modernbert(layer: Any) -> PreNormModules:
+    attention, mlp = layer.attn, layer.mlp
+    if getattr(attention, "is_causal", False):
+        raise KeyError("its attention is causal")
+    return PreNormModules(
+        qkv=attention.Wqkv,
+        o=attention.Wo,
+        norm1=_unless_identity(layer.attn_norm),
+        gate_up=mlp.Wi,
+        down=mlp.Wo,
+        norm2=layer.mlp_norm,
+        activation=mlp.act,
+        attention=attention,
+        head=attention.head_dim,
+        o_dropout=_unless_identity(attention.out_drop),
+        down_dropout=mlp.drop,
+        approximate=_approximate(mlp.act),
+    )
+
+
+def _unless_identity(module: Any) -> Any:
+    return None if type(module) is nn.Identity else module
+
+
 def _feed_forward(layer: Any) -> dict[str, Any]:
     """The feed-forward part, which BERT and MPNet call the same."""
     activation = layer.intermediate.intermediate_act_fn
@@ -91,6 +138,8 @@ def _approximate(activation: nn.Module) -> str:
     return GELU[name]
 
 
+DISENTANGLED = "its attention also compares contents with positions (disentangled), which a block does not compute"
+REFUSED = {"DebertaV2Layer": DISENTANGLED, "DebertaLayer": DISENTANGLED}  # class of a layer -> why no block computes it
 LAYERS: dict[str, Find] = {  # class of a layer -> how to find its parts
     "BertLayer": _bert,
     "RobertaLayer": _bert,
@@ -99,4 +148,6 @@ LAYERS: dict[str, Find] = {  # class of a layer -> how to find its parts
     "ElectraLayer": _bert,
     "MPNetLayer": _mpnet,
     "TransformerBlock": _distilbert,
+    "AlbertLayer": _albert,
+    "ModernBertEncoderLayer": _modernbert,
 }

@@ -30,6 +30,7 @@ from loralab.disk import (
     write_text,
 )
 from loralab.errors import UserError
+from loralab.fast.machine import precision
 from loralab.recipe import OLD_FIELDS
 from loralab.run.records import read_facts, read_result
 from loralab.run.settings import NOT_RESULT, Settings
@@ -166,8 +167,9 @@ class RunFolder:
             return
         if not resume:
             raise UserError(f"--out {self.path} holds another run: choose a new folder, or go on with --resume")
-        before = read_facts(self.path).get("settings", {})
-        if keys := changed(before, settings):
+        facts = read_facts(self.path)
+        if keys := changed(facts, settings):
+            before = facts.get("settings", {})
             changes = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in keys)
             raise UserError(f"--resume {self.path}: {changes}; a run goes on only with its own settings")
 
@@ -184,6 +186,8 @@ class RunFolder:
             different.append(f"it began with another base (sha256 was {str(base)[:12]}, now {base_now[:12]})")
         if before.get("recipe") != now["recipe"]:
             different.append("its recipe is another now (a rank map, or a setting of the method)")
+        if (narrow := before.get("precision", now["precision"])) != now["precision"]:
+            different.append(f"its products were in {narrow}, on this machine in {now['precision']} (dtype={narrow})")
         if different:
             raise UserError(f"--resume {self.path}: {'; '.join(different)}; a run goes on only with what it began with")
 
@@ -344,14 +348,19 @@ def only_leftovers(path: Path) -> bool:
     )
 
 
-def changed(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """List the settings that decide a result and differ from those of a run.json.
+def changed(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """List the settings that decide a result and differ from those of a run.json, whose content is `facts`.
 
-    A setting that is younger than the run has its default there, and an old name counts as today's.
+    A setting that is younger than the run has its default there, and an old name counts as today's. A dtype of
+    products that one of them names and the other leaves to the machine is what it was, or is, on the machine.
     """
+    before = facts.get("settings", {})
     now = json.loads(json.dumps(dict(settings)))
     defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
     then = json.loads(json.dumps(defaults, default=str)) | {OLD_FIELDS.get(key, key): x for key, x in before.items()}
+    if then["dtype"] != now.get("dtype", then["dtype"]):
+        narrow = precision(now["dtype"], None if now.get("device") != "cpu" else False)
+        then["dtype"], now["dtype"] = facts.get("precision", then["dtype"]), str(narrow).removeprefix("torch.")
     return [key for key in now if key not in NOT_RESULT and then.get(key) != now[key]]
 
 

@@ -6,7 +6,7 @@ step. Runs that share a pass share nothing else: head, optimizer, schedule, clip
 stopping are each run's own, so a run gives the result that it gives alone, up to rounding.
 
 An exception in the work of one run ends that run and no other. In a pass of several runs nobody can say whose it was,
-so each of them goes on alone, from its last checkpoint.
+so each of them goes on alone, from its last checkpoint; if it was for want of memory, they go on in halves.
 """
 
 import time
@@ -36,6 +36,7 @@ from loralab.run.folder import RunFolder
 from loralab.run.memory import Peak, ledger, saved_by_layer, trim
 from loralab.run.records import read_result
 from loralab.run.result import facts, lost_classes, result_of, skipped_rows
+from loralab.run.room import is_out_of_memory
 from loralab.run.settings import Settings
 from loralab.run.setup import PreparedRun, prepare_together, recompute, reported
 from loralab.run.sharing import Outputs, forward, passes, with_same_rows
@@ -110,6 +111,7 @@ def _open(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
 def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Reporter) -> list[Outcome]:
     """Train runs whose folders are open, together as far as that is possible."""
     outcomes: list[Outcome | None] = [None] * len(many)
+    short = False  # of memory
     try:
         peak = Peak(many[0].gpu)
         loop = Loop(prepare_together(many), folders, reporter, peak)
@@ -118,14 +120,26 @@ def _train(many: Sequence[Settings], folders: Sequence[RunFolder], reporter: Rep
             if _device_state(many[0]).num_processes > 1:
                 raise
             outcomes = [failure(error, folders[0])]
+        short = is_out_of_memory(error)
     else:
         outcomes = loop.run()
+        short = loop.short
         del loop  # and its model
-    for i, outcome in enumerate(outcomes):
-        if outcome is None:  # alone it shows what is wrong with it, if it is this one
-            trim()
-            (outcomes[i],) = _train([replace(many[i], resume=True)], [folders[i]], reporter)
+    for places in _smaller([i for i, outcome in enumerate(outcomes) if outcome is None], short):
+        trim()
+        found = _train([replace(many[i], resume=True) for i in places], [folders[i] for i in places], reporter)
+        for i, outcome in zip(places, found, strict=True):
+            outcomes[i] = outcome
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _smaller(places: list[int], short: bool) -> list[list[int]]:
+    """Divide runs that go on without those that they were with: in halves if memory was short, else each alone.
+
+    Alone a run shows what is wrong with it, if it is this one.
+    """
+    half = -(-len(places) // 2) if short else 1
+    return [places[i : i + half] for i in range(0, len(places), half or 1)]
 
 
 class Loop:
@@ -136,6 +150,7 @@ class Loop:
     ) -> None:
         s = runs[0].settings
         self.alone, self.peak = len(runs) == 1, peak
+        self.short = False  # whether a pass that several runs shared ran out of memory
         self.adapters, model = runs[0].adapters, runs[0].model
         # a process may run several settings in turn, and Accelerate keeps the precision of the first in a singleton
         AcceleratorState._reset_state()
@@ -185,7 +200,9 @@ class Loop:
 
     @contextmanager
     def _failing(self, states: Sequence[RunState]) -> Iterator[None]:
-        """End a run whose work in the block raises; of several runs each leaves the others, to go on alone.
+        """End a run whose work in the block raises; of several runs each leaves the others, to go on without them.
+
+        So does one run of several that is out of memory, which the others may have taken.
 
         Of several processes all have to take the same steps, so there the exception goes on.
         """
@@ -194,12 +211,13 @@ class Loop:
         except Exception as error:
             if self.accelerator.num_processes > 1:
                 raise
+            if len(states) == 1 and (self.alone or not is_out_of_memory(error)):
+                states[0].fail(error)
+                return
+            self.short |= is_out_of_memory(error)
             for state in states:
-                if len(states) == 1:
-                    state.fail(error)
-                else:
-                    state.drop_gradients()
-                    state.leaves = True
+                state.drop_gradients()
+                state.leaves = True
 
     def _say(self, state: RunState, text: str) -> None:
         self.reporter.say(named(self._name(state), text))
@@ -339,9 +357,10 @@ class Loop:
             return [None] * len(states)
         self.model.eval()
         mine: list[tuple[list[int], list[Any]]] = []  # rows, and each run's predictions of them
-        process = self.accelerator.process_index
+        process, s = self.accelerator.process_index, states[0].settings
+        at_once = 2 * -(-s.batch_size // s.accumulate)  # rows; nothing is kept for backward
         with torch.no_grad(), self.adapters.caching():
-            for i, chosen in enumerate(sorted_batches(rows.lengths, 2 * states[0].settings.batch_size)):
+            for i, chosen in enumerate(sorted_batches(rows.lengths, at_once)):
                 if i % self.accelerator.num_processes == process:
                     found = self._forward(states, [(rows, chosen)] * len(states))
                     kept = [s.run.objective.predict(*out) for s, out in zip(states, found, strict=True)]
@@ -355,7 +374,8 @@ class Loop:
     def _outcome(self, state: RunState) -> Outcome | None:
         """Finish a run that has not ended before; None for one that goes on alone."""
         if state.leaves:
-            self._say(state, "a pass that it shared failed: it goes on alone from its last checkpoint")
+            why, how = ("memory ran out", "with fewer") if self.short else ("a pass that it shared failed", "alone")
+            self._say(state, f"{why}: it goes on {how} from its last checkpoint")
             return None
         result: Outcome | None = None
         if state.problem is None:

@@ -175,8 +175,10 @@ class Peak:
 
 
 def trim() -> None:
-    """Return free memory to the system. malloc keeps it, and the next run would be charged for it."""
+    """Return free memory to the system and the GPU. Allocators keep it, and the next run would be charged for it."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc
             ctypes.CDLL(None).malloc_trim(0)

@@ -19,14 +19,13 @@ from loralab.adapters import Adapters
 from loralab.data.batches import Rows, collate_together, width
 from loralab.methods import starts
 from loralab.objectives import by_row
+from loralab.run.room import ON_GPU, PASS_BYTES
 from loralab.run.settings import Settings
 from loralab.run.setup import objective_of
 from loralab.run.state import RunState
 
 MOST = 16  # runs over one model; how many share a pass depends on PASS_BYTES
 SMALL = 8  # ranks up to this share a model; a larger one only with its like, because shorter factors are zero-padded
-PASS_BYTES = {"cpu": 400e6}  # bytes of activations of a shared pass; more gains no time (docs/benchmarks.md)
-ON_GPU = 4e9  # a step waits for Python there, so the more runs in a pass the better
 EVALUATED = 8  # runs that are evaluated in one pass
 
 

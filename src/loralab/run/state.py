@@ -18,6 +18,7 @@ from loralab.optimizers import adamw
 from loralab.run import generators
 from loralab.run.folder import RunFolder
 from loralab.run.memory import Layers, by_layer, of_adapter
+from loralab.run.room import ADVICE, is_out_of_memory
 from loralab.run.settings import seconds
 from loralab.run.setup import PreparedRun
 from loralab.run.step import apply_gradients
@@ -31,6 +32,10 @@ class RunFailed(UserError):
         self.traceback = traceback
 
 
+class OutOfMemory(RunFailed):
+    """A run ended because its process had too little memory, with no other run beside it in the process."""
+
+
 def failure(error: Exception, folder: RunFolder) -> UserError:
     """Return what a run that raised `error` comes to; the traceback of an unexpected one is kept in its folder."""
     if isinstance(error, UserError):
@@ -39,7 +44,10 @@ def failure(error: Exception, folder: RunFolder) -> UserError:
     file = folder.write_traceback(text)
     message = " ".join(str(error).split())
     where = "its traceback cannot be written" if file is None else f"its traceback is in {file}"
-    return RunFailed(f"{folder.path} failed: {type(error).__name__}: {message[:300]}; {where}", text)
+    said = f"{folder.path} failed: {type(error).__name__}: {message[:300]}"
+    if is_out_of_memory(error):
+        return OutOfMemory(f"{said}; {ADVICE}; {where}", text)
+    return RunFailed(f"{said}; {where}", text)
 
 
 @dataclass

@@ -70,6 +70,7 @@ class Definition:
     packed: bool = False  # true: predictions of reported runs in one file of the study, of tuning runs none
     adapters: bool = True  # false: the weights of a finished run are removed, its numbers stay
     registered: bool = False  # true: the study folder refuses another question
+    dtype: Literal["float32", "bfloat16"] | None = None  # of products, in runs that leave it to the machine
     protocol: Mapping[str, Any] = field(default_factory=dict)
     tune: Tune = Tune()
     compare: Compare = Compare()
@@ -114,6 +115,8 @@ class Definition:
         times = chosen.pop(RELATIVE, None)
         own = {name: chosen.pop(name) for name in sorted(chosen.keys() - OF_RUN)}  # of the method, by its own names
         run = Settings(model=model, seed=seed, data=self.data, set=options.texts(own), **chosen)
+        if self.dtype is not None and run.dtype == "auto":
+            run = replace(run, dtype=self.dtype)
         lr = run.recipe().lr  # written out: what decides a result is in its run.json
         return replace(run, lr=lr if times is None else float(f"{lr * times:.6g}"))
 

@@ -1,7 +1,9 @@
 """Groups of runs in several processes of this machine: many cores, or one GPU that a single process leaves idle.
 
 A step of a small model on a GPU waits for Python, so several processes on one card do several times the work of one.
-Runs that can share passes do (see `together`), in no larger groups than keep every process busy.
+Runs that can share passes do (see `together`), in no larger groups than keep every process busy. On a GPU each process
+has its part of the memory (run/room.py). A run that is out of memory there, with no other in its process, is tried
+again at the end, when no other process has anything to do.
 """
 
 import math
@@ -15,7 +17,11 @@ from dataclasses import dataclass, replace
 
 from loralab.errors import UserError
 from loralab.run import Outcome, Settings
+from loralab.run.folder import FAILED
+from loralab.run.memory import trim
+from loralab.run.room import share_card
 from loralab.run.sharing import MOST, grouped
+from loralab.run.state import OutOfMemory
 from loralab.study.bar import StudyBar
 from loralab.study.stored import run_stored_together
 
@@ -36,10 +42,19 @@ class InProcesses:
         original = {at.folder: settings for at, settings in zip(ready, runs, strict=True)}
         groups = grouped(ready, min(MOST, math.ceil(len(runs) / self.count)))
         groups.sort(key=lambda group: len(group.runs), reverse=True)  # the longest first, so that all end together
-        left = {self.pool.submit(run_stored_together, group.runs, None, adapters): group.runs for group in groups}
+        left = {self.pool.submit(work, group.runs, adapters, self.count): group.runs for group in groups}
+        again: list[Settings] = []
         try:
             for done in as_completed(left):
-                yield from zip((original[s.folder] for s in left[done]), done.result(), strict=True)
+                for s, outcome in zip(left[done], done.result(), strict=True):
+                    if isinstance(outcome, OutOfMemory) and self.count > 1:
+                        (s.folder / FAILED).unlink(missing_ok=True)
+                        again.append(s)
+                    else:
+                        yield original[s.folder], outcome
+            for s in again:
+                (outcome,) = self.pool.submit(work, [s], adapters, 1).result()
+                yield original[s.folder], outcome
         except BrokenProcessPool as error:
             raise UserError(
                 "a process of the study died, perhaps for want of memory. The same command goes on."
@@ -54,6 +69,15 @@ class InProcesses:
         for process in list(self.pool._processes.values()):
             process.terminate()
         self.pool.shutdown(cancel_futures=True)
+
+
+def work(many: Sequence[Settings], adapters: bool, count: int) -> list[Outcome]:
+    """Run a group in this process, one of `count` that have work. Raises what `run_stored_together` does."""
+    share_card(count)
+    try:
+        return run_stored_together(many, None, adapters)
+    finally:
+        trim()  # what this process keeps no other one can have
 
 
 def _quiet() -> None:

@@ -48,6 +48,7 @@ class ScheduledRun:
 
 STUDY = {  # fields of study.json
     "name": str, "about": str, "store": str, "definition": dict[str, Any], "notes": list[str], "question": str | None,
+    "dtype": str | None,
     "compare": {"alpha": float, "margin": {"default": float}, "against": str | None},
     "planned": list[Any],
 }  # fmt: skip
@@ -151,6 +152,7 @@ class Study:
     schedule: tuple[ScheduledRun, ...]
     notes: tuple[str, ...]  # what a reader should know: unequal budgets, optimistic selection, pruned trials
     question: str | None = None  # hash of what a registered study asks
+    dtype: str | None = None  # of products, in runs that leave it to the machine
 
     def run(self, scheduled: ScheduledRun) -> Run | None:
         """The finished run, or None."""
@@ -221,7 +223,7 @@ def load(folder: Path | str) -> Study:
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder} holds no study.json: expected the --out of a `loralab study`")
     data = read_header(folder / "study.json")
-    wrong = part_problems(data, STUDY, optional=("question",)) or problems(
+    wrong = part_problems(data, STUDY, optional=("question", "dtype")) or problems(
         data["compare"]["margin"], dict[str, float], "compare.margin"
     )
     for place, entry in enumerate(data["planned"] if not wrong else ()):

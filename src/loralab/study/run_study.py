@@ -18,6 +18,7 @@ from loralab.run.folder import FAILED, RunFolder
 from loralab.study.address import data
 from loralab.study.bar import StudyBar
 from loralab.study.definition import Definition
+from loralab.study.machine_dtype import check_dtype, machine_dtype
 from loralab.study.packed import pack
 from loralab.study.record import Role, ScheduledRun, Study, done, failure, load
 from loralab.study.runners import Runner
@@ -29,10 +30,12 @@ from loralab.study.stored import run_stored
 def run_study(definition: Definition, folder: Path, runner: Runner, bar: StudyBar, retry: bool = False) -> Study:
     """Run what is not done yet; the study as it lies in `folder` then.
 
-    Raises UserError for a folder of something else, and for another question than that of a registered study.
+    Raises UserError for a folder of something else, for another question than that of a registered study, and where
+    finished runs computed in a dtype that this machine would not take.
     """
     check_study_folder(folder)
     check_question(definition, folder)
+    check_dtype(definition, folder)
     scheduled = schedule(definition)
     if retry:
         _forget_failures(definition, scheduled)
@@ -128,7 +131,8 @@ def _forget_failures(definition: Definition, scheduled: list[ScheduledRun]) -> N
 
 # ---- study.json ------------------------------------------------------------------------------------------------------
 
-NOT_ASKED = ("about", "data", "store", "adapters", "packed", "registered")  # of a definition: no part of the question
+# of a definition: no part of the question
+NOT_ASKED = ("about", "data", "store", "adapters", "packed", "registered", "dtype")
 
 
 def check_study_folder(folder: Path) -> None:
@@ -169,6 +173,7 @@ def write(definition: Definition, folder: Path, scheduled: list[ScheduledRun]) -
         "definition": stored,
         "compare": stored["compare"],
         "notes": notes(definition),
+        "dtype": machine_dtype(definition),
         **({"question": question_of(definition)} if definition.registered else {}),
         "planned": [{**dataclasses.asdict(s), "settings": s.settings} for s in scheduled],
     }

@@ -110,7 +110,7 @@ def _can_go_on(settings: Settings) -> bool:
     folder = settings.folder
     if (folder / "run.json").is_file():
         with suppress(UserError):  # a damaged run.json
-            if not changed(read_facts(folder).get("settings", {}), settings.to_json()):
+            if not changed(read_facts(folder), settings.to_json()):
                 return True
     shutil.rmtree(folder, ignore_errors=True)
     return False

@@ -201,6 +201,7 @@ def define(table: dict[str, Any], name: str, base: Path, **flags: Any) -> Defini
         adapters=problems.typed("adapters", table.get("adapters", True), bool, True),
         packed=problems.typed("packed", table.get("packed", False), bool, False),
         registered=problems.typed("registered", table.get("registered", False), bool, False),
+        dtype=flags.get("dtype"),
         protocol=_protocol(table.get("protocol", {}), base, problems),
         tune=_tune(table.get("tune", {}), base, problems),
         compare=_compare(table.get("compare", {}), problems),

@@ -1,0 +1,99 @@
+"""A study on another kind of machine: what auto was is known, and nothing is silently trained anew."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_study import begun, carried_out, here, study, table, toml  # noqa: F401  (fixtures)
+
+from loralab import UserError
+from loralab.cli import main
+from loralab.run import Settings, train
+from loralab.study.address import address
+from loralab.study.run_study import question_of
+from loralab.study.schedule import schedule
+from loralab.study.toml import define
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(narrow)`: a machine that multiplies bfloat16 fast, or not."""
+
+    def made(narrow):
+        monkeypatch.setattr("loralab.fast.machine.fast_bfloat16", lambda gpu=None: narrow)
+
+    made(True)
+    return made
+
+
+SMALL = {"seeds": [0], "methods": [{"method": "head"}]}
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["", "a study.json of an older version"])
+def test_another_machine_stops_with_one_line_or_goes_on_as_it_was(tiny, own, here, machine, begun, capsys, knows):  # noqa: F811
+    (here / "x.toml").write_text(toml(tiny, own).replace('method = "lora"\nrank = 3', 'method = "bitfit"'))
+    assert main(["study", "x.toml", "--seeds", "0"]) == 0
+    file = Path("runs/studies/x/study.json")
+    content = json.loads(file.read_text())
+    assert content["dtype"] == "bfloat16"
+    if not knows:
+        del content["dtype"]
+        file.write_text(json.dumps(content))
+    count = len(begun)
+    machine(False)
+    for more in ([], ["--dry-run"], ["--dtype", "float32"]):
+        assert main(["study", "x.toml", *more]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "its 2 finished runs computed in bfloat16" in line
+        assert ("this command" if "--dtype" in more else "this machine") + " would take float32" in line
+        assert "--dtype bfloat16 goes on with them, another --out begins anew" in line
+    assert main(["study", "x.toml", "--dtype", "bfloat16"]) == 0
+    assert len(begun) == count + 2  # the other seed
+    assert json.loads(file.read_text())["dtype"] == "bfloat16"
+    machine(True)
+    assert main(["study", "x.toml"]) == 0
+    assert len(begun) == count + 2
+    assert main(["study", "x.toml", "--out", "anew", "--dtype", "float32", "--seeds", "0"]) == 0
+    assert len(begun) == count + 4
+
+
+def test_addresses_and_the_question_stay(tiny, own, machine):
+    plain, given = (define(table(tiny, own, **SMALL), "animals", Path(), dtype=x) for x in (None, "bfloat16"))
+    assert question_of(plain) == question_of(given)
+    assert [s.address for s in schedule(plain)] == [s.address for s in schedule(given)]
+    machine(False)
+    assert [s.address for s in schedule(plain)] != [s.address for s in schedule(given)]
+
+
+def test_only_settings_that_are_auto_follow(tiny, own, machine):
+    methods = [{"method": "head"}, {"name": "wide", "method": "lora", "dtype": "float32"}]
+    d = define(table(tiny, own, methods=methods), "animals", Path(), dtype="bfloat16")
+    assert [d.settings(d.tasks[0], str(tiny), m, 0, {}).dtype for m in d.methods] == ["bfloat16", "float32"]
+
+
+def test_a_study_without_finished_runs_or_without_auto_is_let_go_on(tiny, own, here, machine, cut_off):  # noqa: F811
+    with cut_off(3), pytest.raises(KeyboardInterrupt):
+        carried_out(study(tiny, own, **SMALL))
+    machine(False)
+    carried_out(study(tiny, own, **SMALL))
+    explicit = {"protocol": {"epochs": 1, "max_length": 32, "dtype": "float32"}, **SMALL}
+    carried_out(study(tiny, own, **explicit), "other")
+    machine(True)
+    carried_out(study(tiny, own, **explicit), "other")
+    assert json.loads(Path("other/study.json").read_text())["dtype"] is None
+
+
+def test_a_run_goes_on_only_in_its_dtype(tiny, own, tmp_path, machine, cut_off):
+    given = {"task": str(own["class"]), "text": ("sentence",), "label": "label", "model": str(tiny), "method": "head"}
+    s = Settings(**given, out=tmp_path / "a", epochs=2, max_length=32)
+    with cut_off(11), pytest.raises(KeyboardInterrupt):
+        train(s)
+    machine(False)
+    resumed = {**given, "out": tmp_path / "a", "epochs": 2, "max_length": 32, "resume": True}
+    with pytest.raises(UserError, match="products were in bfloat16, on this machine in float32"):
+        train(Settings(**resumed))
+    with pytest.raises(UserError, match="dtype was auto, now float32"):
+        train(Settings(**resumed, dtype="float32"))
+    result = train(Settings(**resumed, dtype="bfloat16"))
+    assert train(Settings(**resumed)) == result  # finished: it is read
+    assert address(Settings(**given, dtype="bfloat16")) != address(Settings(**given))
