@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import shlex
+import subprocess
+import sys
 import time
 
 import pytest
@@ -298,3 +301,59 @@ def test_a_key_with_and_without_prefix_is_refused(tmp_path):
     )
     with pytest.raises(loralab.UserError, match="given twice"):
         loralab.load(lively("bert"), tmp_path)
+
+
+def test_a_path_that_is_the_end_of_another_keeps_its_own_rank(tmp_path):
+    def nested():
+        torch.manual_seed(0)
+        inner = torch.nn.ModuleDict({"lin": torch.nn.Linear(7, 9), "more": torch.nn.Linear(9, 7)})
+        return torch.nn.ModuleDict({"lin": torch.nn.Linear(7, 9), "block": inner})
+
+    for ranks in ({"lin": 2, "block.lin": 4, "block.more": 3}, {"lin": 4, "block.lin": 2, "block.more": 4}):
+        model = nested()
+        map_ = loralab.RankMap(ranks)
+        adapters = loralab.attach(model, "lora", rank=4, alpha=5, targets=list(ranks), ranks=map_)
+        shake(adapters, "default")
+        adapters.export(tmp_path / str(ranks["lin"]), base_name="b")
+        theirs = peft.PeftModel.from_pretrained(nested(), tmp_path / str(ranks["lin"]))
+        again = nested()
+        loralab.load(again, tmp_path / str(ranks["lin"]))
+        x = torch.randn(3, 7)
+        for path in ("lin", "block.lin"):
+            right = model.get_submodule(path)(x)
+            torch.testing.assert_close(theirs.base_model.model.get_submodule(path)(x), right, rtol=0, atol=1e-6)
+            torch.testing.assert_close(again.get_submodule(path)(x), right, rtol=0, atol=1e-6)
+
+
+def test_pickled_tensors_are_refused_with_the_command_that_converts(tmp_path):
+    saved(tmp_path, "lora")
+    tensors = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(tensors), tmp_path / "adapter_model.bin")
+    tensors.unlink()
+    with pytest.raises(loralab.UserError, match="could run code") as caught:
+        loralab.load(lively("bert"), tmp_path)
+    words = shlex.split(str(caught.value).partition("if you trust it: ")[2])
+    subprocess.run([sys.executable, *words[1:]], check=True)
+    assert len(loralab.load(lively("bert"), tmp_path).layers) == 6
+
+
+def test_a_folder_of_named_adapters_says_their_names(tmp_path):
+    theirs = quiet(peft.get_peft_model, lively("bert"), CONFIGS["lora"]())
+    theirs.add_adapter("second", CONFIGS["lora"]())
+    theirs.save_pretrained(tmp_path, selected_adapters=["second"])
+    with pytest.raises(loralab.UserError, match="holds second: name one"):
+        loralab.load(lively("bert"), tmp_path)
+    assert loralab.load(lively("bert"), tmp_path / "second").names == ["second"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_auto_peft_model_reads_an_export(kind, tmp_path):
+    model = build(kind)
+    model.save_pretrained(tmp_path / "base")
+    adapters = loralab.attach(model, "dora", rank=3, alpha=5, targets="attention", head=True)
+    shake(adapters, "default")
+    with torch.no_grad():
+        adapters.state()[f"{next(iter(adapters.heads))}.weight"].add_(0.5)
+    adapters.export(tmp_path / "peft", base_name=str(tmp_path / "base"))
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "peft").eval()
+    torch.testing.assert_close(theirs(**rows()).logits, model(**rows()).logits, rtol=0, atol=1e-5)

@@ -441,6 +441,10 @@ def read(folder: Path | str) -> AdapterFile:
     """Read an adapter folder, in loralab's layout or PEFT's. Raises UserError for anything else."""
     folder = Path(folder)
     if not peft_format.places(folder)[1].exists():
+        if not files.places(folder)[1].exists() and (inside := sorted(_adapters_in(folder))):
+            raise UserError(
+                f"{folder} is no adapter folder, and holds {listed(inside, 4)}: name one, {folder / inside[0]}"
+            )
         return files.read(folder)
     if files.places(folder)[1].exists():
         raise UserError(
@@ -448,6 +452,12 @@ def read(folder: Path | str) -> AdapterFile:
             "remove the files of one of them"
         )
     return peft_format.read(folder)
+
+
+def _adapters_in(folder: Path) -> list[str]:
+    """Names of the folders inside that are adapters, as PEFT saves those that are not called default."""
+    headers = [header for header in (files.HEADER, files.PEFT_HEADER) for header in folder.glob(f"*/{header}")]
+    return [header.parent.name for header in headers]
 
 
 def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | None, check_base: bool = True) -> Adapters:

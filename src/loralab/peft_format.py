@@ -5,6 +5,7 @@ A low-rank update can be written as a LoRA of scaling 1, with a gain as a DoRA: 
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -128,6 +129,8 @@ def read(folder: Path) -> AdapterFile:
     """
     stored, place = places(folder)
     config = read_header(place)
+    if not stored.exists() and (old := folder / "adapter_model.bin").exists():
+        raise UserError(_pickled(old, stored))
     _check_config(place, config)
     headers = tensor_headers(stored)
     _check_ranks(place, config, headers)
@@ -149,6 +152,16 @@ def read(folder: Path) -> AdapterFile:
     if wrong := contents_problems(file):
         raise UserError(f"{folder}: {'; '.join(wrong)}")
     return file
+
+
+def _pickled(old: Path, new: Path) -> str:
+    """What to tell of pickled tensors: the command for a user who trusts them."""
+    script = (
+        f"import torch, safetensors.torch as s; s.save_file(torch.load({str(old)!r}, weights_only=True), {str(new)!r})"
+    )
+    return (
+        f"{old} is pickled and could run code, so it is not read here; if you trust it: python -c {shlex.quote(script)}"
+    )
 
 
 def _check_config(place: Path, config: dict[str, Any]) -> None:
@@ -401,7 +414,10 @@ def _fitting(u: Update) -> Update:
 
 def _config(base: Mapping[str, Any], heads: Sequence[str], ranks: dict[str, int]) -> dict[str, Any]:
     rank = max(ranks.values())
-    pattern = {path: r for path, r in ranks.items() if r != rank}
+    ends = {path: [other for other in ranks if other.endswith(f".{path}")] for path in ranks}
+    # PEFT takes the first key that matches the end of a path, so a path that is the end of another one is anchored
+    apart = {path for path, others in ends.items() if any(ranks[other] != ranks[path] for other in others)}
+    pattern = {f"^{path}" if path in apart else path: r for path, r in ranks.items() if r != rank or path in apart}
     return {
         "peft_type": "LORA",
         "task_type": None if not heads and base.get("task_type") in HEADED else base.get("task_type"),
