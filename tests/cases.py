@@ -77,7 +77,7 @@ def clean(line: str) -> str:
 
 
 def row(name: str, code: int, lines: list[str]) -> str:
-    said = "<br>".join(f"<code>{html.escape(line).replace('|', '¦')}</code>" for line in lines)
+    said = "<br>".join(f"<code>{html.escape(line, quote=False).replace('|', '¦')}</code>" for line in lines)
     return f"| {name} | {BEFORE.get(name, 'not described here')} | {code} | {said} |"
 
 
