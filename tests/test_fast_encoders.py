@@ -250,4 +250,4 @@ def test_deberta_says_why_it_has_no_block():
     loralab.attach(model, "lora")
     choice = {choice.piece: choice for choice in prepare(model)}["block"]
     assert not choice.used
-    assert "a DebertaV2Layer is not: its attention also compares contents with positions" in choice.reason
+    assert "a DebertaV2Layer computes itself: its attention also compares contents with positions" in choice.reason

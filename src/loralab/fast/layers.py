@@ -11,7 +11,7 @@ LAYERS: dict[str, Find] = {**encoders.LAYERS, **decoders.LAYERS}  # class of a l
 def refused(model: nn.Module) -> str | None:
     """Why layers of a kind that is known are not computed in a block; None if there are none."""
     names = {type(m).__name__ for m in model.modules()}
-    return next((f"a {name} is not: {why}" for name, why in encoders.REFUSED.items() if name in names), None)
+    return next((f"a {name} computes itself: {why}" for name, why in encoders.REFUSED.items() if name in names), None)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
