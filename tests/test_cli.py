@@ -98,7 +98,8 @@ def test_help_of_a_command_lists_every_flag_of_it(cli, name):
     assert COMMANDS[name][1] in " ".join(out.split())
     function = getattr(import_module(f"loralab.cli.{name}"), name)
     given = signature(function).parameters.items()
-    wanted = {key.upper() if p.kind is p.POSITIONAL_ONLY else f"--{key.replace('_', '-')}" for key, p in given}
+    words = {key: p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for key, p in given}
+    wanted = {key.upper() if word else f"--{key.replace('_', '-')}" for key, word in words.items()}
     assert wanted - {"--settings", "--decoding"} <= set(out.split())
 
 

@@ -1,6 +1,7 @@
 """PEFT as a second oracle: same parameters and data in, same outputs, gradients, losses and merged weights out."""
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 from archs import build, rows, shake
+from conftest import REPO
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -357,3 +359,9 @@ def test_auto_peft_model_reads_an_export(kind, tmp_path):
     adapters.export(tmp_path / "peft", base_name=str(tmp_path / "base"))
     theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "peft").eval()
     torch.testing.assert_close(theirs(**rows()).logits, model(**rows()).logits, rtol=0, atol=1e-5)
+
+
+def test_the_page_for_users_of_peft_has_every_field_of_lora_config():
+    page = (REPO / "docs/from-peft.md").read_text().partition("## The fields")[2]
+    missing = [field.name for field in dataclasses.fields(peft.LoraConfig) if f"`{field.name}`" not in page]
+    assert not missing

@@ -456,8 +456,8 @@ def read(folder: Path | str) -> AdapterFile:
 
 def _adapters_in(folder: Path) -> list[str]:
     """Names of the folders inside that are adapters, as PEFT saves those that are not called default."""
-    headers = [header for header in (files.HEADER, files.PEFT_HEADER) for header in folder.glob(f"*/{header}")]
-    return [header.parent.name for header in headers]
+    found = [place for header in (files.HEADER, files.PEFT_HEADER) for place in folder.glob(f"*/{header}")]
+    return [place.parent.name for place in found]
 
 
 def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | None, check_base: bool = True) -> Adapters:

@@ -49,7 +49,8 @@ def flags(function: Any) -> frozenset[str]:
     for name, hint in get_type_hints(function).items():
         fields = getattr(_inner(hint), "__dataclass_fields__", None)
         names |= {name} if fields is None else set(fields)
-    names -= {"return", *(n for n, p in signature(function).parameters.items() if p.kind is p.POSITIONAL_ONLY)}
+    given = signature(function).parameters.items()
+    names -= {"return", *(n for n, p in given if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL))}
     return frozenset(f"--{name.replace('_', '-')}" for name in names)
 
 
