@@ -440,9 +440,13 @@ def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(kind, bas
     assert (found["rows"], found["objective"]) == (25, MODEL_OBJECTIVE.get(kind, kind))
     assert found["metrics"] == pytest.approx(result["metrics"], abs=1e-3)
     if kind in ("chat", "completion", "text", "seq2seq"):
-        assert main(["predict", "--adapters", str(folder), "--input", str(other)]) == 2
-        assert "loralab generate" in capsys.readouterr().err
+        short = ("--max-new-tokens", 3, "--prefix", "own ", "--json")
+        answers = run_json(capsys, "predict", "--adapters", folder, "--input", other, *short)
+        assert len(answers) == 25
+        assert all(isinstance(a["own answer"], str) for a in answers)
         return
+    assert main(["predict", "--adapters", str(folder), "--input", str(other), "--max-new-tokens", "3"]) == 2
+    assert "--max-new-tokens would do nothing" in capsys.readouterr().err
     wanted = ("sentence1", "sentence2", "anchor", "positive", "text", "tokens", "question", "choices")
     bare = [{key: value for key, value in row.items() if key in wanted} for row in rows]
     (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))

@@ -11,6 +11,7 @@ from loralab.cli.show import Json, as_bytes
 from loralab.data import checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
+from loralab.objectives import OBJECTIVES
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.loading import Device, torch_device
 from loralab.serve.pipeline import pipeline
@@ -31,6 +32,7 @@ def predict(
     model: str | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
+    max_new_tokens: int | None = None,
     rank: int | None = None,
     memory: str | None = None,
     keep_going: bool = False,
@@ -44,8 +46,8 @@ def predict(
 
     Writes the row's number, the same columns and those of the answers: label and probabilities (a regression's label is
     its number), or labels, tags and entities, answer, similarity or embedding, as the adapter was trained. A model that
-    writes answers greedily here; `loralab generate` has its settings. Rows that cannot be answered are all named, and
-    nothing is written.
+    writes takes the likeliest tokens; `loralab generate` has more settings. Rows that cannot be answered are all named,
+    and nothing is written.
 
     Parameters
     ----------
@@ -65,6 +67,8 @@ def predict(
         Rows of a batch.
     max_length: int
         Tokens after which a row is cut, at most as many as the base takes; by default as in training.
+    max_new_tokens: int
+        Most tokens of an answer that is written; 256 by default.
     rank: int
         Rank to evaluate at, for adapters trained for many.
     memory: str
@@ -80,22 +84,27 @@ def predict(
     device: Device
         Where it runs: a GPU if there is one, cpu or cuda.
     """
-    base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
+    base.check_counts(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens, rank=rank)
     torch_device(device)
     base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
+    kinds = {folder.objective for folder in folders.values()}
+    none_writes = all(OBJECTIVES[kind].answer is not None for kind in kinds)
+    base.check_idle({"max_new_tokens": none_writes and max_new_tokens is not None}, "with adapters that write no texts")
+    base.check_idle({"memory": kinds != {"classification"} and memory is not None}, "but with classifiers alone")
     likely = next((folder.written for folder in folders.values() if folder.written), {})
     reading = Reading(separator, encoding, likely=likely)
     with reading.active():
         columns = tables.read_all(input)
     requests = _requests(input, columns, folders, adapter_column, text or [])
     before = time.perf_counter()
-    if all(folder.objective == "classification" for folder in folders.values()):
+    if kinds == {"classification"}:
         predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length, device)
         answers = [_as_columns(answer) for answer in predictor.answer(requests)]
     else:
         how = {"model": model, "batch_size": batch_size, "rank": rank, "max_length": max_length, "device": device}
-        answers = _each_alone(requests, folders, **how)
+        decoding = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        answers = _each_alone(requests, folders, **how, **decoding)
     refuse(input, answers, keep_going)
     added = _columns(input, list(columns), answers, prefix, keep_going)
     for note in reading.notes():

@@ -23,6 +23,7 @@ from loralab.errors import UserError
 from loralab.objectives.objective import Array, Batch, Encoding, Objective
 
 NAME = "similarity"
+ROUNDING = 1e-5  # cosines that differ by less are equal: batches round the same text otherwise
 TEMPERATURE = 0.05  # of cosines that are compared; that of sentence-transformers' MultipleNegativesRankingLoss
 SCORED = (("sentence1", "sentence2", "score"), ("text1", "text2", "score"))
 PLAIN = (
@@ -116,8 +117,7 @@ def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
         return {"spearman": spearman(predictions, labels), "pearson": pearson(predictions, labels)}
     if task.metrics == ("accuracy",):
         return {"accuracy": float((predictions[:, 0] > predictions[:, 1]).mean())}
-    cosines = predictions[:, 0] @ predictions[:, 1].T  # (rows, rows)
-    ranks = 1 + (cosines > np.diagonal(cosines)[:, None]).sum(1)  # (rows,) of the positive among all positives
+    ranks = 1 + _nearer(predictions)  # (rows,) of the positive among all positives
     gains = np.where(ranks > 10, 0, 1 / np.log2(1 + ranks))  # (rows,)
     return {"mrr": float((1 / ranks).mean()), "ndcg_at_10": float(gains.mean())}
 
@@ -136,8 +136,13 @@ def wrong(task: Task, predictions: Array, labels: Array) -> Array:
         return np.asarray(np.abs(predictions[:, 0] - labels))
     if task.metrics == ("accuracy",):
         return np.asarray(np.maximum(predictions[:, 1] - predictions[:, 0], 0))
+    return _nearer(predictions)
+
+
+def _nearer(predictions: Array) -> Array:
+    """Return (rows,): how many positives are nearer to a row's anchor than its own; the same text is as near."""
     cosines = predictions[:, 0] @ predictions[:, 1].T  # (rows, rows)
-    return np.asarray((cosines > np.diagonal(cosines)[:, None]).sum(1))
+    return np.asarray((cosines > np.diagonal(cosines)[:, None] + ROUNDING).sum(1))
 
 
 def told(task: Task, row: tuple[Any, ...], label: Any, prediction: Array) -> tuple[str, str]:
