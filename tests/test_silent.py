@@ -282,6 +282,8 @@ HANDLE_CALLS = {
     "parameter_groups": lambda h, folder: h.parameter_groups(),
     "save_pretrained": lambda h, folder: h.save_pretrained(folder),
     "fast": lambda h, folder: h.fast(),
+    "reference": lambda h, folder: h.reference(),
+    "combine": lambda h, folder: h.combine("sum", {"a": 0.5}),
     "synchronize": lambda h, folder: h.synchronize("a"),
     "detach": lambda h, folder: h.detach(),
 }
@@ -307,6 +309,8 @@ def test_every_public_method_of_a_handle_is_tried_after_detach():
         "show_labels",
         "parameter_names",
         "before_forward",
+        "before_load",
+        "after_load",
         "constants",
         "connect",
         "unwrap",

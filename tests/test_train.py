@@ -327,6 +327,6 @@ def test_a_run_of_an_older_version_goes_on_with_settings_it_did_not_know():
     now = json.loads(json.dumps(Settings(task="cola").to_json()))
     before = {key: value for key, value in now.items() if key != "set"}
     before["plan"] = before.pop("policy")
-    assert changed(before, now) == []
-    assert changed(before, now | {"set": ["dropout=0.1"]}) == ["set"]
-    assert changed(before | {"plan": "drop"}, now) == ["policy"]
+    assert changed({"settings": before}, now) == []
+    assert changed({"settings": before}, now | {"set": ["dropout=0.1"]}) == ["set"]
+    assert changed({"settings": before | {"plan": "drop"}}, now) == ["policy"]
