@@ -163,3 +163,19 @@ def own(tmp_path_factory) -> dict[str, Path]:
 # the same examples at each run; a campaign draws others (tests/reliability.py)
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("default" if LONG else "repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but some cases of a test that has `few` as slow."""
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            cases.setdefault((str(item.path), getattr(item, "originalname", item.name)), []).append(item)
+    for mine in cases.values():
+        marker = mine[0].get_closest_marker("few")
+        assert marker is not None
+        kept = {round(i * (len(mine) - 1) / max(1, marker.args[0] - 1)) for i in range(marker.args[0])}
+        for place, item in enumerate(mine):
+            if place not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -14,6 +14,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", SHORT)
 def test_every_cell_of_an_architecture_is_exact(name):
     wrong = {column: cell for column, cell in architectures.cells(name).items() if not architectures.is_right(cell)}

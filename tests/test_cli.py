@@ -278,6 +278,7 @@ def test_two_text_columns_need_the_flag_once(cli, tiny, own, tmp_path):
     assert cli(*given, "--text", "one", "--text", "two", "--json", "--resume")[0] == 0
 
 
+@pytest.mark.slow
 def test_demo_shows_three_methods_and_replaces_only_an_earlier_demo(cli, refused, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "GIVEN", {**demo.GIVEN, "epochs": 1, "max_length": 32})
     code, out, _ = cli("demo", "--model", tiny)
@@ -460,6 +461,7 @@ def test_the_program_says_only_its_own_words(tiny, own, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_program_ends_with_the_code_of_main(tmp_path):
     done = program("train", "--task", "colla", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

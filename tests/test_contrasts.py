@@ -38,6 +38,7 @@ def families(spreads, seeds=12, means=(0.0,) * 7, collapse=0.0, times=TIMES):
         yield paired(METHODS, kept, margin=0.01)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("seeds", [3, 5, 12])
 @pytest.mark.parametrize("collapse", [0.0, 0.05])
 @pytest.mark.parametrize("spreads", SPREADS.values(), ids=SPREADS)
@@ -46,6 +47,7 @@ def test_a_family_without_differences_finds_one_in_at_most_five_of_a_hundred(spr
     assert false <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / TIMES), "more than chance allows at 99 %"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("spreads", SPREADS.values(), ids=SPREADS)
 def test_intervals_hold_the_truth_as_often_as_they_say(spreads):
     inside = [c.low <= 0 <= c.high for f in families(spreads) for c in f]

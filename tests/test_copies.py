@@ -164,6 +164,7 @@ def checkpointed_gradients(model):
     return found
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_with_what_torch_saved(tmp_path):
     wanted = {}
     for method in ("lora", "dylora", "adalora"):

@@ -26,6 +26,7 @@ def exported(handle, folder, base) -> torch.nn.Module:
     return peft.PeftModel.from_pretrained(base, str(folder)).eval()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_a_causal_model_and_peft_reads_it(method, bases, files, tmp_path):  # noqa: F811
     given = {"rank": 3, "lr": 0.01, "epochs": 8} | METHODS[method]

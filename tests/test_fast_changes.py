@@ -221,6 +221,7 @@ def trained(kind, quick, method="lora", targets="all-linear", **more):
     return model, adapters, choices
 
 
+@pytest.mark.few(40)
 @pytest.mark.parametrize(("kind", "change"), CASES, ids=lambda case: getattr(case, "__name__", case))
 def test_a_change_made_later_has_the_effect_that_it_has_on_the_plain_path(kind, change):
     results = []

@@ -67,6 +67,7 @@ def test_what_is_chosen_is_the_first_that_fits(calm, monkeypatch, rows, way):
         assert rung.rows == rung.estimate.settings.batch_size == largest
 
 
+@pytest.mark.slow
 def test_what_is_given_stays_and_parts_begin_with_what_is_given(calm):
     given = list(ladder(step(calm, store="int8", batch_size=6), 1, parts=4))
     assert [json.dumps(rung.changes) for rung in given] == ["{}"] * 2 + ['{"checkpointing": true}'] * 2

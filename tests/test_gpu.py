@@ -34,6 +34,7 @@ for method in ("lora", "dora", "vera", "superlora"):
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("program", [LIBRARY, "import loralab.bench"], ids=["library", "bench"])
 def test_optional_packages_are_optional(program):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

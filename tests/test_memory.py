@@ -63,6 +63,7 @@ def real(settings):
     return layers, meter.most
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", CASES)
 def test_an_estimate_is_what_a_step_takes(plain, name):
     usual = {"model": plain, "dtype": "float32", "batch_size": 5, "max_length": 11}
@@ -254,6 +255,7 @@ def test_what_cannot_be_estimated_is_one_line(plain, capsys, argv, told):
     assert re.search(told, err)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_fits_and_what_to_change(plain, capsys):
     def said(*argv):
         assert main(["plan", "--model", plain, "--batch-size", "30", "--max-length", "32", *argv]) == 0

@@ -30,6 +30,7 @@ def run(folder, code):
     return done.returncode, done.stdout + done.stderr, (folder / "fetched").exists()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "code",
     [

@@ -169,6 +169,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 # ---- laws ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_the_base_does_not(kind, bases, files, tmp_path):
     s = settings(kind, bases, files, tmp_path / "run", epochs=12, batch_size=8, lr=0.003, rank=6, selection="last")
@@ -181,6 +182,7 @@ def test_a_run_learns_and_the_base_does_not(kind, bases, files, tmp_path):
     assert any(t.abs().sum() > 0 for key, t in adapter(tmp_path / "run").items() if key.endswith("B"))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", DIVIDED)
 def test_a_step_is_the_same_however_its_rows_are_divided(kind, bases, files, tmp_path):
     for parts in (1, 3, 5):
@@ -210,6 +212,7 @@ def test_two_processes_take_the_step_of_one(kind, bases, files, tmp_path):
         assert b["validation"] == pytest.approx(a["validation"], abs=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [k if k in SOME else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_runs_in_one_pass_are_the_runs_alone(kind, bases, files, tmp_path):
     changed = ({"lr": 0.02}, {"lr": 0.01, "rank": 2, "seed": 4}, {"method": "vera", "rank": 8, "lr": 0.03})
@@ -221,6 +224,7 @@ def test_runs_in_one_pass_are_the_runs_alone(kind, bases, files, tmp_path):
             assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(kind, bases, files, tmp_path, cut_off):
     changed = {"eval_every": 4, "checkpoint_every": 3}
@@ -233,6 +237,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(kind, bases, files, tmp
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_adapter_predicts_what_the_run_did(kind, bases, files, tmp_path):
     s = settings(kind, bases, files, tmp_path / "run")
@@ -429,6 +434,7 @@ def run_json(capsys, *words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(kind, bases, files, tmp_path, capsys):
     other = tmp_path / "other.jsonl"

@@ -21,6 +21,7 @@ COLUMNS = {  # kind -> the columns of its file that a row to answer has
 WRITES = ("chat", "completion", "text", "seq2seq")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_answers_as_the_command_does_whatever_it_learned(kind, bases, files, tmp_path, capsys):  # noqa: F811
     train(settings(kind, bases, files, tmp_path / "run", epochs=1))

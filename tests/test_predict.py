@@ -34,6 +34,7 @@ def settings(method, model):
 # ---- the library -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(25)
 @pytest.mark.parametrize("store", [None, "int8", "nf4"])
 @pytest.mark.parametrize("method", ADAPTS)
 def test_a_row_of_a_mixed_batch_is_the_row_alone(method, store):
@@ -134,6 +135,7 @@ def anew(adapters, key):
             t.copy_(tensors[k] * (-1.5 if k == key else 1))
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("change", [in_place, new_data, new_parameter, trained, another_trained, anew])
 @pytest.mark.parametrize("key", ["bert.encoder.layer.1.output.dense.B", "classifier.bias"])

@@ -463,6 +463,7 @@ def test_every_policy_of_the_table_can_run():
     assert making.MAKERS.keys() == POLICIES.keys()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "more",
     [

@@ -102,6 +102,7 @@ def test_which_errors_are_for_want_of_memory(name):
 # ---- smaller groups --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("most", [2, 1])
 def test_a_group_that_is_out_of_memory_goes_on_in_halves_to_the_same(tiny, own, tmp_path, monkeypatch, most):
     """It has steps with memory first, so halves go on from checkpoints of the whole."""

@@ -122,6 +122,7 @@ def anew(model, adapters, method):
     return fresh
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_no_edit_of_any_tensor_leaves_a_stale_value(method, fast, tally):
@@ -1052,6 +1053,7 @@ def test_save_pretrained_writes_adapters_and_never_half_a_base(kind, tmp_path):
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "plain").eval()), right, rtol=0, atol=1e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "bitfit", *STEPPED])
 def test_trainer_goes_on_from_what_it_saved(method, tmp_path):
     from test_trainer import examples

@@ -51,6 +51,7 @@ def test_the_paired_test_is_the_t_test_and_errs_as_often_as_it_says(seeds):
     assert as_promised(p < ALPHA, ALPHA)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("seeds", [3, 5, 12])
 @pytest.mark.parametrize("tests", [1, 5, 84])
 def test_the_smallest_difference_is_found_as_often_as_it_says(seeds, tests):

@@ -588,6 +588,7 @@ def test_the_state_of_other_adapters_is_refused():
     plain.steps.load_state_dict({})
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", STEPPED)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny, own, tmp_path, cut_off, method):
     def run(name, **given):

@@ -172,6 +172,7 @@ def plan_as_read(folder):
     return tuple(load(folder).schedule)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("on", "at", "finished", "epochs"),
     # an epoch has 9 steps; in turn the second run is cut off in its second epoch, together both of the first group are
@@ -249,6 +250,7 @@ def broken(monkeypatch):
     return breaking
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("on", ["in-turn", "together"])
 @pytest.mark.parametrize(
     "error",
@@ -325,6 +327,7 @@ def test_processes_come_to_what_one_comes_to(tiny, own, here):
             assert b.result["metric"] == pytest.approx(a.result["metric"], abs=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("on", ["in-turn", "together"])
 @pytest.mark.parametrize("leftover", ["run.json.tmp", "run.json", "metrics.jsonl", "checkpoint.new/state.safetensors"])
 def test_what_a_killed_start_left_is_recovered(tiny, own, here, leftover, on):

@@ -298,6 +298,7 @@ def test_endpoints_are_metrics_of_the_results(tmp_path):
     assert found[2].contrasts[0].difference == pytest.approx(-0.3)  # a comes first, three seeds before lora
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rows", [0.0, 0.004])
 def test_a_family_errs_as_often_as_it_says(rows):
     """Seven methods that are the reference, spreads of one and of five sizes, 6 seeds: any claim in 5 % of studies."""

@@ -203,6 +203,7 @@ def check_that_only_b_failed(tiny, own, tmp_path, outcomes):
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-7)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("where", "step"), [("pass", 1), ("pass", 13), ("step", 4), ("checkpoint", 9)])
 def test_an_exception_ends_its_run_keeps_its_traceback_and_the_others_go_on(
     tiny, own, tmp_path, monkeypatch, where, step

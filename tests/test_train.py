@@ -53,6 +53,7 @@ def timeless(result):
     return {key: value for key, value in result.items() if key not in ("time", "memory")}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("method", NAMED)
 def test_a_run_learns_and_writes_what_the_contract_says(tiny, own, tmp_path, method):
     r = NAMED[method][0]
@@ -84,6 +85,7 @@ def test_a_run_learns_and_writes_what_the_contract_says(tiny, own, tmp_path, met
     assert right.double().mean().item() == pytest.approx(result["metric"]["selected"], abs=1e-12)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "bert"])
 def test_every_architecture_trains_from_a_folder(own, tmp_path, kind):
     result = train(settings(tiny_model(tmp_path / kind, kind), own, tmp_path / "run", epochs=12, lr=5e-3))
@@ -97,6 +99,7 @@ def test_regression_learns(tiny, own, tmp_path):
     assert result["metric"]["selected"] > 0.8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("given", [{"dropout": 0.3}, {"dtype": "bfloat16"}, {"store": "bfloat16"}, {"accumulate": 3}])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny, own, tmp_path, given):
     results = [train(settings(tiny, own, tmp_path / str(i), seed=i // 2, **given)) for i in range(3)]
