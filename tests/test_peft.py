@@ -87,6 +87,7 @@ FOLDERS = {  # name -> a method, and settings of PEFT beside
 
 def saved(folder, method, kind="bert", **given):
     """PEFT's model, its learned tensors off their start, saved."""
+    torch.manual_seed(5)  # PEFT draws A
     theirs = quiet(peft.get_peft_model, lively(kind), CONFIGS[method](**given)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_peft_folders_load_as_the_same_function_with_the_same_gradients_and_merg
         F.cross_entropy(logits, LABELS).backward()
     mine = sorted(float(t.grad.norm()) for t in adapters.state().values() if t.requires_grad)
     slow = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad)
-    assert mine == pytest.approx(slow, abs=1e-5)
+    assert mine == pytest.approx(slow, rel=1e-5, abs=1e-5)  # norms of float32 gradients, up to 5
     merged = adapters.merge()(**rows()).logits, theirs.merge_and_unload()(**rows()).logits
     assert largest([tuple(outputs), merged]) < 2e-5
     adapters.save(tmp_path / "own")  # and in the own layout, which needs no start made again
