@@ -89,9 +89,9 @@ def predict(
     base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
     kinds = {folder.objective for folder in folders.values()}
-    none_writes = all(OBJECTIVES[kind].answer is not None for kind in kinds)
-    base.check_idle({"max_new_tokens": none_writes and max_new_tokens is not None}, "with adapters that write no texts")
-    base.check_idle({"memory": kinds != {"classification"} and memory is not None}, "but with classifiers alone")
+    writes = any(OBJECTIVES[kind].writes for kind in kinds)
+    base.check_idle({"max_new_tokens": not writes and max_new_tokens is not None}, "with adapters that write no texts")
+    base.check_idle({"memory": kinds != {"classification"} and memory is not None}, "where not all are classifiers")
     likely = next((folder.written for folder in folders.values() if folder.written), {})
     reading = Reading(separator, encoding, likely=likely)
     with reading.active():

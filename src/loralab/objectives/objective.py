@@ -100,6 +100,11 @@ class Objective:
         """Whether a run draws a head anew."""
         return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
 
+    @property
+    def writes(self) -> bool:
+        """Whether an answer is a text that the model writes."""
+        return self.answer is None
+
 
 def head_outputs(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits of a classifier (sequences, outputs), or of a tagger (sequences, t, outputs), in float32."""

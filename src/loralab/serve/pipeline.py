@@ -56,7 +56,7 @@ class Pipeline:
 
     def answers(self, cells: Sequence[tuple[Any, ...]]) -> list[dict[str, Any] | UserError]:
         """Answer rows given as the cells of the columns; a UserError for a row that cannot be answered."""
-        writes = objectives.OBJECTIVES[self.known.objective].answer is None
+        writes = objectives.OBJECTIVES[self.known.objective].writes
         with self.adapters.use(self.adapters.names[0], rank=self.rank):
             return self._written(cells) if writes else self._answered(cells)
 
