@@ -9,6 +9,7 @@ where there is no network; loralab itself is always the wheel's.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,11 @@ def build(out: Path) -> Path:
     """Build the wheel into a folder and check what is in it."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "-w", str(out)]
     isolated = [] if _can_fetch() else ["--no-build-isolation"]
-    subprocess.run([*pip, *isolated, str(REPO)], check=True)
+    with tempfile.TemporaryDirectory() as place:  # a build leaves folders behind, and would take up what is in them
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(REPO / name, place)
+        shutil.copytree(REPO / "src/loralab", Path(place) / "src/loralab", ignore=shutil.ignore_patterns("__pycache__"))
+        subprocess.run([*pip, *isolated, place], check=True)
     wheel = max(out.glob("loralab-*.whl"), key=lambda path: path.stat().st_mtime)
     names = zipfile.ZipFile(wheel).namelist()
     absent = [name for name in INSIDE if f"loralab/{name}" not in names]
