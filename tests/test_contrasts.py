@@ -110,6 +110,13 @@ def test_the_inverse_of_trigamma(y):
     assert special.polygamma(1, contrasts._trigamma_inverse(y)) == pytest.approx(y, rel=1e-4)
 
 
+def test_a_method_that_differs_by_rounding_leaves_the_others_as_they_are():
+    others = [np.array([0.1, 0.2, 0.15]), np.array([0.02, 0.01, 0.05])]
+    with_equal = paired(["a", "b", "same"], [*others, np.array([0.3, 0.1 + 0.2, 0.3]) - 0.3], margin=0.01)
+    with_zero = paired(["a", "b", "same"], [*others, np.zeros(3)], margin=0.01)
+    assert [c.error for c in with_equal] == pytest.approx([c.error for c in with_zero], rel=1e-9)
+
+
 def test_one_seed_is_not_tested_and_the_others_are():
     found = paired(["a", "b"], [np.array([0.1]), np.array([0.1, 0.2, 0.15])], margin=0.01)
     assert found[0].verdict == "not tested"

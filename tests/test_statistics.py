@@ -88,6 +88,18 @@ def test_equivalence_is_claimed_wrongly_no_more_often_than_alpha(seeds):
     assert np.mean([mean_estimate(x).p_equivalent(margin) < ALPHA for x in draws(seeds, 0.0, sd)]) > 0.9
 
 
+@pytest.mark.parametrize("scores", [[0.812227074235808] * 5, [0.3, 0.1 + 0.2, 0.3], [7e3, 7e3 * (1 + 2e-16), 7e3]])
+def test_scores_that_differ_by_rounding_do_not_vary(scores):
+    """0.1 + 0.2 is not 0.3: without this the interval has no width, and p of a difference is of the order of 1e-16."""
+    found = mean_estimate(scores)
+    assert found.exact
+    assert all(math.isnan(x) for x in found.interval())
+    difference = mean_estimate(np.array(scores) - 0.3)
+    assert difference.p() in (1.0, 2.0 ** (1 - len(scores)))
+    replicates = np.array([scores, scores[::-1], scores])
+    assert mean_estimate(scores, replicates, rows=100).of_rows == 0
+
+
 def test_one_seed_says_nothing_and_equal_differences_say_little():
     alone = mean_estimate([0.3])
     assert all(math.isnan(x) for x in (*alone.interval(), alone.p(), alone.p_equivalent(1)))

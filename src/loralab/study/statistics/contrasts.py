@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-from loralab.study.statistics.estimates import holm
+from loralab.study.statistics.estimates import holm, variance
 
 Array = NDArray[Any]
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
@@ -138,7 +138,7 @@ def paired(
     A method with one seed is not tested.
     """
     tested = [i for i, d in enumerate(differences) if len(d) > 1]
-    own, freedom = moderated([differences[i].var(ddof=1) for i in tested], [len(differences[i]) - 1 for i in tested])
+    own, freedom = moderated([variance(differences[i]) for i in tested], [len(differences[i]) - 1 for i in tested])
     errors, df = [math.nan] * len(differences), [math.nan] * len(differences)
     for place, i in enumerate(tested):
         errors[i], df[i] = math.sqrt(own[place] / len(differences[i])), float(freedom[place])

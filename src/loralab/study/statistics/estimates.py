@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+ROUNDING = 1e-12  # of scores and their differences, in relation to the larger of 1 and the scores
+
 Array = NDArray[Any]
 
 
@@ -88,16 +90,32 @@ def freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
 def mean_estimate(scores: Sequence[float] | Array, replicates: Array | None = None, rows: int = 0) -> MeanEstimate:
     """The mean of (seeds,) scores; `replicates` (times, seeds) are the same scores on resampled rows."""
     values = np.asarray(scores, dtype=float)
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    sd = math.sqrt(variance(values)) if len(values) > 1 else math.nan
     of_rows = 0.0 if replicates is None or len(values) < 2 else shared_variance(replicates)
     return MeanEstimate(float(values.mean()), sd, len(values), of_rows, 0 if replicates is None else rows)
 
 
+def variance(values: Array) -> float:
+    """Sample variance of two or more values over seeds; 0 where they are equal but for rounding.
+
+    Scores that say the same come from sums in another order, and a variance of 1e-33 would make t large and, as a
+    logarithm, spoil a prior.
+    """
+    return 0.0 if _equal(values) else float(values.var(ddof=1))
+
+
 def shared_variance(replicates: Array) -> float:
     """Mean covariance of different columns of (times, seeds), not below 0: what the rows do to all seeds alike."""
+    if all(_equal(column) for column in replicates.T):
+        return 0.0
     covariance = np.cov(replicates, rowvar=False)
     n = len(covariance)
     return max(0.0, float((covariance.sum() - np.trace(covariance)) / (n * (n - 1))))
+
+
+def _equal(values: Array) -> bool:
+    """Whether values of one quantity differ by rounding alone."""
+    return bool(np.ptp(values) <= ROUNDING * max(1.0, float(np.abs(values).max())))
 
 
 def within(interval: tuple[float, float], low: float, high: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import numpy as np
 from loralab.study.record import Array, Cell, Study, collapses
 from loralab.study.statistics.contrasts import Contrast, contrast, family, moderated
 from loralab.study.statistics.endpoint import SELECTED, metric_of, value
-from loralab.study.statistics.estimates import shared_variance
+from loralab.study.statistics.estimates import shared_variance, variance
 from loralab.study.statistics.table import Resamples, margin_of, places
 
 MEAN, BY_TASK = "mean of tasks", "by task"
@@ -146,7 +146,7 @@ def contrasts_of(
     """
     tested = [i for i, d in enumerate(differences) if len(d) > 1]
     variances, freedom = moderated(
-        [differences[i].var(ddof=1) for i in tested], [len(differences[i]) - 1 for i in tested]
+        [variance(differences[i]) for i in tested], [len(differences[i]) - 1 for i in tested]
     )
     made = []
     for i, name in enumerate(names):
