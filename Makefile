@@ -45,7 +45,7 @@ test: lint types  ## lint, types, tests
 test-all: test  ## all tests: those that kill workers of Ray, time commands and the like run after the others, alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-reliability: $(VENV)/dev.stamp  ## kills, faults, damaged files, edits, threads, long runs; docs/reliability.md (40 minutes)
+reliability: $(VENV)/dev.stamp  ## kills, faults, damaged files, edits, threads, long runs; docs/reliability.md (30 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format; import-linter: imports run down

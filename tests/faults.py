@@ -180,20 +180,23 @@ def different(a: dict, b: dict, tolerance: float) -> list[str]:
         elif tolerance and key.endswith("metrics"):
             same = len(a[key]) == len(b[key])
         elif key.endswith("result"):
-            same = near(a[key], b[key], tolerance)
+            same = not (apart := differences(a[key], b[key], tolerance))
+            key = f"{key} ({'; '.join(apart[:3])})"
         else:
             same = a[key] == b[key]
         wrong += [] if same else [key]
     return wrong
 
 
-def near(a: object, b: object, tolerance: float) -> bool:
-    """Whether two JSON values are equal, numbers that are no counts within a tolerance."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(near(a[key], b[key], tolerance) for key in a)
+def differences(a: object, b: object, tolerance: float, at: str = "") -> list[str]:
+    """Where two JSON values differ, numbers that are no counts by more than a tolerance."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], tolerance, f"{at}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for i, x in enumerate(a) for found in differences(x, b[i], tolerance, f"{at}[{i}]")]
     if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= tolerance
-    return a == b
+        return [] if abs(a - b) <= tolerance else [f"{at}: {a} {b}"]
+    return [] if a == b else [f"{at}: {a!r} {b!r}"]
 
 
 def campaign(plan: dict, place: Path) -> dict:

@@ -144,7 +144,7 @@ def written(outcomes: Sequence[Outcome], seconds: float, at_once: int) -> tuple[
 `make test-all` where it kills workers of Ray. A kill, a file or an edit is counted when it was really tried.
 
 Machine: {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}. In all
-{seconds / 60:.0f} minutes, {at_once} files of tests at a time.
+{seconds / 60:.0f} minutes, {at_once} files of tests at a time (Ray's alone).
 
 {passed} tests passed, {failed} failed, {skipped} were skipped. {verdict}
 

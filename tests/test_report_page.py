@@ -30,6 +30,18 @@ def test_columns_that_are_the_same_in_every_row_go_into_the_caption_of_latex(stu
     assert "model: mpnet" in caption
 
 
+@pytest.mark.parametrize("rows", [0, 1, 39, 40, 41, 93])
+def test_many_rows_of_latex_are_divided_into_tables_of_a_page(rows):
+    columns = [tables.Column("row", lambda i: f"row{i}"), tables.Column("half", lambda i: str(i / 2), lambda i: i / 2)]
+    text = to_latex(tables.Table("t", "Rows", columns, range(rows), lambda i: {"row": i}, ["A note"]))
+    parts = text.split(r"\begin{table}")[1:]
+    assert len(parts) == max(1, -(-rows // tables.LATEX_ROWS))
+    assert all(part.count("row") - 1 <= tables.LATEX_ROWS and r"\end{table}" in part for part in parts)
+    assert [f"row{i} &" in text for i in range(rows)] == [True] * rows
+    assert "A note" in parts[0]
+    assert all(f"continued ({i} of {len(parts)})" in part for i, part in enumerate(parts[1:], start=2))
+
+
 def test_runs_that_did_not_learn_are_the_first_alarm(tmp_path):
     for seed in (0, 1, 2):
         folder = tmp_path / f"runs/a{seed}"

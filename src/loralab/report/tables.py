@@ -24,6 +24,7 @@ LATEX = str.maketrans({
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "−": "$-$", "×": r"$\times$",
     "<": "$<$", ">": "$>$",
 })  # fmt: skip
+LATEX_ROWS = 40  # of a table on one page, at the 10 points of the class article, with a caption of some lines
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # starts of text that a spreadsheet would run as a formula
 
 
@@ -92,22 +93,31 @@ def _bar(text: str) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A LaTeX table with booktabs that fits the width of a page: what all rows share is in its caption."""
+    """LaTeX tables with booktabs that fit a page: what all rows share is in the caption, and many rows are divided."""
     short = [column for column in table.columns if column.short]
     shown = {column.title: {column.show(row) for row in table.rows} for column in short}
     same = [column for column in short if len(table.rows) > 1 and len(shown[column.title]) == 1]
     columns = [column for column in short if column not in same] or short[:1]
     shared = [f"{column.title}: {next(iter(shown[column.title]))}" for column in same]
-    body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table.cells(columns)]
-    head = " & ".join(column.title.translate(LATEX) for column in columns) + r" \\"
     said = [*([f"In every row {', '.join(shared)}"] if shared else []), *table.notes]
-    caption = " ".join([f"{table.title}.", *(f"{note}." for note in said)]).translate(LATEX)
+    cells = table.cells(columns)
+    parts = [cells[i : i + LATEX_ROWS] for i in range(0, len(cells), LATEX_ROWS)] or [[]]
+    captions = [" ".join([f"{table.title}.", *(f"{note}." for note in said)])]
+    captions += [f"{table.title}, continued ({i} of {len(parts)})." for i in range(2, len(parts) + 1)]
+    pages = [_latex_page(columns, part, caption) for part, caption in zip(parts, captions, strict=True)]
+    return "\n".join([r"% \usepackage{booktabs,graphicx}", *pages, ""])
+
+
+def _latex_page(columns: Sequence[Column], cells: Sequence[Sequence[str]], caption: str) -> str:
+    """One table, made smaller where it is wider than the page."""
+    body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in cells]
+    head = " & ".join(column.title.translate(LATEX) for column in columns) + r" \\"
     align = "".join("r" if column.number else "l" for column in columns)
     return "\n".join([
-        r"% \usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
+        r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(LATEX)}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}}",
-        r"\end{table}", "",
+        r"\end{table}",
     ])  # fmt: skip
 
 
