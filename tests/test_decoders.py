@@ -1,5 +1,6 @@
 """Methods on causal language models: they learn, and PEFT reads what they export with the same logits and text."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from test_objectives import adapter, bases, files, history, rows_of, settings  #
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loralab
-from loralab import model_names
+from loralab import model_names, models
 from loralab.run import Settings, train
 from loralab.run.setup import prepare
 
@@ -17,13 +18,25 @@ METHODS = {  # method -> what a short run needs
     "delta-lora": {"set": ("wait=3",)}, "adalora": {"rank": 4, "lr": 0.03}, "pissa": {"lr": 0.002},
     "qlora": {}, "full": {"rank": None, "lr": 0.003},
 }  # fmt: skip
-NO_ADAPTER = ("full", "delta-lora")  # they change the base's weights
 
 
-def exported(handle, folder, base) -> torch.nn.Module:
+def check_that_peft_reads(folder, model, prompts, tokenizer, tmp_path) -> None:
+    """PEFT over the weights that the adapter was trained over, in as many bits, has the same logits and greedy text."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    handle.export(folder)
-    return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    plain = copy.deepcopy(model)
+    handle = loralab.load(model, folder)
+    for path, layer in handle.layers.items():
+        plain.get_submodule(path).weight.data.copy_(layer.weight)
+    handle.export(tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "peft")).eval()
+    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to("cpu")
+    more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        ours = handle.model(**batch).logits
+        with handle.use(None):
+            assert (handle.model(**batch).logits - ours).abs().max() > 0.01  # the adapter says something
+        torch.testing.assert_close(theirs(**batch).logits, ours, rtol=1e-4, atol=1e-4)
+        assert torch.equal(theirs.generate(**batch, **more), handle.model.generate(**batch, **more))
 
 
 @pytest.mark.few(4)
@@ -34,19 +47,12 @@ def test_a_method_trains_a_causal_model_and_peft_reads_it(method, bases, files, 
     train(s)
     losses = [row["train_loss"] for row in history(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.05
-    if method in NO_ADAPTER:
-        return
-    tokenizer = AutoTokenizer.from_pretrained(s.model)
-    prompts = [row["prompt"] for row in rows_of("completion", 5, 9)]
-    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to("cpu")
-    handle = loralab.load(AutoModelForCausalLM.from_pretrained(s.model).eval(), tmp_path / "run/adapter")
-    if handle.spec(None).recipe.store is not None:
-        return  # the base that PEFT would read is another: 4 bit
-    theirs = exported(handle, tmp_path / "peft", AutoModelForCausalLM.from_pretrained(s.model))
-    more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(**batch).logits, handle.model(**batch).logits, rtol=1e-4, atol=1e-4)
-        assert torch.equal(theirs.generate(**batch, **more), handle.model.generate(**batch, **more))
+    if method != "full":  # it has no adapter
+        prompts = [row["prompt"] for row in rows_of("completion", 5, 9)]
+        model = AutoModelForCausalLM.from_pretrained(s.model).eval()
+        check_that_peft_reads(
+            tmp_path / "run/adapter", model, prompts, AutoTokenizer.from_pretrained(s.model), tmp_path
+        )
 
 
 def test_rows_of_a_batch_have_their_own_adapters_in_float64(bases, files):  # noqa: F811
@@ -83,8 +89,13 @@ def test_a_method_trains_smollm2(method, tmp_path):
         task=str(tmp_path / "sums.jsonl"), model="smollm2", method=method, out=tmp_path / "run", epochs=3, batch_size=6,
         max_length=24, **given,
     )  # fmt: skip
-    before = {key: t.clone() for key, t in prepare(s).model.state_dict().items() if key.endswith("norm.weight")}
+    run = prepare(s)
+    adapted = set(run.adapters.layers)
     train(s)
     losses = [row["train_loss"] for row in history(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
-    assert before
+    if method == "full":
+        return
+    assert len(adapted) == 7 * run.model.config.num_hidden_layers
+    model, tokenizer, _ = models.pretrained("smollm2", "CAUSAL_LM")
+    check_that_peft_reads(tmp_path / "run/adapter", model, ["3 plus 4 is", "2 plus"], tokenizer, tmp_path)
