@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import chats
-from loralab.data.batches import longest, padded
+from loralab.data.batches import longest, padded, sorted_batches
 from loralab.errors import UserError
 from loralab.objectives import templates
 
@@ -161,6 +161,17 @@ def answers(
     texts = [_until(text, decoding.stop) for text in texts]
     each = decoding.num_return_sequences
     return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def in_batches(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
+) -> list[list[str]]:
+    """Return the answers to each prompt, in order; prompts of like length share batches."""
+    found: list[list[str]] = [[]] * len(prompts)
+    for chosen in sorted_batches(list(map(len, prompts)), batch_size):
+        for i, texts in zip(chosen, answers(model, tokenizer, [prompts[i] for i in chosen], decoding), strict=True):
+            found[i] = texts
+    return found
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from loralab import data, objectives
 from loralab.adapters import Adapters
 from loralab.data import Split, Task
-from loralab.data.batches import sorted_batches
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.objectives.generation import Decoding
@@ -64,15 +63,11 @@ def scores(
 
 def answers(adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any) -> list[str]:
     """Return the answer to each question, greedy, with an adapter or by the base (None)."""
-    found = [""] * len(asked)
-    decoding = _decoding(asked, tokenizer)
+    prompts = [question.ids for question in asked]
     adapters.model.eval()
     with adapters.use(name), adapters.caching():
-        for chosen in sorted_batches([len(question.ids) for question in asked], AT_ONCE):
-            texts = generation.answers(adapters.model, tokenizer, [asked[i].ids for i in chosen], decoding)
-            for i, (text,) in zip(chosen, texts, strict=True):
-                found[i] = text
-    return found
+        found = generation.in_batches(adapters.model, tokenizer, prompts, _decoding(asked, tokenizer), AT_ONCE)
+    return [text for (text,) in found]
 
 
 def _decoding(asked: Sequence[Question], tokenizer: Any) -> Decoding:

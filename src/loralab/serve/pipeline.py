@@ -8,7 +8,6 @@ from typing import Any
 from loralab import adapters, objectives
 from loralab.adapters import Adapters
 from loralab.data import chats
-from loralab.data.batches import sorted_batches
 from loralab.data.reading import counted
 from loralab.errors import UserError
 from loralab.objectives import generation, saved
@@ -80,15 +79,11 @@ class Pipeline:
                 prompts[i] = self._prompt(cell[0])
             except (UserError, ValueError) as fault:
                 found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
-        places = list(prompts)
-        for batch in sorted_batches([len(prompts[i]) for i in places], self.batch_size) if places else ():
-            mine = [places[j] for j in batch]
-            with self.adapters.caching():
-                texts = generation.answers(
-                    self.adapters.model, self.tokenizer, [prompts[i] for i in mine], self.decoding
-                )
-            for i, (text, *_) in zip(mine, texts, strict=True):
-                found[i] = {"answer": text}
+        with self.adapters.caching():
+            model, asked = self.adapters.model, list(prompts.values())
+            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size)
+        for i, (text, *_) in zip(prompts, texts, strict=True):
+            found[i] = {"answer": text}
         return found
 
     def _prompt(self, prompt: Any) -> list[int]:
