@@ -70,7 +70,7 @@ first-hour: $(VENV)/dev.stamp  ## what five kinds of new users do in their first
 	OMP_NUM_THREADS=2 $(BIN)/python tests/first_hour.py
 
 docs: $(VENV)/docs.stamp  ## the site of docs/ in build/site: every link is checked, and no page fetches anything from elsewhere
-	$(BIN)/python tests/site.py
+	$(BIN)/python tests/docs_site.py
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/dev.stamp
 	@$(PIP) 'zensical>=0.0.40'

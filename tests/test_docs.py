@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import docs_site
 import pytest
 from test_cli import flags
 
@@ -71,6 +72,15 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_site_carries_what_its_pages_lead_to():
+    """`make docs` checks every link of what it made; this needs no builder."""
+    for page in (REPO / "docs").glob("**/*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            led = (page.parent / target).resolve()
+            inside = led.is_relative_to(REPO / "docs") or led in docs_site.carried()
+            assert inside, f"{page.name} links to {target}, which is not on the site: see CARRIED in tests/docs_site.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,8 +1,8 @@
 """Build the site of docs/ and check it: `make docs`. Links lead somewhere, and no page asks another host for anything.
 
-    python tests/site.py [FOLDER]     checks a site that is there, by default build/site after building it
+    python tests/docs_site.py [FOLDER]     checks a site that is there, by default build/site after building it
 
-The site is build/site/docs; the reports of studies/results, which docs/results.md leads to, lie beside it.
+The site is build/site/docs; what pages lead to outside docs/ (CARRIED) lies beside it.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 REPO = Path(__file__).parents[1]
 SITE = REPO / "build/site"
+CARRIED = ("studies/results/*/report/index.html", "examples/*.py", "examples/with_peft/*.py")
 LOADS = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src")}
 PASSIVE = {"canonical", "alternate", "next", "prev", "edit", "me"}  # links of a head that load nothing
 
@@ -58,14 +59,19 @@ def problems(site: Path) -> list[str]:
     return wrong
 
 
+def carried() -> list[Path]:
+    """The files outside docs/ that are part of the site."""
+    return sorted(file for pattern in CARRIED for file in REPO.glob(pattern))
+
+
 def build() -> None:
     """Write the site anew."""
     shutil.rmtree(SITE, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "zensical", "build", "--clean"], cwd=REPO, check=True)
-    for page in (REPO / "studies/results").glob("*/report/index.html"):
-        copy = SITE / page.relative_to(REPO)
-        copy.parent.mkdir(parents=True)
-        shutil.copy(page, copy)
+    for file in carried():
+        copy = SITE / file.relative_to(REPO)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
     (SITE / "index.html").write_text(
         '<!doctype html><meta charset="utf-8"><title>loralab</title><meta http-equiv="refresh" content="0; '
         'url=docs/index.html"><a href="docs/index.html">loralab</a>\n'
