@@ -141,7 +141,7 @@ class Recipe:
 NAMED: dict[str, tuple[Recipe, str]] = {
     "lora": (Recipe(), "W x + b + (alpha/r) B A x"),
     "rslora": (Recipe(factors=LoRA(stabilized=True)), "W x + b + (alpha/sqrt(r)) B A x"),
-    "dora": (Recipe(gain=True), "m / |W + s B A| * (W x + s B A x) + b"),
+    "dora": (Recipe(gain=True), "m / norm(W + s B A) * (W x + s B A x) + b"),
     "vera": (Recipe(factors=VeRA(), lr=3e-2), "W x + b + diag(b) B diag(d) A x"),
     "lora-fa": (Recipe(train=("B",), lr=3e-3), "W x + b + s B A x, A frozen"),
     "lora-fa-precond": (Recipe(factors=PreconditionedLoRA(), lr=3e-3), "lora-fa, g_B <- g_B (A A^T)^-1 / s^2"),
