@@ -4,12 +4,13 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import checkpoints, exports, files, fitting, install, model_card, peft_format
+from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
 from loralab.algebra import Combined, combine
@@ -279,6 +280,16 @@ class Adapters(AdaptedModel):
         name = self.only(name)
         self._check_finite(name)
         return exports.export(self, name, Path(folder), layout, base_name)
+
+    def push(
+        self, repo: str, name: str | None = None, private: bool = False, dry_run: bool = False, api: Any = None
+    ) -> str | None:
+        """Upload the adapter with its model card to a repository of the hub; see `hub.push`.
+
+        Returns the address of the commit, none with `dry_run`. Raises UserError as `save` and `hub.push` do.
+        """
+        with TemporaryDirectory() as place:
+            return hub.push(self.save(place, name), repo, private, dry_run, api)[1]
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.

@@ -19,7 +19,7 @@ def extract(
     model: str,
     out: Path,
     rank: int = 16,
-    targets: tuple[str, ...] = ("all-linear",),
+    targets: str = "all-linear",
     exclude: tuple[str, ...] = (),
     name: str | None = None,
     json: Json = False,
@@ -37,7 +37,7 @@ def extract(
     rank: int
         Rank of the LoRA, in each layer the best one by SVD.
     targets: str
-        A preset or names of layers.
+        A preset, or a regular expression for whole paths of layers.
     exclude: str
         Layers to leave out.
     name: str
@@ -49,7 +49,7 @@ def extract(
     outputs = models.config(folder).num_labels if task in LABELLED else None
     tuned, base = (models.pretrained(each, task, outputs).model for each in (folder, model))
     called = name or files.adapter_name(out.name)
-    made = extraction.extract(base, tuned, rank, targets[0] if len(targets) == 1 else targets, exclude, called)
+    made = extraction.extract(base, tuned, rank, targets, exclude, called)
     made.adapters.save(out)
     if json:
         as_json({"out": str(out), "rank": rank, "layers": dict(made.layers), "left": dict(made.left)})

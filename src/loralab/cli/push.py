@@ -27,6 +27,6 @@ def push(folder: Path, /, *, repo: str, private: bool = False, dry_run: bool = F
         {path.name: f"{path.stat().st_size:,} bytes" for path in found},
     )
     if rest := sorted(path.name for path in folder.iterdir() if path not in found):
-        print(f"left here: {listed(rest)}")
+        print(f"left here: {listed(rest, 20)}")
     if address:
         print(address)
