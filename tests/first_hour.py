@@ -268,7 +268,7 @@ def shared(hour: Hour) -> None:
     )  # fmt: skip
     hour.types("export elsewhere/adapter --model minilm --out exported")
     config = json.loads((hour.folder / "exported/adapter_config.json").read_text())
-    check(config["base_model_name_or_path"] == "minilm", "the export names its base by a path")
+    check(config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2", "another name")
 
 
 OTHER_BASE = """

@@ -159,7 +159,7 @@ def test_methods_are_a_table_or_json(cli):
         (["merge"], "merge needs FOLDER"),
         (["merge", ".", "--out", "m"], "merge needs --model"),
         (["export", ".", "--model", "."], "export needs --out"),
-        (["export", ".", "--model", ".", "--out", "e", "--layout", "onnx"], '"onnx"'),
+        (["export", ".", "--model", ".", "--out", "e", "--layout", "onnx"], "--layout"),
         (["inspect", "."], "is no adapter folder"),
         (["verify", "nowhere"], "nowhere does not exist"),
         (["inspect", ".", "--memory", "--top", "3", "--plot", "x.png"], "--plot, --top would do nothing with --memory"),

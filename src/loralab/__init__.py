@@ -14,14 +14,27 @@ from loralab.no_kernels import refuse
 if TYPE_CHECKING:
     from loralab.adapters import Adapters, attach, load
     from loralab.errors import UserError
+    from loralab.make_ranks import rank_map
     from loralab.rankmap import LayerRank, RankMap
     from loralab.recipe import NAMED, Recipe, recipe
 
 __version__ = "0.1.0"
-__all__ = ["NAMED", "Adapters", "LayerRank", "RankMap", "Recipe", "UserError", "attach", "load", "pipeline", "recipe"]
+__all__ = [
+    "NAMED",
+    "Adapters",
+    "LayerRank",
+    "RankMap",
+    "Recipe",
+    "UserError",
+    "attach",
+    "load",
+    "pipeline",
+    "rank_map",
+    "recipe",
+]
 _MODULES = {  # name -> where it is defined
     "Adapters": "adapters", "attach": "adapters", "load": "adapters", "UserError": "errors", "LayerRank": "rankmap",
-    "RankMap": "rankmap", "NAMED": "recipe", "Recipe": "recipe",
+    "RankMap": "rankmap", "rank_map": "make_ranks", "NAMED": "recipe", "Recipe": "recipe",
 }  # fmt: skip
 
 

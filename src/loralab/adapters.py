@@ -4,16 +4,17 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import checkpoints, files, fitting, install, kinds, model_card, peft_format
+from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
 from loralab.algebra import Combined, combine
-from loralab.contents import adapter_file, base_of, constants_sha256, labels_of
+from loralab.contents import adapter_file, constants_sha256
 from loralab.errors import UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, enable
@@ -21,7 +22,6 @@ from loralab.files import AdapterFile
 from loralab.hooks import StepHooks
 from loralab.inputs import start_directions
 from loralab.kinds import loaded
-from loralab.kinds.stack import Stack
 from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
@@ -270,37 +270,26 @@ class Adapters(AdaptedModel):
     def export(
         self, folder: Path | str, name: str | None = None, layout: str = "peft", base_name: str | None = None
     ) -> Path:
-        """Write the adapter for other tools; the one layout is "peft", which vLLM and others read too.
+        """Write the adapter for other tools: layout "peft", which vLLM and others read too, or "gguf", for llama.cpp.
 
         `base_name` is what the folder calls the base, by default its hub name, or the last part of its folder's name.
-
-        Raises UserError for another layout, for an adapter that is no low-rank product or holds values that are not
-        finite, and for a folder that holds an adapter in loralab's layout.
+        Returns the folder. Raises UserError for another layout, for an adapter that the layout cannot hold, such as one
+        that is no low-rank product, for values that are not finite, and for a folder that holds an adapter in loralab's
+        layout.
         """
-        if layout != "peft":
-            raise UserError(f"layout {layout!r} is unknown: the one there is is 'peft'")
         name = self.only(name)
         self._check_finite(name)
-        spec = self.specs[name]
-        if spec.coverage is None:
-            raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
-        if spec.recipe.ranks is not None and any(layer.tokens for layer in spec.recipe.ranks.adapted.values()):
-            raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
-        if not spec.recipe.low_rank:
-            raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
-        if stacks := [path for path in spec.paths if isinstance(self.layers[path].base, Stack)]:
-            raise UserError(
-                f"adapter {name!r} adapts the experts {stacks[0]}, which are not exported yet; merge it instead"
-            )
-        updates = {path: self.layers[path].lower(name) for path in spec.paths}
-        gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
-        sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
-        head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
-        base = base_of(self.model)
-        base["name"] = base_name or base["name"]
-        return peft_format.write(
-            folder, updates, gains, head, spec.heads, base, labels_of(spec, base["task_type"]), sides
-        )
+        return exports.export(self, name, Path(folder), layout, base_name)
+
+    def push(
+        self, repo: str, name: str | None = None, private: bool = False, dry_run: bool = False, api: Any = None
+    ) -> str | None:
+        """Upload the adapter with its model card to a repository of the hub; see `hub.push`.
+
+        Returns the address of the commit, none with `dry_run`. Raises UserError as `save` and `hub.push` do.
+        """
+        with TemporaryDirectory() as place:
+            return hub.push(self.save(place, name), repo, private, dry_run, api)[1]
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.

@@ -6,6 +6,7 @@ changed, such as biases, norms and embeddings, is no part of the adapter and is 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from loralab.adapters import Adapters, attach
 from loralab.algebra import best
 from loralab.errors import UserError
 from loralab.fitting import fill
-from loralab.heads import head_of, under
+from loralab.heads import head_of, labels_of, under
 from loralab.schema import listed
 from loralab.targets import ALL, Targets
 from loralab.update import Update
@@ -50,8 +51,10 @@ def extract(
         raise UserError(f"these models differ in {listed(odd, 4)} ({len(odd)} tensors): they are not of one base")
     changed = [key for key, p in before.items() if not torch.equal(p, after[key])]
     heads = [path for path in head_of(base) if any(under(key, [path]) for key in changed)]
-    handle = attach(base, "lora", name=name, rank=rank, alpha=float(rank), targets=targets, exclude=exclude, head=heads)
-    plain = attach(tuned, "lora", name=name, rank=rank, alpha=float(rank), targets=targets, exclude=exclude)
+    given: dict[str, Any] = {"name": name, "rank": rank, "alpha": float(rank), "targets": targets, "exclude": exclude}
+    labels = labels_of(tuned) if heads else ()
+    handle = attach(base, "lora", head=heads, labels=labels, **given)
+    plain = attach(tuned, "lora", **given)
     errors: dict[str, float] = {}
     tensors: dict[str, Tensor] = {}
     for path, layer in handle.layers.items():

@@ -38,6 +38,7 @@ from loralab.schema import field_problems, fields_of, listed, problems, shown
 
 FORMAT, VERSION, OLD = "loralab adapter", 2, 1
 TENSORS, HEADER = "adapter.safetensors", "adapter.json"
+TASK = "task.json"  # what the adapter was trained to do, where a run wrote the folder
 CHECKPOINT, INSIDE = "model.safetensors", "loralab/"  # where a checkpoint has its tensors, under loralab/NAME/
 PEFT_TENSORS, PEFT_HEADER = "adapter_model.safetensors", "adapter_config.json"  # a folder holds one layout only
 NO_CHECKSUMS = (

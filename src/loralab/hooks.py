@@ -28,12 +28,32 @@ def listen(steps: "StepHooks") -> None:
     """
     LISTENING.add(steps)
     if not REGISTERED:
-        REGISTERED.append(
-            register_optimizer_step_pre_hook(lambda optimizer, *_: _call(StepHooks.before_step, optimizer))
-        )
+        REGISTERED.append(register_optimizer_step_pre_hook(_before_step))
         REGISTERED.append(
             register_optimizer_step_post_hook(lambda optimizer, *_: _call(StepHooks.after_step, optimizer))
         )
+
+
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Run the hooks before a step: now, or after its closure, as the gradients are there only then.
+
+    `args` begins with the optimizer itself. Returns the arguments with a closure that calls the hooks too.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        _call(StepHooks.before_step, optimizer)
+        return None
+
+    def then_hooks() -> Any:
+        loss = closure()
+        _call(StepHooks.before_step, optimizer)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": then_hooks}
+    return (args[0], then_hooks, *args[2:]), kwargs
 
 
 def _call(method: Callable[["StepHooks", torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
@@ -134,7 +154,8 @@ class StepHooks:
         elif self._changed(name):
             raise UserError(
                 f"adapter {name!r} changed in an optimizer step that loralab did not see, so its method would "
-                "silently be another: step it with a torch.optim optimizer, without a closure"
+                "silently be another: step it with a torch.optim optimizer, whose closure, if it "
+                "has one, is called once a step"
             )
         self.handle.active.drawn[name] = self.drawn[name]
         self._mark(name)

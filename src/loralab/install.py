@@ -49,8 +49,8 @@ def spec_of(
     r = recipe(method, **settings)
     if r.policy and r.ranks is None:
         raise UserError(
-            f"policy={r.policy!r} makes a rank map from data or weights, and there is none: give ranks=, or use "
-            "`loralab train`, which makes it (docs/rank-maps.md)"
+            f"policy={r.policy!r} makes a rank map from data or weights, and there is none: give "
+            "ranks=loralab.rank_map(model, method, batches), or use `loralab train`, which makes it (docs/rank-maps.md)"
         )
     _check_name(handle, name, r)
     own_head = head_of(handle.model)

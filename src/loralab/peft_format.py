@@ -138,12 +138,13 @@ def read(folder: Path) -> AdapterFile:
     recipe = _smaller(_recipe(place, config, paths), paths, tensors)
     assert recipe.factors is not None
     _check_projection(folder, recipe.factors, projection)
-    labels, model_class = _from_metadata(stored)
+    labels, told = _from_metadata(stored)
     base = {
         **dict.fromkeys(files.BASE),
         "name": config.get("base_model_name_or_path"),
-        "class": model_class,
+        "class": told.get("class"),
         "task_type": config.get("task_type"),
+        "sha256": told.get("base_sha256"),
     }
     file = AdapterFile(
         folder.name or folder.resolve().name, recipe, {path: [path] for path in paths}, heads, labels, base, tensors,
@@ -328,8 +329,8 @@ def _check_projection(folder: Path, factors: Factors, stored: dict[str, Tensor])
         raise UserError(f"{folder / TENSORS}: its projection is not the one that its seed draws here")
 
 
-def _from_metadata(place: Path) -> tuple[list[str], str | None]:
-    """(labels, model class), which `write` leaves beside the tensors; PEFT itself has no place for them."""
+def _from_metadata(place: Path) -> tuple[list[str], dict[str, str]]:
+    """(labels, other texts) that `write` leaves beside the tensors, as PEFT has no place for them."""
     metadata = read_metadata(place)
     try:
         labels = json.loads(metadata.get("labels", "[]"))
@@ -337,7 +338,7 @@ def _from_metadata(place: Path) -> tuple[list[str], str | None]:
         raise UserError(f"{place}: the labels in its metadata cannot be read") from error
     if wrong := problems(labels, list[str], "labels"):
         raise UserError(f"{place}: metadata: {'; '.join(wrong)}")
-    return labels, metadata.get("class")
+    return labels, metadata
 
 
 def places(folder: Path) -> tuple[Path, Path]:
@@ -361,8 +362,8 @@ def write(
     """Write a PEFT LoRA or DoRA folder: ranks may differ by layer, the scaling is folded into B.
 
     `updates`: path -> the lowered update of that layer, which must be low-rank; `gains`: path -> m (out,) where the
-    method has a gain; `head`: key -> tensor of the modules `heads`; `base`: name, class and task_type of the base;
-    `sides`: path -> what `kinds.sides` says of the layer, where it is no product.
+    method has a gain; `head`: key -> tensor of the modules `heads`; `base`: name, class, task_type and sha256 of the
+    base; `sides`: path -> what `kinds.sides` says of the layer, where it is no product.
     Raises UserError if the folder cannot be written or holds an adapter in loralab's layout, and for values that are
     not finite.
     """
@@ -381,6 +382,7 @@ def write(
         raise UserError(f"the adapter cannot be exported: values that are not finite: {listed(odd)}")
     config = {**_config(base, heads, ranks), "use_dora": bool(gains)}
     metadata = {"format": "pt", "labels": json.dumps(list(labels)), "class": base.get("class")}
+    metadata["base_sha256"] = base.get("sha256")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_both(folder / TENSORS, folder / HEADER) as (first, last):

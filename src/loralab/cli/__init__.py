@@ -84,9 +84,17 @@ COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when 
         "Combine adapters into one: sum, difference, TIES, DARE; or resize one.",
         "loralab combine runs/a/adapter runs/b/adapter --weights 0.7 0.3 --out both",
     ),
+    "extract": (
+        "Write what a full fine-tuning changed as a LoRA of a rank, with its error by layer.",
+        "loralab extract tuned --model minilm --rank 16 --out extracted",
+    ),
     "export": (
-        "Write an adapter in PEFT's layout.",
+        "Write an adapter in PEFT's layout, or as a GGUF file for llama.cpp.",
         "loralab export runs/reviews/adapter --model minilm --out exported",
+    ),
+    "push": (
+        "Upload an adapter folder with its model card to the hub.",
+        "loralab push runs/reviews/adapter --repo me/reviews --dry-run",
     ),
 }
 STOPPED = {  # command -> how to go on after an interrupt

@@ -26,7 +26,9 @@ PATHS = {  # command -> its flags whose values are files or folders that must be
     "generate": ("--adapters", "--input", "--template"),
     "merge": ("",),
     "combine": ("",),
-    "export": ("",),
+    "extract": (),
+    "export": ("", "--base"),
+    "push": ("",),
 }
 TASKS = {"train": ("--task",), "evaluate": ("--task",)}  # a file of one's own, or a name
 MODELS = ("--model", "--models")

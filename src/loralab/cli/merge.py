@@ -4,8 +4,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers.utils import logging
 
+from loralab import gguf_format, models
+from loralab.adapted import base_tensor
+from loralab.adapters import merge_dtype
 from loralab.analysis import merge_errors
 from loralab.cli import base
 from loralab.disk import check_output_folder, new_folder
@@ -21,6 +25,7 @@ def merge(
     model: str,
     out: Path,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    gguf: bool = False,
     name: str | None = None,
 ) -> None:
     """Write a plain model with an adapter merged in, and print how far its outputs are from the adapted model's.
@@ -35,14 +40,26 @@ def merge(
         Folder to write, new or empty.
     dtype: str
         What the merged weights are kept in.
+    gguf: bool
+        Write one file of llama.cpp, model.gguf: that of the base, which must be GGUF, with the merged weights.
     name: str
         Another name for the adapter than its own.
     """
     check_output_folder(out)
+    base_file = models.gguf_file(model) if gguf else None
+    if gguf and base_file is None:
+        raise UserError(
+            f"--gguf takes settings and tokens from the file of the base, and {model} is no GGUF file: leave it out, "
+            "and convert the merged folder with llama.cpp's convert_hf_to_gguf.py"
+        )
     adapters, tokenizer = base.load(model, folder, name, whole=True)
     probe = _probe(adapters.model, tokenizer)
     errors = merge_errors(adapters, None, probe)
-    _write(adapters.merge(dtype=dtype), tokenizer, out)
+    plain = adapters.merge(dtype=dtype)
+    if base_file is None:
+        _write(plain, tokenizer, out)
+    else:
+        _write_gguf(plain, adapters.model, base_file, dtype, out)
     rows = len(probe["input_ids"])
     print(f"merged into {out} as {dtype}; largest difference of an output on {rows} probe rows, by dtype:")
     print(", ".join(f"{route} {error:.1g}" for route, error in errors.items()))
@@ -66,5 +83,17 @@ def _write(plain: Any, tokenizer: Any, out: Path) -> None:
         with new_folder(out) as folder:
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    except OSError as problem:
+        raise UserError(f"cannot write {out}: {problem.strerror or problem}") from problem
+
+
+def _write_gguf(plain: Any, adapted: Any, base_file: Path, dtype: str, out: Path) -> None:
+    """Write the file of the base with the tensors that the merge changed, whole or not at all. Raises UserError."""
+    changed = {
+        key: p for key, p in plain.named_parameters() if not torch.equal(p, base_tensor(adapted, key).to(p.dtype))
+    }
+    try:
+        with new_folder(out) as folder:
+            gguf_format.write_model(folder, base_file, plain.config, changed, merge_dtype(dtype))
     except OSError as problem:
         raise UserError(f"cannot write {out}: {problem.strerror or problem}") from problem

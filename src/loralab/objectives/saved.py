@@ -8,9 +8,10 @@ from loralab import schema
 from loralab.data import Split, Task
 from loralab.disk import read_json, write_json
 from loralab.errors import UserError
+from loralab.files import TASK
 from loralab.objectives import OBJECTIVES
 
-FILE = "task.json"
+FILE = TASK
 OF_TYPE = {  # PEFT's task type -> the objective of an adapter that does not say it
     "SEQ_CLS": "classification",
     "TOKEN_CLS": "tagging",

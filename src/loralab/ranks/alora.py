@@ -41,6 +41,8 @@ def alora(
     `score_batch` is what `model(**score_batch)` takes, labels included; the paper takes 32 rows held out. A round costs
     two forward passes of it for each rank.
     """
+    if len(adapters.spec(name).paths) < 2:
+        raise UserError("ALoRA with one adapted layer: ranks move between layers, so none can move")
     generator, maps, guard = Generator().manual_seed(seed), [], _TrainingGuard(adapters, name)
     for number in range(rounds):
         guard.run(train_epoch, number)

@@ -109,8 +109,6 @@ def move_ranks(work: PolicyInput) -> tuple[RankMap, int, int]:
         steps += _train(adapters, work, trained, [number], autocast)
 
     with _trial_adapter(work) as adapters:
-        if len(adapters.layers) < 2:
-            raise UserError("policy='alora' with one adapted layer: ranks move between layers, so none can move")
         autocast = fast.enable(adapters.model, s.precision, s.speed).autocast  # hundreds of passes score
         batch = _batch(work, scored, list(range(len(scored))), adapters)
         device = batch["input_ids"].device

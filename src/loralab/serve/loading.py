@@ -63,10 +63,12 @@ def wanted(folder: Path, file: AdapterFile) -> str:
 def model_of(given: str | None, folder: Path, file: AdapterFile) -> str:
     """The name of an adapter's base: as given, as its run was given it, or as the folder has it. Raises UserError."""
     known = None if given else next(iter(adapter_folders([str(folder)]).values()))
-    name = given or (known and known.base) or file.base.get("name")
+    if given:
+        return given
+    name = (known and known.base) or file.base.get("name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{folder} names no base: say which with --model")
-    return name
+    return model_names.here(name)
 
 
 def shared(given: str | None, folders: Iterable[AdapterFolder]) -> str:

@@ -76,6 +76,7 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
         base = _string(read_header(place).get("base_model_name_or_path"))
         known = saved.read(folder, _string(read_header(place).get("task_type")))
         name = name or folder.resolve().name
+        base = base and model_names.here(base)
         return AdapterFolder(folder, name, (), base, None, known.objective, known.written, known.max_length)
     header = read_header(place := files.places(folder)[1])
     base_entry = header.get("base")
