@@ -67,6 +67,11 @@ def rows(count: int = 5, tokens: int = 7, seed: int = 1) -> dict[str, torch.Tens
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def labelled(seed: int = 8) -> dict[str, torch.Tensor]:
+    """`rows` with labels, for starts that look at data."""
+    return {**rows(seed=seed), "labels": torch.tensor([0, 1, 2, 1, 0])}
+
+
 def shake(adapters, name: str, seed: int = 2, std: float = 0.3) -> None:
     """Moves every tensor of an adapter off its start, so that no factor is zero."""
     generator = torch.Generator().manual_seed(seed)

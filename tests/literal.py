@@ -1,6 +1,7 @@
 """Every paper's equation and algorithm, written slowly: loops over rows and columns in float64, no code of the library.
 
-`UPDATES` gives U (out, in) of y = g * (W x + U drop(x)) + b for each named method, from its parameters by role.
+`UPDATES` gives U (out, in) of y = g * (W x + U drop(x)) + b for each named method, from its parameters by role and, for
+a method that sees it, W.
 """
 
 import itertools
@@ -58,6 +59,42 @@ def miss(p, f, drawn=None):
     """U_ij = D_(j mod r)i: every block of r columns is D^T."""
     columns = p["S"].shape[1]
     return torch.stack([torch.stack([p["D"][j % f.rank, i] for j in range(columns)]) for i in range(p["D"].shape[1])])
+
+
+def ia3(p, f, drawn=None):
+    """diag(l) W - W."""
+    return product(torch.diag(p["l"]), p["W"]) - p["W"]
+
+
+def ia3_of_inputs(p, f, drawn=None):
+    """W diag(l) - W."""
+    return product(p["W"], torch.diag(p["l"])) - p["W"]
+
+
+def rotation(values, k, terms):
+    """R = (I + Q)(I - Q)^-1, or so many terms of its series, Q from its numbers above the diagonal."""
+    Q, place = torch.zeros(k, k, dtype=DOUBLE), iter(values)
+    for i in range(k):
+        for j in range(i + 1, k):
+            Q[i, j] = next(place)
+            Q[j, i] = -Q[i, j]
+    eye = torch.eye(k, dtype=DOUBLE)
+    if not terms:
+        return (eye + Q) @ torch.linalg.inv(eye - Q)
+    powers = [torch.linalg.matrix_power(Q, n) for n in range(terms)]
+    return powers[0] + 2 * sum(powers[1:-1]) + powers[-1]
+
+
+def oft(p, f, drawn=None):
+    """W R^T - W, R with a rotation of its own for each block, or one for all."""
+    W, Q = p["W"], p["Q"]
+    k = round((1 + math.sqrt(1 + 8 * Q.shape[1])) / 2)
+    turns = [rotation(values, k, f.terms) for values in (Q if len(Q) > 1 else [Q[0]] * (W.shape[1] // k))]
+    return product(W, torch.block_diag(*turns).T) - W
+
+
+def lora_xs(p, f, drawn=None):
+    return scale(f, f.rank) * product(p["B"], product(p["R"], p["A"]))
 
 
 def vera(p, f, drawn=None):
@@ -153,10 +190,14 @@ UPDATES = {
     "vera": vera,
     "loha": lambda p, f, drawn=None: scale(f, f.rank) * (product(p["B1"], p["A1"]) * product(p["B2"], p["A2"])),
     "miss": miss,
+    "ia3": ia3,
+    "oft": oft,
+    "lora-xs": lora_xs,
     "dylora": dylora,
     "frozen-dylora": frozen_dylora,
     "delta-lora": delta_lora,
     "adalora": adalora,
+    "lora-ga": moved,
     "pissa": moved,
     "olora": moved,
     "lora-drop": gated,

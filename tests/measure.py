@@ -45,9 +45,9 @@ def weighted(y, learned):
 
 def named(name):
     """The recipe of a row at a small rank, and the size of its layer."""
-    rank = 1 if name in HAND else 17 if name == "vera" else RANK
-    scaled = {"alpha": ALPHA} if hasattr(NAMED[name][0].factors, "alpha") else {}
-    return recipe(name, rank=rank, **scaled), WIDE if name in HAND else SIZE
+    rank, has = 1 if name in HAND else 17 if name == "vera" else RANK, vars(NAMED[name][0].factors)
+    small = {key: value for key, value in {"rank": rank, "alpha": ALPHA, "block": 5}.items() if key in has}
+    return recipe(name, **small), WIDE if name in HAND or "block" in has else SIZE
 
 
 def parameters(name, r, size):
@@ -74,7 +74,7 @@ def equation(name, exact=False):
         if ours:
             y = apply(xs, base, r.lower(own | constants, base, drawn), lambda x: x * mask)
         else:
-            U = UPDATES[name](own | constants, r.factors, drawn)
+            U = UPDATES[name]({**own, **constants, "W": base.dense().double()}, r.factors, drawn)
             y = forward(xs, base.dense().double(), b, U, own.get("m"), exact, xs * mask)
         sides.append([y, *weighted(y, [xs, *(t for t in own.values() if t.requires_grad)])])
     return largest(zip(*sides, strict=True))
@@ -185,7 +185,12 @@ def begun(name):
         layer.weight.copy_(0.3 * tensor(*size, seed=5))
     W, base, generator = keep(layer).dense().detach(), keep(layer, r.store), torch.Generator().manual_seed(0)
     p = blank(r.start, r.factors, *size, generator)
-    return r.factors.scaling, W, base.dense().detach(), p | begin(r.start, r.factors, W, base, generator)
+    return (
+        r.factors.scaling,
+        W,
+        base.dense().detach(),
+        p | r.factors.from_base(base) | begin(r.start, r.factors, W, base, generator),
+    )
 
 
 def best(name):
@@ -204,5 +209,13 @@ def olora():
     return largest([(p["A"].double(), signs[:, None] * A), (p["B"].double(), signs * B)])
 
 
-STARTS = {"pissa": partial(best, "pissa"), "loftq": partial(best, "loftq"), "olora": olora}
+def lora_xs():
+    """B A is the best part of the weight, A with rows of length 1 and B with all of the singular values."""
+    _, W, _, p = begun("lora-xs")
+    A, B, S = p["A"].double(), p["B"].double(), torch.linalg.svdvals(W.double())[:RANK]
+    eye = torch.eye(RANK, dtype=DOUBLE)
+    return largest([(B @ A, best_part(W, RANK)), (A @ A.T, eye), ((B / S).T @ (B / S), eye)])
+
+
+STARTS = {"lora-xs": lora_xs, "pissa": partial(best, "pissa"), "loftq": partial(best, "loftq"), "olora": olora}
 WITHOUT = [name for name, (row, _) in NAMED.items() if row.factors is None]  # no layer is adapted

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from archs import build, rows, shake
+from archs import build, labelled, rows, shake
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import loralab
@@ -39,7 +39,7 @@ def adapted(method, kind="bert", **more):
     model, more = build(kind), MORE.get(method, {}) | more
     factors = NAMED[method][0].factors
     sizes = {key: 3 for key in ("rank",) if factors is not None and hasattr(factors, key)}
-    adapters = loralab.attach(model, method, name="a", head=True, batches=[rows(seed=8)], **sizes, **more)
+    adapters = loralab.attach(model, method, name="a", head=True, batches=[labelled()], **sizes, **more)
     shake(adapters, "a")
     return model
 

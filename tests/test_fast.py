@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from archs import build, rows, shake
+from archs import build, labelled, rows, shake
 from torch.nn import functional as F
 
 import loralab
@@ -23,7 +23,7 @@ def adapted(kind, method="lora", targets="all-linear", **more):
     allowed = vars(NAMED[method][0].factors)
     given = {key: value for key, value in SETTINGS.items() if key in allowed}
     model = build(kind)
-    adapters = loralab.attach(model, method, targets=targets, head=True, batches=[rows(seed=8)], **given, **more)
+    adapters = loralab.attach(model, method, targets=targets, head=True, batches=[labelled()], **given, **more)
     shake(adapters, "default")
     return model, adapters
 

@@ -78,7 +78,7 @@ def adapted(family="llama", method="lora", targets="all-linear", **more):
     model = build(family)
     allowed = vars(NAMED[method][0].factors)
     given = {key: value for key, value in {"rank": 3, "alpha": 5.0}.items() if key in allowed}
-    inputs = [{key: t for key, t in batch().items() if key != "use_cache"}]
+    inputs = [{**{key: t for key, t in batch().items() if key != "use_cache"}, "labels": batch()["input_ids"]}]
     adapters = loralab.attach(model, method, targets=targets, batches=inputs, **given, **more)
     shake(adapters, "default")
     model.double()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from archs import build as build_known
-from archs import rows, shake
+from archs import labelled, rows, shake
 from test_fast import LOW_RANK, double, pass_through, same
 from torch.nn import functional as F
 from transformers import AlbertConfig, AutoModelForSequenceClassification, ModernBertConfig
@@ -65,7 +65,7 @@ def adapted(kind, method="lora", targets="all-linear", **more):
     allowed = vars(NAMED[method][0].factors)
     given = {key: value for key, value in {"rank": 3, "alpha": 5.0}.items() if key in allowed}
     model = build(kind, **more)
-    adapters = loralab.attach(model, method, targets=targets, head=True, batches=[rows(seed=8)], **given)
+    adapters = loralab.attach(model, method, targets=targets, head=True, batches=[labelled()], **given)
     shake(adapters, "default")
     double(model, adapters)
     return model, adapters

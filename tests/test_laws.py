@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from archs import build, check_mixed, rank_map, rows, shake
+from archs import build, check_mixed, labelled, rank_map, rows, shake
 from torch import nn
 from torch.func import functional_call
 
@@ -20,7 +20,7 @@ from loralab.update import each
 
 HELD = {"delta-lora"}  # holds a part of its update constant; test_methods.py checks its gradients
 ADAPTED = [name for name, (row, _) in NAMED.items() if row.factors is not None]
-SETTINGS = {"rank": 3, "alpha": 5.0}  # scaling is not 1
+SETTINGS = {"rank": 3, "alpha": 5.0, "block": 5}  # scaling is not 1
 # a quantized weight is made anew in float32, so the products, and not the rounding of the weight, set the tolerance
 TOLERANCE = dict.fromkeys((None, *STORES), 1e-5) | {"bfloat16": 3e-2}
 OWN = [(name, NAMED[name][0].store) for name in ADAPTED]
@@ -37,7 +37,7 @@ def adapted(name, store=None, kind="bert", **more):
     model = build(kind)
     extra = {} if store is None else {"store": store}
     mapped = {"ranks": rank_map(model)} if NAMED[name][0].policy else {}  # a plan makes it from data, before a run
-    given = {"batches": [rows(seed=8)], **mapped, **settings(name), **extra, **more}  # batches: for data-driven starts
+    given = {"batches": [labelled()], **mapped, **settings(name), **extra, **more}  # batches: for data-driven starts
     return model, loralab.attach(model, name, name="a", head=True, **given)
 
 

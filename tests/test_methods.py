@@ -13,6 +13,7 @@ from torch import nn
 
 import loralab
 from loralab.methods.dylora import DyLoRA
+from loralab.methods.starts import looks_at
 from loralab.methods.vera import VeRA
 from loralab.rankmap import RankMap
 from loralab.recipe import NAMED, Recipe, recipe
@@ -147,7 +148,8 @@ def test_nothing_of_the_size_of_the_weight_is_made(name, given):
     model = nn.Sequential(nn.Linear(N_IN, N_OUT)).train()
     more = {"ranks": RankMap({"0": RANK}), "policy": None} if NAMED[name][0].policy else {}
     more |= {"total_steps": 9} if name == "adalora" else {}
-    more |= {"batches": [{"input": torch.randn(9, N_IN)}]} if name == "eva" else {}
+    looked = {"batches": [{"input": torch.randn(9, N_IN)}], "loss": lambda model, batch: model(**batch).square().sum()}
+    more |= looked if looks_at(NAMED[name][0].start) else {}
     more |= {"store": "float32", "start": "kaiming"} if name in STARTS_STORED else {}
     adapters = loralab.attach(model, name, rank=RANK, targets=["0"], **more, **given)
     shake(adapters, "default")

@@ -297,7 +297,9 @@ def test_a_packed_run_is_the_run_up_to_rounding_and_others_refuse_to_pack(bases,
 
 
 @pytest.mark.parametrize(
-    "more", [{"method": "eva"}, {"policy": "drop"}, {"method": "alora"}, {"policy": "groups"}], ids=str
+    "more",
+    [{"method": "eva"}, {"method": "lora-ga"}, {"policy": "drop"}, {"method": "alora"}, {"policy": "groups"}],
+    ids=str,
 )
 def test_starts_and_policies_take_packed_rows_of_a_language_model(more, bases, files, tmp_path):
     result = train(settings("chat", bases, files, tmp_path / "r", pack=True, epochs=1, **{"lr": 0.003, **more}))

@@ -44,8 +44,14 @@ def usual(method: str) -> dict[str, Any]:
     row = NAMED[method][0]
     if row.factors is None:
         return {}
-    small = SMALL.get(method, {"rank": 1 if row.factors.kind == "superlora" else 4})
+    ranked = {"rank": 1 if row.factors.kind == "superlora" else 4} if hasattr(row.factors, "rank") else {}
+    small = SMALL.get(method, ranked)
     return small | ({"policy": None} if row.policy else {})
+
+
+def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """A loss for starts that look at gradients."""
+    return model(**batch).square().sum()
 
 
 @cache
@@ -59,7 +65,7 @@ def behaviour(method: str, given: tuple[tuple[str, Any], ...]) -> str:
 
     batches = [{"input": tensor(40, 10, seed=9).float()}]
     head = ["2"] if recipe(method).factors is None else False
-    adapters = loralab.attach(model, method, targets=TARGETS, head=head, batches=batches, **settings)
+    adapters = loralab.attach(model, method, targets=TARGETS, head=head, batches=batches, loss=loss_of, **settings)
     groups = adapters.parameter_groups(weight_decay=0.01)
     for group in groups:
         see((group["role"], group["lr"], group["weight_decay"], [tuple(p.shape) for p in group["params"]]))
@@ -104,6 +110,8 @@ def others(method: str, option: options.Option, now: Any) -> list[Any]:
         values = [value for value in options.CHOICES[option.name] if value != "float32"]  # the model has it already
     elif typing.get_origin(kind) is Literal:
         values = list(typing.get_args(kind))
+    elif option.name == "inputs":
+        values = [("0",), ("0", "2"), ("nothing",)]
     elif typing.get_origin(kind) is tuple:
         values = [(role,) for role in (*row.roles, "bias", "all") if (role,) != row.learn]
     elif kind is bool:

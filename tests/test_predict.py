@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from archs import alone, assert_rows, build, rank_map, rows, shake
+from archs import alone, assert_rows, build, labelled, rank_map, rows, shake
 from test_cli import adapter, cli, refused  # noqa: F401  (fixtures)
 
 import loralab
@@ -45,7 +45,7 @@ def test_a_row_of_a_mixed_batch_is_the_row_alone(method, store):
     model, batch, ids = build("bert"), rows(), [1, 0, 2, 1, 0]
     stored = {"store": own or store}
     first = settings(method, model) | ({} if own else stored)
-    adapters = loralab.attach(model, method, name="a", head=True, batches=[rows(seed=8)], **first)
+    adapters = loralab.attach(model, method, name="a", head=True, batches=[labelled()], **first)
     adapters.add("b", rank=5, targets="attention-qv", head=True, labels=["x", "y"], **stored)
     adapters.add("c", "dora", rank=2, targets="mlp", head=True, labels=["score"], **stored)
     for seed, name in enumerate("abc"):

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from literal import UPDATES, forward, product, superlora, tensor
+from literal import UPDATES, forward, ia3_of_inputs, product, superlora, tensor
 from measure import largest, weighted
 from torch import nn
 from torch.func import functional_call
@@ -16,8 +16,10 @@ import loralab
 from loralab.methods.adalora import AdaLoRA
 from loralab.methods.delta import DeltaLoRA
 from loralab.methods.dylora import DyLoRA
+from loralab.methods.ia3 import IA3
 from loralab.methods.lora import LoRA
 from loralab.methods.miss import MiSS
+from loralab.methods.oft import OFT
 from loralab.methods.precond import PreconditionedLoRA
 from loralab.methods.starts import added
 from loralab.methods.superlora import SuperLoRA
@@ -32,6 +34,10 @@ KINDS = {  # name -> factors, start
     "pissa": (LoRA(3, 5.0), "pissa"),
     "vera": (VeRA(5), "kaiming"),
     "miss": (MiSS(4), "kaiming"),
+    "ia3": (IA3(), "kaiming"),
+    "ia3 of inputs": (IA3(("0",)), "kaiming"),
+    "oft": (OFT(), "kaiming"),
+    "oft series": (OFT(terms=5), "kaiming"),
     "dylora": (DyLoRA(3, 5.0), "kaiming"),
     "frozen-dylora": (DyLoRA(3, 5.0, frozen=True), "kaiming"),
     "delta-lora": (DeltaLoRA(3, 5.0, follow=1.7, wait=2), "kaiming"),
@@ -47,10 +53,14 @@ LISTED = {type(factors) for factors, _ in KINDS.values()}
 KINDS |= {kind: (made(3, 5.0), "kaiming") for kind, made in FACTORS.items() if made not in LISTED}
 HAND = {"lokr": [(1, 1), (13, 11)], "lorta": [(13, 11)], "superlora": [(7, 6)]}
 LITERAL = UPDATES | {
+    "ia3 of inputs": ia3_of_inputs,
+    "oft series": UPDATES["oft"],
     "core": lambda p, f, drawn=None: f.alpha / f.rank * product(p["B"], product(p["C"], p["A"])),
     **{name: lambda p, f, drawn=None, hand=hand: superlora(p, f, hand, SIZES[0]) for name, hand in HAND.items()},
 }
-GRID = list(itertools.product(KINDS, (None, *STORES), (False, True)))
+GRID = [
+    case for case in itertools.product(KINDS, (None, *STORES), (False, True)) if KINDS[case[0]][0].gains or not case[2]
+]
 ROUNDED = {"bfloat16": 0.03}  # its products are rounded too; any other store is exact in the dtype of x
 EXACT = [case for case in GRID if case[1] not in ROUNDED]  # whose gradients finite differences can see
 over = pytest.mark.parametrize(("kind", "store", "gain"), GRID)
@@ -184,7 +194,9 @@ def test_6_counts_are_the_closed_form(kind, store, gain):
     for train in allowed(kind, store, gain):
         _, adapters = attached(kind, store, gain, move=False, train=train)
         r = adapters.spec("a").recipe
-        expected = sum(r.count(*size) for size in SIZES) + (13 + 7 if r.learn_base else 0)
+        expected = sum(r.at(path).count(*size) for path, size in zip(("0", "2"), SIZES, strict=True)) + (
+            13 + 7 if r.learn_base else 0
+        )
         assert adapters.counts("a")["adapter"] == expected
         assert expected == sum(p.numel() for g in adapters.parameter_groups(lr=1.0) for p in g["params"])
 
@@ -248,7 +260,7 @@ def test_10_the_lowering_is_the_literal_formula_under_the_same_dropout(kind, sto
             if ours:
                 y, own = layer(xs), held
             else:
-                U = LITERAL[kind](own | constants, r.factors, drawn)
+                U = LITERAL[kind]({**own, **constants, "W": layer.base.dense().double()}, r.factors, drawn)
                 y = forward(xs, layer.base.dense().double(), layer.bias, U, own.get("m"), seen=xs * mask)
             sides.append([y.detach(), *weighted(y, [xs, *(t for t in own.values() if t.requires_grad)])])
     if store in ROUNDED:
@@ -286,7 +298,7 @@ def refused(kind, store, train, ratio, dropout, gain):
     """The pairs of fields that `check` must name, by rules written out again."""
     factors, _ = KINDS[kind]
     name, learned = factors.kind, train or factors.learn
-    pairs = []
+    pairs = [] if factors.gains or not gain else [("gain=True", name)]
     if dropout and kind == "delta-lora":
         pairs.append((f"dropout={dropout}", name))
     if ratio != 1 and "B" not in learned:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from archs import build, check_mixed, rank_map, rows, shake
+from archs import build, check_mixed, labelled, rank_map, rows, shake
 from safetensors.torch import load_file
 from torch import nn
 
@@ -244,7 +244,7 @@ OWN = RankMap({Q0: 4, Q1: 2, V0: 2, V1: 6, UP0: 0, UP1: 4})  # even, as an ortho
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal", "eva"])
 def test_a_start_gives_each_layer_its_own_rank(start):
-    model, adapters = adapted("lora", OWN, start=start, batches=[rows(seed=8)])
+    model, adapters = adapted("lora", OWN, start=start, batches=[labelled()])
     assert {path: len(adapters.layers[path].roles("a")["A"]) for path in OWN.adapted} == {
         path: part.rank for path, part in OWN.adapted.items()
     }
@@ -253,7 +253,7 @@ def test_a_start_gives_each_layer_its_own_rank(start):
     shared = RankMap({**OWN.layers, Q0: LayerRank(2, "q"), Q1: LayerRank(2, "q")})
     if start in ("pissa", "olora", "eva"):  # made from each layer's own weight or inputs
         with pytest.raises(UserError, match="share"):
-            adapted("lora", shared, start=start, batches=[rows(seed=8)])
+            adapted("lora", shared, start=start, batches=[labelled()])
 
 
 # ---- files and mistakes ------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import weakref
 import pytest
 import torch
 from archs import CONFIGS, build, rows, shake
+from archs import labelled as batch_of_start
 from conftest import TIMES
 from test_steps import LENGTH, STEPPED
 from torch import nn
@@ -39,7 +40,7 @@ def settings(method, **more):
 
 def adapted(method="lora", kind="bert", name="a", model=None, **more):
     model = build(kind) if model is None else model
-    given = {"batches": [rows(seed=8)], "head": True, **settings(method, **more)}
+    given = {"batches": [batch_of_start()], "head": True, **settings(method, **more)}
     adapters = loralab.attach(model, method, name=name, **given)
     shake(adapters, name)
     return model, adapters
@@ -700,7 +701,7 @@ def test_the_same_adapter_without_a_head_has_the_labels_of_any_model(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("method", [*ADAPTED, "bitfit", "head"])
 def test_values_that_are_not_finite_are_not_passed_on(method, value, tmp_path):
-    _, adapters = adapted(method, batches=[rows(seed=8)])
+    _, adapters = adapted(method, batches=[batch_of_start()])
     roles = {role: t for role, t in adapters.tensors().values() if t.is_floating_point()}
     for role, t in roles.items():
         kept = t.detach().clone()

@@ -5,12 +5,13 @@ import warnings
 
 import pytest
 import torch
-from archs import build, rows, shake
+from archs import build, labelled, rows, shake
 from torch import Generator, nn
 
 import loralab
 from loralab import UserError
 from loralab.adapters import read
+from loralab.gradients import weight_gradients
 from loralab.inputs import observe
 from loralab.methods import starts
 from loralab.methods.lora import LoRA
@@ -42,7 +43,9 @@ def begun(start, layer, store=None, seed=0, factors=PLAIN, seen=None):
 
 def needed(start):
     """What a recipe of this start needs beside a rank."""
-    return {"eva": {"batches": [rows(seed=8)]}, "loftq": {"store": "nf4"}}.get(start, {})
+    return {"eva": {"batches": [labelled()]}, "lora-ga": {"batches": [labelled()]}, "loftq": {"store": "nf4"}}.get(
+        start, {}
+    )
 
 
 def attached(start, kind="bert", **given):
@@ -111,7 +114,7 @@ def test_olora_is_gram_schmidt_on_the_columns_of_the_weight():
 @pytest.mark.parametrize("start", AWAY)
 def test_a_start_off_zero_is_taken_away(start):
     layer = linear()
-    p = begun(start, layer)
+    p = begun(start, layer, seen=torch.randn(N_OUT, N_IN))  # a gradient, for a start that looks at it
     assert torch.equal(p["A0"], p["A"])
     assert torch.equal(p["B0"], PLAIN.scaling * p["B"])
     assert p["A0"].data_ptr() != p["A"].data_ptr()
@@ -244,6 +247,108 @@ def test_eva_needs_data_and_enough_of_it():
         loralab.attach(model, "eva", rank=8, batches=[rows(5)])
     assert not any(type(m).__name__ == "Adapted" for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- lora-ga: what the loss wants of the weight ----------------------------------------------------------------------
+
+BATCHES = [labelled(3), {**rows(4, 5, seed=4), "labels": torch.tensor([2, 0, 0, 1])}]
+
+
+def gradient_of(model, path, batches):
+    """The gradient of the summed losses by the weight (out, in) of a layer, by autograd."""
+    W = model.get_submodule(path).weight.requires_grad_()
+    return sum(torch.autograd.grad(model(**batch).loss, W)[0] for batch in batches)
+
+
+@pytest.mark.parametrize("path", [QUERY, DENSE])
+@pytest.mark.parametrize("store", [None, "int8"])
+def test_lora_ga_begins_with_singular_vectors_of_the_gradient(path, store):
+    model, adapters = attached("lora-ga", batches=BATCHES, store=store)
+    p, layer = adapters.layers[path].roles("a"), adapters.layers[path]
+    plain = build("bert")
+    if store is not None:  # the gradient is that of the first adapter's model, whose weights are whole
+        assert not torch.equal(layer.base.dense(), plain.get_submodule(path).weight)
+    G = gradient_of(plain, path, BATCHES).double()
+    size = (len(G) ** 0.5 / 16) ** 0.5
+    right, left = (torch.linalg.eigh(M).eigenvectors.flip(1) for M in (G.T @ G, G @ G.T))
+    for found, expected in ((p["A"].double(), right[:, :4].T), (p["B"].double().T, left[:, 4:8].T)):
+        torch.testing.assert_close(found @ found.T, size**2 * torch.eye(4).double(), rtol=0, atol=1e-5)
+        cosines = (found * expected).sum(1).abs() / size
+        torch.testing.assert_close(cosines, torch.ones(4).double(), rtol=0, atol=1e-4)
+    assert torch.equal(p["A0"], p["A"])
+    assert torch.equal(p["B0"], 2.5 * p["B"])
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_the_gradient_is_that_of_autograd_and_looking_changes_nothing(kind):
+    model = build(kind).train()
+    paths = [
+        path for path, m in model.named_modules() if keep_able(m) and "classifier" not in path and "score" not in path
+    ]
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    learned = {key: p.requires_grad for key, p in model.named_parameters()}
+    found = weight_gradients(model, BATCHES, paths)
+    assert model.training
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == learned
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+    for path in paths:
+        G = gradient_of(build(kind), path, BATCHES)
+        torch.testing.assert_close(found[path], G.T if kind == "gpt2" else G, rtol=1e-4, atol=1e-6)
+
+
+def keep_able(module):
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def test_lora_ga_sees_the_base_beside_another_adapter():
+    _, first = attached("lora-ga", batches=BATCHES)
+    expected = {key: t.clone() for key, t in first.state("a").items()}
+    other = build("bert")
+    adapters = loralab.attach(other, "lora", name="other", rank=3, alpha=5)
+    shake(adapters, "other")
+    before = {key: t.clone() for key, t in adapters.state("other").items()}
+    adapters.add("a", "lora-ga", rank=4, alpha=10.0, batches=BATCHES)
+    assert all(torch.equal(adapters.state("a")[f"{QUERY}.{role}"], expected[f"{QUERY}.{role}"]) for role in "AB")
+    assert all(torch.equal(t, before[key]) and t.grad is None for key, t in adapters.state("other").items())
+
+
+def test_lora_ga_says_what_it_needs():
+    for given, told in (
+        ({}, "pass batches"),
+        ({"batches": [rows()]}, "put labels into them, or pass loss="),
+        ({"batches": [labelled()], "rank": 13}, "rank 13 for .*: the start takes 26 directions of its gradient"),
+        (
+            {"batches": [labelled()], "loss": lambda m, b: m.bert(b["input_ids"])[0].sum()},
+            "pooler.dense has no gradient",
+        ),
+    ):
+        model = build("bert")
+        with pytest.raises(UserError, match=told):
+            loralab.attach(model, "lora-ga", **{"rank": 4} | given)
+        assert not any(type(m).__name__ == "Adapted" for m in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_first_step_of_lora_ga_goes_where_full_fine_tuning_goes():
+    """The aim of the paper: the change of s B A is along the gradient, far more than with LoRA."""
+    cosines = {}
+    for start in ("kaiming", "lora-ga"):
+        model, adapters = attached(start, batches=BATCHES)
+        G = gradient_of(build("bert"), DENSE, BATCHES)
+        layer = adapters.layers[DENSE]
+        sum(model(**batch).loss for batch in BATCHES).backward()
+        before = layer.lower("a").matrix().detach()
+        p = layer.roles("a")
+        with torch.no_grad():
+            for role in "AB":
+                p[role] -= 1e-2 * p[role].grad
+        change = (layer.lower("a").matrix() - before).detach()
+        cosines[start] = float(-(change * G).sum() / change.norm() / G.norm())
+    assert cosines["lora-ga"] > 0.95
+    assert cosines["lora-ga"] > cosines["kaiming"] + 0.1
 
 
 # ---- what must hold around a start ----------------------------------------------------------------------------------

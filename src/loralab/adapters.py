@@ -19,8 +19,8 @@ from loralab.errors import UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, enable
 from loralab.files import AdapterFile
+from loralab.gradients import Loss
 from loralab.hooks import StepHooks
-from loralab.inputs import start_directions
 from loralab.kinds import loaded
 from loralab.layer import put_back
 from loralab.methods import starts
@@ -28,6 +28,7 @@ from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.reference import frozen_copy
 from loralab.schema import listed
+from loralab.start_data import start_data
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +50,7 @@ def attach(
     labels: Sequence[str] = (),
     seed: int = 0,
     batches: Iterable[Mapping[str, Any]] | None = None,
+    loss: Loss | None = None,
     **settings: Any,
 ) -> "Adapters":
     """Freeze `model`, put a fresh adapter on it in place and leave that adapter active.
@@ -57,7 +59,8 @@ def attach(
     that are inside modules it names, are left alone; names are as in `targets`. Of `tokens`, such as new ones after a
     resize, the vectors learn too, in the embedding and in an output layer tied to it. `head=True` trains a copy of
     everything outside the backbone; a list names the modules instead. `seed` decides the adapter's random start;
-    `batches`, each what `model(**batch)` takes, are for a start that looks at data (eva).
+    `batches`, each what `model(**batch)` takes, are for a start that looks at data (eva, lora-ga), and `loss`, a
+    function of model and batch, for one that looks at gradients where the model has no loss of its own.
     Raises UserError for an unknown method, setting or target, before anything has changed.
     """
     if hasattr(model, HANDLE):
@@ -73,7 +76,7 @@ def attach(
         "labels": labels,
         **settings,
     }
-    handle.add(name, method, seed=seed, batches=batches, **given)
+    handle.add(name, method, seed=seed, batches=batches, loss=loss, **given)
     handle.connect()
     handle.activate(name)
     return handle
@@ -145,6 +148,7 @@ class Adapters(AdaptedModel):
         labels: Sequence[str] = (),
         seed: int = 0,
         batches: Iterable[Mapping[str, Any]] | None = None,
+        loss: Loss | None = None,
         filled: bool = False,
         heads_of: nn.Module | None = None,
         **settings: Any,
@@ -159,13 +163,13 @@ class Adapters(AdaptedModel):
         spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
-        directions = None if filled else start_directions(self, r, spec.paths, batches)
+        seen = None if filled else start_data(self, r, spec.paths, batches, loss)
         if r.store or spec.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
         if not self.specs:
             self.model.requires_grad_(False)
         generator = Generator().manual_seed(seed)
-        install.add_layers(self, spec, name, generator, directions)
+        install.add_layers(self, spec, name, generator, seen)
         install.add_heads(self, spec, name, generator, heads_of)
         install.open_base(self, spec)
         self.specs[name] = spec

@@ -4,41 +4,17 @@ They are the right singular vectors of all inputs stacked (n, in), found without
 begins with them (Paischer et al., 2024).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
 from loralab.methods.starts import InputDirections
-from loralab.recipe import Recipe
 
 Batches = Iterable[Mapping[str, Any]]  # each is what `model(**batch)` takes; its attention_mask tells the padding
-
-
-def start_directions(
-    handle: AdaptedModel, recipe: Recipe, paths: Sequence[str], batches: Batches | None
-) -> dict[str, InputDirections]:
-    """Path -> the input directions that a start needs; empty for a start that needs none.
-
-    Raises UserError, before a layer is touched, if the start cannot see what it needs: batches, or the weight itself.
-    """
-    start = recipe.start
-    if start == "loftq" and (stored := [path for path in paths if path in handle.layers]):
-        store = handle.layers[stored[0]].store
-        raise UserError(
-            f"start='loftq': {stored[0]} is kept {store} already, its own weight is gone; "
-            "attach loftq before the others"
-        )
-    if start != "eva":
-        return {}
-    if batches is None:
-        raise UserError(f"start={start!r} looks at data: pass batches=[...], each what model(**batch) takes")
-    with handle.use(None):
-        return observe(handle.model, batches, {path: recipe.at(path).factors.rank for path in paths})  # type: ignore
 
 
 @torch.no_grad()
@@ -51,7 +27,6 @@ def observe(model: nn.Module, batches: Batches, ranks: Mapping[str, int]) -> dic
     """
     grams: dict[str, Tensor] = {}  # (in, in): sums of x x^T
     counts = dict.fromkeys(ranks, 0)
-    device = next(model.parameters()).device
 
     def add(path: str, x: Tensor) -> None:
         x = x.float()
@@ -60,14 +35,20 @@ def observe(model: nn.Module, batches: Batches, ranks: Mapping[str, int]) -> dic
         counts[path] += len(x)
 
     with evaluating(model):
-        on_device = ({k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()} for batch in batches)
-        each_input(model, on_device, {path: model.get_submodule(path) for path in ranks}, add)
+        each_input(model, on_device(model, batches), {path: model.get_submodule(path) for path in ranks}, add)
     if few := [path for path, rank in ranks.items() if counts[path] < rank]:
         raise UserError(
             f"rank {ranks[few[0]]} for {few[0]} needs as many tokens to look at, it saw {counts[few[0]]} "
             f"({len(few)} of {len(ranks)} layers saw too few): pass more batches"
         )
     return {path: _span(grams[path], rank) for path, rank in ranks.items()}
+
+
+def on_device(model: nn.Module, batches: Batches) -> Iterator[dict[str, Any]]:
+    """The batches with their tensors on the device of a model."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield {key: t.to(device) if isinstance(t, Tensor) else t for key, t in batch.items()}
 
 
 def each_input(

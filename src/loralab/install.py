@@ -18,12 +18,12 @@ from loralab.kinds.stack import Stack
 from loralab.layer import Adapted, AdaptedHead, Constants, put_back
 from loralab.methods import starts
 from loralab.methods.base import Factors, Roles
-from loralab.methods.starts import InputDirections
 from loralab.own_forward import adapted
 from loralab.rankmap import LayerRank, RankMap
 from loralab.reach import obstacle
 from loralab.read_past import is_read_past
 from loralab.recipe import Recipe, check, recipe
+from loralab.start_data import Seen
 from loralab.stores import keep
 from loralab.stores.float import Float
 from loralab.targets import ALL, Targets, all_paths, cover, layer_at, paths_to, shape_of
@@ -136,6 +136,8 @@ def _cover(
         r, coverage = _fitting(r, coverage, shapes)
         shapes = {path: shapes[path] for path in coverage.paths}
     _check_misfits(r, shapes)
+    if strangers := r.factors.strangers(list(shapes)):  # type: ignore[union-attr]
+        raise UserError("; ".join(strangers))
     _check_kinds(handle, r, shapes)
     return r, coverage
 
@@ -212,8 +214,11 @@ def _check_kinds(handle: AdaptedModel, r: Recipe, paths: Iterable[str]) -> None:
     """Raise UserError for layers whose kind, or whose store for other adapters, does not go with the recipe."""
     layers = {path: layer_at(handle.model, path) for path in paths}
     others = [path for path, layer in layers.items() if not (type(layer) is Adapted or kinds.is_product(layer))]
-    if others and r.start == "eva":
-        raise UserError(f"start='eva' looks at inputs that are vectors, and those of {others[0]} are none: exclude it")
+    if others and (what := starts.looks_at(r.start)):
+        raise UserError(
+            f"start={r.start!r} looks at {what} of layers whose inputs are vectors, and those of {others[0]} are none: "
+            "exclude it"
+        )
     if stacks := [path for path, layer in layers.items() if isinstance(layer, Stack | AdaptedStack)]:
         _check_stacks(r, stacks[0])
     stores = {path: handle.layers[path].store for path in layers if path in handle.layers and path not in others}
@@ -262,9 +267,7 @@ class Starts:
         return tensors
 
 
-def add_layers(
-    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, seen: Mapping[str, InputDirections] | None
-) -> None:
+def add_layers(handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, seen: Seen | None) -> None:
     """Wrap what is not wrapped yet and give each layer its tensors; `seen=None` leaves out a computed start."""
     factors, start = spec.recipe.factors, spec.recipe.start
     if factors is None:
@@ -298,7 +301,7 @@ def _started(
     W: Tensor | None,
     base: Any,
     generator: Generator,
-    seen: Mapping[str, InputDirections] | None,
+    seen: Seen | None,
     path: str,
 ) -> dict[str, Tensor]:
     """Role -> starting tensor of a layer, of a stack of experts with a leading axis (n, ...)."""
@@ -308,7 +311,7 @@ def _started(
         return {role: torch.stack([tensors[role] for tensors in drawn]) for role in drawn[0]}
     tensors = starts.blank(start, factors, base.out_features, base.in_features, generator)
     if seen is not None:
-        tensors |= starts.begin(start, factors, W, base, generator, seen.get(path))
+        tensors |= factors.from_base(base) | starts.begin(start, factors, W, base, generator, seen.get(path))
     return tensors
 
 

@@ -315,7 +315,8 @@ class Adapted(nn.Module):
         if name not in self.recipes:
             return []
         own = [*self.adapters[name]._parameters.values(), *self.constants[name].values()]
-        base = [*self.base._parameters.values(), *self.base._buffers.values()] if self.recipes[name].gain else []
+        over = self.recipes[name].over_base
+        base = [*self.base._parameters.values(), *self.base._buffers.values()] if over else []
         return [t for t in (*own, *base) if t is not None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,13 +17,16 @@ from loralab.methods.base import Factors, Roles
 from loralab.methods.delta import DeltaLoRA
 from loralab.methods.dylora import DyLoRA
 from loralab.methods.gain import gain
+from loralab.methods.ia3 import IA3
 from loralab.methods.loha import LoHa
 from loralab.methods.lora import LoRA
 from loralab.methods.miss import MiSS
+from loralab.methods.oft import OFT
 from loralab.methods.precond import PreconditionedLoRA
 from loralab.methods.superlora import SuperLoRA
 from loralab.methods.tokens import Tokens
 from loralab.methods.vera import VeRA
+from loralab.methods.xs import LoRAXS
 from loralab.policies import POLICIES
 from loralab.rankmap import RankMap, example, own, sized
 from loralab.rankmap import problems as rank_problems
@@ -83,6 +86,11 @@ class Recipe:
         return self.factors is not None and self.factors.low_rank
 
     @property
+    def over_base(self) -> bool:
+        """Whether the update of a layer depends on the frozen weight."""
+        return self.gain or (self.factors is not None and self.factors.sees_weight)
+
+    @property
     def learn_base(self) -> str | None:
         """The tensors of the base that learn in place: None, "bias" or "all"."""
         return next((role for role in self.train or () if role in BASE_ROLES), None)
@@ -99,6 +107,8 @@ class Recipe:
         if self.factors.low_rank:
             u = self.lower_low_rank(p, drawn)
         else:
+            if self.factors.sees_weight:
+                p = {**p, "W": base.dense().detach()}  # (out, in)
             u = Dense(self.factors.dense(p, base.out_features, base.in_features, drawn))
         return u._replace(gain=gain(p["m"], base, u, self.exact_gain)) if "m" in p else u
 
@@ -115,7 +125,7 @@ class Recipe:
     def at(self, path: str) -> "Recipe":
         """The recipe of one layer, at the rank that the map gives it."""
         assert self.factors is not None
-        factors = own(self.factors, self.ranks, path)
+        factors = own(self.factors, self.ranks, path).on(path)
         if isinstance(factors, Tokens):  # none of the other axes is for it
             return Recipe(factors)
         return replace(self, factors=factors, ranks=None, policy=None)
@@ -154,6 +164,7 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "olora": (Recipe(start="olora", lr=2e-4), "W x + b + s (B A - B0 A0) x, B0 A0 the first r of W = Q R"),
     "loftq": (Recipe(store="nf4", start="loftq"), "Q x + b + s B A x, W kept as Q in 4 bit, s B A starts near W - Q"),
     "eva": (Recipe(start="eva", lr=3e-4), "W x + b + s B A x, A starts at what the inputs span"),
+    "lora-ga": (Recipe(start="lora-ga", lr=3e-4), "W x + b + s (B A - B0 A0) x, A0 and B0 from the gradient of W"),
     "qlora": (Recipe(store="nf4-dq"), "W x + b + s B A x, W in 4 bit"),
     "qdora": (Recipe(store="nf4-dq", gain=True), "dora, W in 4 bit"),
     "lora-drop": (Recipe(policy="drop"), "lora, layers of small output share one A and B per kind"),
@@ -170,6 +181,9 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     ),
     "loha": (Recipe(factors=LoHa()), "W x + b + s (B1 A1 * B2 A2) x, * by element"),
     "miss": (Recipe(factors=MiSS()), "W x + b + D^T S x, S adds up every r-th input"),
+    "ia3": (Recipe(factors=IA3(), lr=1e-2), "diag(l) W x + b, or W diag(l) x + b for layers that inputs names"),
+    "oft": (Recipe(factors=OFT(), lr=1e-3), "W R^T x + b, R block-diagonal and orthogonal"),
+    "lora-xs": (Recipe(factors=LoRAXS(), lr=1e-3), "W x + b + s B R A x, B A the best rank-r part of W, R learns"),
     "bitfit": (Recipe(factors=None, train=("bias",), lr=3e-3), "every bias learns"),
     "full": (Recipe(factors=None, train=("all",), lr=1e-4), "every tensor learns"),
     "head": (Recipe(factors=None, train=(), lr=3e-3), "only the classification head learns"),
@@ -252,6 +266,8 @@ def check(r: Recipe) -> Recipe:
         problems.append(f"exact_gain={r.exact_gain} with gain={r.gain}: there is no norm")
     if r.factors is not None:
         problems += r.factors.problems()
+        if r.gain and not r.factors.gains:
+            problems.append(f"gain={r.gain} with {r.factors.kind}: it scales the rows of the weight itself")
         problems += _map_problems(r.factors, r)
         problems += _learn_problems(r.factors, r)
         if r.dropout and not r.factors.drops:

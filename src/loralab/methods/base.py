@@ -22,7 +22,9 @@ class Factors:
     roles: ClassVar[tuple[str, ...]]  # names of the tensors of a layer
     learn: ClassVar[tuple[str, ...]]  # roles that learn unless a recipe says otherwise
     low_rank: ClassVar[bool] = True  # whether `lower` gives the update; if not, `dense` does
+    sees_weight: ClassVar[bool] = False  # whether `dense` finds the frozen weight as W (out, in) in `p`
     drops: ClassVar[bool] = True  # whether the method allows dropout on x
+    gains: ClassVar[bool] = True  # whether the method allows a gain on its output
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
     counter: ClassVar[str | None] = None  # role that counts optimizer steps; the step hooks keep it
     shared: ClassVar[tuple[str, ...]] = ()  # roles that the layers of a share hold in common; none: no shares allowed
@@ -40,6 +42,14 @@ class Factors:
         """The method in layer `index` of the `count` layers of a share; the same in each of them by default."""
         return self
 
+    def on(self, path: str) -> "Factors":
+        """The method in the layer of that path; the same in each of them by default."""
+        return self
+
+    def strangers(self, paths: Sequence[str]) -> list[str]:
+        """Names among the settings that none of the adapted layers has, one phrase each."""
+        return []
+
     def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """(out, in) of the weight that the parameters of a layer of this size are for: its own, or a larger one."""
         return out_features, in_features
@@ -47,6 +57,10 @@ class Factors:
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
         """Role -> starting tensor of one layer; the update that these give must be zero."""
         raise NotImplementedError
+
+    def from_base(self, base: Any) -> dict[str, Tensor]:
+        """Role -> starting tensor in the place of that of `init`, for roles that start from the frozen weight."""
+        return {}
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
         """(A (..., r, in), B (..., out, r)), scaling included. `drawn` comes from `draw`; None in evaluation."""

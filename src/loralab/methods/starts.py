@@ -8,15 +8,18 @@ pissa-fast   the same from a randomised SVD                                  (Ha
 olora        B = Q[:, :r], A = R[:r] of W = Q R                              (Buyukakyuz, 2024)
 loftq        s B A is the best rank-r part of W - Q, the error of a stored weight Q; one round  (Li et al., 2024)
 eva          A is the top right singular vectors of the layer's inputs, B = 0  (Paischer et al., 2024)
+lora-ga      A is the first r right, B the next r left singular vectors of the gradient of W, both times out^(1/4) / 4
+             (Wang et al., 2024)
 
-pissa and olora start with s B A not zero. The base keeps its W all the same: a layer holds A0 = A and B0 = s B as they
-were at the start, and the update is s B A - B0 A0. So the start changes nothing (to rounding) and the adapter fits the
-original model.
+pissa, olora and lora-ga start with s B A not zero. The base keeps its W all the same: a layer holds A0 = A and
+B0 = s B as they were at the start, and the update is s B A - B0 A0. So the start changes nothing (to rounding) and the
+adapter fits the original model.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -28,6 +31,7 @@ from loralab.methods.precond import PreconditionedLoRA
 FROZEN = ("A0", "B0")  # roles that a start with s B A not zero adds; they never learn
 WHOLE = (LoRA, PreconditionedLoRA)  # methods whose update is all of s B A from the first step on
 FLOATS = (None, "float32", "bfloat16")  # stores that round nothing, or next to nothing, away
+GAMMA = 16.0  # of lora-ga: its A and B have the size (out ** 0.5 / GAMMA) ** 0.5, as in the paper and its code
 
 
 class InputDirections(NamedTuple):
@@ -45,7 +49,7 @@ class LayerInfo(NamedTuple):
     rank: int
     scaling: float
     generator: Generator
-    inputs: InputDirections | None
+    seen: InputDirections | Tensor | None  # what the start looked at: a gradient is (out, in)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Start:
     zero: bool = True  # B = 0
     subtracted: bool = False  # s B A is not zero, and A0, B0 take it away
     per_layer: bool = False  # made from the layer's weight or inputs, so layers cannot share A and B
+    sees: Literal["inputs", "gradients"] | None = None  # what of a layer it looks at, on batches of data
 
 
 def gaussian(g: LayerInfo) -> tuple[Tensor, Tensor]:
@@ -96,8 +101,17 @@ def loftq(g: LayerInfo) -> tuple[Tensor, Tensor]:
 
 
 def eva(g: LayerInfo) -> tuple[Tensor, Tensor]:
-    assert g.inputs is not None
-    return g.inputs.directions[: g.rank], torch.zeros(g.kept.shape[0], g.rank)
+    assert isinstance(g.seen, InputDirections)
+    return g.seen.directions[: g.rank], torch.zeros(g.kept.shape[0], g.rank)
+
+
+def lora_ga(g: LayerInfo) -> tuple[Tensor, Tensor]:
+    """The signs are such that the largest entry of each right vector is above zero."""
+    assert isinstance(g.seen, Tensor)
+    U, _, Vh = torch.linalg.svd(_wide(g.seen), full_matrices=False)
+    sign = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
+    size = math.sqrt(math.sqrt(len(U)) / GAMMA)
+    return size * (Vh * sign)[: g.rank], size * (U * sign.mT)[:, g.rank : 2 * g.rank]  # (r, in), (out, r)
 
 
 STARTS: dict[str, Start] = {
@@ -108,7 +122,8 @@ STARTS: dict[str, Start] = {
     "pissa-fast": Start(pissa_fast, zero=False, subtracted=True, per_layer=True),
     "olora": Start(olora, zero=False, subtracted=True, per_layer=True),
     "loftq": Start(loftq, zero=False, per_layer=True),
-    "eva": Start(eva, per_layer=True),
+    "eva": Start(eva, per_layer=True, sees="inputs"),
+    "lora-ga": Start(lora_ga, zero=False, subtracted=True, per_layer=True, sees="gradients"),
 }
 
 
@@ -132,6 +147,11 @@ def _halves(U: Tensor, S: Tensor, Vh: Tensor, g: LayerInfo) -> tuple[Tensor, Ten
 def added(start: str) -> tuple[str, ...]:
     """The roles that a start adds to those of the method."""
     return FROZEN if start in STARTS and STARTS[start].subtracted else ()
+
+
+def looks_at(start: str) -> str | None:
+    """What of a layer a start looks at, on batches of data: its inputs, its gradients, or nothing."""
+    return STARTS[start].sees if start in STARTS else None
 
 
 def looks_at_layer(start: str) -> bool:
@@ -185,7 +205,12 @@ def blank(start: str, factors: Any, out_features: int, in_features: int, generat
 
 
 def begin(
-    start: str, factors: Any, W: Tensor | None, base: Any, generator: Generator, inputs: InputDirections | None = None
+    start: str,
+    factors: Any,
+    W: Tensor | None,
+    base: Any,
+    generator: Generator,
+    seen: InputDirections | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Role -> tensor for the roles that `start` sets in one layer.
 
@@ -196,5 +221,5 @@ def begin(
     if made.make is None:
         return {}
     own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator.clone_state())))
-    A, B = (t.contiguous() for t in made.make(LayerInfo(W, base.dense(), factors.rank, factors.scaling, own, inputs)))
+    A, B = (t.contiguous() for t in made.make(LayerInfo(W, base.dense(), factors.rank, factors.scaling, own, seen)))
     return {"A": A, "B": B} | ({"A0": A.clone(), "B0": factors.scaling * B} if made.subtracted else {})

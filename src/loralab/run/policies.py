@@ -7,7 +7,7 @@ The run itself then starts on a fresh model and head. `error-spectrum` uses the 
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +51,7 @@ class PolicyInput:
     labels: tuple[str, ...]
     tokenizer: Any
     fresh: Callable[[], nn.Module]  # loads the model anew
-    seen: Callable[[], Iterable[Mapping[str, Any]]]  # batches for a start that looks at data
+    start_data: Callable[[], dict[str, Any]]  # what `attach` takes for a start that looks at data
 
 
 def with_ranks(work: PolicyInput) -> tuple[Recipe, dict[str, Any] | None]:
@@ -151,7 +151,7 @@ def _trial_adapter(work: PolicyInput) -> Iterator[Adapters]:
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)  # dropout
         model = work.fresh().to("cuda" if s.gpu else "cpu")
-        common: dict[str, Any] = {**s.chosen_layers, "labels": work.labels, "seed": s.seed, "batches": work.seen()}
+        common: dict[str, Any] = {**s.chosen_layers, "labels": work.labels, "seed": s.seed, **work.start_data()}
         yield attach(model, replace(work.recipe, policy=None), name="policy", head=work.objective.new_head, **common)
 
 

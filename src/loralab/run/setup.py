@@ -4,7 +4,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,15 +21,18 @@ from loralab.data.reading import Reading
 from loralab.errors import UserError, hint
 from loralab.fast.block import SAME_ATTENTION
 from loralab.fast.layers import layers_of
+from loralab.methods.starts import looks_at
 from loralab.objectives import Encoding, Objective, classification
 from loralab.objectives.templates import template_of
 from loralab.run import policies, written
 from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
 from loralab.run.start import begin_from
+from loralab.run.step import forward_loss
 from loralab.run.written import Question
 from loralab.targets import ReachNote
 
 START_ROWS = 1024  # training rows for a start that is computed from data: plenty for a few thousand inputs, in seconds
+ROW_LABELS = "labels of rows"  # their key in a batch for a start that looks at gradients
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     objective = weighted or objectives.of(task)
     labels = objective.names(task)
 
-    def start_batches() -> Iterator[dict[str, Tensor]]:
-        return _start_batches(alone, settings, tokenizer)
+    def start_data() -> dict[str, Any]:
+        return _start_data(alone, settings, tokenizer, objective)
 
     _check_whole(objective, task, settings)
     if not objective.new_head and recipe.factors is None and recipe.learn_base is None:
@@ -117,14 +120,14 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
         )
     alone = replace(train, packed=False)  # policies and starts run the model itself, which takes no packed rows
     data = (objective, alone, task.sha256, labels, tokenizer)
-    work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_batches)
+    work = policies.PolicyInput(settings, recipe, *data, lambda: _model(settings, task)[0], start_data)
     recipe, plan = policies.with_ranks(work)
     options: dict[str, Any] = {**settings.chosen_layers, "labels": labels, "seed": settings.seed}
     options["head"] = objective.new_head
     if shared is None:
-        shared = attach(model, recipe, name=name, batches=start_batches(), **options)
+        shared = attach(model, recipe, name=name, **start_data(), **options)
     else:
-        shared.add(name, recipe, heads_of=model if objective.new_head else None, batches=start_batches(), **options)
+        shared.add(name, recipe, heads_of=model if objective.new_head else None, **start_data(), **options)
     if settings.from_adapter is not None:
         notes.append(begin_from(shared, name, settings.from_adapter))
     notes += [] if plan is None else [policies.note(recipe)]
@@ -291,11 +294,20 @@ def check_length(model: Any, settings: StepSettings) -> None:
         raise UserError(f"--max-length {settings.max_length}: {settings.model} takes {most} tokens at most")
 
 
-def _start_batches(rows: Rows, settings: Settings, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of the first epoch, of START_ROWS rows in all, for a start that is computed from data."""
+def _start_data(rows: Rows, settings: Settings, tokenizer: Any, objective: Objective) -> dict[str, Any]:
+    """Return what `attach` takes for a start that is computed from data: batches of the first epoch, of START_ROWS rows
+    in all, and for one that looks at gradients the loss of a batch, whose row labels are in it."""
     batches = epoch_batches(rows.lengths, settings.batch_size, settings.seed, 0)
-    for chosen in batches[: math.ceil(START_ROWS / settings.batch_size)]:
-        yield collate(rows, chosen, tokenizer, torch.device("cpu"))
+    batches = batches[: math.ceil(START_ROWS / settings.batch_size)]
+    plain = ((chosen, collate(rows, chosen, tokenizer, torch.device("cpu"))) for chosen in batches)
+    if looks_at(settings.recipe().start) != "gradients":
+        return {"batches": (batch for _, batch in plain)}
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = dict(batch)
+        return forward_loss(model, objective, inputs, inputs.pop(ROW_LABELS), 1)
+
+    return {"batches": ({**batch, ROW_LABELS: rows.labels[chosen]} for chosen, batch in plain), "loss": loss}
 
 
 def recompute(model: Any, name: str) -> None:

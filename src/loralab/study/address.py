@@ -109,6 +109,9 @@ OF_KIND: Mapping[str, Frozen] = {  # kind of factors -> its settings; the kinds 
     },
     "loha": {**LORA, "rank": ("rank", 4), "alpha": ("alpha", 8.0)},
     "miss": {"rank": ("rank", 8)},
+    "ia3": {"inputs": ("inputs", ())},
+    "oft": {"block": ("block", 32), "one_block": ("one_block", False), "terms": ("terms", 0)},
+    "lora-xs": {**LORA, "rank": ("rank", 16)},
     "superlora": {
         **LORA,
         "split": ("split", 1),

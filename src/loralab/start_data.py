@@ -1,0 +1,61 @@
+"""What a start looks at before a layer is touched: the inputs or the gradients of layers, on batches of data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from loralab.adapted import AdaptedModel
+from loralab.errors import UserError
+from loralab.gradients import Loss, own_loss, weight_gradients
+from loralab.inputs import Batches, observe
+from loralab.methods.starts import InputDirections, looks_at
+from loralab.recipe import Recipe
+from loralab.targets import layer_at, shape_of
+
+Seen = Mapping[str, InputDirections | Tensor]  # path -> what a start looked at
+
+
+def start_data(
+    handle: AdaptedModel, recipe: Recipe, paths: Sequence[str], batches: Batches | None, loss: Loss | None
+) -> Seen:
+    """Path -> what the start of a recipe needs to see of a layer; empty for a start that needs nothing.
+
+    Raises UserError, before a layer is touched, if the start cannot see what it needs: batches, or the weight itself.
+    """
+    start = recipe.start
+    if start == "loftq" and (stored := [path for path in paths if path in handle.layers]):
+        store = handle.layers[stored[0]].store
+        raise UserError(
+            f"start='loftq': {stored[0]} is kept {store} already, its own weight is gone; "
+            "attach loftq before the others"
+        )
+    what = looks_at(start)
+    if what is None:
+        return {}
+    if batches is None:
+        raise UserError(f"start={start!r} looks at data: pass batches=[...], each what model(**batch) takes")
+    ranks: dict[str, int] = {path: recipe.at(path).factors.rank for path in paths}  # type: ignore[union-attr]
+    with handle.use(None):
+        return LOOKS[what](handle, batches, ranks, loss)
+
+
+def _inputs(handle: AdaptedModel, batches: Batches, ranks: Mapping[str, int], _: Loss | None) -> Seen:
+    return observe(handle.model, batches, ranks)
+
+
+def _gradients(handle: AdaptedModel, batches: Batches, ranks: Mapping[str, int], loss: Loss | None) -> Seen:
+    for path, rank in ranks.items():
+        sides = shape_of(layer_at(handle.model, path))
+        if 2 * rank > min(sides):
+            raise UserError(
+                f"rank {rank} for {path}: the start takes {2 * rank} directions of its gradient, which has "
+                f"{min(sides)}; give a lower rank"
+            )
+    return weight_gradients(handle.model, batches, list(ranks), loss or own_loss)
+
+
+LOOKS: dict[str, Callable[[AdaptedModel, Any, Mapping[str, int], Loss | None], Seen]] = {
+    "inputs": _inputs,
+    "gradients": _gradients,
+}
