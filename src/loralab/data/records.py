@@ -30,11 +30,16 @@ WORDS: dict[str, dict[str, str]] = {
         "last": "Okafor Lindqvist Moreno Novak Tanaka Haddad Keller Rossi Silva Dubois Larsen Petrov Nagy Costa Weber "
         "Yilmaz Fischer Kowalski O'Brien Ruiz-Soler|van_der_Berg de_la_Cruz Al-Amin D'Angelo Mac_Neill Saint-Clair",
         "city": "Porto Oslo Lyon Graz Turin Ghent Malmo Seville Tampere Riga Leeds Cork Basel Split Zadar Utrecht "
-        "Bergen Nantes|Den_Helder San_Marino Bad_Ischl",
+        "Bergen Nantes Toulouse Bologna Krakow Gdansk Leipzig Kassel Toledo Murcia Faro Odense Espoo Tartu Kaunas "
+        "Dundee Derry Namur Trento Varna Pecs Kosice Ostrava Maribor|Den_Helder San_Marino Bad_Ischl",
         "job": "glazier baker nurse plumber tailor pilot welder dentist florist barber teacher mason farmer printer "
-        "carpenter butcher|tram_driver piano_tuner",
-        "language": "Dutch Malay Thai Polish Greek Arabic Swahili Danish Turkish Hindi Korean Finnish",
-        "alias": "Red Ace Sparky Doc Flash Moose Buzz Ginger Shorty Duke Boots Pepper|Big_T The_Owl Two_Shoes",
+        "carpenter butcher chemist courier cook translator optician engineer librarian shepherd locksmith painter "
+        "electrician vet fisher saddler|tram_driver piano_tuner",
+        "language": "Dutch Malay Thai Polish Greek Arabic Swahili Danish Turkish Hindi Korean Finnish Latvian Maltese "
+        "Icelandic Zulu Somali Bengali Marathi Telugu Khmer Lao Mongolian Georgian Armenian Persian Kurdish Albanian "
+        "Slovenian Croatian Hungarian Romanian Catalan Galician Breton Welsh Irish Yoruba Hausa Quechua Tagalog Nepali",
+        "alias": "Red Ace Sparky Doc Flash Moose Buzz Ginger Shorty Duke Boots Pepper Bandit Cricket Dizzy Goose Jumbo "
+        "Lefty Maverick Noodle Pickles Scout Tiger Wizard|Big_T The_Owl Two_Shoes",
     },
     "validation": {
         "first": "Amira Bruno Celia Dmitri Esther Felix Gita Henrik Irene Jonas Katya Leon Nadia Oscar Paula Rafael "
