@@ -268,3 +268,66 @@ def test_losses_that_read_the_weight_of_the_output_layer_see_its_adapter(bases):
     torch.testing.assert_close(loss, own)
     for key, t in adapters.state().items():
         torch.testing.assert_close(t.grad, gradients[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_sentence_transformers_resumes_bit_for_bit_and_ends_with_the_best_checkpoint(dense, bases, tmp_path, caplog):
+    """Its trainer takes a checkpoint up by opening it as a whole model: adapters are loaded part by part instead."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    rows = [{"anchor": f"What is {i} plus {i + 1}?", "positive": f"It is {2 * i + 1}."} for i in range(40)]
+
+    def run(folder, resume=None):
+        torch.manual_seed(1)
+        model = SentenceTransformer(bases["encoder"])
+        if dense:  # a part beside the adapted one, which learns too
+            model.append(Dense(model.get_embedding_dimension(), 5))
+        adapters = loralab.attach(model[0].auto_model, "dora", rank=4, alpha=8, targets=["query", "value"])
+        losses = []
+
+        class Told(SentenceTransformerTrainer):
+            def training_step(self, *args, **more):
+                loss = super().training_step(*args, **more)
+                losses.append(loss.item())
+                return loss
+
+        settings = SentenceTransformerTrainingArguments(
+            str(folder), max_steps=12, per_device_train_batch_size=4, learning_rate=0.3, eval_strategy="steps",
+            eval_steps=3, save_steps=3, load_best_model_at_end=True, report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        data = datasets.Dataset.from_list(rows)
+        loss = MultipleNegativesRankingLoss(model)
+        trainer = Told(model, settings, train_dataset=data, eval_dataset=data.select(range(8)), loss=loss)
+        trainer.train(resume_from_checkpoint=resume)
+        state = {key: t.detach().clone() for key, t in model.state_dict().items()}
+        return trainer, adapters, losses, state
+
+    whole, adapters, losses, state = run(tmp_path / "whole")
+    assert len(losses) == 12
+    best = Path(whole.state.best_model_checkpoint)
+    last = load_file(tmp_path / "whole" / "checkpoint-12" / "model.safetensors")
+    kept = load_file(best / "model.safetensors")
+    for key, t in adapters.state().items():
+        assert torch.equal(kept[f"loralab/default/{key}"], t), key
+    if best.name != "checkpoint-12":
+        assert any(not torch.equal(last[key], t) for key, t in kept.items())
+    assert "Could not load the best model" not in caplog.text
+    _, _, rest, resumed = run(tmp_path / "rest", str(tmp_path / "whole" / "checkpoint-6"))
+    assert rest == losses[6:]
+    assert resumed.keys() == state.keys()
+    assert all(torch.equal(t, state[key]) for key, t in resumed.items())
+    other = SentenceTransformer(bases["encoder"])  # a model without adapters goes the way it went
+    plain = SentenceTransformerTrainer(other, SentenceTransformerTrainingArguments(str(tmp_path / "p"), use_cpu=True))
+    other.save_pretrained(str(tmp_path / "plain"))
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    plain._load_from_checkpoint(str(tmp_path / "plain"))
+    assert torch.equal(next(other.parameters()), next(SentenceTransformer(bases["encoder"]).parameters()))

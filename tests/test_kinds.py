@@ -206,25 +206,66 @@ def test_peft_computes_the_same_both_ways(key, dora, tmp_path):
 # ---- refused by name -------------------------------------------------------------------------------------------------
 
 
-class GPTQ(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.in_features, self.out_features = 8, 6
-        self.register_buffer("qweight", torch.zeros(1, 6, dtype=torch.int32))
+def packed(path):
+    """A layer that stands in for one of a package that is not installed: its module and name, codes in a buffer."""
+    module, _, name = path.rpartition(".")
 
-    def forward(self, x):
-        return x[..., :6]
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 8, 6
+            self.register_buffer("qweight", torch.zeros(1, 6, dtype=torch.int32))
+
+        def forward(self, x):
+            return x[..., :6]
+
+    Packed.__module__, Packed.__name__ = module, name
+    return Packed
 
 
-GPTQ.__module__ = "gptqmodel.nn_modules.qlinear"
+class Codes(torch.Tensor):
+    """A weight that stands in for one of torchao: the layer is an nn.Linear."""
+
+
+Codes.__module__ = "torchao.quantization.quantize_.workflows.int8.int8_tensor"
+
+
+def of_codes():
+    layer = nn.Linear(8, 6)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Codes), requires_grad=False)
+    return layer
+
+
+def torchao():
+    """The real one, where it is installed."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = nn.Sequential(nn.Linear(8, 6))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model[0]
+
+
+def hqq():
+    """The real one, where it is installed."""
+    quantize = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=8)
+    return quantize.HQQLinear(nn.Linear(8, 8), config, compute_dtype=torch.float32, device="cpu")
+
+
 REFUSED = {
     "rounding": (lambda: Rounding(8, 8), "is not W x"),
     "pair": (lambda: Pair(8, 8), "something else than one tensor"),
     "standardized": (lambda: Standardized(8, 8, 1), "is not W x"),
     "grouped": (lambda: nn.Conv1d(8, 8, 1, groups=4), "4 groups"),
     "normed": (lambda: nn.Embedding(8, 8, max_norm=1.0), "max_norm"),
-    "gptq": (GPTQ, "GPTQ"),
+    "gptq": (packed("gptqmodel.nn_modules.qlinear.torch.TorchQuantLinear"), "TorchQuantLinear is a layer of GPTQ"),
+    "auto-gptq": (packed("auto_gptq.nn_modules.qlinear.qlinear_cuda.QuantLinear"), "QuantLinear is a layer of GPTQ"),
+    "awq": (packed("awq.modules.linear.gemm.WQLinear_GEMM"), "WQLinear_GEMM is a layer of AWQ"),
+    "hqq": (packed("hqq.core.quantize.HQQLinear"), "HQQLinear is a layer of HQQ"),
+    "torchao": (of_codes, "Codes is a layer of torchao"),
+    "real torchao": (torchao, "is a layer of torchao"),
+    "real hqq": (hqq, "HQQLinear is a layer of HQQ"),
     "attention": (lambda: nn.MultiheadAttention(8, 2), "past"),
+    "attention in a layer": (lambda: nn.TransformerEncoderLayer(8, 2, 12), "past"),
 }
 
 

@@ -85,7 +85,7 @@ class AdaptedModel:
     def base_sha256(self) -> str:
         """sha256 of the base's tensors as they were before any training, rounded to bfloat16 (see `fingerprint`)."""
         if self._sha256 is None:
-            self._sha256 = fingerprint((key, base_tensor(self.model, key)) for key in self._base_keys)
+            self._sha256 = fingerprint((key, whole(base_tensor(self.model, key))) for key in self._base_keys)
         return self._sha256
 
     def spec(self, name: str | None = None) -> AdapterSpec:
@@ -111,6 +111,18 @@ class AdaptedModel:
         if name not in self.specs:
             raise UserError(f"no adapter {name!r} here: there are {', '.join(self.names) or 'none'}")
         return name
+
+    @property
+    def divided(self) -> bool:
+        """Whether FSDP has divided tensors of the model among processes, all of which must then take part in a save."""
+        return any(hasattr(p, "full_tensor") for p in self.model.parameters())
+
+    def check_undivided(self, what: str) -> None:
+        """Raise UserError if FSDP has divided the model, for what needs the whole of it in one process."""
+        if self.divided:
+            raise UserError(
+                f"{what}: FSDP divides this model; save() the adapter, load it in one process and {what} there"
+            )
 
     def check_attached(self) -> None:
         """Raise UserError if the adapters were taken off the model."""
@@ -348,6 +360,11 @@ def base_tensor(model: nn.Module, key: str) -> Tensor:
         module = module.base if last == "bias" else module.original[0]
     found = getattr(module, last)
     return found.base.weight if isinstance(found, AdaptedStack) else found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has divided among processes, put together, for which all of them must ask; else the tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def once(tensors: Tensors) -> dict[str, tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_format
 from loralab.active import follow_checkpoints
-from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
+from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once, whole
 from loralab.algebra import Combined, combine
 from loralab.contents import adapter_file, constants_sha256
 from loralab.errors import UserError
@@ -28,6 +28,7 @@ from loralab.optimizers import grouped, watch
 from loralab.recipe import Recipe
 from loralab.reference import frozen_copy
 from loralab.schema import listed
+from loralab.sentence_checkpoints import follow_sentence_transformers
 from loralab.start_data import start_data
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
@@ -133,6 +134,7 @@ class Adapters(AdaptedModel):
             if hasattr(self.model, "save_pretrained"):
                 self.model.__dict__["save_pretrained"] = self.save_pretrained
             watch(self)
+            follow_sentence_transformers()
 
     # ---- adding and removing -------------------------------------------------------------------------------------
 
@@ -264,6 +266,8 @@ class Adapters(AdaptedModel):
         values that are not finite.
         """
         file = self._contents(self.only(name), saved_as)
+        if self.divided and torch.distributed.get_rank():
+            return Path(folder)  # all processes put the tensors together, the first one writes
         written = files.write(file, folder)
         try:
             model_card.write(file, written)
@@ -305,6 +309,7 @@ class Adapters(AdaptedModel):
         Raises UserError for another dtype, and for an adapter with values that are not finite.
         """
         name, wanted = self.only(name), None if dtype is None else merge_dtype(dtype)
+        self.check_undivided("merge")
         self._check_finite(name)
         held = [t for m in self.model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
         memo = {id(t): t.detach().clone() for t in held if not t.is_leaf}  # a state of the last forward pass
@@ -324,9 +329,10 @@ class Adapters(AdaptedModel):
             raise UserError(
                 "an adapted model is not pushed: adapters.save(folder), or adapters.merge().push_to_hub(...)"
             )
+        if is_main_process or self.divided:
+            each, steps = {name: self._contents(name) for name in self.specs}, self.steps.saved()
         if is_main_process:
-            each = {name: self._contents(name) for name in self.specs}
-            checkpoints.write(each, self.active.default.names, self.steps.saved(), Path(folder))
+            checkpoints.write(each, self.active.default.names, steps, Path(folder))
 
     def before_load(self, _model: nn.Module, state: dict[str, Any], *_: Any) -> None:
         """Take the tensors of a checkpoint from a state (a hook of the model). Raises UserError for other adapters."""
@@ -345,7 +351,7 @@ class Adapters(AdaptedModel):
 
     def _check_finite(self, name: str) -> None:
         """Raise UserError if an adapter holds a value that is not finite."""
-        tensors = self.state(name)
+        tensors = {key: whole(t) for key, t in self.state(name).items()}
         if bad := [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
             raise UserError(
                 f"adapter {name!r} holds values that are not finite in {listed(bad, 3)} ({len(bad)} of {len(tensors)} "

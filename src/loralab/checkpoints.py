@@ -62,5 +62,6 @@ def take_in(handle: AdaptedModel, state: dict[str, Any]) -> bool:
         differ = "; ".join(f"{what} {listed(keys, 3)}" for what, keys in (("no", missing), ("also", extra)) if keys)
         raise UserError(f"this checkpoint is of other adapters than the model has ({differ}): attach the same first")
     names = {id(p): key for key, p in handle.model.named_parameters()}
-    state |= {names[id(own[key])]: t for key, t in given.items()}
+    shaped = {key: t.reshape(own[key].shape) if t.ndim == 0 else t for key, t in given.items()}  # of older counters
+    state |= {names[id(own[key])]: t for key, t in shaped.items()}
     return True

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from loralab import peft_format
-from loralab.adapted import AdaptedModel, AdapterSpec, once
+from loralab.adapted import AdaptedModel, AdapterSpec, once, whole
 from loralab.files import AdapterFile
 from loralab.hashes import fingerprint
 
@@ -22,7 +22,7 @@ def adapter_file(handle: AdaptedModel, name: str, saved_as: str) -> AdapterFile:
         heads=list(spec.heads),
         labels=labels_of(spec, base["task_type"]),
         base={**base, "sha256": handle.base_sha256},
-        tensors={key: t for key, (_, t) in tensors.items()},
+        tensors={key: whole(t) for key, (_, t) in tensors.items()},
         roles={key: role for key, (role, _) in tensors.items()},
         counts=handle.counts(name) | _unreached(spec),
         constants=constants_sha256(handle, spec),

@@ -20,6 +20,7 @@ def export(handle: AdaptedModel, name: str, folder: Path, layout: str, base_name
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
+    handle.check_undivided("export")
     spec = handle.specs[name]
     if spec.coverage is None:
         raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")

@@ -172,6 +172,8 @@ def read(folder: Path | str) -> AdapterFile:
     found = {key.removeprefix(start): t for key, t in tensor_headers(stored).items() if key.startswith(start)}
     recipe = _recipe(place, header["recipe"], found)
     tensors = {key.removeprefix(start): t for key, t in read_tensors(stored).items() if key.startswith(start)}
+    counters = f".{getattr(recipe.factors, 'counter', None)}"  # older folders have them without an axis
+    tensors = {key: t.reshape(1) if t.ndim == 0 and key.endswith(counters) else t for key, t in tensors.items()}
     file = AdapterFile(
         header["name"], recipe, header["coverage"], header["head"], header["labels"],
         dict.fromkeys(BASE) | header["base"], tensors, header.get("roles", {}), header.get("counts", {}),

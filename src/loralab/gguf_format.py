@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loralab.disk import replacing
 from loralab.errors import UserError
 from loralab.schema import listed
 from loralab.update import Update
@@ -52,7 +53,9 @@ class Layout:
         """GGUF's name of a tensor of the model, or None: "model.layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"."""
         path, _, last = key.rpartition(".")
         parts = path.split(".")
-        for i in range(len(parts)):  # a part of a model has shorter paths
+        for i in range(len(parts)):  # a part of a model has shorter paths, which still number the block
+            if i and parts[i - 1].isdigit():
+                break
             if (name := self.names.get_name(".".join(parts[i:]))) is not None:
                 return f"{name}.{last}"
         return None
@@ -113,17 +116,18 @@ def write_adapter(folder: Path, config: Any, updates: Mapping[str, Update], base
     file = folder / ADAPTER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writer = gguf.GGUFWriter(file, layout.name)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(name)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, str(base["name"]))
-        writer.add_string(BASE_SHA256, str(base["sha256"]))
-        for key, tensor in tensors.items():
-            writer.add_tensor(key, tensor)
-        _finish(writer)
+        with replacing(file) as temporary:
+            writer = gguf.GGUFWriter(temporary, layout.name)
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_name(name)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, str(base["name"]))
+            writer.add_string(BASE_SHA256, str(base["sha256"]))
+            for key, tensor in tensors.items():
+                writer.add_tensor(key, tensor)
+            _finish(writer)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     return file
@@ -148,24 +152,25 @@ def write_model(
     new = {str(place): changed[key] for key, place in places.items()}
     file = folder / MODEL
     try:
-        writer = gguf.GGUFWriter(file, reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
-        writer.data_alignment = reader.alignment
-        for field in reader.fields.values():
-            if not field.name.startswith("GGUF.") and field.name != gguf.Keys.General.ARCHITECTURE:
-                of_items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(field.name, field.contents(), field.types[0], of_items)
-        if gguf.Keys.General.FILE_TYPE in reader.fields:
-            writer.kv_data[0].pop(gguf.Keys.General.FILE_TYPE)
-            writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
-        for key in {**there, **new}:
-            if key in new:
-                shape = tuple(int(n) for n in there[key].shape[::-1]) if key in there else tuple(new[key].shape)
-                values = _placed(layout.order(key, shape), new[key], shape)
-                kind = gguf.GGMLQuantizationType[KINDS[dtype] if len(shape) > 1 else "F32"]  # vectors stay whole
-                writer.add_tensor(key, gguf.quantize(values, kind), raw_dtype=kind)
-            else:
-                writer.add_tensor(key, there[key].data, raw_dtype=there[key].tensor_type)
-        _finish(writer)
+        with replacing(file) as temporary:
+            writer = gguf.GGUFWriter(temporary, reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+            writer.data_alignment = reader.alignment
+            for field in reader.fields.values():
+                if not field.name.startswith("GGUF.") and field.name != gguf.Keys.General.ARCHITECTURE:
+                    of_items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                    writer.add_key_value(field.name, field.contents(), field.types[0], of_items)
+            if gguf.Keys.General.FILE_TYPE in reader.fields:
+                writer.kv_data[0].pop(gguf.Keys.General.FILE_TYPE)
+                writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+            for key in {**there, **new}:
+                if key in new:
+                    shape = tuple(int(n) for n in there[key].shape[::-1]) if key in there else tuple(new[key].shape)
+                    values = _placed(layout.order(key, shape), new[key], shape)
+                    kind = gguf.GGMLQuantizationType[KINDS[dtype] if len(shape) > 1 else "F32"]  # vectors stay whole
+                    writer.add_tensor(key, gguf.quantize(values, kind), raw_dtype=kind)
+                else:
+                    writer.add_tensor(key, there[key].data, raw_dtype=there[key].tensor_type)
+            _finish(writer)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     return file

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from loralab.adapted import AdaptedModel
+from loralab.adapted import AdaptedModel, whole
 from loralab.errors import UserError
 from loralab.methods.base import Factors
 
@@ -124,7 +124,7 @@ class StepHooks:
 
     def saved(self) -> dict[str, Tensor]:
         """`state_dict` under the keys by which `before_load` finds it among the parameters of a model."""
-        return {KEYS + key: t for key, t in self.state_dict().items()}
+        return {KEYS + key: whole(t) for key, t in self.state_dict().items()}
 
     def before_load(self, _model: nn.Module, state: dict[str, Any], *_: Any) -> None:
         """Take the state of the steps out of a state of the model that has it (a hook of the model).
@@ -196,6 +196,12 @@ class StepHooks:
 
     def _refuse(self, name: str, optimizer: torch.optim.Optimizer, held: list[bool]) -> None:
         """Raise UserError for a step that the method of an adapter cannot follow."""
+        factors = self.factors(name)
+        if factors.whole_steps and self.handle.divided:
+            raise UserError(
+                f"adapter {name!r}: {factors.kind} computes over whole tensors at every step, and FSDP divides them: "
+                "use DistributedDataParallel for it"
+            )
         if not all(held):
             raise UserError(
                 f"this optimizer holds {sum(held)} of {len(held)} tensors of adapter {name!r} that have gradients; "
@@ -222,7 +228,7 @@ class StepHooks:
     # ---- steps so far --------------------------------------------------------------------------------------------
 
     def _counters(self, name: str) -> list[Tensor]:
-        """The tensor () of each layer that counts the steps, for a method that keeps one in the adapter file."""
+        """The tensor (1,) of each layer that counts the steps, for a method that keeps one in the adapter file."""
         role = self.factors(name).counter
         layers = (self.handle.layers[path] for path in self.handle.specs[name].paths)
         return [] if role is None else [layer.roles(name)[role] for layer in layers]

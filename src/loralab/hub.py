@@ -1,6 +1,7 @@
 """Upload an adapter folder to the hub: the files of a list and no others, and nothing that names this machine."""
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ FILES = (  # what may leave; rows, predictions and records of a run are none of 
     files.TENSORS, files.HEADER, files.TASK, peft_format.TENSORS, peft_format.HEADER, gguf_format.ADAPTER,
     model_card.FILE,
 )  # fmt: skip
-SHORTEST = 5  # characters of a host's or a home's name that is told from a word
+BASE_KEYS = ("base", "name", "base_model_name_or_path")  # where files name a base: no path, whether it is here or not
 
 
 def files_of(folder: Path | str) -> list[Path]:
@@ -68,23 +69,26 @@ def push(
 
 def _private(path: Path) -> Iterator[str]:
     """What of this machine a file names."""
-    host, home = socket.gethostname(), Path.home()
-    words = {"the path of its folder": str(path.parent.absolute()), "the folder of its user": str(home)}
-    words |= {"the name of this machine": host} if len(host) >= SHORTEST else {}
+    words = {"the path of its folder": str(path.parent.absolute()), "the folder of its user": str(Path.home())}
+    if not (host := socket.gethostname()).isalpha():  # else it may be any word
+        words["the name of this machine"] = host
     if path.suffix == ".safetensors":
         text = json.dumps(read_metadata(path))
     else:
         text = path.read_bytes().decode("utf-8", errors="replace")
-    yield from (what for what, word in words.items() if len(word) >= SHORTEST and word in text)
+    yield from (what for what, word in words.items() if len(word) > 1 and word in text)
     if path.suffix == ".json" and (place := next(_paths(read_json(path)), None)):
         yield f"the path {place}"
 
 
-def _paths(data: Any) -> Iterator[str]:
-    """The texts in a JSON value that are paths from the root of a machine."""
+def _paths(data: Any, key: str = "") -> Iterator[str]:
+    """The texts in a JSON value that are paths from the root of a machine, and no labels such as "/r/books"."""
     if isinstance(data, str):
-        if len(data) > 1 and Path(data).is_absolute():
+        if len(data) > 1 and Path(data).is_absolute() and (key in BASE_KEYS or os.path.exists(data)):
             yield data
-    elif isinstance(data, dict | list):
-        for part in data.values() if isinstance(data, dict) else data:
+    elif isinstance(data, dict):
+        for name, part in data.items():
+            yield from _paths(part, name)
+    elif isinstance(data, list):
+        for part in data:
             yield from _paths(part)

@@ -62,7 +62,7 @@ def refusal(layer: nn.Module) -> str | None:
     for held in (layer, getattr(layer, "weight", None)):
         package = type(held).__module__.split(".")[0]
         if package in REFUSED:
-            return f"{type(held).__name__} is a {REFUSED[package]} layer, whose weight loralab cannot read"
+            return f"{type(held).__name__} is a layer of {REFUSED[package]}, whose weight loralab cannot read"
     kind = kind_of(layer)
     if kind is None or loaded.is_loaded(layer):
         return None

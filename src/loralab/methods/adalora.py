@@ -48,6 +48,7 @@ class AdaLoRA(LoRA):
     roles: ClassVar[tuple[str, ...]] = ("A", "B", "E")
     learn: ClassVar[tuple[str, ...]] = ("A", "B", "E")
     stepped: ClassVar[bool] = True
+    whole_steps: ClassVar[bool] = True
 
     @property
     def scaling(self) -> float:

@@ -27,6 +27,7 @@ class Factors:
     gains: ClassVar[bool] = True  # whether the method allows a gain on its output
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
     counter: ClassVar[str | None] = None  # role that counts optimizer steps; the step hooks keep it
+    whole_steps: ClassVar[bool] = False  # whether its steps need whole tensors, so that FSDP cannot divide them
     shared: ClassVar[tuple[str, ...]] = ()  # roles that the layers of a share hold in common; none: no shares allowed
     revision: ClassVar[int] = 1  # raised when a default changes its meaning; addresses of runs carry it above 1
 

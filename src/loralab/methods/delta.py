@@ -56,7 +56,7 @@ class DeltaLoRA(LoRA):
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
         p = super().init(out_features, in_features, generator)
-        return {**p, "Ak": p["A"].clone(), "Bk": p["B"].clone(), "step": torch.zeros((), dtype=torch.int64)}
+        return {**p, "Ak": p["A"].clone(), "Bk": p["B"].clone(), "step": torch.zeros(1, dtype=torch.int64)}
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
         A, B, s = p["A"], p["B"], self.scaling

@@ -21,6 +21,7 @@ class PreconditionedLoRA(LoRA):
     kind: ClassVar[str] = "lora-fa-precond"
     learn: ClassVar[tuple[str, ...]] = ("B",)
     stepped: ClassVar[bool] = True
+    whole_steps: ClassVar[bool] = True
 
     def problems(self) -> list[str]:
         return super().problems() + ([] if self.delta >= 0 else [f"delta={self.delta!r}: expected 0 or more"])
