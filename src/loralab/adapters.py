@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import checkpoints, files, fitting, install, kinds, model_card, peft_format
+from loralab import checkpoints, exporting, files, fitting, install, model_card, peft_convert, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
 from loralab.algebra import Combined, combine
-from loralab.contents import adapter_file, base_of, constants_sha256, labels_of
+from loralab.contents import adapter_file, constants_sha256
 from loralab.errors import UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, enable
@@ -21,7 +21,6 @@ from loralab.files import AdapterFile
 from loralab.gradients import Loss
 from loralab.hooks import StepHooks
 from loralab.kinds import loaded
-from loralab.kinds.stack import Stack
 from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
@@ -82,13 +81,21 @@ def attach(
     return handle
 
 
-def load(model: nn.Module, folder: Path | str, name: str | None = None, check_base: bool = True) -> "Adapters":
+def load(
+    model: nn.Module,
+    folder: Path | str,
+    name: str | None = None,
+    check_base: bool = True,
+    through_peft: bool = False,
+) -> "Adapters":
     """Put the adapter of `folder`, loralab's or PEFT's, on `model` beside those already there, and leave it active.
 
+    `through_peft` has PEFT load the folder, on a copy of the model, and convert it to a LoRA: for its other methods.
     Raises UserError, with the model as it was, for a file with missing, extra or misshapen tensors, for layers the
     model does not have, and for a base other than the one it was trained on (unless `check_base=False`).
     """
-    return put(model, read(folder), folder, name, check_base)
+    file = peft_convert.converted(Path(folder), model) if through_peft else read(folder)
+    return put(model, file, folder, name, check_base)
 
 
 def of(model: nn.Module) -> "Adapters":
@@ -278,33 +285,13 @@ class Adapters(AdaptedModel):
 
         `base_name` is what the folder calls the base, by default its hub name, or the last part of its folder's name.
 
-        Raises UserError for another layout, for an adapter that is no low-rank product or holds values that are not
-        finite, and for a folder that holds an adapter in loralab's layout.
+        Raises UserError for another layout, for an adapter that PEFT has no method for or that holds values that are
+        not finite, and for a folder that holds an adapter in loralab's layout.
         """
         if layout != "peft":
             raise UserError(f"layout {layout!r} is unknown: the one there is is 'peft'")
-        name = self.only(name)
-        self._check_finite(name)
-        spec = self.specs[name]
-        if spec.coverage is None:
-            raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
-        if spec.recipe.ranks is not None and any(layer.tokens for layer in spec.recipe.ranks.adapted.values()):
-            raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
-        if not spec.recipe.low_rank:
-            raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
-        if stacks := [path for path in spec.paths if isinstance(self.layers[path].base, Stack)]:
-            raise UserError(
-                f"adapter {name!r} adapts the experts {stacks[0]}, which are not exported yet; merge it instead"
-            )
-        updates = {path: self.layers[path].lower(name) for path in spec.paths}
-        gains = {path: self.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
-        sides = {path: kinds.sides(self.layers[path].base) for path in spec.paths}
-        head = {key: t for key, (role, t) in self.tensors(name).items() if role == "head"}
-        base = base_of(self.model)
-        base["name"] = base_name or base["name"]
-        return peft_format.write(
-            folder, updates, gains, head, spec.heads, base, labels_of(spec, base["task_type"]), sides
-        )
+        self._check_finite(self.only(name))
+        return exporting.export(self, Path(folder), self.only(name), base_name)
 
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
@@ -472,6 +459,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     name = name or files.adapter_name(file.name)
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)
+    file = fitting.named(model, file)
     problems = fitting.misfits(handle, file)
     if check_base and file.base.get("sha256") not in (None, handle.base_sha256):
         problems.append(

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from loralab import peft_format
+from loralab import peft_write
 from loralab.cli import base
 from loralab.disk import check_output_folder
 from loralab.model_names import public_name
@@ -31,5 +31,5 @@ def export(
     check_output_folder(out)
     adapters, _ = base.load(model, folder, name)
     print(f"exported to {adapters.export(out, layout=layout, base_name=public_name(model))}")
-    for note in peft_format.vllm_notes(out):
+    for note in peft_write.vllm_notes(out):
         print(f"note: {note}", file=sys.stderr)
