@@ -27,12 +27,12 @@ The tests (`tests/test_methods.py`, `tests/test_peft.py`) bound the columns by 1
 kept in few bits are float32), 1e-10, 1e-5 and 1e-5. In an empty cell there is nothing to compare beyond the other
 cells, or PEFT has no such method.
 
-* **equation**: output and all gradients of one 13 x 11 layer (12 x 10 for the rows of SuperLoRA) with dropout 0.3,
+* **equation**: output and all gradients of one 13 x 11 layer (12 x 10 for SuperLoRA and OFT) with dropout 0.3,
   against the paper's formula in loops (`tests/literal.py`), float64.
 * **steps**: parameters after some steps against the paper's algorithm by hand, float64. For delta-lora that is 50 AdamW
   steps of the algorithm that writes to W, for adalora 17 steps with sensitivities value by value, else 6 steps of SGD.
-* **start**: A and B against the rule by eigenvectors or Gram-Schmidt, computed in float32. The start of eva is compared
-  in `tests/test_starts.py`.
+* **start**: A and B against the rule by eigenvectors or Gram-Schmidt, computed in float32. The starts of eva and
+  lora-ga are compared in `tests/test_starts.py`.
 * **PEFT**: outputs, the gradient of every tensor that learns, and outputs of the merged model, of a BERT of two layers,
   float32; for lora+ the parameters after 5 AdamW steps over PEFT's groups.
 
@@ -48,10 +48,10 @@ authors' code and secondary copies; *not said* means not found there.
 
 {deviations}
 
-PEFT's folders of LoRA, rsLoRA, DoRA and VeRA, of PiSSA and OLoRA (whose moved base is made again from W), and with
-`rank_pattern` and `alpha_pattern` (a rank map) load as the same function. Any other setting that would change the
-function is refused: PEFT's randomised PiSSA, LoftQ, CorDA and LoRA-GA move the base in a way that is not made again
-here.
+PEFT's folders of LoRA, rsLoRA, DoRA, VeRA, LoHa, MiSS, IA3 and OFT, of PiSSA and OLoRA (whose moved base is made again
+from W), with `rank_pattern` and `alpha_pattern` (a rank map), and with `target_parameters` load as the same function.
+Any other setting that would change the function is refused: PEFT's randomised PiSSA, LoftQ, CorDA and LoRA-GA move the
+base in a way that is not made again here.
 """
 
 

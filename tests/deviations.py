@@ -210,6 +210,68 @@ def moved_base():
     torch.testing.assert_close(plain(**rows()).logits, adapters.model(**rows()).logits, rtol=0, atol=1e-5)
 
 
+def ia3_bias():
+    plain, x = nn.Sequential(nn.Linear(11, 13)), torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    theirs = quiet(peft.get_peft_model, copy.deepcopy(plain), config)
+    adapters = loralab.attach(plain, "ia3", targets=["0"])
+    l = 1 + torch.randn(13, generator=torch.Generator().manual_seed(1))  # noqa: E741
+    with torch.no_grad():
+        theirs.base_model.model[0].ia3_l["default"].copy_(l.unsqueeze(1))
+        adapters.state()["0.l"].copy_(l)
+    y, b = F.linear(x, adapters.layers["0"].base.weight), adapters.layers["0"].bias
+    torch.testing.assert_close(theirs(x), l * y + l * b)
+    torch.testing.assert_close(plain(x), l * y + b)
+    assert ((l - 1) * b).abs().max() > 0.01
+
+
+def lora_ga_size():
+    """PEFT's SVD is randomised and its singular vectors have signs of its own."""
+    plain = nn.Sequential(nn.Linear(23, 29))
+    x, y = (torch.randn(40, n, generator=torch.Generator().manual_seed(n)) for n in (23, 29))
+
+    def loss(model, batch=None):
+        return 100 * F.mse_loss(model(x), y)
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], init_lora_weights="lora_ga",
+                             lora_ga_config=peft.LoraGAConfig())  # fmt: skip
+    theirs = copy.deepcopy(plain)
+    peft.preprocess_loraga(theirs, config, lambda: loss(theirs).backward())
+    layer = quiet(peft.get_peft_model, theirs, config).base_model.model[0]
+    plain[0].weight.requires_grad_()
+    U, S, Vh = torch.linalg.svd(torch.autograd.grad(loss(plain), plain[0].weight)[0])
+    c = (29**0.5 / 16) ** 0.5
+    right, left = Vh[:RANK], U[:, RANK : 2 * RANK].T
+    p = loralab.attach(plain, "lora-ga", rank=RANK, targets=["0"], batches=[{}], loss=loss).layers["0"].roles("default")
+    for A, B, of_A, of_B in (
+        (layer.lora_A.default.weight, layer.lora_B.default.weight, torch.ones(RANK), c * S[RANK : 2 * RANK]),
+        (p["A"], p["B"], torch.full((RANK,), c), torch.full((RANK,), c)),
+    ):
+        torch.testing.assert_close((A * right).sum(1).abs(), of_A, rtol=1e-3, atol=0)
+        torch.testing.assert_close((B.T * left).sum(1).abs(), of_B, rtol=1e-2, atol=0)
+    assert (S[RANK : 2 * RANK] - 1).abs().max() > 0.1
+
+
+def oft_sign():
+    plain, x = nn.Sequential(nn.Linear(12, 7)), torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    q, outs = 0.05 * torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), {}
+    for series in (True, False):
+        config = peft.OFTConfig(target_modules=["0"], oft_block_size=4, use_cayley_neumann=series)
+        theirs = quiet(peft.get_peft_model, copy.deepcopy(plain), config)
+        ours = copy.deepcopy(plain)
+        adapters = loralab.attach(ours, "oft", block=4, terms=5 * series, targets=["0"])
+        for sign in (1, -1):
+            with torch.no_grad():
+                theirs.base_model.model[0].oft_R["default"].weight.copy_(sign * q)
+                adapters.state()["0.Q"].copy_(sign * q)
+            outs[series, sign] = theirs(x), ours(x)
+    for sign in (1, -1):
+        torch.testing.assert_close(outs[True, sign][0], outs[True, sign][1])
+        torch.testing.assert_close(outs[False, sign][0], outs[False, -sign][1])
+        torch.testing.assert_close(outs[False, sign][1], outs[True, sign][1], rtol=0, atol=1e-3)  # a short series
+    assert (outs[False, 1][0] - outs[True, 1][0]).abs().max() > 0.1
+
+
 DEVIATIONS = {
     "AdaLoRA: penalty": Deviation(
         "a term of the loss",
@@ -234,6 +296,24 @@ DEVIATIONS = {
         "of the inputs less their mean (incremental PCA)",
         "of the inputs as they are",
         eva_mean,
+    ),
+    "IA3: bias": Deviation(
+        "its layers have none",
+        "a bias is scaled with the outputs",
+        "y = l W x + b: a bias is not scaled; PEFT's folders with one are refused",
+        ia3_bias,
+    ),
+    "LoRA-GA: size": Deviation(
+        "A and B are singular vectors times out^(1/4) / 4",
+        "A has length 1, and B is times the gradient's singular values, so it depends on the scale of the loss",
+        "as in the paper; the base keeps W, as for PiSSA",
+        lora_ga_size,
+    ),
+    "OFT: sign": Deviation(
+        "R = (I + Q)(I - Q)^-1",
+        "the series, its default, is of that; `use_cayley_neumann=False` gives the rotation of -Q",
+        "of Q in both; PEFT's exact folders are read with -Q",
+        oft_sign,
     ),
     "LoftQ: scale": Deviation(
         "Q + B A nearest to W, without a scale",

@@ -6,6 +6,7 @@ a method that sees it, W.
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -164,14 +165,46 @@ def projection(seed, n, count):
     return matrix
 
 
+def fastfood(seed, n, count):
+    """F (count, n) as a matrix: (d / n)^0.5 H G P H S of each block, one below the other, all drawn from one stream."""
+    d = 2 ** math.ceil(math.log2(n))
+    blocks = math.ceil(count / d)
+    words = iter(np.random.Philox(key=seed).random_raw(5 * blocks * d).tolist())
+    signs = [[1.0 if next(words) >= 2**63 else -1.0 for _ in range(d)] for _ in range(blocks)]
+    keys = [[next(words) for _ in range(d)] for _ in range(blocks)]
+    H = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(d)] for i in range(d)], dtype=DOUBLE) / d**0.5
+    rows = []
+    for sign, key in zip(signs, keys, strict=True):
+        normal = []
+        for _ in range(d):  # twelve numbers of 16 bits, less their mean
+            three = [next(words) for _ in range(3)]
+            parts = [word // 65536**place % 65536 for word in three for place in range(4)]
+            normal.append(sum(part - 32767.5 for part in parts) / 65536)
+        P = torch.zeros(d, d, dtype=DOUBLE)
+        for i, j in enumerate(sorted(range(d), key=key.__getitem__)):
+            P[i, j] = 1
+        G, S = (torch.diag(torch.tensor(values, dtype=DOUBLE)) for values in (normal, sign))
+        rows.append((d / n) ** 0.5 * H @ G @ P @ H @ S[:, :n])
+    return torch.cat(rows)[:count]
+
+
 def superlora(p, f, matrices, size):
-    """F(T_1 kron T_2 ...) for a layer of `size`; `matrices` are the (o_k, i_k), worked out by hand."""
+    """F(T_1 kron T_2 ...) for a layer of `size`; `matrices` are the (o_k, i_k), worked out by hand.
+
+    Of a layer of several groups each part of the rows is made so.
+    """
+    if f.groups > 1:
+        count, one = len(next(iter(p.values()))), replace(f, groups=1)
+        part = size[0] // count, size[1]
+        own = [{role: t[g] for role, t in p.items() if role[0] in "AC"} for g in range(count)]
+        return torch.cat([superlora(q, one, matrices, part) for q in own])
     D = torch.ones(1, 1, dtype=DOUBLE)
     for k, matrix in enumerate(matrices, 1):
         modes = [p[f"A{k}{m}"] for m in range(1, f.order + 1) if f"A{k}{m}" in p]
         D = torch.kron(D, tucker(p.get(f"C{k}"), modes).reshape(matrix) if modes else p[f"C{k}"])
     if f.ratio < 1:
-        D = (projection(f.projection_seed, D.numel(), math.prod(size)) @ D.flatten()).reshape(size)
+        spread = {"shuffle": projection, "fastfood": fastfood}[f.projection]
+        D = (spread(f.projection_seed, D.numel(), math.prod(size)) @ D.flatten()).reshape(size)
     return scale(f, f.rank) * D
 
 

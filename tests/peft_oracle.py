@@ -30,11 +30,20 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
     "vera": partial(peft.VeraConfig, r=RANK, **COMMON, projection_prng_key=3, d_initial=0.7),
     "loha": partial(peft.LoHaConfig, r=RANK, alpha=ALPHA, **COMMON),
     "miss": partial(peft.MissConfig, r=RANK, **COMMON),
+    # of a query the outputs are scaled, which in PEFT scales a bias too; see UNBIASED
+    "ia3": partial(peft.IA3Config, **COMMON, feedforward_modules=TARGETS[1:]),
+    "oft": partial(peft.OFTConfig, **COMMON, oft_block_size=5),
     "adalora": partial(
         peft.AdaLoraConfig, init_r=RANK, target_r=2, lora_alpha=ALPHA, **COMMON, total_step=9, tinit=1, tfinal=2
     ),
 }
-OURS = {"vera": {"projection_seed": 3, "source": "peft"}, "adalora": {"target_rank": 2, "total_steps": 9}}
+OURS = {
+    "vera": {"projection_seed": 3, "source": "peft"},
+    "adalora": {"target_rank": 2, "total_steps": 9},
+    "ia3": {"inputs": TARGETS[1:]},
+    "oft": {"block": 5, "terms": 5},
+}
+UNBIASED = {"ia3": "query"}  # method -> layers whose bias is taken away
 NAMES = {  # role -> PEFT's name of the tensor in a layer
     "A": "lora_A.default.weight",
     "B": "lora_B.default.weight",
@@ -44,6 +53,8 @@ NAMES = {  # role -> PEFT's name of the tensor in a layer
     "B2": "hada_w2_a.default",
     "A2": "hada_w2_b.default",
     "D": "miss_block.default",
+    "l": "ia3_l.default",
+    "Q": "oft_R.default.weight",
     "d": "vera_lambda_d.default",
     "b": "vera_lambda_b.default",
 }
@@ -56,9 +67,12 @@ def quiet(make, *args, **given):
         return make(*args, **given)
 
 
-def lively(kind):
+def lively(kind, method="lora"):
     """A model whose layers all matter: with transformers' start of 0.02 a query has next to no gradient."""
     model, generator = build(kind), torch.Generator().manual_seed(4)
+    for path, module in model.named_modules():
+        if path.endswith(UNBIASED.get(method, "nothing")):
+            module.bias = None
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
@@ -68,10 +82,11 @@ def lively(kind):
 
 def pair(method, kind="bert", ours=None, **given):
     """(our handle, PEFT's model, our path.role -> PEFT's tensor): the same parameters in both, off their start."""
-    theirs = quiet(peft.get_peft_model, lively(kind), CONFIGS[method](**given)).eval()
-    settings = {"alpha": float(ALPHA)} if hasattr(NAMED[method][0].factors, "alpha") else {}
+    theirs = quiet(peft.get_peft_model, lively(kind, method), CONFIGS[method](**given)).eval()
+    has = vars(NAMED[method][0].factors)
+    settings = {key: value for key, value in {"rank": RANK, "alpha": float(ALPHA)}.items() if key in has}
     more = OURS.get(method, {}) | settings | (ours or {})
-    adapters = loralab.attach(lively(kind), method, rank=RANK, targets=TARGETS, head=True, **more)
+    adapters = loralab.attach(lively(kind, method), method, targets=TARGETS, head=True, **more)
     held, names, tensors = dict(theirs.named_parameters()), ADALORA if method == "adalora" else NAMES, {}
     for key, (role, t) in adapters.tensors().items():
         if t.requires_grad:

@@ -147,6 +147,25 @@ def test_full_fine_tuning_has_no_base_to_go_back_to():
         adapters.detach()
 
 
+def test_a_layer_that_a_method_without_rank_cannot_take_is_left_alone():
+    """OFT turns the inputs of a layer, and one number cannot be turned."""
+    model = nn.ModuleDict({"one": nn.Linear(1, 5), "more": nn.Linear(6, 5)})
+    adapters = loralab.attach(model, "oft", block=3)
+    assert adapters.spec().paths == ["more"]
+    assert "an input of 1 value cannot be rotated" in str(adapters.coverage().why)
+    with pytest.raises(loralab.UserError, match="an input of 1 value cannot be rotated .one; 1 of 1 layers"):
+        loralab.attach(nn.ModuleDict({"one": nn.Linear(1, 5)}), "oft")
+
+
+def test_ia3_names_layers_that_are_there():
+    model = build("bert")
+    with pytest.raises(loralab.UserError, match="inputs='output.dens' is the end of no path that is adapted"):
+        loralab.attach(model, "ia3", inputs=["output.dens", "key"])
+    adapters = loralab.attach(model, "ia3", targets=["key", "output.dense"], inputs="output.dense")
+    sizes = {path.rpartition("layer.")[2]: len(t) for path, (_, t) in adapters.tensors().items() if "layer.0" in path}
+    assert sizes == {"0.attention.self.key.l": 24, "0.attention.output.dense.l": 24, "0.output.dense.l": 37}
+
+
 def test_presets_need_a_known_model_type():
     with pytest.raises(loralab.UserError, match="no preset for model type"):
         cover(nn.Sequential(nn.Linear(3, 5)), next(iter(PRESETS)))

@@ -399,7 +399,11 @@ def test_a_block_leaves_attention_that_was_asked_for():
     assert found.reason == "attention is flex_attention"
 
 
-ALIKE = [name for name in LOW_RANK if NAMED[name][0].store is None and NAMED[name][0].start not in ("eva", "loftq")]
+ALIKE = [
+    name
+    for name in LOW_RANK
+    if NAMED[name][0].store is None and NAMED[name][0].start not in ("eva", "lora-ga", "loftq")
+]
 
 
 @pytest.mark.parametrize("method", ALIKE)

@@ -1,6 +1,7 @@
 """Layer kinds in the normal form: merge = forward, gradients, mixed batches, files, and PEFT's function of each."""
 
 import copy
+import json
 import warnings
 
 import peft
@@ -383,11 +384,75 @@ def test_what_does_not_go_with_experts_is_refused():
             loralab.attach(mixture(), rank=2, targets=["down_proj"], **given)
 
 
-def test_an_adapter_of_experts_is_not_exported(tmp_path):
-    handle = loralab.attach(mixture(), "lora", rank=2, targets=["q_proj", "down_proj"])
-    with pytest.raises(loralab.UserError, match="experts model.layers.0.mlp.experts.down_proj.*not exported"):
+EXPERTS = ["gate_up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("names", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+def test_pefts_folder_of_experts_loads_as_the_same_function(names, tmp_path):
+    """PEFT wraps a module once for each of its parameters, and calls the inner wrapper `base_layer`."""
+    ids = torch.randint(3, 60, (3, 5))
+    parameters = [f"mlp.experts.{name}" for name in names]
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_parameters=parameters, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(mixture(), config).eval()
+    with torch.no_grad():
+        for i, p in enumerate(theirs.parameters()):
+            if p.requires_grad:
+                p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    theirs.save_pretrained(tmp_path / "peft")
+    expected, model = theirs(ids).logits, mixture()
+    handle = loralab.load(model, tmp_path / "peft")
+    assert sorted(handle.spec().paths) == sorted(
+        path for i in (0, 1) for path in (f"model.layers.{i}.self_attn.q_proj",
+                                          *(f"model.layers.{i}.{name}" for name in parameters))
+    )  # fmt: skip
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    assert (expected - mixture()(ids).logits).abs().max() > 1e-2
+    loralab.load(model, tmp_path / "peft", name="again")  # the experts are opened already
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    handle.save(tmp_path / "own")
+    fresh = mixture()
+    loralab.load(fresh, tmp_path / "own")
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("method", "given"), [("lora", {}), ("pissa", {}), ("lora-xs", {"rank": 3}), ("eva-like", {})])
+@pytest.mark.parametrize("names", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+def test_an_adapter_of_experts_is_exported_and_comes_back(method, given, names, tmp_path):
+    model, ids = mixture(), torch.randint(3, 60, (3, 5))
+    targets = ["q_proj", *names]
+    if method == "eva-like":  # ranks that differ: all are written at the largest
+        paths = loralab.attach(mixture(), rank=2, targets=targets).spec().paths
+        method, given = "lora", {"ranks": loralab.RankMap({path: 1 + (i % 3) for i, path in enumerate(paths)})}
+    handle = loralab.attach(model, method, name="a", **{"rank": 2, "alpha": 5.0, "targets": targets} | given)
+    moved(handle, "a")
+    expected = model(ids).logits
+    handle.export(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(mixture(), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-5)
+    fresh = mixture()
+    loralab.load(fresh, tmp_path)
+    torch.testing.assert_close(fresh(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_what_peft_has_not_for_experts_is_refused(tmp_path):
+    handle = loralab.attach(mixture(), "dora", rank=2, targets=["q_proj", "down_proj"])
+    with pytest.raises(loralab.UserError, match="gain .DoRA. on the experts model.layers.0.mlp.experts.down_proj"):
         handle.export(tmp_path / "e")
     assert not (tmp_path / "e").exists()
+    path = "mlp.experts.down_proj"
+    peft.get_peft_model(mixture(), peft.LoraConfig(r=2, target_parameters=[path])).save_pretrained(tmp_path / "p")
+    config = json.loads((tmp_path / "p/adapter_config.json").read_text())
+    for changed, told in (
+        ({"rank_pattern": {path: 2}}, "target_parameters with rank_pattern or alpha_pattern is not read"),
+        (
+            {"target_parameters": ["mlp.experts.other"]},
+            "has 0 of the parameters in target_parameters, and the folder has 1",
+        ),
+        ({"target_parameters": EXPERTS}, "has 2 of the parameters in target_parameters, and the folder has 1"),
+    ):
+        (tmp_path / "p/adapter_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(loralab.UserError, match=told):
+            loralab.load(mixture(), tmp_path / "p")
 
 
 # ---- weights that the model reads itself -----------------------------------------------------------------------------

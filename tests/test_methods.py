@@ -250,3 +250,37 @@ def test_bitfit_trains_every_bias_and_gives_them_back():
     assert all(key.endswith("bias") or key.startswith("classifier") for key in moved)
     adapters.detach()
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "lr"),
+    [
+        ("ia3", {"inputs": ["output.dense"]}, 0.1),
+        ("oft", {"block": 6}, 3e-2),
+        ("oft", {"block": 6, "terms": 5}, 3e-2),
+        ("lora-xs", {"rank": 8}, 1e-2),
+        ("lora-ga", {"rank": 4}, 3e-3),
+    ],
+)
+def test_a_method_that_sees_w_learns_five_rows_by_heart_and_the_base_stays(method, given, lr):
+    """The head stays random and frozen, so what falls is due to the adapter."""
+    model, batch, labels = build("bert").train(), rows(), torch.tensor([0, 1, 2, 1, 0])
+    for key, p in model.named_parameters():  # a rotation keeps lengths, so weights must be large to begin with
+        if p.ndim == 2 and "embeddings" not in key:
+            p.data.mul_(20 if "classifier" in key else 10)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    adapters = loralab.attach(model, method, batches=[{**batch, "labels": labels}], **given)
+    start = {key: t.detach().clone() for key, t in adapters.state().items()}
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=lr))
+    losses = []
+    for _ in range(100):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 1
+    assert losses[-1] < 0.1
+    assert all(torch.equal(t, start[key]) != t.requires_grad for key, t in adapters.state().items())
+    adapters.detach()
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())

@@ -26,6 +26,7 @@ TARGETS = ["0", "2"]  # 24 x 10 and 8 x 216: sizes that split and fold for Super
 BESIDE: dict[str, list[dict[str, Any]]] = {
     "exact_gain": [{"gain": True}],
     "projection_seed": [{"ratio": 0.5}],
+    "projection": [{"ratio": 0.5}],
     "stabilized": [{"rank": 2}],  # at rank 1 both scales are alpha
 }
 SMALL = {"adalora": {"rank": 6, "total_steps": STEPS}, "vera": {"rank": 5}}  # else rank 4; SuperLoRA's T_k need rank 1

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loralab
-from loralab import peft_format
+from loralab import peft_format, peft_write
 from loralab.files import adapter_name
 
 peft = pytest.importorskip("peft")
 from deviations import DEVIATIONS  # noqa: E402
 from measure import largest  # noqa: E402
-from peft_oracle import CONFIGS, LABELS, PEFT, RANK, lively, quiet  # noqa: E402
+from peft_oracle import CONFIGS, LABELS, PEFT, RANK, TARGETS, lively, quiet  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "gpt2"])
@@ -82,13 +82,19 @@ FOLDERS = {  # name -> a method, and settings of PEFT beside
     "patterns and pissa": ("pissa", PATTERNS),
     "gaussian": ("lora", {"init_lora_weights": "gaussian"}),
     "olora with gain": ("olora", {"use_dora": True}),
+    "ia3 of outputs": ("ia3", {"feedforward_modules": [], "target_modules": ["query"]}),
+    "oft exact": ("oft", {"use_cayley_neumann": False}),
+    "oft of three terms": ("oft", {"num_cayley_neumann_terms": 3}),
+    "oft of six terms": ("oft", {"num_cayley_neumann_terms": 6}),
+    "oft of one block": ("oft", {"block_share": True}),
+    "oft of four blocks": ("oft", {"r": 4, "oft_block_size": 0}),
 }
 
 
 def saved(folder, method, kind="bert", **given):
     """PEFT's model, its learned tensors off their start, saved."""
     torch.manual_seed(5)  # PEFT draws A
-    theirs = quiet(peft.get_peft_model, lively(kind), CONFIGS[method](**given)).eval()
+    theirs = quiet(peft.get_peft_model, lively(kind, method), CONFIGS[method](**given)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in theirs.parameters():
@@ -102,7 +108,7 @@ def saved(folder, method, kind="bert", **given):
 def test_peft_folders_load_as_the_same_function_with_the_same_gradients_and_merge(name, tmp_path):
     method, given = FOLDERS[name]
     theirs = saved(tmp_path / "peft", method, **given)
-    ours = lively("bert")
+    ours = lively("bert", method)
     adapters = loralab.load(ours, tmp_path / "peft")
     outputs = [model(**rows()).logits for model in (ours, theirs)]
     for logits in outputs:
@@ -113,9 +119,69 @@ def test_peft_folders_load_as_the_same_function_with_the_same_gradients_and_merg
     merged = adapters.merge()(**rows()).logits, theirs.merge_and_unload()(**rows()).logits
     assert largest([tuple(outputs), merged]) < 2e-5
     adapters.save(tmp_path / "own")  # and in the own layout, which needs no start made again
-    again = lively("bert")
+    again = lively("bert", method)
     loralab.load(again, tmp_path / "own")
     assert torch.equal(again(**rows()).logits, outputs[0])
+
+
+OWN = [  # method, settings: what PEFT has too, and what is no low-rank product
+    ("ia3", {"inputs": TARGETS[1:]}),
+    ("ia3", {"targets": ["query"]}),
+    ("oft", {"block": 5}),
+    ("oft", {"block": 6, "terms": 5}),
+    ("oft", {"block": 4, "one_block": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "given"), OWN)
+def test_what_peft_has_too_is_written_as_its_own_and_comes_back(method, given, tmp_path):
+    ours = lively("bert", method)
+    adapters = loralab.attach(ours, method, **{"targets": TARGETS, "head": True} | given)
+    shake(adapters, "default")
+    expected = ours(**rows()).logits
+    assert (expected - lively("bert", method)(**rows()).logits).abs().max() > 0.05
+    adapters.export(tmp_path)
+    theirs = quiet(peft.PeftModel.from_pretrained, lively("bert", method), tmp_path).eval()
+    assert theirs.active_peft_config.peft_type == method.upper()
+    torch.testing.assert_close(theirs(**rows()).logits, expected, rtol=0, atol=2e-5)
+    again = lively("bert", method)
+    loaded = loralab.load(again, tmp_path)
+    assert torch.equal(again(**rows()).logits, expected)
+    state = adapters.state()
+    assert state.keys() == loaded.state().keys()
+    assert all(torch.equal(t, state[key]) for key, t in loaded.state().items())
+    assert peft_write.vllm_notes(tmp_path)[-1].startswith("vLLM reads LoRA only")
+
+
+def test_a_bias_that_only_peft_scales_is_refused_both_ways(tmp_path):
+    saved(tmp_path / "peft", "ia3")
+    with pytest.raises(loralab.UserError, match=r"PEFT scales the bias of .*layer\.0.*query.* merge the adapter"):
+        loralab.load(lively("bert"), tmp_path / "peft")
+    adapters = loralab.attach(lively("bert"), "ia3", targets=TARGETS)
+    with pytest.raises(loralab.UserError, match="does not scale the bias of .*query, and PEFT's would"):
+        adapters.export(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "changed", "told"),
+    [
+        ("oft", {}, {"coft": True}, "coft=True is not read here"),
+        ("oft", {}, {"module_dropout": 0.1}, "module_dropout=0.1 is not read here"),
+        ("oft", {}, {"peft_version": "0.17.1"}, "its series was another one"),
+        ("oft", {}, {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2: expected 3 or more"),
+        ("oft", {}, {"oft_block_size": 8}, "expected (3, 28)"),
+        ("ia3", {}, {"ia3_x": 1}, "ia3_x=1 is not read here"),
+    ],
+)
+def test_a_folder_of_another_rotation_is_refused(method, given, changed, told, tmp_path):
+    saved(tmp_path, method, **given)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(loralab.UserError) as caught:
+        loralab.load(lively("bert", method), tmp_path)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
@@ -136,7 +202,7 @@ def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
         ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow=3"),
-        ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not read here, only LORA, LOHA, MISS, VERA"),
+        ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not read here, only LORA, LOHA, MISS, VERA, IA3, OFT"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga' changes the base"),
@@ -236,6 +302,49 @@ def test_heads_below_the_top_level_are_read_back(who, tmp_path):
     torch.testing.assert_close(ours.eval()(**rows()).logits, expected, rtol=1e-5, atol=1e-6)
 
 
+DEEP = [  # modules_to_save, and how many modules they are
+    (["LayerNorm", "classifier"], 6),
+    (["attention.output.LayerNorm"], 2),
+    (["embeddings.word_embeddings", "pooler.dense"], 2),
+    (["layer.1.output", "classifier"], 2),
+]
+
+
+@pytest.mark.parametrize(("names", "count"), DEEP)
+def test_modules_to_save_of_any_depth_go_both_ways(names, count, tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["query", "key"], modules_to_save=names)
+    theirs = quiet(peft.get_peft_model, lively("bert"), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.empty(p.shape).normal_(0, 0.2, generator=generator))
+    theirs.save_pretrained(tmp_path / "peft")
+    expected = theirs(**rows()).logits
+    ours = lively("bert")
+    adapters = loralab.load(ours, tmp_path / "peft")
+    assert len(adapters.spec().heads) == count
+    torch.testing.assert_close(ours(**rows()).logits, expected, rtol=0, atol=1e-5)
+    assert adapters.counts()["trainable"] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    torch.testing.assert_close(adapters.merge()(**rows()).logits, expected, rtol=0, atol=1e-5)
+    adapters.export(tmp_path / "ours")
+    again = quiet(peft.PeftModel.from_pretrained, lively("bert"), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(**rows()).logits, expected, rtol=0, atol=1e-5)
+    adapters.add("b", "lora", rank=3, head=True)
+    shake(adapters, "b")
+    with adapters.use([adapters.names[0], "b"], ids=[0, 1, 0, 1, 0]):
+        mixed = ours(**rows()).logits
+    torch.testing.assert_close(mixed[::2], expected[::2], rtol=0, atol=1e-5)
+
+
+def test_modules_to_save_inside_one_another_are_refused(tmp_path):
+    names = ["layer.0.attention.output", "LayerNorm"]
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=names)
+    quiet(peft.get_peft_model, lively("bert"), config).save_pretrained(tmp_path)
+    with pytest.raises(loralab.UserError, match="output.LayerNorm and .*layer.0.attention.output around it"):
+        loralab.load(lively("bert"), tmp_path)
+
+
 def test_an_embedding_as_a_head_learns_and_comes_back(tmp_path):
     sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1}
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **sizes)
@@ -290,7 +399,7 @@ def test_labels_and_class_go_with_an_export(tmp_path):
 )
 def test_what_vllm_refuses_is_said(method, given, notes, tmp_path):
     loralab.attach(lively("bert"), method, **{"rank": 4, **given}).export(tmp_path)
-    found = peft_format.vllm_notes(tmp_path)
+    found = peft_write.vllm_notes(tmp_path)
     assert len(found) == len(notes)
     assert all(note.startswith(start) for note, start in zip(found, notes, strict=True))
 
@@ -366,3 +475,64 @@ def test_the_page_for_users_of_peft_has_every_field_of_lora_config():
     page = (REPO / "docs/from-peft.md").read_text().partition("## The fields")[2]
     missing = [field.name for field in dataclasses.fields(peft.LoraConfig) if f"`{field.name}`" not in page]
     assert not missing
+
+
+# ---- methods that only PEFT has --------------------------------------------------------------------------------------
+
+HEADS = {"target_modules": TARGETS, "modules_to_save": ["pooler", "classifier"]}
+OTHERS = {  # what PEFT converts to a LoRA
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=5, **HEADS),
+    "randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=7, **HEADS),
+    "hra": lambda: peft.HRAConfig(r=2, **HEADS),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=40, scaling=150.0, **HEADS),
+}
+
+
+@pytest.mark.parametrize("method", ["lokr", "randlora", "fourierft"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_pefts_other_methods_load_through_peft_as_a_lora(method, adapted, tmp_path):
+    torch.manual_seed(5)
+    theirs = quiet(peft.get_peft_model, lively("bert"), OTHERS[method]()).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.empty(p.shape).normal_(0, 0.3, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    expected = theirs(**rows()).logits
+    ours = lively("bert")
+    assert (expected - ours(**rows()).logits).abs().max() > 0.1
+    if adapted:
+        shake(loralab.attach(ours, "dora", name="before", rank=3, targets=["query", "key"]), "before")
+    with pytest.raises(loralab.UserError, match=r"is not read here, only .*through_peft=True"):
+        loralab.load(ours, tmp_path)
+    adapters = loralab.load(ours, tmp_path, name="new", through_peft=True)
+    assert sorted(adapters.spec().heads) == ["bert.pooler", "classifier"]
+    right = ours(**rows()).logits  # but for what float32 cuts off, see the file
+    torch.testing.assert_close(right, expected, rtol=0, atol=2e-3)
+    adapters.save(tmp_path / "own")
+    again = lively("bert")
+    loralab.load(again, tmp_path / "own")
+    assert torch.equal(again(**rows()).logits, ours(**rows()).logits)
+
+
+def test_what_peft_does_not_convert_says_why_and_leaves_the_model(tmp_path):
+    quiet(peft.get_peft_model, lively("bert"), OTHERS["hra"]()).save_pretrained(tmp_path / "no sum")
+    for folder in ("no target", "no tensor"):
+        quiet(peft.get_peft_model, lively("bert"), OTHERS["lokr"]()).save_pretrained(tmp_path / folder)
+    config = json.loads((tmp_path / "no target/adapter_config.json").read_text())
+    (tmp_path / "no target/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["nothing"]}))
+    tensors = load_file(tmp_path / "no tensor/adapter_model.safetensors")
+    key = next(key for key in tensors if "lokr" in key)
+    save_file({k: t for k, t in tensors.items() if k != key}, tmp_path / "no tensor/adapter_model.safetensors")
+    for folder, told in (
+        ("no sum", "PEFT does not convert it to a LoRA here: Some module types on this model do not support"),
+        ("no target", "PEFT does not convert it to a LoRA here: No modules were targeted"),
+        ("no tensor", "missing adapter keys"),
+    ):
+        model = lively("bert")
+        with pytest.raises(loralab.UserError, match=told) as caught:
+            loralab.load(model, tmp_path / folder, through_peft=True)
+        assert "\n" not in str(caught.value)
+        assert not hasattr(model, "_loralab")
+        assert all(p.requires_grad for p in model.parameters())

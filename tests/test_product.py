@@ -47,11 +47,19 @@ KINDS = {  # name -> factors, start
     "lokr": (SuperLoRA(2, 5.0, split=2), "kaiming"),
     "lorta": (SuperLoRA(2, 5.0, order=3, core=True), "kaiming"),
     "superlora": (SuperLoRA(2, 5.0, ratio=0.25), "kaiming"),
+    "fastfood": (SuperLoRA(2, 5.0, ratio=0.25, projection="fastfood", projection_seed=4), "kaiming"),
+    "groups": (SuperLoRA(2, 5.0, groups=13), "kaiming"),  # a group for each row, as the sizes are prime
 }
 LISTED = {type(factors) for factors, _ in KINDS.values()}
 # a class without a row of its own has its defaults, but a scaling that is not 1
 KINDS |= {kind: (made(3, 5.0), "kaiming") for kind, made in FACTORS.items() if made not in LISTED}
-HAND = {"lokr": [(1, 1), (13, 11)], "lorta": [(13, 11)], "superlora": [(7, 6)]}
+HAND = {
+    "lokr": [(1, 1), (13, 11)],
+    "lorta": [(13, 11)],
+    "superlora": [(7, 6)],
+    "fastfood": [(7, 6)],
+    "groups": [(1, 11)],
+}
 LITERAL = UPDATES | {
     "ia3 of inputs": ia3_of_inputs,
     "oft series": UPDATES["oft"],
@@ -230,7 +238,8 @@ def test_8_detach_gives_the_tree_and_the_bits_back(kind, store, gain):
 def test_9_export_to_plain_lora_is_the_same_function_or_refused(kind, store, gain, tmp_path):
     x = x_of(5, 11)
     model, adapters = attached(kind, store, gain)
-    if not KINDS[kind][0].low_rank:
+    factors = KINDS[kind][0]
+    if not (factors.low_rank or (isinstance(factors, OFT) and not gain)):  # PEFT has OFT too
         with pytest.raises(loralab.UserError, match="merge it instead"):
             adapters.export(tmp_path)
         return

@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 from archs import build, check_mixed, rows, shake
+from literal import fastfood as literal_fastfood
 from literal import projection, superlora
 from torch import nn
 from torch.nn import functional as F
 
 import loralab
 from loralab.methods.lora import LoRA
-from loralab.methods.superlora import SuperLoRA, balanced, kronecker_factors, project, shuffle
+from loralab.methods.spread import fastfood, fastfood_constants, project, shuffle
+from loralab.methods.superlora import SuperLoRA, balanced, kronecker_factors
+from loralab.ranks.groups import groups
 from loralab.recipe import NAMED, Recipe, recipe
 from loralab.stores.float import Float
 from loralab.update import Dense, Update, apply, merged, stack, take
@@ -35,6 +38,21 @@ CASES = [
     ({"ratio": 0.6, "rank": 2, "order": 3}, [(10, 8)], [(4, 4, 5)]),
     ({"ratio": 0.01, "rank": 2}, [(2, 1)], [None]),
 ]
+# settings with several groups in the layer, the matrices of one group, and how many groups there are
+GROUPED = [
+    ({"split": 2, "rank": 1, "groups": 3}, [(2, 2), (2, 5)], 3),
+    ({"rank": 2, "groups": 2}, [(6, 10)], 2),
+    ({"rank": 2, "groups": 5}, [(3, 10)], 4),  # 5 does not divide the 12 rows; 4 is as near as 6
+    ({"order": 3, "core": True, "rank": 2, "groups": 2}, [(6, 10)], 2),
+    ({"ratio": 0.3, "rank": 1, "groups": 3}, [(3, 6)], 3),
+    ({"ratio": 0.3, "rank": 1, "groups": 3, "projection": "fastfood"}, [(3, 6)], 3),
+]
+SPREAD = [
+    ({"ratio": 0.25, "rank": 2, "projection": "fastfood"}, [(6, 5)], [(6, 5)]),
+    ({"ratio": 0.6, "rank": 2, "order": 3, "projection": "fastfood"}, [(10, 8)], [(4, 4, 5)]),
+    ({"ratio": 0.01, "rank": 2, "projection": "fastfood"}, [(2, 1)], [None]),
+]
+CASES = [*CASES[:-1], *SPREAD, CASES[-1]]
 IDS = [" ".join(f"{key}={value}" for key, value in given.items()) for given, _, _ in CASES]
 
 
@@ -51,7 +69,7 @@ def shaken(factors, out=N_OUT, into=N_IN):
     """The roles of one layer off their start, and its constants."""
     p = factors.init(out, into, torch.Generator().manual_seed(3))
     p = {role: t.double() + 0.5 * tensor(*t.shape, seed=i) for i, (role, t) in enumerate(p.items())}
-    return p, factors.local(factors.constants([(out, into), (17, 3)]), out, into)
+    return p, factors.local(factors.constants([factors.shape(out, into), (17, 3)]), out, into)
 
 
 @pytest.mark.parametrize(("given", "matrices", "modes"), CASES, ids=IDS)
@@ -85,9 +103,67 @@ def test_gradients_through_the_lowering_are_finite_differences(base, given, matr
     )
 
 
+@pytest.mark.parametrize(("given", "matrices", "count"), GROUPED)
+@pytest.mark.parametrize("gain", [False, True])
+def test_groups_of_a_layer_are_the_formula_on_each_part_of_its_rows(base, given, matrices, count, gain):
+    factors = SuperLoRA(alpha=ALPHA, projection_seed=6, **given)
+    assert not factors.low_rank
+    p, constants = shaken(factors)
+    assert {len(t) for t in p.values()} == {count}
+    assert {role: t.numel() for role, t in p.items()} == {
+        role: size for role, size in factors.sizes(N_OUT, N_IN).items() if size
+    }
+    u = Recipe(factors=factors).lower(p | constants, base)
+    torch.testing.assert_close(u.D, superlora(p, factors, matrices, (N_OUT, N_IN)))
+    p |= {"m": tensor(N_OUT, seed=8).abs() + 0.5} if gain else {}
+    learned = [t.requires_grad_(True) for t in p.values()]
+    x, r = tensor(2, 3, N_IN, seed=4), Recipe(factors=factors, gain=gain, exact_gain=gain)
+    assert torch.autograd.gradcheck(
+        lambda *ts: apply(x, base, r.lower(dict(zip(p, ts, strict=True)) | constants, base)), learned
+    )
+
+
+def test_groups_of_a_layer_are_drawn_apart_and_save_and_load(tmp_path):
+    model = build("bert")
+    adapters = loralab.attach(model, "superlora", rank=2, groups=4, projection="fastfood", head=True)
+    values = next(iter(adapters.layers.values())).roles("default")["A12"]  # (4, n, r)
+    assert not torch.equal(values[0], values[1])
+    assert torch.equal(model(**rows()).logits, build("bert")(**rows()).logits)
+    shake(adapters, "default")
+    adapters.save(tmp_path)
+    again = build("bert")
+    loralab.load(again, tmp_path)
+    assert torch.equal(again(**rows()).logits, model(**rows()).logits)
+    torch.testing.assert_close(adapters.merge()(**rows()).logits, model(**rows()).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "count"), [(6, 24), (5, 30), (8, 8), (9, 7), (1, 5)])
+def test_fastfood_is_its_matrix_and_keeps_the_size_of_numbers(n, count):
+    made = fastfood_constants(3, n, count)
+    F_ = torch.stack([fastfood(v, **{key: t.double() if key != "P" else t for key, t in made.items()})[:count]
+                      for v in torch.eye(n, dtype=torch.float64)], 1)  # fmt: skip
+    torch.testing.assert_close(F_, literal_fastfood(3, n, count))
+    assert not torch.equal(made["S"], fastfood_constants(4, n, count)["S"]) or n == 1
+    assert made["P"].sort(1).values.equal(torch.arange(made["P"].shape[1], dtype=torch.int32).expand_as(made["P"]))
+
+
+def test_fastfood_makes_normal_numbers_of_the_size_of_what_it_spreads():
+    v = tensor(3000, seed=1)
+    made = {key: t.double() if key != "P" else t for key, t in fastfood_constants(0, 3000, 20000).items()}
+    out = fastfood(v, **made)[:20000]
+    assert out.std().item() == pytest.approx(v.std().item(), rel=0.03)
+    assert abs(out.mean().item()) < 0.03
+    assert (out.abs() > 2 * out.std()).double().mean().item() == pytest.approx(0.0455, abs=0.006)  # as a normal
+
+
+def test_groups_and_shares_do_not_go_together():
+    with pytest.raises(loralab.UserError, match="groups=2 in layers of a share: a group is a part of a layer"):
+        loralab.attach(build("bert"), "lokr", rank=2, groups=2, ranks=groups(build("bert"), rank=2))
+
+
 def test_an_adapter_per_row_lowers_at_once():
     """A leading axis on the roles is one on the update."""
-    for given, _, _ in CASES:
+    for given, _, _ in [*CASES, *GROUPED]:
         factors = SuperLoRA(alpha=ALPHA, **given)
         p, constants = shaken(factors)
         both = {role: torch.stack([t, 2 * t + 1]) for role, t in p.items()}
@@ -188,7 +264,7 @@ def test_the_projection_is_one_for_layers_of_one_size_and_not_in_the_file():
 
 
 @pytest.mark.parametrize(
-    "given", [*(given for given, _, _ in CASES[:-1]), {}, {"core": True}, {"split": 2, "rank": 40}]
+    "given", [*(given for given, _, _ in CASES[:-1]), {}, {"core": True}, {"split": 2, "rank": 40}, {"groups": 3}]
 )
 def test_one_tensor_starts_at_zero_and_its_step_is_as_large_as_that_of_loras_b(given):
     """The same step of the tensor that is zero moves the weight about as far, so learning rates carry over."""
@@ -203,7 +279,7 @@ def test_one_tensor_starts_at_zero_and_its_step_is_as_large_as_that_of_loras_b(g
             constants = factors.local(factors.constants([(out, into)]), out, into)
             base = Float(nn.Parameter(torch.zeros(out, into)), None)
             assert not Recipe(factors=factors).lower(p | constants, base).matrix().any()
-            terms = 1 if zero.startswith("C") else p[zero].shape[1]  # a weight is a sum of so many
+            terms = 1 if zero.startswith("C") else p[zero].shape[-1]  # a weight is a sum of so many
             p[zero] = torch.randn(p[zero].shape, generator=generator) / terms**0.5
             squares.append(Recipe(factors=factors).lower(p | constants, base).matrix().square().mean())
         return torch.stack(squares).mean().sqrt().item() / factors.scaling

@@ -144,7 +144,7 @@ class AdaptedModel:
 
     def _overview(self, name: str) -> tuple[str, ...]:
         spec, tensors = self.specs[name], once(self.tensors(name))
-        ranks = sorted({getattr(spec.recipe.at(path).factors, "rank", 0) for path in spec.paths})
+        ranks = sorted({getattr(spec.recipe.at(path).factors, "rank", 0) for path in spec.paths} - {0})
         learned = sum(t.numel() for _, t in tensors.values() if t.requires_grad)
         values = sum(t.numel() for _, t in tensors.values())
         learns = "no" if not learned else "yes" if learned == values else f"{learned:,} of them"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_format
+from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_convert, peft_format
 from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once, whole
 from loralab.algebra import Combined, combine
@@ -83,13 +83,21 @@ def attach(
     return handle
 
 
-def load(model: nn.Module, folder: Path | str, name: str | None = None, check_base: bool = True) -> "Adapters":
+def load(
+    model: nn.Module,
+    folder: Path | str,
+    name: str | None = None,
+    check_base: bool = True,
+    through_peft: bool = False,
+) -> "Adapters":
     """Put the adapter of `folder`, loralab's or PEFT's, on `model` beside those already there, and leave it active.
 
+    `through_peft` has PEFT load the folder, on a copy of the model, and convert it to a LoRA: for its other methods.
     Raises UserError, with the model as it was, for a file with missing, extra or misshapen tensors, for layers the
     model does not have, and for a base other than the one it was trained on (unless `check_base=False`).
     """
-    return put(model, read(folder), folder, name, check_base)
+    file = peft_convert.converted(Path(folder), model) if through_peft else read(folder)
+    return put(model, file, folder, name, check_base)
 
 
 def of(model: nn.Module) -> "Adapters":
@@ -467,6 +475,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     name = name or files.adapter_name(file.name)
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)
+    file = fitting.named(model, file)
     problems = fitting.misfits(handle, file)
     if check_base and file.base.get("sha256") not in (None, handle.base_sha256):
         problems.append(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab import gguf_format, kinds, peft_format
+from loralab import gguf_format, kinds, peft_export
 from loralab.adapted import AdaptedModel
-from loralab.contents import base_of, labels_of
+from loralab.contents import base_of
 from loralab.errors import UserError
 from loralab.kinds.stack import Stack
 from loralab.schema import listed
@@ -21,36 +21,25 @@ def export(handle: AdaptedModel, name: str, folder: Path, layout: str, base_name
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     handle.check_undivided("export")
-    spec = handle.specs[name]
-    if spec.coverage is None:
+    r = handle.specs[name].recipe
+    if handle.specs[name].coverage is None or r.factors is None:
         raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
-    if spec.recipe.ranks is not None and any(layer.tokens for layer in spec.recipe.ranks.adapted.values()):
+    if r.ranks is not None and any(layer.tokens for layer in r.ranks.adapted.values()):
         raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
-    if not spec.recipe.low_rank:
-        raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
-    if stacks := [path for path in spec.paths if isinstance(handle.layers[path].base, Stack)]:
-        raise UserError(
-            f"adapter {name!r} adapts the experts {stacks[0]}, which are not exported yet; merge it instead"
-        )
     base = {**base_of(handle.model), "sha256": handle.base_sha256}
     base["name"] = base_name or base["name"]
     return LAYOUTS[layout](handle, name, folder, base)
 
 
-def _peft(handle: AdaptedModel, name: str, folder: Path, base: dict[str, Any]) -> Path:
-    spec = handle.specs[name]
-    updates = {path: handle.layers[path].lower(name) for path in spec.paths}
-    gains = {path: handle.layers[path].roles(name)["m"] for path in spec.paths if spec.recipe.gain}
-    sides = {path: kinds.sides(handle.layers[path].base) for path in spec.paths}
-    head = {key: t for key, (role, t) in handle.tensors(name).items() if role == "head"}
-    return peft_format.write(folder, updates, gains, head, spec.heads, base, labels_of(spec, base["task_type"]), sides)
-
-
 def _gguf(handle: AdaptedModel, name: str, folder: Path, base: dict[str, Any]) -> Path:
     spec = handle.specs[name]
     start = f"adapter {name!r} cannot be a GGUF file: llama.cpp's LoRA has no"
+    if not spec.recipe.low_rank:
+        raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
     if spec.recipe.gain:
         raise UserError(f"{start} gain (DoRA); merge it instead")
+    if stacks := [path for path in spec.paths if isinstance(handle.layers[path].base, Stack)]:
+        raise UserError(f"{start} place for the experts {stacks[0]} yet; merge it instead")
     if spec.heads:
         raise UserError(f"{start} head ({listed(spec.heads, 2)}); merge it instead")
     if others := [path for path in spec.paths if not kinds.is_product(handle.layers[path].original[0])]:
@@ -69,4 +58,6 @@ def _tied(handle: AdaptedModel, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if f"{path}.weight" in keys]
 
 
-LAYOUTS: dict[str, Callable[[AdaptedModel, str, Path, dict[str, Any]], Path]] = {"peft": _peft, "gguf": _gguf}
+LAYOUTS: dict[str, Callable[[AdaptedModel, str, Path, dict[str, Any]], Path]] = {
+    "peft": peft_export.export, "gguf": _gguf,
+}  # fmt: skip

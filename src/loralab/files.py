@@ -91,6 +91,10 @@ class AdapterFile:
     constants: str | None = None  # sha256 of what the method's seed draws
     starts_anew: bool = False  # the file lacks what its start adds (A0, B0): it is made again, from the base
     notes: tuple[str, ...] = ()  # what a user should know of the folder
+    parameters: tuple[
+        str, ...
+    ] = ()  # PEFT's names of parameters that it adapts; the layers have no names of theirs yet
+    unbiased: tuple[str, ...] = ()  # layers that must have no bias: PEFT's adapter would change it
 
     @property
     def paths(self) -> list[str]:

@@ -8,9 +8,10 @@ from torch import Generator, Tensor, nn
 
 from loralab import files
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
-from loralab.experts import open_stack
+from loralab.experts import AdaptedExperts, open_stack
 from loralab.files import AdapterFile
 from loralab.heads import own_copy, under
+from loralab.peft_format import of_parameters
 from loralab.schema import listed
 from loralab.targets import layer_at, shape_of
 
@@ -20,7 +21,28 @@ def misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
     put_in = (*handle.layers, *handle.heads)  # what is inside these is loralab's, not the model's
     there = {path for path, _ in handle.model.named_modules() if not under(path, put_in) or path in put_in}
     missing = [path for path in [*file.paths, *file.heads] if path not in there and not open_stack(handle.model, path)]
-    return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"] if missing else []
+    if missing:
+        return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"]
+    biased = [path for path in file.unbiased if getattr(layer_at(handle.model, path), "bias", None) is not None]
+    why = (
+        f"PEFT scales the bias of {listed(biased, 4)} too, which is not done here: merge the adapter with PEFT instead"
+    )
+    return [why] if biased else []
+
+
+def named(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """The file, in which parameters that PEFT adapts have the names that they have in this model. Raises UserError."""
+
+    def own(path: str) -> list[str]:
+        """Names of the parameters of a module itself, in their order."""
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return []
+        plain = module.original[0] if isinstance(module, AdaptedExperts) else module
+        return [name for name, _ in plain.named_parameters(recurse=False)]
+
+    return of_parameters(file, own) if file.parameters else file
 
 
 def expected(handle: AdaptedModel, spec: AdapterSpec, computed: Sequence[str]) -> dict[str, Tensor]:

@@ -123,6 +123,7 @@ def _cover(
     output = output_layer(handle.model)  # it can be adapted, by name; what else is a head can be trained only
     beside = [*outside_backbone(handle.model), *([] if output is None else [output])]
     outside = [*heads, *(path for path in own_head if path != output or targets == ALL)]
+    outside += [path for path in handle.heads if path not in own_head]  # of other adapters: what is inside is a copy
     coverage = cover(handle.model, targets, outside, exclude, beside)
     if output in own_head and output not in coverage.paths:  # it is no part of the backbone that is counted
         coverage = replace(coverage, parts=tuple(part for part in coverage.parts if part.path != output))
@@ -186,7 +187,9 @@ def _fitting(r: Recipe, coverage: Coverage, shapes: Mapping[str, tuple[int, int]
         ranks = RankMap({path: largest.get(path) or factors.rank for path in shapes})  # type: ignore[union-attr]
         if not rankmap.problems(factors, ranks):  # type: ignore[arg-type]
             return replace(r, ranks=ranks), replace(coverage, ranks={p: n for p, n in largest.items() if n is not None})
-    why = f"too small for rank {factors.rank}, and {factors.kind} has one rank in all layers"  # type: ignore[union-attr]
+    why = str(factors.misfit(*shapes[small[0]]))  # type: ignore[union-attr]
+    if hasattr(factors, "rank"):
+        why = f"too small for rank {factors.rank}, and {factors.kind} has one rank in all layers"  # type: ignore[union-attr]
     return r, coverage.keep([path for path in shapes if path not in small], why)
 
 

@@ -394,7 +394,9 @@ class AdaptedHead(nn.Module):
         outs = []
         for i in present:
             with self.active.only(i):
-                outs.append(self.copy_of(names[i])(x[ids == i], *args, **kwargs))
+                mine = [_rows_of(value, ids == i) for value in args]
+                named = {key: _rows_of(value, ids == i) for key, value in kwargs.items()}
+                outs.append(self.copy_of(names[i])(x[ids == i], *mine, **named))
         widest = max(out.shape[-1] for out in outs)
         outs = [F.pad(out, (0, widest - out.shape[-1]), value=-torch.inf) for out in outs]  # (rows of i, ..., widest)
         order = torch.cat([(ids == i).nonzero().squeeze(1) for i in present])  # (rows,)
@@ -406,6 +408,11 @@ class AdaptedHead(nn.Module):
         W, b = self.stacked.get((*map(id, copies), tuple(ids.tolist())), tensors, lambda: _heads(copies, ids))
         flat = x.reshape(len(x), -1, x.shape[-1])  # (rows, t, in)
         return torch.baddbmm(b.to(x.dtype), flat, W.mT.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+def _rows_of(value: Any, chosen: Tensor) -> Any:
+    """The chosen rows of what a module is given beside x, if it is a tensor with as many rows as x."""
+    return value[chosen] if isinstance(value, Tensor) and value.shape[:1] == chosen.shape else value
 
 
 def _heads(copies: Sequence[nn.Linear], ids: Tensor) -> tuple[Tensor, Tensor]:

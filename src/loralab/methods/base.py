@@ -5,6 +5,7 @@ The defaults here are those of a method without shared constants and without wor
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Generator, Tensor
@@ -135,3 +136,10 @@ def not_whole(name: str, value: Any, least: int) -> list[str]:
     """One problem if a setting is no whole number of at least `least`, else none."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return [] if whole and value >= least else [f"{name}={value!r}: expected a whole number, {least} or more"]
+
+
+@lru_cache(maxsize=1024)
+def nearest_divisor(number: int, wanted: int, least: int) -> int:
+    """The divisor of a number, of at least `least`, that is nearest to the wanted one; the smaller of two."""
+    divisors = (k for k in range(least, number + 1) if number % k == 0)
+    return min(divisors, key=lambda k: (abs(k - wanted), k))

@@ -9,13 +9,12 @@ orthogonal for small Q.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from loralab.methods.base import Factors, Roles, not_whole
+from loralab.methods.base import Factors, Roles, nearest_divisor, not_whole
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,13 @@ class OFT(Factors):
         return None if in_features > 1 else f"block {self.block}: an input of {in_features} value cannot be rotated"
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
-        k = nearest_divisor(in_features, self.block)
+        k = nearest_divisor(in_features, self.block, 2)
         return {
             "Q": torch.zeros(1 if self.one_block else in_features // k, k * (k - 1) // 2)
         }  # (blocks, k (k - 1) / 2)
 
     def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
-        k = nearest_divisor(in_features, self.block)
+        k = nearest_divisor(in_features, self.block, 2)
         turn = self._turn(skew(p["Q"], k))  # (..., blocks, k, k)
         W = p["W"].to(turn.dtype).unflatten(-1, (-1, k)).movedim(-2, -3)  # (blocks, out, k)
         D: Tensor = (W @ turn).movedim(-3, -2).flatten(-2)  # (..., out, in)
@@ -67,15 +66,8 @@ class OFT(Factors):
         return turn
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
-        k = nearest_divisor(in_features, self.block)
+        k = nearest_divisor(in_features, self.block, 2)
         return {"Q": (1 if self.one_block else in_features // k) * (k * (k - 1) // 2)}
-
-
-@lru_cache(maxsize=1024)
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of a number above 1 that is nearest to the wanted one, the smaller of two."""
-    divisors = (k for k in range(2, number + 1) if number % k == 0)
-    return min(divisors, key=lambda k: (abs(k - wanted), k))
 
 
 def skew(values: Tensor, k: int) -> Tensor:

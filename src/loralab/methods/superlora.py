@@ -6,27 +6,24 @@ M > 2, T_k is folded to M balanced modes. A_km is (n_m, r). If T_k has no more v
 it is kept whole, as C_k (o_k, i_k).
 
 A group may span layers (a share of a rank map). Its factors are those of the stacked weights (L out, in), and each of
-the L layers takes its rows of the update.
+the L layers takes its rows of the update. Or a layer has G groups: its rows in G equal parts, each with factors of its
+own, and roles have an axis of G in front.
 
-F makes out * in numbers from the share rho that is factored: v, -v, v, -v, ... cut to length, in an order shuffled by
-numpy's Philox counter, so that a file needs only the seed. It is linear, and each number of v has equally many places.
+F makes out * in numbers from the share rho that is factored, and is linear; spread.py has the two there are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from loralab.cache import constants
-from loralab.methods.base import Roles, not_whole
+from loralab.methods.base import Roles, nearest_divisor, not_whole
 from loralab.methods.lora import LoRA
-
-MOST = 2**31 - 1  # numbers that F can make; their order is kept in 32 bits each
+from loralab.methods.spread import MOST, SPREADS
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,10 @@ class SuperLoRA(LoRA):
     """Fold to balanced modes at order 2 too; higher orders are always folded."""
     ratio: float = 1.0
     """Share rho of the weight's numbers that are factored; below 1 the projection F makes the whole weight of them."""
+    groups: int = 1
+    """Number G of groups of a layer; rows that it does not divide get the nearest number that does."""
+    projection: Literal["shuffle", "fastfood"] = "shuffle"
+    """F: numbers repeated in a random order, or each mixed into every weight by two Hadamard transforms."""
     projection_seed: int = 0
     """Seed of F, which exists only at a ratio below 1."""
     source: Literal["philox-1"] = "philox-1"
@@ -50,7 +51,7 @@ class SuperLoRA(LoRA):
 
     @property
     def low_rank(self) -> bool:  # type: ignore[override]
-        return (self.split, self.order, self.fold, self.ratio) == (1, 2, False, 1)
+        return (self.split, self.order, self.fold, self.ratio, self.groups) == (1, 2, False, 1, 1)
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -85,13 +86,25 @@ class SuperLoRA(LoRA):
         wrong += not_whole("projection_seed", self.projection_seed, 0)
         if self.projection_seed and self.ratio == 1:
             wrong.append(f"projection_seed={self.projection_seed} with ratio=1: there is no projection F to seed")
+        if self.projection not in SPREADS:
+            wrong.append(f"projection={self.projection!r}: choose one of {', '.join(SPREADS)}")
+        elif self.projection != "shuffle" and self.ratio == 1:
+            wrong.append(f"projection={self.projection!r} with ratio=1: there is no projection F")
+        wrong += not_whole("groups", self.groups, 1)
         if self.fold and self.order != 2:
             wrong.append(f"fold={self.fold} with order={self.order}: orders above 2 are always folded")
         return wrong
 
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return out_features // self._parts(out_features), in_features
+
+    def _parts(self, out_features: int) -> int:
+        """Number of groups that a layer of so many rows has."""
+        return 1 if self.groups == 1 else nearest_divisor(out_features, self.groups, 1)
+
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why a layer is too large for F, or too small for the low-rank form; other forms take any size and rank."""
-        if self.ratio < 1 and out_features * in_features > MOST:
+        if self.ratio < 1 and math.prod(SuperLoRA.shape(self, out_features, in_features)) > MOST:
             numbers = f"the {out_features} x {in_features} numbers"
             return f"ratio={self.ratio}: F counts to {MOST}, fewer than {numbers}; take fewer layers a group"
         return super().misfit(out_features, in_features) if self.low_rank else None
@@ -104,6 +117,14 @@ class SuperLoRA(LoRA):
         if self.low_rank:
             p = super().init(out_features, in_features, generator)
             return p | ({"C": torch.eye(self.rank)} if self.core else {})
+        if self.groups == 1:
+            return self._init(out_features, in_features, generator)
+        size = self.shape(out_features, in_features)
+        each = [self._init(*size, generator) for _ in range(self._parts(out_features))]
+        return {role: torch.stack([p[role] for p in each]) for role in each[0]}  # (G, ...)
+
+    def _init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
+        """Role -> starting tensor of one group of that size."""
         p, factors = {}, kronecker_factors(self, out_features, in_features)
         random = self.split - (factors[-1].ranks is None)  # factors that have a random tensor
         deviation = (3 * in_features) ** (-0.5 / max(random, 1))  # of T_k; LoRA's A has (3 in)^-0.5
@@ -126,7 +147,9 @@ class SuperLoRA(LoRA):
         return A, B @ p["C"] if self.core else B  # (..., r, in), (..., out, r)
 
     def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
-        return self._rows(p, (out_features, in_features), 0, out_features)
+        rows, columns = SuperLoRA.shape(self, out_features, in_features)
+        D = self._rows(p, (rows, columns), 0, rows)
+        return D if self.groups == 1 else D.flatten(-3, -2)  # of (..., G, out / G, in)
 
     def _rows(self, p: Roles, shape: tuple[int, int], start: int, stop: int) -> Tensor:
         """Rows start to stop of the update (..., out, in) of a weight of that shape.
@@ -137,7 +160,7 @@ class SuperLoRA(LoRA):
         if self.ratio == 1:
             return self._product(p, factors, start, stop)
         v = self._product(p, factors, 0, math.prod(f.matrix[0] for f in factors)).flatten(-2)  # (..., n)
-        D = project(v, p["P"], math.prod(shape))  # (..., (stop - start) * in), as P is that of the rows
+        D = SPREADS[self.projection].project(v, p, slice(start * shape[1], stop * shape[1]), math.prod(shape))
         return D.view(*D.shape[:-1], stop - start, shape[1])
 
     def _product(self, p: Roles, factors: Sequence["KroneckerFactor"], start: int, stop: int) -> Tensor:
@@ -163,22 +186,31 @@ class SuperLoRA(LoRA):
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         if self.low_rank:
             return super().sizes(out_features, in_features) | ({"C": self.rank**2} if self.core else {})
+        count = SuperLoRA._parts(self, out_features)
         sizes = dict.fromkeys(self.roles, 0)
-        for k, factor in enumerate(kronecker_factors(self, out_features, in_features), 1):
+        for k, factor in enumerate(kronecker_factors(self, out_features // count, in_features), 1):
             if factor.ranks is None:
                 sizes[f"C{k}"] = math.prod(factor.matrix)
                 continue
             sizes[f"C{k}"] = math.prod(factor.ranks) if self.core else 0
             sizes |= {role: n * r for role, n, r in zip(self._modes(k), factor.modes, factor.ranks, strict=True)}
-        return sizes
+        return {role: count * size for role, size in sizes.items()}
 
     def constants(self, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        if self.ratio == 1:
-            return {}
-        return {f"P{n}": shuffle(self.projection_seed, n) for n in {math.prod(shape) for shape in shapes}}
+        made = [self._made(shape) for shape in set(shapes)] if self.ratio < 1 else []
+        return {name + key: t for key, tensors in made for name, t in tensors().items()}
 
     def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
-        return {} if self.ratio == 1 else {"P": constants[f"P{out_features * in_features}"]}
+        if self.ratio == 1:
+            return {}
+        key, _ = self._made(self.shape(out_features, in_features))
+        return {name.removesuffix(key): t for name, t in constants.items() if name[1:] == key}
+
+    def _made(self, shape: tuple[int, int]) -> tuple[str, Callable[[], dict[str, Tensor]]]:
+        """What follows the letter in the names of the constants of a group of that shape, and what makes them."""
+        spread, count = SPREADS[self.projection], math.prod(shape)
+        n = math.prod(math.prod(factor.matrix) for factor in kronecker_factors(self, *shape))
+        return spread.key(n, count), partial(spread.constants, self.projection_seed, n, count)
 
 
 @dataclass(frozen=True)
@@ -192,6 +224,8 @@ class OfGroup(SuperLoRA):
         return self.count * out_features, in_features
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
+        if self.groups > 1:
+            return f"groups={self.groups} in layers of a share: a group is a part of a layer, or several layers"
         return super().misfit(*self.shape(out_features, in_features))
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
@@ -207,11 +241,6 @@ class OfGroup(SuperLoRA):
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         return super().sizes(*self.shape(out_features, in_features))
-
-    def local(self, constants: Roles, out_features: int, in_features: int) -> dict[str, Tensor]:
-        size = out_features * in_features
-        whole = super().local(constants, *self.shape(out_features, in_features))
-        return {role: P[self.index * size : (self.index + 1) * size] for role, P in whole.items()}
 
 
 class KroneckerFactor(NamedTuple):
@@ -273,19 +302,6 @@ def rows_of(start: int, stop: int, step: int) -> tuple[slice, slice]:
     """(rows of `step` items that hold items start to stop, the place of these items within those rows)."""
     first = start // step
     return slice(first, -(-stop // step)), slice(start - first * step, stop - first * step)
-
-
-def project(v: Tensor, P: Tensor, count: int) -> Tensor:
-    """F: v (..., n) -> v, -v, v, ... cut to `count` numbers and taken in the order P (..., len(P))."""
-    turns = math.ceil(count / (2 * v.shape[-1]))
-    return torch.cat([v, -v] * turns, -1)[..., :count].index_select(-1, P)
-
-
-@constants
-def shuffle(seed: int, count: int) -> Tensor:
-    """An order (count,) of `count` numbers, decided by integers alone: the argsort of Philox's 64-bit words."""
-    words = np.random.Philox(key=seed).random_raw(count)
-    return torch.from_numpy(words.argsort(kind="stable").astype(np.int32))
 
 
 def uniform(deviation: float, shape: Sequence[int], generator: Generator) -> Tensor:

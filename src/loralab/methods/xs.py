@@ -36,7 +36,7 @@ class LoRAXS(LoRA):
     def from_base(self, base: Any) -> dict[str, Tensor]:
         W = base.dense().detach().to("cpu", torch.float32)  # (out, in); every device gets the same start
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return {"A": Vh[: self.rank].contiguous(), "B": U[:, : self.rank] * S[: self.rank]}
+        return {"A": Vh[: self.rank].contiguous(), "B": (U[:, : self.rank] * S[: self.rank]).contiguous()}
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
         return p["A"], p["B"] @ (p["R"] * self.scaling)  # (..., r, in), (..., out, r)

@@ -119,6 +119,8 @@ OF_KIND: Mapping[str, Frozen] = {  # kind of factors -> its settings; the kinds 
         "core": ("core", False),
         "fold": ("fold", False),
         "ratio": ("ratio", 1.0),
+        "groups": ("groups", 1),
+        "projection": ("projection", "shuffle"),
         **PROJECTION,
     },
 }
