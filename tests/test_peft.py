@@ -518,17 +518,20 @@ def test_pefts_other_methods_load_through_peft_as_a_lora(method, adapted, tmp_pa
 
 def test_what_peft_does_not_convert_says_why_and_leaves_the_model(tmp_path):
     quiet(peft.get_peft_model, lively("bert"), OTHERS["hra"]()).save_pretrained(tmp_path / "no sum")
-    for folder in ("no target", "no tensor"):
+    for folder in ("no target", "no tensor", "no file"):
         quiet(peft.get_peft_model, lively("bert"), OTHERS["lokr"]()).save_pretrained(tmp_path / folder)
     config = json.loads((tmp_path / "no target/adapter_config.json").read_text())
     (tmp_path / "no target/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["nothing"]}))
     tensors = load_file(tmp_path / "no tensor/adapter_model.safetensors")
     key = next(key for key in tensors if "lokr" in key)
     save_file({k: t for k, t in tensors.items() if k != key}, tmp_path / "no tensor/adapter_model.safetensors")
+    (tmp_path / "no file/adapter_model.safetensors").unlink()
     for folder, told in (
         ("no sum", "PEFT does not convert it to a LoRA here: Some module types on this model do not support"),
         ("no target", "PEFT does not convert it to a LoRA here: No modules were targeted"),
         ("no tensor", "missing adapter keys"),
+        ("no folder", "adapter_config.json"),
+        ("no file", "adapter_model.safetensors"),
     ):
         model = lively("bert")
         with pytest.raises(loralab.UserError, match=told) as caught:

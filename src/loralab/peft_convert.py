@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from loralab.adapted import HANDLE
-from loralab.disk import write_tensors
+from loralab.disk import read_header, tensor_headers, write_tensors
 from loralab.errors import UserError
 from loralab.files import AdapterFile
-from loralab.peft_format import TENSORS, check_not_pickled, read
+from loralab.peft_format import TENSORS, check_not_pickled, places, read
 
 WHOLE = 1.0  # share of the squares of an update that its LoRA keeps
 
@@ -37,7 +37,10 @@ def converted(folder: Path, model: nn.Module) -> AdapterFile:
     Raises UserError for a folder that PEFT cannot load onto this model, and for a method that adds nothing to a weight.
     """
     peft = library()
+    stored, place = places(folder)
+    read_header(place)  # PEFT looks on the hub for what is not here
     check_not_pickled(folder)
+    tensor_headers(stored)
     plain = copy.deepcopy(model)
     if hasattr(plain, HANDLE):
         getattr(plain, HANDLE).detach()
@@ -57,10 +60,8 @@ def converted(folder: Path, model: nn.Module) -> AdapterFile:
     kept = {key: t for key, t in tensors.items() if key.endswith((".lora_A.weight", ".lora_B.weight"))}
     config.modules_to_save = [name.removeprefix("base_model.model.") for name in saved] or None
     config.task_type = theirs.active_peft_config.task_type
-    with tempfile.TemporaryDirectory() as place:
-        config.save_pretrained(place)
-        write_tensors(
-            Path(place) / TENSORS, {key: t.detach().cpu().contiguous() for key, t in (kept | head).items()}, {}
-        )
-        file = read(Path(place))
+    with tempfile.TemporaryDirectory() as made:
+        config.save_pretrained(made)
+        write_tensors(Path(made) / TENSORS, kept | head)
+        file = read(Path(made))
     return replace(file, name=folder.name or folder.resolve().name)
