@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from test_cli import cli, flags, refused  # noqa: F401  (fixtures)
 from test_objectives import KINDS, bases, files, settings  # noqa: F401
+from transformers import AutoModelForSequenceClassification
 
 import loralab
 from loralab import UserError, model_names
@@ -74,8 +76,6 @@ def test_every_kind_of_task_has_a_card(kind, bases, files, tmp_path):  # noqa: F
 
 
 def test_the_librarys_own_save_writes_a_card_whose_use_runs(tiny, tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=3)
     adapters = loralab.attach(base, "dora", name="mood", rank=3, head=True, labels=["good", "bad", "so-so"])
     folder = adapters.save(tmp_path / "mood")
@@ -163,4 +163,13 @@ def test_an_export_names_the_base_and_no_path(shared, tiny, cli, tmp_path):  # n
     assert cli("export", folder, "--model", tiny, "--out", "exported")[0] == 0
     config = json.loads((tmp_path / "exported/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == tiny.name
+    with safe_open(tmp_path / "exported/adapter_model.safetensors", "pt") as stored:
+        assert stored.metadata()["base_sha256"] == json.loads((folder / "adapter.json").read_text())["base"]["sha256"]
+    other = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2)
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight += 1.0
+    with pytest.raises(UserError, match="it was trained on another base"):
+        loralab.load(other, tmp_path / "exported")
     assert not any(str(tiny.parent) in file.read_text(errors="replace") for file in (tmp_path / "exported").iterdir())
+    assert cli("export", folder, "--model", tiny, "--out", "at", "--base", tiny)[0] == 0
+    assert json.loads((tmp_path / "at/adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,16 @@ def test_what_is_here_asks_nobody(tiny, tmp_path, monkeypatch):
     (tmp_path / "models--some--bert").mkdir()
     model_names.require(str(tiny))
     model_names.require("some/bert")
+
+
+def test_other_tools_are_told_the_hub_name_of_an_alias_and_it_is_the_alias_again_here(monkeypatch):
+    there, cached = {"minilm"}, set()
+    monkeypatch.setattr(model_names, "find", lambda alias: Path("model") if alias in there else None)
+    monkeypatch.setattr(model_names, "is_cached", lambda name: name in cached)
+    for alias, row in model_names.ALIASES.items():
+        assert model_names.HUB_NAME.fullmatch(row.hub)
+        assert model_names.hub_name(alias) == row.hub
+        assert model_names.here(row.hub) == (alias if alias in there else row.hub)
+    cached.add(model_names.ALIASES["minilm"].hub)
+    assert model_names.here(model_names.ALIASES["minilm"].hub) == model_names.ALIASES["minilm"].hub
+    assert model_names.here("some/model") == model_names.hub_name("some/model") == "some/model"
