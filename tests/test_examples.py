@@ -331,3 +331,14 @@ def test_sentence_transformers_resumes_bit_for_bit_and_ends_with_the_best_checkp
         next(other.parameters()).add_(1.0)
     plain._load_from_checkpoint(str(tmp_path / "plain"))
     assert torch.equal(next(other.parameters()), next(SentenceTransformer(bases["encoder"]).parameters()))
+
+
+def test_the_trainer_of_transformers_stays_its_own():
+    """sentence-transformers' trainer module has it too, under the same name of the method that is wrapped."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from transformers import Trainer
+
+    from loralab.sentence_checkpoints import METHOD, WRAPPED, follow_sentence_transformers
+
+    follow_sentence_transformers()
+    assert not hasattr(vars(Trainer)[METHOD], WRAPPED)

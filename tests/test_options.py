@@ -216,7 +216,7 @@ def test_what_cannot_be_set_is_refused_by_name(method: str, text: str, problem: 
 
 @pytest.mark.parametrize("method", NAMED)
 def test_methods_prints_every_setting_of_one(method: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "400")
     assert main(["methods", method]) == 0
     lines = capsys.readouterr().out.splitlines()
     for option in options.options(method).values():

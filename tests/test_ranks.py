@@ -534,7 +534,7 @@ def test_a_policy_that_changes_nothing_says_so(tiny, own, tmp_path):
     given = {"targets": targets, "rank": 4, "epochs": 1, "lr": 1e-2}
     result = train(settings(tiny, own, tmp_path / "r", method="lora-drop", keep=1.0, **given))
     assert note in result["notes"]
-    with pytest.raises(UserError, match="policy='alora' with one adapted layer"):
+    with pytest.raises(UserError, match="ALoRA with one adapted layer: ranks move between layers"):
         train(settings(tiny, own, tmp_path / "s", method="alora", **given | {"targets": r".*layer\.0\..*query"}))
     assert not RankMap({Q0: 4, Q1: 3}).even
     assert not RankMap({Q0: LayerRank(4, "q"), Q1: LayerRank(4, "q")}).even

@@ -274,6 +274,7 @@ HANDLE_CALLS = {
     "remove": lambda h, folder: h.remove("a"),
     "save": lambda h, folder: h.save(folder),
     "export": lambda h, folder: h.export(folder),
+    "push": lambda h, folder: h.push("me/adapter", dry_run=True),
     "merge": lambda h, folder: h.merge(),
     "merge by name": lambda h, folder: h.merge("a"),
     "state": lambda h, folder: h.state("a"),
@@ -308,6 +309,7 @@ def test_every_public_method_of_a_handle_is_tried_after_detach():
     internal = {
         "only",
         "check_attached",
+        "check_undivided",
         "show_labels",
         "parameter_names",
         "before_forward",

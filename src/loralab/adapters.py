@@ -289,9 +289,8 @@ class Adapters(AdaptedModel):
         """Write the adapter for other tools: layout "peft", which vLLM and others read too, or "gguf", for llama.cpp.
 
         `base_name` is what the folder calls the base, by default its hub name, or the last part of its folder's name.
-        Returns the folder. Raises UserError for another layout, for an adapter that the layout cannot hold, such as one
-        that is no low-rank product, for values that are not finite, and for a folder that holds an adapter in loralab's
-        layout.
+        Returns the folder. Raises UserError for another layout, for an adapter that the layout cannot hold or whose
+        values are not finite, and for a folder that holds an adapter in loralab's layout.
         """
         name = self.only(name)
         self._check_finite(name)

@@ -30,7 +30,8 @@ def follow_sentence_transformers() -> None:
         module = import_module(TRAINER)
     except ImportError:
         return
-    for kind in [kind for kind in vars(module).values() if isinstance(kind, type) and METHOD in vars(kind)]:
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == TRAINER]
+    for kind in [kind for kind in own if METHOD in vars(kind)]:  # transformers' Trainer, imported there, is another's
         if not hasattr(method := vars(kind)[METHOD], WRAPPED):
             setattr(kind, METHOD, _wrapped(method))
 
