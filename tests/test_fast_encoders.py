@@ -176,17 +176,19 @@ def test_without_a_gradient_and_from_the_cache_it_is_the_same(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_in_fewer_bits_it_is_as_near_to_float64_as_the_layer_itself(kind, dtype):
-    right = pass_through(*adapted(kind), rows())
-    off = []
-    for quick in (False, True):
-        model, adapters = adapted(kind)
-        model.to(dtype)
-        if quick:
-            prepare(model)
-        logits, gradients = pass_through(model, adapters, rows())
-        errors = [(logits.double() - right[0]).norm() / right[0].norm()]
-        errors += [(g.double() - right[1][key]).norm() / right[1][key].norm() for key, g in gradients.items()]
-        off.append(torch.stack(errors).detach().mean().item())
+    """Over several batches: of one, either may be twice as near as the other."""
+    off = [0.0, 0.0]
+    for seed in range(8):
+        right = pass_through(*adapted(kind), rows(seed=seed))
+        for quick in (False, True):
+            model, adapters = adapted(kind)
+            model.to(dtype)
+            if quick:
+                prepare(model)
+            logits, gradients = pass_through(model, adapters, rows(seed=seed))
+            errors = [(logits.double() - right[0]).norm() / right[0].norm()]
+            errors += [(g.double() - right[1][key]).norm() / right[1][key].norm() for key, g in gradients.items()]
+            off[quick] += torch.stack(errors).detach().mean().item()
     assert off[1] < 1.5 * off[0] + 1e-7, off
 
 
