@@ -301,14 +301,16 @@ def first_hour(folder: Path, rows: int, epochs: int, names: str) -> int:
     return len(hour.done)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Run the personas; 1 if a step fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("personas", nargs="*", default=list(PERSONAS), choices=list(PERSONAS), metavar="PERSONA")
+    parser.add_argument("personas", nargs="*", default="".join(PERSONAS), metavar="PERSONA", help="letters, all")
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which stays")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
+    if strange := set("".join(given.personas)) - PERSONAS.keys():
+        parser.error(f"no persona {', '.join(sorted(strange))}: choose among {', '.join(PERSONAS)}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         try:
