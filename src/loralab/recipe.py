@@ -158,7 +158,7 @@ NAMED: dict[str, tuple[Recipe, str]] = {
     "lora+": (Recipe(lr=1.5e-4, lr_ratio=16.0), "W x + b + s B A x, B learns 16 times faster"),
     "dylora": (Recipe(factors=DyLoRA()), "W x + b + (alpha/k) B[:, :k] A[:k] x, k drawn each step"),
     "frozen-dylora": (Recipe(factors=DyLoRA(frozen=True), lr=3e-3), "dylora, only row and column k learn"),
-    "delta-lora": (Recipe(factors=DeltaLoRA()), "W x + b + s B A x + follow s (B A - B0 A0) x"),
+    "delta-lora": (Recipe(factors=DeltaLoRA(), lr=3e-4), "W x + b + s B A x + follow s (B A - B0 A0) x"),
     "adalora": (Recipe(factors=AdaLoRA(), lr=6e-3), "W x + b + s B diag(E) A x, a falling budget closes gates E"),
     "pissa": (Recipe(start="pissa", lr=3e-4), "W x + b + s (B A - B0 A0) x, s B0 A0 the best rank-r part of W"),
     "olora": (Recipe(start="olora", lr=2e-4), "W x + b + s (B A - B0 A0) x, B0 A0 the first r of W = Q R"),
