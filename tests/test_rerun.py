@@ -57,6 +57,14 @@ def test_a_difference_is_told_with_what_differs_around_the_runs(first, tmp_path)
     assert [line for line in found.around if line.startswith("torch: ") and line.endswith("2.7.0 now")]
 
 
+def test_passes_that_were_shared_are_told(first, tmp_path):
+    other = shutil.copytree(first, tmp_path / "other")
+    result = json.loads((other / "result.json").read_text())
+    result["time"]["together"] = 6
+    (other / "result.json").write_text(json.dumps(result))
+    assert compare(other, first).around == ["runs that shared its passes: 6 then, 1 now"]
+
+
 def test_a_run_of_another_base_or_of_no_run_is_refused(first, refused, tmp_path, tiny):  # noqa: F811
     assert "is no run: expected an address" in refused("rerun", "0123456789abcdef")
     facts = json.loads((first / "run.json").read_text())

@@ -25,7 +25,7 @@ class Repeat:
     logits: float | None  # the largest difference of an output; None where one of them kept no predictions
     other_answers: int | None  # rows that are answered otherwise
     rows: int | None
-    around: list[str]  # versions, hardware and precision that are not the same
+    around: list[str]  # versions, hardware, precision and the number of runs in a pass that are not the same
 
     @property
     def same(self) -> bool:
@@ -103,4 +103,7 @@ def compare(one: Path, other: Path) -> Repeat:
     precision = [facts[i].get("precision") for i in (0, 1)]
     if precision[0] != precision[1]:
         around.append(f"precision: {precision[0]} then, {precision[1]} now")
+    shared = [result["time"].get("together", 1) for result in (a, b)]
+    if shared[0] != shared[1]:  # products of several runs in one are divided otherwise
+        around.append(f"runs that shared its passes: {shared[0]} then, {shared[1]} now")
     return Repeat(numbers, logits, other_answers, rows, around)
