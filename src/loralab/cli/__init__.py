@@ -102,7 +102,7 @@ STOPPED = {  # command -> how to go on after an interrupt
     "study": "; the same command continues the study",
 }
 DOING = {  # command that takes long -> what it does first
-    "demo": "loads the model and the embedded task, then trains three ways",
+    "demo": "loads the model and an embedded task, then trains",
     "train": "reads the data and loads the model, then trains",
     "study": "checks every run of the study, then trains those that are not done",
     "rerun": "reads the recorded run, then trains it again",
