@@ -6,7 +6,7 @@ from dataclasses import replace
 import measure
 import pytest
 import torch
-from archs import build, check_mixed, rows, shake
+from archs import build, check_mixed, losses_by_heart, rows, shake
 from literal import UPDATES, tensor
 from shapes import made
 from torch import nn
@@ -271,14 +271,7 @@ def test_a_method_that_sees_w_learns_five_rows_by_heart_and_the_base_stays(metho
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     adapters = loralab.attach(model, method, batches=[{**batch, "labels": labels}], **given)
     start = {key: t.detach().clone() for key, t in adapters.state().items()}
-    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=lr))
-    losses = []
-    for _ in range(100):
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_by_heart(model, adapters, lr, steps=100)
     assert losses[0] > 1
     assert losses[-1] < 0.1
     assert all(torch.equal(t, start[key]) != t.requires_grad for key, t in adapters.state().items())

@@ -91,16 +91,21 @@ FOLDERS = {  # name -> a method, and settings of PEFT beside
 }
 
 
-def saved(folder, method, kind="bert", **given):
-    """PEFT's model, its learned tensors off their start, saved."""
-    torch.manual_seed(5)  # PEFT draws A
-    theirs = quiet(peft.get_peft_model, lively(kind, method), CONFIGS[method](**given)).eval()
+def move_and_save(theirs, folder):
+    """Moves what PEFT's model learns off its start, and saves it."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(torch.empty(p.shape).normal_(0, 0.3, generator=generator))
     theirs.save_pretrained(folder)
+
+
+def saved(folder, method, kind="bert", **given):
+    """PEFT's model, its learned tensors off their start, saved."""
+    torch.manual_seed(5)  # PEFT draws A
+    theirs = quiet(peft.get_peft_model, lively(kind, method), CONFIGS[method](**given)).eval()
+    move_and_save(theirs, folder)
     return theirs
 
 
@@ -493,12 +498,7 @@ OTHERS = {  # what PEFT converts to a LoRA
 def test_pefts_other_methods_load_through_peft_as_a_lora(method, adapted, tmp_path):
     torch.manual_seed(5)
     theirs = quiet(peft.get_peft_model, lively("bert"), OTHERS[method]()).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
-                p.add_(torch.empty(p.shape).normal_(0, 0.3, generator=generator))
-    theirs.save_pretrained(tmp_path)
+    move_and_save(theirs, tmp_path)
     expected = theirs(**rows()).logits
     ours = lively("bert")
     assert (expected - ours(**rows()).logits).abs().max() > 0.1

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from archs import build, check_mixed, rows, shake
+from archs import build, check_mixed, losses_by_heart, rows, shake
 from literal import fastfood as literal_fastfood
 from literal import projection, superlora
 from torch import nn
@@ -289,15 +289,7 @@ def test_one_tensor_starts_at_zero_and_its_step_is_as_large_as_that_of_loras_b(g
 
 def by_heart(model, adapters):
     """Trains on five rows and their labels, and asserts that they are learned."""
-    batch, labels = rows(), torch.tensor([0, 1, 2, 1, 0])
-    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-2))
-    losses = []
-    for _ in range(60):
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_by_heart(model, adapters, lr=1e-2, steps=60)
     assert losses[0] > 1
     assert losses[-1] < 0.05
 

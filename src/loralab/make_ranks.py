@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loralab.adapted import HANDLE
 from loralab.adapters import Adapters, attach
 from loralab.errors import UserError
+from loralab.inputs import on_device
 from loralab.install import spec_of
 from loralab.optimizers import adamw
 from loralab.policies import POLICIES
@@ -90,8 +91,7 @@ def rank_map(
     if idle := sorted(given.keys() - OPTIONS[r.policy].keys()):
         its = ", ".join(OPTIONS[r.policy]) or "none"
         raise UserError(f"policy={r.policy!r} has no option {', '.join(idle)}: it has {its}")
-    device = next(model.parameters()).device
-    kept = [{k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()} for batch in batches]
+    kept = list(on_device(model, batches))
     work = Work(
         model, r, kept, {"targets": targets, "exclude": exclude}, {"head": head, "labels": labels}, seed,
         {**OPTIONS[r.policy], **given},

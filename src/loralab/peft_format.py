@@ -26,7 +26,7 @@ from loralab.disk import (
 from loralab.errors import UserError
 from loralab.files import AdapterFile, contents_problems
 from loralab.methods import starts
-from loralab.methods.base import Factors
+from loralab.methods.base import Factors, ends_in
 from loralab.methods.lora import LoRA
 from loralab.methods.vera import VeRA
 from loralab.peft_methods import CONFIG, METHODS, PROJECTION, ROLES, STARTS, UNSET, at_most_full
@@ -184,7 +184,7 @@ def _head(key: str, saved: Collection[str]) -> str:
     """The module of modules_to_save that holds a tensor: PEFT takes every module whose path ends in such a name."""
     parts = key[: files.LONGEST_NAME].split(".")
     paths = [".".join(parts[:count]) for count in range(1, len(parts))]
-    named = [path for path in paths if any(path == name or path.endswith(f".{name}") for name in saved)]
+    named = [path for path in paths if any(ends_in(path, name) for name in saved)]
     if len(named) > 1:
         raise UserError(
             f"modules_to_save has {listed([named[1]])} and {listed([named[0]])} around it, and PEFT's file does not "
@@ -247,7 +247,7 @@ def _holders(file: AdapterFile) -> dict[str, list[str]]:
 
 def _is_target(name: str, targets: Sequence[str]) -> bool:
     """Whether a parameter is named by target_parameters, as PEFT matches."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    return any(ends_in(name, target) for target in targets)
 
 
 def _recipe(place: Path, config: dict[str, Any], paths: list[str], tensors: dict[str, Tensor]) -> Recipe:

@@ -45,7 +45,8 @@ def extract(
     """
     check_counts(rank=rank)
     check_output_folder(out)
-    task = task_type(models.architecture(folder) or "LlamaForCausalLM") or "FEATURE_EXTRACTION"
+    named = models.architecture(folder)  # None where it does not say, as a GGUF file, which holds a language model
+    task = "CAUSAL_LM" if named is None else task_type(named) or "FEATURE_EXTRACTION"
     outputs = models.config(folder).num_labels if task in LABELLED else None
     tuned, base = (models.pretrained(each, task, outputs).model for each in (folder, model))
     called = name or files.adapter_name(out.name)

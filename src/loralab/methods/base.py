@@ -138,6 +138,11 @@ def not_whole(name: str, value: Any, least: int) -> list[str]:
     return [] if whole and value >= least else [f"{name}={value!r}: expected a whole number, {least} or more"]
 
 
+def ends_in(path: str, name: str) -> bool:
+    """Whether a path is `name` or ends in its whole components."""
+    return f".{path}".endswith(f".{name}")
+
+
 @lru_cache(maxsize=1024)
 def nearest_divisor(number: int, wanted: int, least: int) -> int:
     """The divisor of a number, of at least `least`, that is nearest to the wanted one; the smaller of two."""

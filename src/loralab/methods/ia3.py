@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from loralab.methods.base import Factors, Roles
+from loralab.methods.base import Factors, Roles, ends_in
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class IA3(Factors):
         object.__setattr__(self, "inputs", names)
 
     def on(self, path: str) -> "IA3":
-        return OfInput(self.inputs) if any(_ends(path, name) for name in self.inputs) else self
+        return OfInput(self.inputs) if any(ends_in(path, name) for name in self.inputs) else self
 
     def strangers(self, paths: Sequence[str]) -> list[str]:
         return [
             f"inputs={name!r} is the end of no path that is adapted" for name in self.inputs
-            if not any(_ends(path, name) for path in paths)
+            if not any(ends_in(path, name) for path in paths)
         ]  # fmt: skip
 
     def init(self, out_features: int, in_features: int, generator: Generator) -> dict[str, Tensor]:
@@ -59,8 +59,3 @@ class OfInput(IA3):
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         return {"l": in_features}
-
-
-def _ends(path: str, name: str) -> bool:
-    """Whether a path ends in the whole components of `name`."""
-    return f".{path}".endswith(f".{name}")
