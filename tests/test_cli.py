@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,6 +257,12 @@ def test_json_is_the_result_file_and_progress_goes_to_stderr(cli, tiny, own, tmp
     assert [line.split()[1] for line in err.splitlines() if line.startswith("epoch")] == ["1/2", "2/2"]
     again = cli(*flags(tiny, own), "--json", "--resume")
     assert (again[0], again[1]) == (0, out)
+
+
+def test_a_run_without_a_terminal_says_how_far_it_is(cli, tiny, own, monkeypatch):
+    monkeypatch.setattr("loralab.run.bar.Pulse.every", 0.0)
+    err = cli(*flags(tiny, own))[2]
+    assert [line for line in err.splitlines() if re.fullmatch(r"\d+ of \d+ rows, \d+ s left, loss \d\.\d+", line)], err
 
 
 def test_a_result_names_its_selection_and_what_is_optimistic(cli, tiny, own):

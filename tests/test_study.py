@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,14 @@ def begun(monkeypatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(loop_module.Loop, "run", counted)
     return found
+
+
+def test_a_study_without_a_terminal_says_how_far_it_is(tiny, own, here, capsys, monkeypatch):
+    monkeypatch.setattr("loralab.run.bar.Pulse.every", 0.0)
+    carried_out(study(tiny, own, seeds=[0]))
+    lines = [line for line in capsys.readouterr().err.splitlines() if " rows, loss " in line]
+    assert lines
+    assert all(re.fullmatch(r"\d/2 runs(, \d+ s left)?; .*: \d+ of \d+ rows, loss \d\.\d+", line) for line in lines), lines
 
 
 # ---- a file ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 from loralab.cli.show import table
 from loralab.disk import size_text
-from loralab.study.bar import clock
+from loralab.run.bar import clock
 from loralab.study.record import Study
 from loralab.study.statistics import Comparison, PlannedFamily, Summary, comparisons, planned, summaries
 

@@ -1,5 +1,6 @@
 """Progress of a run on stderr: a bar with rate and time left, and a line for each epoch."""
 
+import time
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -36,12 +37,29 @@ class _Rate(ProgressColumn):
         return Text("  -- rows/s" if speed is None else f"{speed:4.0f} rows/s", style="progress.data.speed")
 
 
+class Pulse:
+    """Says once a minute that it is time for a line, where there is no terminal to draw a bar on."""
+
+    every = 60.0  # seconds
+
+    def __init__(self, console: Console) -> None:
+        self.silent = console.is_terminal
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        if self.silent or time.monotonic() - self.last < self.every:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
 class Bar:
-    """A bar on stderr; only the lines if stderr is no terminal."""
+    """A bar on stderr; if stderr is no terminal, a line for each epoch and each minute."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
+        self.pulse = Pulse(self.console)
 
     def start(self, label: str, rows: int, done: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TextColumn("left"))
@@ -54,6 +72,10 @@ class Bar:
     def advance(self, rows: int, loss: float) -> None:
         assert self.bar is not None
         self.bar.update(self.bar.task_ids[0], advance=rows, loss=f"loss {loss:.4f}")
+        if self.pulse.due():
+            task = self.bar.tasks[0]
+            left = f", {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
+            self.say(f"{task.completed:.0f} of {task.total or 0:.0f} rows{left}, loss {loss:.4f}")
 
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         self.say(named(of, epoch_line(record, epochs, metric)))
@@ -78,3 +100,13 @@ def epoch_line(record: dict[str, Any], epochs: int, metric: str) -> str:
     parts += [f"held-out {metric} {held_out[metric]:.4f}"] if held_out else []
     parts += [f"validation {metric} {record['validation'][metric]:.4f}"] if record["validation"] else []
     return "  ".join([*parts, f"{record['seconds']:.1f} s"])
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1 min 15 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes < 10 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

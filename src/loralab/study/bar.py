@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from loralab.run import Settings
+from loralab.run.bar import Pulse, clock
 from loralab.study import search
 
 
@@ -20,6 +21,7 @@ class StudyBar:
         self.study_line = self.bar.add_task("study", total=1, status="")
         self.run_line = self.bar.add_task("", total=1, status="", visible=False)
         self.started = time.monotonic()
+        self.pulse = Pulse(self.console)
         self.runs, self.done_runs = 0, 0
         self.rows_done = 0.0  # in this session
         self.label, self.trial = "", None
@@ -66,7 +68,12 @@ class StudyBar:
 
     def advance(self, rows: int, loss: float) -> None:
         self.bar.update(self.run_line, advance=rows, status=f"loss {loss:.4f}")
-        self._update(self.bar.tasks[self.run_line].completed)
+        run = self.bar.tasks[self.run_line]
+        self._update(run.completed)
+        if self.pulse.due():
+            study = self.bar.tasks[self.study_line].fields["status"]
+            text = f"{study}; {run.description}: {run.completed:.0f} of {run.total or 0:.0f} rows, loss {loss:.4f}"
+            self.console.print(text, soft_wrap=True, markup=False)
 
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         """No line, as a run has one at its end; but here a search decides whether the run goes on."""
@@ -88,13 +95,3 @@ def described(outcome: dict[str, Any] | Exception) -> str:
         return f"failed: {outcome}"
     metric, unlearnt = outcome["metric"], "  (did not learn: one class for every row)" * outcome["collapsed"]
     return f"{metric['name']} {metric['selected']:.4f}  {clock(outcome['time']['train_s'])}{unlearnt}"
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes < 10 else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
