@@ -118,6 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     given = parser.parse_args()
+    if given.repeats < 2:
+        parser.error(f"--repeats {given.repeats}: expected 2 or more, for quartiles")
     for rows in (1, ROWS):
         show(f"a forward pass of {rows} x {TOKENS}", measure(inference(rows), given.repeats, 96 // rows), "base")
     found = measure(training(), given.repeats, 2)

@@ -20,7 +20,7 @@ from loralab import models
 from loralab.bench import Bench, Case, EpochCase, MixedCase, backends, measure, mixed, profile, roofline, tables
 from loralab.bench.backends import BACKENDS, Built, batch, shorten, stepper, under_peft
 from loralab.bench.cases import PEFT_METHODS, epochs, from_json, grid, growth, mixed_case
-from loralab.bench.flops import step_flops, step_products
+from loralab.bench.flops import Product, step_flops, step_products
 from loralab.bench.measure import NAMES, quartiles, ratio, turn, workers
 from loralab.cli import main
 from loralab.errors import UserError
@@ -334,7 +334,21 @@ def test_a_roofline_counts_every_product_beside_the_step(tiny, monkeypatch):
     assert {len(row) for row in table} == {len(columns)}
     assert [row[0] for row in table[-2:]] == ["sum", "step"]
     assert len(table) == len(found["products"]) + 2
-    assert table[-1][-1] == "100%"
+    assert table[-1][columns.index("of the step")] == "100%"
+    assert all(("packed" in p) == (p["batch"] == 1) for p in found["products"])
+
+
+@pytest.mark.parametrize("form", ["nn", "nt", "tn", "tt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_product_is_the_product(form, dtype, monkeypatch):
+    """What the column `packed` times computes the same matrix."""
+    seen = []
+    monkeypatch.setattr(roofline, "seconds_of", lambda take: seen.append(take()) or 0.0)
+    product = Product(1, 5, 48, 7, form)
+    monkeypatch.setattr(roofline, "TRIES", 1)
+    roofline.seconds(product, dtype, pack=True)
+    a, b, _ = roofline.operands(product, dtype)
+    assert torch.allclose(seen[0].float(), (a[0] @ b[0]).float(), rtol=2e-2, atol=0.1)
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 Each product is taken by itself, its operands in the cache as far as they fit, its result written into a tensor that is
 there. So the sum is a floor for a step that computes products of these shapes one after the other. A step that joins
 some, as the fast path joins q, k and v, may come nearer to it than another that does not, or fall below.
+
+Beside it, on a CPU, stands the same product with its right operand packed once by oneDNN, which is what frozen weights
+could have: if it is faster, packing pays.
 """
 
 import time
@@ -29,12 +32,16 @@ def measure(case: Case) -> dict[str, Any]:
     step()
     steps: list[float] = []
     times: dict[Product, list[float]] = {product: [] for product in counts}
+    packed: dict[Product, list[float]] = {product: [] for product in counts if can_pack(product)}
     for _ in range(TURNS):
         steps.append(median(seconds_of(step) for _ in range(STEPS)))
         for product in counts:
             times[product].append(seconds(product, case.precision))
+            if product in packed:
+                packed[product].append(seconds(product, case.precision, pack=True))
     rows = [
         {**product._asdict(), "count": count, "operations": product.operations, "seconds": median(times[product])}
+        | ({"packed": median(packed[product])} if product in packed else {})
         for product, count in counts.items()
     ]
     rows.sort(key=lambda row: -row["count"] * row["seconds"])
@@ -46,12 +53,21 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def seconds(product: Product, dtype: torch.dtype) -> float:
+def can_pack(product: Product) -> bool:
+    """Whether oneDNN packs the right operand of this product: one matrix, on a CPU."""
+    return product.batch == 1 and device().type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def seconds(product: Product, dtype: torch.dtype, pack: bool = False) -> float:
     """Seconds of one product, the median of a few after one that is not counted."""
     a, b, out = operands(product, dtype)
+    ops = torch.ops.mkldnn
+    W = ops._reorder_linear_weight(b[0].mT.contiguous(), product.n) if pack else None  # of (m, k)
 
-    def take() -> None:
-        torch.bmm(a, b, out=out)
+    def take() -> Any:
+        if pack:
+            return ops._linear_pointwise(a[0], W, None, "none", [], "")  # (n, m), allocated anew
+        return torch.bmm(a, b, out=out)  # (batch, n, m)
 
     take()
     return median(seconds_of(take) for _ in range(TRIES))
@@ -71,7 +87,7 @@ def operands(product: Product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     return a, b, torch.empty(count, n, m, dtype=dtype, device=device())
 
 
-def seconds_of(take: Callable[[], None]) -> float:
+def seconds_of(take: Callable[[], object]) -> float:
     """Seconds that a call takes, on a GPU until it is done there."""
     started = time.perf_counter()
     take()

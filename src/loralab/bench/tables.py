@@ -33,7 +33,8 @@ NOTES = {
 }
 NOTES["roofline"] = (
     "time: of all calls in a step, each product taken by itself, medians; sum: a floor for a step that takes these "
-    "products one after the other; of the step: share of a step of loralab"
+    "products one after the other; of the step: share of a step of loralab; packed: with the right operand "
+    "packed once by oneDNN, where that can be"
 )
 NOTES["growth"] = NOTES["steps"]
 Record = Mapping[str, Any]  # one case with what was measured of it
@@ -98,17 +99,30 @@ def _roofline(r: Record) -> Table:
     """A row a product, then what they add up to, then the step."""
     step, case = r["seconds"], r["case"]
 
-    def row(name: str, calls: str, operations: float, taken: float) -> tuple[str, ...]:
-        return name, calls, f"{operations / taken / 1e9:,.0f}", milliseconds(taken), f"{taken / step:.0%}"
+    def row(name: str, calls: str, operations: float, taken: float, packed: float | None) -> tuple[str, ...]:
+        rate = f"{operations / taken / 1e9:,.0f}"
+        return name, calls, rate, milliseconds(taken), f"{taken / step:.0%}", milliseconds(packed) if packed else ""
 
+    def times(p: Record, key: str = "seconds") -> float:
+        return float(p["count"] * p.get(key, p["seconds"]))
+
+    products, calls = r["products"], str(sum(p["count"] for p in r["products"]))
     rows = [
-        row(_shape(p), str(p["count"]), p["count"] * p["operations"], p["count"] * p["seconds"]) for p in r["products"]
+        row(
+            _shape(p),
+            str(p["count"]),
+            p["count"] * p["operations"],
+            times(p),
+            times(p, "packed") if "packed" in p else None,
+        )
+        for p in products
     ]
-    rows.append(row("sum", str(sum(p["count"] for p in r["products"])), r["operations"], r["floor"]))
-    rows.append(row("step", "", r["operations"], step))
+    rows.append(row("sum", calls, r["operations"], r["floor"], sum(times(p, "packed") for p in products)))
+    rows.append(row("step", "", r["operations"], step, None))
     settings = [f"batch {case['batch_size']}", case["method"]]
     settings += [f"{COLUMNS[key]} {_cell(r, key)}" for key in COLUMNS if key in case]
-    return f"Roofline of a step: {', '.join(settings)}", ("product", "calls", "GFLOP/s", "time", "of the step"), rows, 1
+    columns = ("product", "calls", "GFLOP/s", "time", "of the step", "packed")
+    return f"Roofline of a step: {', '.join(settings)}", columns, rows, 1
 
 
 def _shape(p: Mapping[str, Any]) -> str:
