@@ -918,6 +918,14 @@ def test_a_wrapped_model_is_refused_and_its_inside_works(wrap, inner, how, tmp_p
     assert wrap(put[how](build("bert")).model) is not None
 
 
+def test_a_layer_without_a_shape_is_refused_and_works_after_a_forward():
+    model = nn.Sequential(nn.LazyLinear(7), nn.Linear(7, 3))
+    with pytest.raises(loralab.UserError, match=r"0\.weight has no shape before the first forward"):
+        loralab.attach(model, "lora", rank=2, targets=["0"])
+    model(torch.randn(2, 5))
+    assert loralab.attach(model, "lora", rank=2, targets=["0"]).counts()["adapter"] == 2 * (5 + 7)
+
+
 @pytest.fixture
 def one_process():
     import torch.distributed as dist

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from loralab import cache
 from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
@@ -57,6 +58,7 @@ class AdaptedModel:
 
     def __init__(self, model: nn.Module) -> None:
         _check_unwrapped(model)
+        _check_there(model)
         _check_transformers()
         follow_checkpoints()
         self.model = model
@@ -333,6 +335,13 @@ def _check_unwrapped(model: nn.Module) -> None:
                 f"{path or 'the model'} is wrapped in {type(module).__name__}: attach to the model itself first "
                 f"({path or 'model'}.{inner}), then wrap or compile it"
             )
+
+
+def _check_there(model: nn.Module) -> None:
+    """Raise UserError for a parameter that has no shape yet, as those of torch's lazy modules."""
+    lazy = next((key for key, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise UserError(f"{lazy} has no shape before the first forward: call the model with a batch once, then attach")
 
 
 @functools.cache
