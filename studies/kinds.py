@@ -6,9 +6,13 @@ new head, accuracy on the validation rows, by seed. Runs are kept in runs/kinds 
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
+
+import numpy as np
+from safetensors.numpy import load_file
 
 from loralab.run import Settings, train
 from loralab.run.bar import Bar
@@ -37,6 +41,21 @@ def completion(data: Path, seeds: range) -> Iterator[Row]:
     yield from _runs([(name, {**SST2, "data": data, **more, "lr": 1e-3}) for name, more in kinds.items()], seeds)
 
 
+def paired(seeds: range) -> str:
+    """Compare completion and head row by row, averaged over seeds, where both runs of a seed are there."""
+    more = np.zeros(1)  # (rows,): completion right less head right
+    for seed in seeds:
+        files = (RUNS / f"sst2-{kind}-{seed}/predictions.safetensors" for kind in ("completion", "head"))
+        right = [
+            t["validation/logits"].argmax(1) == t["validation/labels"] for t in map(load_file, files)
+        ]  # (rows,) each
+        more = more + (right[0].astype(float) - right[1]) / len(seeds)
+    drawn = np.random.default_rng(0).integers(0, len(more), (10_000, len(more)))
+    low, high = np.percentile(more[drawn].mean(1), [2.5, 97.5])
+    found = 2.8 * more.std() / math.sqrt(len(more))  # 80 % power at the 5 % level
+    return f"completion less head: {more.mean():.4f} ({low:.4f} to {high:.4f} over rows), could have found {found:.3f}"
+
+
 def _runs(cells: list[tuple[str, dict]], seeds: range) -> Iterator[Row]:
     for seed in seeds:
         for name, given in cells:
@@ -60,6 +79,8 @@ def main() -> None:
     for name, found in scores.items():
         spread = f" (sd {stdev(found):.4f}, n {len(found)})" if len(found) > 1 else ""
         print(f"{name}: {mean(found):.4f}{spread}")
+    if arguments.what == "completion":
+        print(paired(range(arguments.seeds)))
     if {"pretrained", "lora", "full"} <= scores.keys():
         base, lora, full = (mean(scores[name]) for name in ("pretrained", "lora", "full"))
         print(f"LoRA gains {(lora - base) / (full - base):.0%} of what full fine-tuning gains")

@@ -26,20 +26,41 @@ QUESTION = (
 WORDS: dict[str, dict[str, str]] = {
     "train": {
         "first": "Ada Boris Chloe Daniel Elif Farid Greta Hugo Ines Jamal Keiko Lars Mira Nils Olga Pedro Rosa Samir "
-        "Tara Viktor Wanda Yusuf Zoe Anton Bella Carlos Dora Emil Fatima Georg",
-        "last": "Okafor Lindqvist Moreno Novak Tanaka Haddad Keller Rossi Silva Dubois Larsen Petrov Nagy Costa Weber "
-        "Yilmaz Fischer Kowalski O'Brien Ruiz-Soler|van_der_Berg de_la_Cruz Al-Amin D'Angelo Mac_Neill Saint-Clair",
+        "Tara Viktor Wanda Yusuf Zoe Anton Bella Carlos Dora Emil Fatima Georg Hanna Ivan Julia Kamil Lucia "
+        "Mateo Noor Otto Petra Qasim Rita Stefan Tove Ulrich Vera Willem Xenia Ylva Zita Agnes Bjorn Clara "
+        "Denis Elena Frida Goran Heidi Igor Jana Karl",
+        "last": "Okafor Lindqvist Moreno Novak Tanaka Haddad Keller Rossi Silva Dubois Larsen Petrov Nagy Costa "
+        "Weber Yilmaz Fischer Kowalski Andersson Brandt Conti Dvali Esposito Ferrari Gomez Hansen Ivanov "
+        "Jensen Kovacs Lopez Marini Nilsen Olsen Popov Quist Romero Schmidt Torres Urban Virtanen Wagner "
+        "Zeman O'Brien Ruiz-Soler|van_der_Berg de_la_Cruz Al-Amin D'Angelo Mac_Neill Saint-Clair",
         "city": "Porto Oslo Lyon Graz Turin Ghent Malmo Seville Tampere Riga Leeds Cork Basel Split Zadar Utrecht "
-        "Bergen Nantes Toulouse Bologna Krakow Gdansk Leipzig Kassel Toledo Murcia Faro Odense Espoo Tartu Kaunas "
-        "Dundee Derry Namur Trento Varna Pecs Kosice Ostrava Maribor|Den_Helder San_Marino Bad_Ischl",
-        "job": "glazier baker nurse plumber tailor pilot welder dentist florist barber teacher mason farmer printer "
-        "carpenter butcher chemist courier cook translator optician engineer librarian shepherd locksmith painter "
-        "electrician vet fisher saddler|tram_driver piano_tuner",
+        "Bergen Nantes Toulouse Bologna Krakow Gdansk Leipzig Kassel Toledo Murcia Faro Odense Espoo Tartu "
+        "Kaunas Dundee Derry Namur Trento Varna Pecs Kosice Ostrava Maribor Antwerp Brno Coimbra Dresden "
+        "Essen Florence Geneva Halle Innsbruck Jerez Kiel Lugano Modena Namsos Oviedo Palermo Rostock Siena "
+        "Trieste Udine Verona Wroclaw Zagreb Aalborg Bremen Delft Fulda Huelva Imola Lahti|Den_Helder "
+        "San_Marino Bad_Ischl",
+        "job": "glazier baker nurse plumber tailor pilot welder dentist florist barber teacher mason farmer "
+        "printer carpenter butcher chemist courier cook translator optician engineer librarian shepherd "
+        "locksmith painter electrician vet fisher saddler actor archivist architect auditor banker "
+        "beekeeper biologist blacksmith bookkeeper caretaker cartographer cashier cleaner clerk composer "
+        "cooper dancer decorator designer diver drummer editor fireman forester geologist goldsmith grocer "
+        "guard hatter historian hunter interpreter journalist judge juggler knitter mechanic midwife miner "
+        "musician notary optometrist organist paramedic pharmacist photographer physicist plasterer poet "
+        "porter producer publisher ranger reporter sailor sculptor secretary singer smith statistician "
+        "stonemason surveyor tanner tiler tutor typist upholsterer usher weaver woodcutter "
+        "zoologist|tram_driver piano_tuner",
         "language": "Dutch Malay Thai Polish Greek Arabic Swahili Danish Turkish Hindi Korean Finnish Latvian Maltese "
-        "Icelandic Zulu Somali Bengali Marathi Telugu Khmer Lao Mongolian Georgian Armenian Persian Kurdish Albanian "
-        "Slovenian Croatian Hungarian Romanian Catalan Galician Breton Welsh Irish Yoruba Hausa Quechua Tagalog Nepali",
-        "alias": "Red Ace Sparky Doc Flash Moose Buzz Ginger Shorty Duke Boots Pepper Bandit Cricket Dizzy Goose Jumbo "
-        "Lefty Maverick Noodle Pickles Scout Tiger Wizard|Big_T The_Owl Two_Shoes",
+        "Icelandic Zulu Somali Bengali Marathi Telugu Khmer Lao Mongolian Georgian Armenian Persian Kurdish "
+        "Albanian Slovenian Croatian Hungarian Romanian Catalan Galician Breton Welsh Irish Yoruba Hausa "
+        "Quechua Tagalog Nepali English French German Spanish Italian Portuguese Swedish Faroese Estonian "
+        "Lithuanian Slovak Ukrainian Bulgarian Serbian Macedonian Turkmen Uzbek Kazakh Kyrgyz Tajik Pashto "
+        "Punjabi Gujarati Kannada Malayalam Sinhala Burmese Vietnamese Indonesian Javanese Maori Samoan "
+        "Hawaiian Amharic Xhosa Afrikaans Esperanto Latin Scots Corsican Sardinian Occitan Flemish "
+        "Luxembourgish Belarusian Mandarin Cantonese Tibetan Uyghur Navajo",
+        "alias": "Red Ace Sparky Doc Flash Moose Buzz Ginger Shorty Duke Boots Pepper Bandit Cricket Dizzy Goose "
+        "Jumbo Lefty Maverick Noodle Pickles Scout Tiger Wizard Arrow Biscuit Comet Dasher Ember Falcon "
+        "Gizmo Hopper Icicle Jester Kipper Lucky Magpie Nimbus Otter Panda Quill Raven Smokey Turbo Velvet "
+        "Widget Yoyo Ziggy|Big_T The_Owl Two_Shoes",
     },
     "validation": {
         "first": "Amira Bruno Celia Dmitri Esther Felix Gita Henrik Irene Jonas Katya Leon Nadia Oscar Paula Rafael "
