@@ -23,19 +23,20 @@ METHODS = {  # method -> what a short run needs
 def check_that_peft_reads(folder, model, prompts, tokenizer, tmp_path) -> None:
     """PEFT over the weights that the adapter was trained over, in as many bits, has the same logits and greedy text."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = model.double()  # in float32 the roundings of 30 layers with a gain add up to 4e-4
     plain = copy.deepcopy(model)
     handle = loralab.load(model, folder)
     for path, layer in handle.layers.items():
         plain.get_submodule(path).weight.data.copy_(layer.weight)
     handle.export(tmp_path / "peft")
-    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "peft")).eval()
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "peft")).eval().double()
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to("cpu")
     more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         ours = handle.model(**batch).logits
         with handle.use(None):
             assert (handle.model(**batch).logits - ours).abs().max() > 0.01  # the adapter says something
-        torch.testing.assert_close(theirs(**batch).logits, ours, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs(**batch).logits, ours, rtol=1e-6, atol=1e-6)
         assert torch.equal(theirs.generate(**batch, **more), handle.model.generate(**batch, **more))
 
 
