@@ -389,7 +389,7 @@ def completions(tmp_path) -> Path:
     return path
 
 
-def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_path):
+def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_path, capsys):
     """It is taken with the selected adapter, on at most so many rows, and is what `loralab generate` would give."""
     given = {"task": str(completions), "model": str(base), "rank": 8, "lr": 2e-2, "epochs": 6, "batch_size": 5}
     given["max_length"] = 16
@@ -409,6 +409,13 @@ def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_p
     assert results[100]["exact"] == pytest.approx(sum(right) / len(right))
     assert results[100]["exact"] > 0.5  # else it would say little
     assert results[3]["exact"] * 3 == pytest.approx(round(results[3]["exact"] * 3))
+    rows = [dict(zip(("prompt", "completion"), row, strict=True)) for row in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["evaluate", entry.removeprefix("run="), "--task", str(tmp_path / "asked.jsonl"), "--json"]
+    assert main([*argv, "--generate-metric", "exact"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["exact"] == results[100]["exact"]
+    assert main([*argv, "--generate-rows", "3"]) == 2
+    assert "--generate-rows: no --generate-metric" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

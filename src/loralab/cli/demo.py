@@ -1,7 +1,6 @@
 """`loralab demo`: the main job on embedded defaults, for an encoder or a decoder."""
 
 import shutil
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,8 +113,8 @@ def _decoder(settings: Settings, json: bool) -> None:
     result = train(settings, Bar())
     handle, tokenizer = base.load(settings.model, settings.folder / "adapter")
     task = setup.task_of(settings)
-    split, asking = setup.reported(task, settings), replace(settings, generate_metric="json")
-    asked = written.questions(task, split, asking, handle.model, tokenizer)
+    split = setup.reported(task, settings)
+    asked = written.questions(task, split, "json", len(split), handle.model, tokenizer)
     who = {"base": None, settings.method: handle.names[0]}
     texts = {name: written.answers(handle, adapter, asked, tokenizer) for name, adapter in who.items()}
     right = {

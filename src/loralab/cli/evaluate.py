@@ -14,6 +14,8 @@ from loralab.data.batches import Rows, cut_at
 from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
 from loralab.objectives import learned, saved
+from loralab.run import written
+from loralab.run.settings import GenerateMetric
 from loralab.serve.answers import predictions
 from loralab.serve.loading import Device, model_of, torch_device
 
@@ -30,6 +32,8 @@ def evaluate(
     batch_size: int = 32,
     max_length: int | None = None,
     rank: int | None = None,
+    generate_metric: GenerateMetric | None = None,
+    generate_rows: int | None = None,
     out: Path | None = None,
     wrong: Path | None = None,
     separator: Separator = "auto",
@@ -60,6 +64,11 @@ def evaluate(
         Tokens after which a row is cut; by default as in training.
     rank: int
         Rank to evaluate at, for adapters trained for many.
+    generate_metric: Literal
+        For an adapter that writes: let it write answers, and score them: exact (the same text), json (the first JSON in
+        the answer says the same) or rouge (ROUGE-L, needs loralab[rouge]).
+    generate_rows: int
+        Most rows that are answered for --generate-metric; by default all.
     out: Path
         File for the answer of each row (CSV, TSV, JSON, JSONL or parquet); must not exist.
     wrong: Path
@@ -73,7 +82,9 @@ def evaluate(
     device: Device
         Where it runs: a GPU if there is one, cpu or cuda.
     """
-    base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank)
+    base.check_counts(batch_size=batch_size, max_length=max_length, rank=rank, generate_rows=generate_rows)
+    if generate_rows is not None and generate_metric is None:
+        raise UserError("--generate-rows: no --generate-metric, so no row is answered: leave it out")
     torch_device(device)
     base.check_out(out)
     base.check_out(wrong, "--wrong")
@@ -84,11 +95,14 @@ def evaluate(
     name = model_of(model, adapter, file)
     handle, tokenizer = base.load(name, adapter, device=device)
     split = _rows(found)
-    most = cut_at(max_length or known.max_length, handle.model)
-    with handle.use(handle.names[0], rank=rank):
+    most, first = cut_at(max_length or known.max_length, handle.model), handle.names[0]
+    answered = len(split) if generate_rows is None else generate_rows
+    asked = written.questions(found, split, generate_metric, answered, handle.model, tokenizer)
+    with handle.use(first, rank=rank):
         made, rows = predictions(handle, found, split, tokenizer, most, batch_size)
     labels, objective = rows.labels.numpy(), objectives.of(found)
     scores, what = objective.score(found, made, labels), learned.learned(found, made, labels)
+    scores |= written.scores(handle, first, asked, tokenizer, generate_metric)
     if out is not None:
         tables.write(_answers(found, split, made), out)
     if wrong is not None:

@@ -395,7 +395,7 @@ class Loop:
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
         result = result_of(run, vars(p), memory, len(self.states), self._by_rank(state), state.endpoints())
         with self.accelerator.autocast():
-            found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings)
+            found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings.generate_metric)
         result["metrics"] = {**result["metrics"], **found}
         split, wrong = next(iter(run.validation)), None
         predicted, truth = (state.predictions[f"{split}/{what}"].numpy() for what in ("logits", "labels"))

@@ -96,7 +96,9 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
         what = f"attention={settings.attention!r} with speed='auto'"
         notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
-    asked = written.questions(task, reported(task, settings), settings, model, tokenizer)
+    asked = written.questions(
+        task, reported(task, settings), settings.generate_metric, settings.generate_rows, model, tokenizer
+    )
     train = rows["train"]
     weighted = _weighted(settings, task, train)
     objective = weighted or objectives.of(task)

@@ -1,4 +1,4 @@
-"""The metric of written answers, `--generate-metric`: taken once, at the end of a run, with the selected adapter."""
+"""The metric of written answers, `--generate-metric`: at the end of a run, with the selected adapter, or on its own."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from loralab.data import Split, Task
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.objectives.generation import Decoding
-from loralab.run.settings import Settings
+from loralab.run.settings import GenerateMetric
 
 AT_ONCE = 16  # rows of a batch: one token of each is a small product, so a batch of few rows takes as long
 SPARE = 32  # tokens that an answer may have above the longest right one: what is longer yet is wrong anyway
@@ -23,19 +23,21 @@ class Question(NamedTuple):
     wanted: str
 
 
-def questions(task: Task, split: Split, settings: Settings, model: Any, tokenizer: Any) -> list[Question]:
-    """Return what is asked at the end of a run: at most `generate_rows` rows of a split, drawn by the data's hash.
+def questions(
+    task: Task, split: Split, metric: GenerateMetric | None, most: int, model: Any, tokenizer: Any
+) -> list[Question]:
+    """Return what is asked for a metric: at most so many rows of a split, drawn by the data's hash.
 
     Raises UserError, before anything is trained, for a task whose rows have no answers to write, and for what would
     fail then: a metric whose package is absent, answers that are no JSON, a prompt that the model cannot take.
     """
-    metric, of_row = settings.generate_metric, objectives.of(task).asked
+    of_row = objectives.of(task).asked
     if metric is None:
         return []
     if of_row is None or task.labels is not None:
         raise UserError(f"--generate-metric {metric}: {task.name} has no answers to write, leave it out")
-    if settings.generate_rows < len(split):
-        split = split.take(data.sample(split, task.sha256, False, settings.generate_rows))
+    if most < len(split):
+        split = split.take(data.sample(split, task.sha256, False, most))
     made = []
     for row in split.texts:
         prompt, wanted = of_row(row)
@@ -50,10 +52,9 @@ def questions(task: Task, split: Split, settings: Settings, model: Any, tokenize
 
 
 def scores(
-    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, settings: Settings
+    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, metric: GenerateMetric | None
 ) -> dict[str, float]:
     """Return {metric: its mean over the questions}, answered with an adapter, or by the base (None)."""
-    metric = settings.generate_metric
     if metric is None:
         return {}
     texts = answers(adapters, name, asked, tokenizer)
