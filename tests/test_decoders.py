@@ -36,7 +36,7 @@ def check_that_peft_reads(folder, model, prompts, tokenizer, tmp_path) -> None:
         ours = handle.model(**batch).logits
         with handle.use(None):
             assert (handle.model(**batch).logits - ours).abs().max() > 0.01  # the adapter says something
-        torch.testing.assert_close(theirs(**batch).logits, ours, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs(**batch).logits, ours, rtol=0, atol=1e-4)  # what is exported is float32
         assert torch.equal(theirs.generate(**batch, **more), handle.model.generate(**batch, **more))
 
 
