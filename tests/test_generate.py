@@ -418,6 +418,21 @@ def test_the_metric_of_a_run_is_what_its_adapter_writes(base, completions, tmp_p
     assert "--generate-rows: no --generate-metric" in capsys.readouterr().err
 
 
+def test_evaluate_lets_the_adapter_write_at_the_rank_that_is_asked_for(
+    base, completions, tmp_path, capsys, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        "loralab.objectives.generation.in_batches",
+        lambda model, *rest: seen.append(loralab.adapters.of(model).active.chosen) or [("",)] * len(rest[1]),
+    )
+    common = {"task": str(completions), "model": str(base), "max_length": 16, "out": tmp_path / "run"}
+    train(Settings(**common, method="dylora", rank=3, epochs=2, batch_size=5))
+    argv = ["evaluate", str(tmp_path / "run/adapter"), "--task", str(completions), "--generate-metric", "exact"]
+    assert main([*argv, "--rank", "2"]) == 0
+    assert [2 in chosen.values() for chosen in seen] == [True]
+
+
 @pytest.mark.parametrize(
     ("rows", "metric", "says"),
     [

@@ -102,7 +102,7 @@ def evaluate(
         made, rows = predictions(handle, found, split, tokenizer, most, batch_size)
     labels, objective = rows.labels.numpy(), objectives.of(found)
     scores, what = objective.score(found, made, labels), learned.learned(found, made, labels)
-    scores |= written.scores(handle, first, asked, tokenizer, generate_metric)
+    scores |= written.scores(handle, first, asked, tokenizer, generate_metric, rank)
     if out is not None:
         tables.write(_answers(found, split, made), out)
     if wrong is not None:

@@ -52,21 +52,28 @@ def questions(
 
 
 def scores(
-    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, metric: GenerateMetric | None
+    adapters: Adapters,
+    name: str | None,
+    asked: Sequence[Question],
+    tokenizer: Any,
+    metric: GenerateMetric | None,
+    rank: int | None = None,
 ) -> dict[str, float]:
-    """Return {metric: its mean over the questions}, answered with an adapter, or by the base (None)."""
+    """Return {metric: its mean over the questions}, answered with an adapter (at a rank), or by the base (None)."""
     if metric is None:
         return {}
-    texts = answers(adapters, name, asked, tokenizer)
+    texts = answers(adapters, name, asked, tokenizer, rank)
     worth = [generation.METRICS[metric](text, q.wanted) for text, q in zip(texts, asked, strict=True)]
     return {metric: sum(worth) / len(worth)}
 
 
-def answers(adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any) -> list[str]:
-    """Return the answer to each question, greedy, with an adapter or by the base (None)."""
+def answers(
+    adapters: Adapters, name: str | None, asked: Sequence[Question], tokenizer: Any, rank: int | None = None
+) -> list[str]:
+    """Return the answer to each question, greedy, with an adapter (at a rank) or by the base (None)."""
     prompts = [question.ids for question in asked]
     adapters.model.eval()
-    with adapters.use(name), adapters.caching():
+    with adapters.use(name, rank=rank), adapters.caching():
         found = generation.in_batches(adapters.model, tokenizer, prompts, _decoding(asked, tokenizer), AT_ONCE)
     return [text for (text,) in found]
 
