@@ -100,7 +100,7 @@ gpu: .whl/pack  ## on a machine with a GPU: is it right, is it fast, how many ad
 gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (2 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --out runs/gpu/toy
 
-# verdict.toml is done; rte-from-mnli needs an adapter that it says how to make
+# without rte-from-mnli, which needs an adapter that it says how to make
 STUDIES    ?= $(addprefix studies/,delta.toml targets.toml ratios.toml ranks.toml tokens.toml \
 	double-quantization.toml ten-epochs.toml drop.toml)
 SECONDS    ?= 500

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from kinds import RUNS as KINDS
+from kinds import RUNS as OF_KINDS
 from kinds import SST2
 from torch.nn.functional import cross_entropy
 
@@ -47,7 +47,7 @@ def held_out_text(data: Path) -> list[str]:
 def trained(data: Path, seed: int) -> Iterator[tuple[str, Settings]]:
     """Yield (what, settings) of the runs of a seed; rates of full fine-tuning are named apart."""
     common = {**SST2, "data": data, "objective": "causal", "seed": seed, "resume": True}
-    yield "LoRA", Settings(**common, lr=1e-3, out=KINDS / f"sst2-completion-{seed}")
+    yield "LoRA", Settings(**common, lr=1e-3, out=OF_KINDS / f"sst2-completion-{seed}")
     for lr in FULL_RATES:
         yield f"full, {lr:g}", Settings(**common, method="full", lr=lr, out=RUNS / f"full-{lr:g}-{seed}")
 

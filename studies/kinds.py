@@ -18,10 +18,13 @@ from loralab.run import Settings, train
 from loralab.run.bar import Bar
 from loralab.run.setup import prepare
 from loralab.serve.answers import predictions
+from loralab.study.statistics import resampled
+from loralab.study.statistics.contrasts import smallest_difference
 
 RUNS = Path("runs/kinds")
 SST2 = {"task": "sst2", "model": "smollm2", "train_rows": 2000, "max_length": 64, "epochs": 1, "batch_size": 16}
 SST2 |= {"selection": "last"}  # one epoch, so nothing is held out to choose by
+KINDS = {"completion": {"objective": "causal"}, "head": {}}
 Row = tuple[str, int, float]  # what, seed, score
 
 
@@ -37,22 +40,18 @@ def similarity(data: Path, seeds: range) -> Iterator[Row]:
 
 def completion(data: Path, seeds: range) -> Iterator[Row]:
     """Yield accuracy on SST-2 of 2,000 rows: as completion, and with a new head."""
-    kinds = {"completion": {"objective": "causal"}, "head": {}}
-    yield from _runs([(name, {**SST2, "data": data, **more, "lr": 1e-3}) for name, more in kinds.items()], seeds)
+    yield from _runs([(name, {**SST2, "data": data, **more, "lr": 1e-3}) for name, more in KINDS.items()], seeds)
 
 
 def paired(seeds: range) -> str:
-    """Compare completion and head row by row, averaged over seeds, where both runs of a seed are there."""
-    more = np.zeros(1)  # (rows,): completion right less head right
-    for seed in seeds:
-        files = (RUNS / f"sst2-{kind}-{seed}/predictions.safetensors" for kind in ("completion", "head"))
-        right = [
-            t["validation/logits"].argmax(1) == t["validation/labels"] for t in map(load_file, files)
-        ]  # (rows,) each
-        more = more + (right[0].astype(float) - right[1]) / len(seeds)
-    drawn = np.random.default_rng(0).integers(0, len(more), (10_000, len(more)))
-    low, high = np.percentile(more[drawn].mean(1), [2.5, 97.5])
-    found = 2.8 * more.std() / math.sqrt(len(more))  # 80 % power at the 5 % level
+    """Compare completion and head on the same rows, averaged over seeds."""
+    kept = [load_file(RUNS / f"sst2-{kind}-{seed}/predictions.safetensors") for seed in seeds for kind in KINDS]
+    labels, logits = kept[0]["validation/labels"], [t["validation/logits"] for t in kept]  # (rows,), (rows, 2) each
+    signs = np.tile([1, -1], len(seeds)) / len(seeds)  # (runs,): completion less head
+    more = sum(sign * (x.argmax(1) == labels) for sign, x in zip(signs, logits, strict=True))  # (rows,)
+    drawn = resampled("accuracy", logits, labels, 10_000, np.random.default_rng(0)) @ signs  # (10000,)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    found = smallest_difference(more.std() / math.sqrt(len(more)), len(more) - 1)
     return f"completion less head: {more.mean():.4f} ({low:.4f} to {high:.4f} over rows), could have found {found:.3f}"
 
 
