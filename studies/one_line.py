@@ -2,8 +2,9 @@
 
 The same script with PEFT, with `loralab.attach`, and with `attach` and `adapters.fast()`: Trainer(bf16=True) on minilm
 and mpnet (MRPC, batch 32) and TRL's SFTTrainer on smollm2 (4 rows of 256 tokens), LoRA of rank 8 on all linear layers.
-Each side runs in fresh processes that take turns, all with the same settings of the allocator; a time is the median of
-the steps after the third. For a machine that does nothing else.
+Each side runs in fresh processes that take turns; a time is the median of the steps after the third. By default the
+environment lets all keep freed memory for the next step; with `--allocator own` all have the C library's settings. For
+a machine that does nothing else.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 SIDES = ("peft", "attach", "fast")
 STEPS, WARM = 13, 3
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # keeps freed memory for the next step
+ALLOCATOR = {"equal": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}, "own": {}}  # --allocator
 BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 MPNET = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the GLUE tasks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--allocator", choices=ALLOCATOR, default="equal")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
@@ -111,7 +113,7 @@ def main() -> None:
         for repeat in range(given.repeats):
             for side in SIDES if repeat % 2 == 0 else reversed(SIDES):
                 command = [sys.executable, __file__, "--data", str(given.data), "--only", name, "--side", side]
-                env = os.environ | ALLOCATOR
+                env = os.environ | ALLOCATOR[given.allocator]
                 done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)

@@ -23,7 +23,7 @@ from sklearn.model_selection import train_test_split
 
 from loralab import data, model_names, objectives
 from loralab.cli import early
-from loralab.data import Split, held_out, is_constant, sample, score, tables
+from loralab.data import Split, held_out, is_constant, is_flat, sample, score, tables
 from loralab.data.glue import TABLE
 from loralab.data.task import digest
 from loralab.errors import UserError
@@ -293,6 +293,28 @@ def test_a_constant_classifier_is_noticed() -> None:
     assert is_constant(logits)
     assert not is_constant(logits * [[1], [-1]])
     assert not is_constant(np.array([[0.1], [0.2]]))  # one output has no argmax to speak of
+
+
+LEARNT = np.random.default_rng(3).uniform(0, 5, 400)
+NOISE = np.random.default_rng(4).normal(size=400)
+
+
+@pytest.mark.parametrize(
+    ("scores", "flat"),
+    [
+        (np.full(400, 2.6), True),
+        (2.6 + 1e-3 * NOISE, True),
+        (2.6 + 0.2 * NOISE, True),  # a spread of a seventh of the labels' that says nothing about them
+        (2.6 + 0.05 * LEARNT, False),  # narrow, yet in order: early in training
+        (2.6 - 0.05 * LEARNT, False),
+        (2.6 + 1.5 * NOISE, False),  # wide and wrong is bad, not flat
+        (0.7 * LEARNT + 0.5 * NOISE, False),
+    ],
+)
+@pytest.mark.parametrize("scale", [0.2, 1.0, 300.0])
+def test_scores_that_are_nearly_one_value_and_follow_no_label_are_noticed(scores, flat, scale) -> None:
+    assert is_flat((scale * scores).astype(np.float32), (scale * LEARNT).astype(np.float32)) is flat
+    assert not is_flat(scores, np.full(400, 2.0))  # labels that do not vary ask for one value
 
 
 # --- held-out rows ---

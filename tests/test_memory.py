@@ -16,7 +16,7 @@ import loralab
 from loralab import models
 from loralab.cli import main
 from loralab.cli.plan import _verdict
-from loralab.data.batches import padded
+from loralab.data.batches import batch_width
 from loralab.fast import heap
 from loralab.recipe import NAMED
 from loralab.run import Settings, train
@@ -146,7 +146,7 @@ def test_a_run_reports_its_memory_by_layer(tiny, own, tmp_path, capsys):
     )  # fmt: skip
     memory = train(settings)["memory"]
     assert memory["ledger"] == {purpose: sum(x[purpose] for x in memory["layers"].values()) for purpose in PURPOSES}
-    lengths = {padded(n) for n in range(4, 10)}  # of the first batch it is one
+    lengths = {batch_width(n) for n in range(4, 10)}  # of the first batch it is one
     estimates = [
         estimate(
             EstimateSettings(model=str(tiny), batch_size=16, max_length=n, dtype="float32", targets=settings.targets)

@@ -12,7 +12,7 @@ import pytest
 
 from loralab import UserError, objectives
 from loralab.cli import main
-from loralab.data.batches import padded
+from loralab.data.batches import batch_width
 from loralab.recipe import recipe
 from loralab.run import Settings
 from loralab.run import loop as loop_module
@@ -470,7 +470,7 @@ def test_runs_like_none_that_is_finished_are_planned(tiny, own, here):
     assert (once["guessed"], once["planned"], once["unknown"]) == (0, 4, 0)
     settings = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny), max_length=32)
     widest = max(len(ids) for ids in prepare(settings).train.columns["input_ids"])
-    setup = EstimateSettings(model=str(tiny), batch_size=20, max_length=padded(widest))
+    setup = EstimateSettings(model=str(tiny), batch_size=20, max_length=batch_width(widest))
     assert once["peak_bytes"] == max(memory(setup, made).peak for made in (recipe("lora", rank=3), recipe("head")))
     base = {"epochs": 2, "max_length": 32, "batch_size": 20, "lr": 2e-2}
     for changed in ({"seeds": [0, 1, 2, 3]}, {"protocol": base | {"epochs": 4}}):

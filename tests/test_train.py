@@ -222,8 +222,14 @@ def test_one_training_of_many_ranks_is_evaluated_at_each(tiny, own, tmp_path):
     assert abs(at_two - result["by_rank"]["3"]["pearson"]) > 1e-2
 
 
-def test_a_run_that_ends_at_one_class_says_so(tiny, own, tmp_path):
-    result = train(settings(tiny, own, tmp_path / "r", lr=1e-9, epochs=1))
+@pytest.mark.parametrize("kind", ["class", "noise"])
+def test_a_run_that_ends_at_one_answer_for_all_rows_says_so(tiny, own, tmp_path, kind):
+    texts = [line.rpartition(",")[0] for line in own["class"].read_text().splitlines()[1:]]
+    values = np.random.default_rng(5).normal(size=len(texts))  # no text tells its value
+    noise = tmp_path / "noise.csv"
+    noise.write_text("sentence,label\n" + "".join(f"{t},{v:.3f}\n" for t, v in zip(texts, values, strict=True)))
+    result = train(settings(tiny, own | {"noise": noise}, tmp_path / "r", kind, lr=1e-9, epochs=1))
+    assert result["collapsed"]
     assert len(result["warnings"]) == 1
     assert "did not learn" in result["warnings"][0]
 

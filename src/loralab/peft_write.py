@@ -55,7 +55,7 @@ def write_lora(
         low[path] = u if path in stacks else at_most_full(u)
     if stacks:  # a folder with target_parameters has one rank, as `peft_format` reads it
         most = max(u.A.shape[-2] for u in low.values())
-        low = {path: padded(u, most) for path, u in low.items()}
+        low = {path: of_rank(u, most) for path, u in low.items()}
     tensors: dict[str, Tensor] = {}
     for path, u in low.items():
         A, B = u.A, u.B
@@ -111,7 +111,7 @@ def _write(
     return folder
 
 
-def padded(u: Update, rank: int) -> Update:
+def of_rank(u: Update, rank: int) -> Update:
     """The same update at a higher rank, with rows and columns of zeros."""
     more = rank - u.A.shape[-2]
     return u._replace(A=F.pad(u.A, (0, 0, 0, more)), B=F.pad(u.B, (0, more)))

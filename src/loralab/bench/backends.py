@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loralab import fast, models, objectives
 from loralab.adapters import Adapters, attach
-from loralab.bench.cases import LEARNS, PEFT_METHODS, Case
+from loralab.bench.cases import LEARNS, PEFT_METHODS, Case, EpochCase
 from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 from loralab.heads import head_of
@@ -71,8 +71,10 @@ def build_peft(case: Case) -> Built:
     return under_peft(load(case), case, objectives.OBJECTIVES[LEARNS[case.learns]])
 
 
-def under_peft(model: nn.Module, case: StepSettings, objective: Objective = CLASSES) -> Built:
+def under_peft(model: nn.Module, case: Case | EpochCase, objective: Objective = CLASSES) -> Built:
     """PEFT's adapters on a loaded model; a decoder has transformers' own loss."""
+    if case.allocator == "equal":
+        fast.keep_memory(model)
     method, heads = PEFT_METHODS[case.method], head_of(model) if objective.new_head else ()
     if method.config is not None:
         import peft

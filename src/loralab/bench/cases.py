@@ -66,6 +66,8 @@ class Case(StepSettings):
     """Only the encoder's first layers; all by default."""
     learns: Literal["classes", "tags", "text"] = "classes"
     """What the step learns: the class of a row, the tag of each token, or the next token of a decoder."""
+    allocator: Literal["equal", "own"] = "equal"
+    """equal: PEFT's process keeps freed memory as loralab's does; own: it returns it, as the C library does."""
 
     def problems(self) -> list[str]:
         wrong = [unknown("--learns", self.learns, LEARNS)] if self.learns not in LEARNS else []
@@ -81,6 +83,8 @@ class EpochCase(Settings):
     selection: Literal["held-out", "last", "validation"] = "last"
     together: int = 1
     """Runs of loralab that share passes; PEFT has one."""
+    allocator: Literal["equal", "own"] = "equal"
+    """As in Case."""
 
     def problems(self) -> list[str]:
         wrong = _unlike(self) + super().problems()
@@ -128,15 +132,16 @@ def grid(
     lengths: Sequence[int],
     dtypes: Sequence[str],
     batch_size: int,
-    learns: str = "classes",
+    **rest: Any,
 ) -> list[Case]:
     """Every combination. Raises UserError at once for a model that cannot be found, not after minutes."""
     for name in model_names:
         models.resolve(name)
     points = product(model_names, methods, targets, lengths, dtypes)
-    rest: dict[str, Any] = {"batch_size": batch_size, "learns": learns}
     return [
-        Case(model=model, method=method, targets=target, max_length=length, dtype=dtype, **rest)  # type: ignore[arg-type]
+        Case(
+            model=model, method=method, targets=target, max_length=length, dtype=dtype, batch_size=batch_size, **rest  # type: ignore[arg-type]
+        )
         for model, method, target, length, dtype in points
     ]
 
@@ -162,7 +167,7 @@ def epochs(
     if rows is not None and rows < 1:
         raise UserError(f"--rows {rows}: expected 1 or more")
     where = None if data is None else data.absolute()
-    keys = ("model", "method", "targets", "dtype", "batch_size")
+    keys = ("model", "method", "targets", "dtype", "batch_size", "allocator")
     given: dict[str, Any] = {"data": where, "train_rows": rows, "max_length": max_length}
     return list(
         dict.fromkeys(

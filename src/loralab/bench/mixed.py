@@ -15,6 +15,7 @@ from loralab import fast, models
 from loralab.adapters import Adapters, attach
 from loralab.bench.backends import FIRST_ID, peft_rank
 from loralab.bench.cases import MixedCase
+from loralab.cache import Scope
 
 Batch = dict[str, torch.Tensor]
 Variant = Callable[[], torch.Tensor]  # one forward pass, its logits
@@ -109,14 +110,17 @@ def prepared(model: torch.nn.Module, case: MixedCase) -> torch.nn.Module:
 
 
 def mixed(adapters: Adapters, batch: Batch, rows: int) -> Variant:
-    """Each call gives the rows the next `rows` of the loaded adapters, starting again after the last."""
-    names = itertools.cycle(adapters.names)
+    """Each call gives the rows the next `rows` of the loaded adapters, starting again after the last.
+
+    What adapters are lowered to is kept between calls, as `loralab predict` does.
+    """
+    names, scope = itertools.cycle(adapters.names), Scope()
     ids = list(range(rows))
 
     def run() -> torch.Tensor:
         chosen = list(itertools.islice(names, rows)) if len(adapters.names) >= rows else [adapters.names[0]] * rows
         active = adapters.use(chosen[0]) if len(set(chosen)) == 1 else adapters.use(chosen, ids)
-        with active:
+        with active, adapters.caching(scope):
             logits: torch.Tensor = adapters.model(**batch).logits  # (rows, outputs)
         return logits
 

@@ -14,6 +14,7 @@ COLUMNS = {  # setting of a case -> column
     "max_length": "tokens",
     "dtype": "dtype",
     "together": "runs together",
+    "allocator": "allocator",
 }
 PADDED = ("epochs",)  # kinds whose rows are as long as the task has them, up to max_length
 MEASURED = {

@@ -44,6 +44,7 @@ def bench(
     lengths: tuple[int, ...] = (),
     dtypes: tuple[str, ...] = (),
     learns: Literal["classes", "tags", "text"] = "classes",
+    allocator: Literal["equal", "own"] = "equal",
     batch_size: int = 32,
     repeats: int | None = None,
     threads: int | None = None,
@@ -83,6 +84,9 @@ def bench(
         multiplies it fast.
     learns: Literal
         What a step learns: classes of rows, tags of tokens, or text (a decoder; PEFT with transformers' own loss).
+    allocator: Literal
+        equal: PEFT's process keeps freed memory for the next step, as loralab's does; own: it gives it back, as users
+        have it who set nothing.
     batch_size: int
         Rows of a step; with --mixed also the number of adapters in a batch.
     repeats: int
@@ -133,11 +137,11 @@ def bench(
     kind = wanted[0] if wanted else "steps"
     lists = {"models": models, "methods": methods, "targets": targets, "lengths": lengths, "dtypes": dtypes}
     others: dict[str, Any] = {"tasks": tasks, "data": data, "rows": rows, "max_length": max_length}
-    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded, "learns": learns}
+    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded, "learns": learns, "allocator": allocator}
     _check_idle(kind, lists, others)
     chosen = dtypes or (DTYPES[0] if fast_bfloat16() else DTYPES[1],)
     default = LENGTH_MIXED if mixed else LENGTH
-    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size, learns)
+    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size, learns=learns, allocator=allocator)
     turns = (REPEATS_MIXED if mixed else REPEATS) if repeats is None else repeats
     run = Bench(min(turns, EPOCHS) if epoch else turns, threads)
     check_output_folder(out, lambda folder: (folder / "bench.json").is_file())
@@ -176,6 +180,9 @@ def _check_idle(kind: str, lists: dict[str, tuple[Any, ...]], others: dict[str, 
         {"lengths": kind == "epoch" and given["lengths"]}, "with --epoch, whose rows have their own lengths"
     )
     base.check_idle({"learns": kind in ("epoch", "mixed") and given["learns"]}, f"with --{kind}, which has classes")
+    base.check_idle(
+        {"allocator": kind in ("mixed", "roofline") and given["allocator"]}, f"with --{kind}, whose sides share a process"
+    )
     if wrong := [f"--{name}" for name in ONE.get(kind, ()) if given[name] and len(lists[name]) > 1]:
         raise UserError(f"--{kind} measures one case: give one value for {', '.join(wrong)}")
 

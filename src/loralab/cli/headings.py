@@ -15,7 +15,7 @@ HEADINGS = {  # heading -> flags; every setting of a run is under one (tests/tes
     "Optimization": "epochs max-steps max-time batch-size accumulate lr head-lr weight-decay schedule warmup clip "
     "class-weights",
     "Protocol": "tune generate-metric generate-rows selection select-by held-out eval-every patience seed",
-    "Measurement": "learns epoch together cost mixed loaded profile roofline repeats",
+    "Measurement": "learns allocator epoch together cost mixed loaded profile roofline repeats",
     "Prompts and adapters": "prompt input chat adapters side-by-side adapter-column plain prefix keep-going",
     "Decoding": "max-new-tokens temperature top-p top-k num-beams num-return-sequences stop",
     "Run": "memory show-rows resume licence "

@@ -73,7 +73,7 @@ def _power(found: dict[str, Any]) -> str:
 
 def _states(s: Summary) -> None:
     """What is odd about a cell, in a line of its own."""
-    states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: one class for every row"))
+    states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: the same for every row"))
     if text := "; ".join(f"{n} {what}" for n, what in states if n):
         print(f"{s.method}: {text}")
 

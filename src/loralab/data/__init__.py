@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loralab.data import embedded, glue, records, tables
-from loralab.data.metrics import METRICS, is_constant, score
+from loralab.data.metrics import METRICS, is_constant, is_flat, score
 from loralab.data.selection import held_out, held_out_unused, sample
 from loralab.data.task import Split, Task, build
 from loralab.errors import UserError, hint
@@ -17,6 +17,7 @@ __all__ = [
     "held_out",
     "held_out_unused",
     "is_constant",
+    "is_flat",
     "is_name",
     "load",
     "names",

@@ -107,7 +107,7 @@ def tokenized(
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
-    """Return the chosen rows, padded to the longest of them or a little more (see `padded`): tensors (sequences, t)."""
+    """Return the chosen rows, padded to the longest of them or a little more (see `batch_width`): tensors (sequences, t)."""
     return collate_together([(rows, chosen)], tokenizer, device)[0]
 
 
@@ -135,7 +135,7 @@ def collate_together(
     labels = picked.pop("labels", None)
     batch = tokenizer.pad(picked, padding="max_length", max_length=t, return_tensors="pt", verbose=False)
     if labels is not None:
-        wide = t if max(map(len, labels)) <= t else padded(max(map(len, labels)))  # a target may be longer
+        wide = t if max(map(len, labels)) <= t else batch_width(max(map(len, labels)))  # a target may be longer
         batch["labels"] = _padded_labels(labels, wide, tokenizer.padding_side)
     return {key: tensor.to(device) for key, tensor in batch.items()}, sizes
 
@@ -164,7 +164,7 @@ def pack(rows: Rows, chosen: Sequence[int], tokenizer: Any) -> dict[str, Tensor]
             room.append(rows.max_length)
         bins[fits].append(place)
         room[fits] -= size
-    s, t = len(bins), min(padded(rows.max_length - min(room)), rows.max_length)
+    s, t = len(bins), min(batch_width(rows.max_length - min(room)), rows.max_length)
     pad = tokenizer.pad_token_id or 0
     batch = {key: torch.full((s, t), fill) for key, fill in (("input_ids", pad), ("labels", IGNORED), ("rows", -1))}
     batch["position_ids"] = torch.zeros(s, t, dtype=torch.long)
@@ -186,10 +186,10 @@ def pack(rows: Rows, chosen: Sequence[int], tokenizer: Any) -> dict[str, Tensor]
 
 def width(rows: Rows, chosen: Sequence[int]) -> int:
     """Return the tokens to which a batch of the chosen rows is padded."""
-    return min(padded(int(rows.lengths[list(chosen)].max())), rows.max_length)
+    return min(batch_width(int(rows.lengths[list(chosen)].max())), rows.max_length)
 
 
-def padded(length: int) -> int:
+def batch_width(length: int) -> int:
     """Return the width of a batch. There are few different ones: on CPU a new shape takes milliseconds to prepare."""
     step = 4 if length <= 32 else 8
     return -(-length // step) * step

@@ -104,3 +104,17 @@ def is_regression(logits: Array) -> bool:
 def is_constant(logits: Array) -> bool:
     """Tell whether one class is predicted for every row, or one value by a regression: nothing was learned."""
     return _constant(logits[:, 0] if is_regression(logits) else logits.argmax(1))
+
+
+NARROW, UNRELATED = 0.2, 0.25  # of scores that learned nothing: spread over the labels' spread, and correlation
+
+
+def is_flat(scores: Array, labels: Array) -> bool:
+    """Tell whether scores (rows,) are nearly one value and hardly follow the labels (rows,): nothing was learned.
+
+    Both are needed: early in training good scores are still narrow, and scores of a hard task follow little.
+    """
+    scores, labels = scores.astype(np.float64), labels.astype(np.float64)
+    if _constant(labels) or labels.std() * NARROW <= scores.std():
+        return False
+    return _constant(scores) or abs(float(stats.pearsonr(scores, labels).statistic)) < UNRELATED

@@ -186,15 +186,17 @@ def keeps_large(model: nn.Module) -> bool:
     return max((size for size in sizes if isinstance(size, int)), default=0) <= LARGEST
 
 
-def _put_heap(model: nn.Module) -> None:
-    heap.keep(keeps_large(model))
+def keep_memory(model: nn.Module) -> None:
+    """Keep freed memory in this process for the next step, if this process can."""
+    if _no_heap(model) is None:
+        heap.keep(keeps_large(model))
 
 
 PIECES: dict[str, Piece] = {
     "cache": Piece(
         "products of batches of many lengths are prepared once, not again and again", _no_primitives, _put_primitives
     ),
-    "heap": Piece("freed memory is kept for the next step, not asked for again page by page", _no_heap, _put_heap),
+    "heap": Piece("freed memory is kept for the next step, not asked for again page by page", _no_heap, keep_memory),
     "dropout": Piece("random bits are drawn 64 at a time", _no_masks, _put_dropout),
     "block": Piece(
         "a layer is one step of autograd: q, k, v in one product, nothing kept twice", _no_block, _put_block
@@ -209,6 +211,7 @@ __all__ = [
     "Piece",
     "Speed",
     "enable",
+    "keep_memory",
     "keeps_large",
     "prepare",
     "put_back",

@@ -28,6 +28,7 @@ Event = tuple[int, int]  # (number of a storage, its bytes where it is made or 0
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's numbers for them
 ALIGNMENT = 64  # of PyTorch's tensors on CPU
 LARGE = 31 << 20  # a freed block up to 32 MiB, as loading leaves some, makes malloc take later ones from its heap
+SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # environment, read at the start
 MOST_MMAP = 32 << 20  # bytes; the largest threshold that malloc takes
 MANY_MAPS = 65536  # blocks with pages of their own, as many as malloc allows by default
 SMALL = (104, 208, 56, 72, 320)  # bytes of what PyTorch makes beside a storage: its record, the tensor's, autograd's
@@ -41,8 +42,11 @@ class _Info(ctypes.Structure):
 
 
 def problem() -> str | None:
-    """Why this process cannot keep freed memory; None if it can."""
-    return None if hasattr(ctypes.CDLL(None), "mallopt") else "this C library has no mallopt"
+    """Why this process is not told to keep freed memory; None if it is."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        return "this C library has no mallopt"
+    chosen = next((name for name in SETTINGS if name in os.environ), None)
+    return None if chosen is None else f"{chosen} is set, so malloc does as the environment says"
 
 
 def keep(large: bool = True) -> None:

@@ -49,7 +49,7 @@ def shuffle(seed: int, count: int) -> Tensor:
 # ---- fastfood --------------------------------------------------------------------------------------------------------
 
 
-def padded(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The power of two d that is n or the next above it."""
     return 1 << (n - 1).bit_length()
 
@@ -57,7 +57,7 @@ def padded(n: int) -> int:
 @constants
 def fastfood_constants(seed: int, n: int, count: int) -> dict[str, Tensor]:
     """S, P and G of each block (blocks, d), from one stream of words: all of S, then of P, then of G."""
-    d = padded(n)
+    d = power_of_two(n)
     blocks = math.ceil(count / d)
     stream = np.random.Philox(key=seed)
     signs = (stream.random_raw(blocks * d) >> np.uint64(63)).astype(np.float32) * 2 - 1
@@ -96,7 +96,7 @@ SPREADS: dict[str, Spread] = {
     ),
     "fastfood": Spread(
         fastfood_constants,
-        lambda n, count: f"{count}-{padded(n)}",
+        lambda n, count: f"{count}-{power_of_two(n)}",
         lambda v, p, wanted, count: fastfood(v, p["S"], p["P"], p["G"])[..., wanted],
     ),
 }

@@ -130,5 +130,5 @@ OBJECTIVE = Objective(
     sure=sure,
     wrong=wrong,
     told=told,
-    collapsed=lambda scores: bool((scores.argmax(1) == scores.argmax(1)[0]).all()),
+    collapsed=lambda scores, labels: bool((scores.argmax(1) == scores.argmax(1)[0]).all()),
 )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from loralab.data import Split, Task, own_files, tables
 from loralab.data.batches import Rows, tokenized
 from loralab.data.endpoints import endpoints, threshold_of
-from loralab.data.metrics import is_constant, score
+from loralab.data.metrics import is_constant, is_flat, is_regression, score
 from loralab.data.own_files import OwnFile
 from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
 
@@ -135,9 +135,9 @@ def shares(names: Sequence[str], logits: Array) -> dict[str, float]:
     return dict(zip(names, (weights / weights.sum()).tolist(), strict=True))
 
 
-def collapsed(logits: Array) -> bool:
-    """Tell whether all rows have one class; a regression (rows, 1) is not looked at."""
-    return logits.shape[1] > 1 and is_constant(logits)
+def collapsed(logits: Array, labels: Array) -> bool:
+    """Tell whether all rows have one class, or nearly one value that does not follow the labels."""
+    return is_flat(logits[:, 0], labels) if is_regression(logits) else is_constant(logits)
 
 
 def center(model: Any, task: Task) -> None:

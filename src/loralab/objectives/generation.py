@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import chats
-from loralab.data.batches import longest, padded, sorted_batches
+from loralab.data.batches import batch_width, longest, sorted_batches
 from loralab.errors import UserError
 from loralab.objectives import templates
 
@@ -176,7 +176,7 @@ def in_batches(
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
     """Return tokens and attention mask (rows, t) of prompts."""
-    t = padded(max(map(len, prompts)))
+    t = batch_width(max(map(len, prompts)))
     ids, mask = torch.full((len(prompts), t), pad), torch.zeros(len(prompts), t, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         part = slice(t - len(prompt), t) if left else slice(len(prompt))

@@ -64,8 +64,8 @@ class Objective:
     """Look at a plain model before adapters are attached."""
     names: Callable[[Task], tuple[str, ...]] = lambda task: task.labels or ()
     """Names of the head's outputs."""
-    collapsed: Callable[[Array], bool] = lambda predictions: False
-    """Whether predictions (rows, ...) are the same for all rows, so that nothing was learned."""
+    collapsed: Callable[[Array, Array], bool] = lambda predictions, labels: False
+    """Predictions and labels (rows, ...) -> whether all rows are predicted the same, so that nothing was learned."""
     whole: Callable[[Task], bool] = lambda task: False
     """Whether the loss compares the rows of a step, so that a step cannot be divided."""
     threshold: Callable[[str, Array, Array], float | None] = lambda metric, predictions, labels: None

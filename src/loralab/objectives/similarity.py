@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import Rows, tokenized
-from loralab.data.metrics import pearson, spearman
+from loralab.data.metrics import is_flat, pearson, spearman
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
 from loralab.errors import UserError
@@ -122,9 +122,12 @@ def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     return {"mrr": float((1 / ranks).mean()), "ndcg_at_10": float(gains.mean())}
 
 
-def collapsed(predictions: Array) -> bool:
-    """Tell whether all cosines are one value."""
-    return predictions.ndim == 2 and bool(np.ptp(predictions) < 1e-6)
+def collapsed(predictions: Array, labels: Array) -> bool:
+    """Tell whether all cosines are one value, or nearly one that does not follow the scores."""
+    if predictions.ndim != 2:
+        return False
+    scored = predictions.shape[1] == 1 and not np.isnan(labels).any()
+    return is_flat(predictions[:, 0], labels) if scored else bool(np.ptp(predictions) < 1e-6)
 
 
 def wrong(task: Task, predictions: Array, labels: Array) -> Array:

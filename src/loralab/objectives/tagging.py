@@ -258,7 +258,7 @@ def answer(task: Task, row: tuple[Any, ...], tags: Array) -> dict[str, Any]:
     return {"tags": found + [None] * (len(row) - len(found)), "entities": entities}
 
 
-def collapsed(predictions: Array) -> bool:
+def collapsed(predictions: Array, labels: Array) -> bool:
     """Tell whether every word of every row has the same tag."""
     tags = predictions[predictions != IGNORED]
     return bool((tags == tags[0]).all())

@@ -190,6 +190,6 @@ def _caption(tuned: Sequence[Result], far: Sequence[Result]) -> str:
     hidden = "".join(f" Off the scale: {r.label}, {n.score(float(np.nanmax(_alive(r))))}." for r in far)
     return (
         "Held-out score of every rate that tuning tried. Line: mean over its seeds; ring: the rate that was chosen; "
-        f"cross at the foot: one class for every row on a seed, so the rate is out.{hidden} "
+        f"cross at the foot: the same prediction for every row on a seed, so the rate is out.{hidden} "
         f"Seeds {n.spans(tuple(seeds))}."
     )

@@ -83,7 +83,7 @@ def contrasts(f: Findings) -> Table:
         Column("best rate", lambda r: r.rates, help="that tuning chose, over the tasks"),
         Column("seeds", lambda r: str(r.family.seeds[r.place]), lambda r: r.family.seeds[r.place], short=False),
         Column("collapsed", lambda r: str(r.family.collapsed[r.place]), lambda r: r.family.collapsed[r.place],
-               "runs of the method and the reference with one class for every row: counted, not averaged in"),
+               "runs of the method and the reference that predict the same for every row: counted, not averaged in"),
         Column("collapsed in tuning", lambda r: str(r.tuning_collapsed), lambda r: r.tuning_collapsed, short=False),
         Column("memory", lambda r: _size(r.mean("step_bytes")), lambda r: r.mean("step_bytes"),
                "of a step of one run, mean over the tasks"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from loralab import objectives
-from loralab.data.batches import padded
+from loralab.data.batches import batch_width
 from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run.estimate import Estimate, EstimateSettings, estimate
@@ -112,7 +112,7 @@ def fit(settings: Settings, room: int) -> list[Rung]:
         **{f.name: getattr(settings, f.name) for f in fields(StepSettings)}
         | {
             "batch_size": -(-settings.batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
-            "max_length": min(padded(int(rows.lengths.max())), rows.max_length),
+            "max_length": min(batch_width(int(rows.lengths.max())), rows.max_length),
             "speed": "off" if settings.speed == "compile" else settings.speed,
             "dtype": str(settings.precision).removeprefix("torch."),
         },

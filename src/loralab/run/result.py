@@ -135,7 +135,7 @@ def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
         found.append(in_vain)
     if selected["one_class"]:
         found.append(
-            f"every validation row is predicted the same class at the selected epoch: {s.method} did not learn "
+            f"every validation row is predicted the same at the selected epoch: {s.method} did not learn "
             f"{run.task.name}; try another --lr, more --epochs, {_or_layers(s)}or --tune"
         )
     return found

@@ -1,7 +1,7 @@
 """The state of one run while it trains: optimizer, schedule, progress and best epoch so far; and its checkpoints."""
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +177,7 @@ class RunState:
             else run.objective.score(run.task, held_out, run.held_out.labels.numpy()),
             "validation": self.scores(validation),
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
-            "one_class": self._one_class(list(validation.values()) or [held_out]),
+            "one_class": self._one_class(validation or {"": held_out}),
         }
         if run.held_out is not None:
             threshold = run.objective.threshold(run.task.metrics[0], held_out, run.held_out.labels.numpy())
@@ -195,12 +195,14 @@ class RunState:
     def report(self, validation: Mapping[str, Any]) -> None:
         """Record the predictions (rows, ...) of the validation splits, which the selected epoch alone has."""
         record = self.progress.history[self.progress.best]
-        record |= {"validation": self.scores(validation), "one_class": self._one_class(list(validation.values()))}
+        record |= {"validation": self.scores(validation), "one_class": self._one_class(validation)}
         self.predictions = self._predictions(validation)
 
-    def _one_class(self, predictions: Sequence[Any]) -> bool:
-        """Tell whether the last of these splits has one class predicted for every row."""
-        return self.run.objective.collapsed(predictions[-1])
+    def _one_class(self, predictions: Mapping[str, Any]) -> bool:
+        """Tell whether all rows of the last of these splits are predicted the same; "" is the held-out rows."""
+        name, found = list(predictions.items())[-1]
+        rows = self.run.validation[name] if name else self.run.held_out
+        return self.run.objective.collapsed(found, rows.labels.numpy())
 
     def _predictions(self, validation: Mapping[str, Any]) -> dict[str, Tensor]:
         return {

@@ -36,7 +36,7 @@ class Tried:
 def tune(settings: Settings, rates: Sequence[float], reporter: Reporter | None = None) -> tuple[list[Tried], Tried]:
     """Run every rate; return all that were tried and the best, of equal ones the first.
 
-    A rate that fails, or predicts one class for every row, is out. Raises UserError for settings without held-out rows,
+    A rate that fails, or predicts the same for every row, is out. Raises UserError for settings without held-out rows,
     for rates that are no rates, and where every rate is out.
     """
     if settings.selection != "held-out":
@@ -71,5 +71,5 @@ def metric_of(tried: Tried) -> str:
 def _tried(run: Settings, outcome: dict[str, Any] | UserError) -> Tried:
     if isinstance(outcome, UserError):
         return Tried(float(run.lr or 0), run.folder, None, None, str(outcome))
-    why = "predicts one class for every row" if outcome["collapsed"] else None
+    why = "predicts the same for every row" if outcome["collapsed"] else None
     return Tried(float(run.lr or 0), run.folder, outcome, outcome["metric"]["held_out"], why)

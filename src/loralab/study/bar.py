@@ -93,5 +93,5 @@ def described(outcome: dict[str, Any] | Exception) -> str:
         return "pruned"
     if isinstance(outcome, Exception):
         return f"failed: {outcome}"
-    metric, unlearnt = outcome["metric"], "  (did not learn: one class for every row)" * outcome["collapsed"]
+    metric, unlearnt = outcome["metric"], "  (did not learn: the same for every row)" * outcome["collapsed"]
     return f"{metric['name']} {metric['selected']:.4f}  {clock(outcome['time']['train_s'])}{unlearnt}"

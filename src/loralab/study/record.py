@@ -120,7 +120,7 @@ class Cell:
     runs: tuple[Run, ...]  # finished final runs, by seed
     tuning: tuple[Run, ...]  # finished tuning runs
     trials: int  # tuning runs begun: finished, failed or pruned
-    tuning_collapsed: int  # of the finished ones: those that predict one class for every row
+    tuning_collapsed: int  # of the finished ones: those that predict the same for every row
     pending: int  # final runs that are planned, not finished and not failed
     failed: tuple[str, ...]  # why the failed ones did
 
@@ -189,7 +189,7 @@ def number(value: float | None) -> float:
 
 
 def collapses(run: Run) -> bool:
-    """Whether a run predicts one class for every row: it learned nothing."""
+    """Whether a run predicts the same for every row: it learned nothing."""
     return bool(run.result.get("collapsed", run.result["warnings"]))  # an older version had no other warning
 
 

@@ -44,7 +44,7 @@ class Summary:
     pending: int
     failed: int
     tuning: int  # runs spent on tuning
-    unlearnt: int  # runs that predict one class for every row
+    unlearnt: int  # runs that predict the same for every row
 
 
 @dataclass(frozen=True)
