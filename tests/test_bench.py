@@ -85,7 +85,8 @@ FAULTS = """
 import resource, sys, torch
 from loralab.bench.backends import BACKENDS
 from loralab.bench.cases import Case
-BACKENDS[sys.argv[1]](Case(model=sys.argv[2], method="lora", rank=3, max_length=16, dtype="float32", allocator=sys.argv[3]))
+backend, model, allocator = sys.argv[1:]
+BACKENDS[backend](Case(model=model, rank=3, max_length=16, dtype="float32", allocator=allocator))
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for i in range(12):
     if i == 4: before = faults()  # the first find their places between small blocks
@@ -117,7 +118,8 @@ def test_a_case_has_only_settings_that_peft_takes_too(key):
 
 def pair(kind, method, targets):
     """(PEFT's model, loralab's adapters) on the same weights."""
-    case = Case(method=method, targets=targets, dtype="float32", allocator="own", rank=RANK if PEFT_METHODS[method].config else None)
+    rank = RANK if PEFT_METHODS[method].config else None
+    case = Case(method=method, targets=targets, dtype="float32", allocator="own", rank=rank)
     plain, theirs = build(kind), build(kind)
     for model in (plain, theirs):
         model.config._attn_implementation = "eager"  # its products are then seen one by one

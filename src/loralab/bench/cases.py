@@ -134,14 +134,13 @@ def grid(
     batch_size: int,
     **rest: Any,
 ) -> list[Case]:
-    """Every combination. Raises UserError at once for a model that cannot be found, not after minutes."""
+    """Every combination; `rest` is what all cases have. Raises UserError at once for a model that cannot be found."""
     for name in model_names:
         models.resolve(name)
     points = product(model_names, methods, targets, lengths, dtypes)
+    rest["batch_size"] = batch_size
     return [
-        Case(
-            model=model, method=method, targets=target, max_length=length, dtype=dtype, batch_size=batch_size, **rest  # type: ignore[arg-type]
-        )
+        Case(model=model, method=method, targets=target, max_length=length, dtype=dtype, **rest)  # type: ignore[arg-type]
         for model, method, target, length, dtype in points
     ]
 

@@ -137,11 +137,12 @@ def bench(
     kind = wanted[0] if wanted else "steps"
     lists = {"models": models, "methods": methods, "targets": targets, "lengths": lengths, "dtypes": dtypes}
     others: dict[str, Any] = {"tasks": tasks, "data": data, "rows": rows, "max_length": max_length}
-    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded, "learns": learns, "allocator": allocator}
-    _check_idle(kind, lists, others)
+    others |= {"together": together, "ranks": ranks, "layers": layers, "loaded": loaded}
+    sides: dict[str, Any] = {"learns": learns, "allocator": allocator}
+    _check_idle(kind, lists, others | sides)
     chosen = dtypes or (DTYPES[0] if fast_bfloat16() else DTYPES[1],)
     default = LENGTH_MIXED if mixed else LENGTH
-    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size, learns=learns, allocator=allocator)
+    cases = grid(models, methods, targets, lengths or (default,), chosen, batch_size, **sides)
     turns = (REPEATS_MIXED if mixed else REPEATS) if repeats is None else repeats
     run = Bench(min(turns, EPOCHS) if epoch else turns, threads)
     check_output_folder(out, lambda folder: (folder / "bench.json").is_file())
@@ -180,9 +181,8 @@ def _check_idle(kind: str, lists: dict[str, tuple[Any, ...]], others: dict[str, 
         {"lengths": kind == "epoch" and given["lengths"]}, "with --epoch, whose rows have their own lengths"
     )
     base.check_idle({"learns": kind in ("epoch", "mixed") and given["learns"]}, f"with --{kind}, which has classes")
-    base.check_idle(
-        {"allocator": kind in ("mixed", "roofline") and given["allocator"]}, f"with --{kind}, whose sides share a process"
-    )
+    shared = kind in ("mixed", "roofline") and given["allocator"]
+    base.check_idle({"allocator": shared}, f"with --{kind}, which has one process")
     if wrong := [f"--{name}" for name in ONE.get(kind, ()) if given[name] and len(lists[name]) > 1]:
         raise UserError(f"--{kind} measures one case: give one value for {', '.join(wrong)}")
 

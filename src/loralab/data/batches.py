@@ -107,7 +107,7 @@ def tokenized(
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
-    """Return the chosen rows, padded to the longest of them or a little more (see `batch_width`): tensors (sequences, t)."""
+    """Return the chosen rows, padded to the longest or a little more (see `batch_width`): tensors (sequences, t)."""
     return collate_together([(rows, chosen)], tokenizer, device)[0]
 
 

@@ -1,8 +1,9 @@
 """Planned contrasts of a study: each method against its reference, on the mean of tasks first, by task after it.
 
-A run that collapsed (the same prediction for every row) is counted and not averaged in, and its seed leaves the contrast. The
-variance of a contrast over seeds is moderated over the family (contrasts.py); the rows' part, where predictions are
-known, adds to it: of a mean of T tasks, whose rows are different ones, the sum of the tasks' parts over T squared.
+A run that collapsed (the same prediction for every row) is counted and not averaged in, and its seed leaves the
+contrast. The variance of a contrast over seeds is moderated over the family (contrasts.py); the rows' part, where
+predictions are known, adds to it: of a mean of T tasks, whose rows are different ones, the sum of the tasks' parts over
+T squared.
 """
 
 import math
