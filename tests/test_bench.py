@@ -26,6 +26,7 @@ from loralab.cli import main
 from loralab.errors import UserError
 from loralab.fast import heap
 from loralab.fast.machine import rate
+from loralab.layer import Adapted
 from loralab.objectives import OBJECTIVES
 from loralab.run.estimate import EstimateSettings, estimate
 from loralab.run.step import forward_loss
@@ -271,6 +272,21 @@ def test_a_mixed_batch_has_every_ratio_and_rows_that_are_those_alone(tiny):
     title, columns, rows, _ = tables.tables({"mixed": {"case": case.to_json(), **found}})[0]
     assert "3 rows of an adapter each" in title
     assert {len(row) for row in rows} == {len(columns)} == {5}
+
+
+def test_a_mixed_batch_lowers_an_adapter_once(tiny, monkeypatch):
+    lower, calls = Adapted.lower, []
+    monkeypatch.setattr(Adapted, "lower", lambda layer, *rest: calls.append(layer) or lower(layer, *rest))
+    case = MixedCase(model=str(tiny), batch_size=3, max_length=6, dtype="float32", loaded=3)
+    adapters = mixed.with_adapters(case, 3)
+    mixed.prepared(adapters.model, case)
+    ids = torch.full((3, 6), 7)
+    run = mixed.mixed(adapters, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 3)
+    with torch.no_grad():
+        first, then = run(), len(calls)
+        assert then >= 3 * len(adapters.layers)
+        torch.testing.assert_close(run(), first)
+    assert len(calls) == then
 
 
 def test_a_profile_lists_the_operations_that_take_most(tiny, monkeypatch):

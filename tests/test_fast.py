@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import loralab
 from loralab.active import Stream
-from loralab.fast import encoder_parts, masks, prepare, put_back
+from loralab.fast import encoder_parts, heap, masks, prepare, put_back
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
 from loralab.update import each, merged, stack
@@ -257,6 +257,22 @@ def test_another_device_than_the_cpu_takes_the_block_where_it_pays(methods, used
         out = layers_of(model)[1](x)
     assert out.shape == x.shape
     assert ("EncoderLayer" in out.grad_fn.name()) == used
+
+
+@pytest.mark.parametrize("name", [None, "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
+def test_what_the_environment_tells_malloc_wins(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(heap, "keep", asked.append)
+    for other in heap.SETTINGS:
+        monkeypatch.delenv(other, raising=False)
+    if (problem := heap.problem()) is not None:
+        pytest.skip(problem)
+    if name is not None:
+        monkeypatch.setenv(name, "131072")
+    choice = next(choice for choice in prepare(build("bert")) if choice.piece == "heap")
+    assert choice.used == (name is None)
+    assert asked == ([True] if name is None else [])
+    assert name is None or f"{name} is set" in choice.reason
 
 
 def own_streams(adapters, count=1):

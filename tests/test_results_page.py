@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from loralab.data import is_flat
+from loralab.study import load
+
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "studies/results"
 PAGE = (REPO / "docs/results.md").read_text()
@@ -120,3 +123,12 @@ def test_the_hours_are_those_of_the_command():
     with redirect_stdout(out):
         hours.main([str(RESULTS / row.split("|")[1].strip()) for row in table[:-1]])
     assert out.getvalue().strip().splitlines()[2:] == table
+
+
+def test_the_rule_for_regressions_finds_the_runs_that_learned_nothing_and_no_other():
+    cells = load(RESULTS / "verdict").cells()
+    runs = [run for key, cell in cells.items() if key[0] == "stsb" for run in cell.runs]
+    assert len(runs) == 7 * 12
+    flat = [is_flat(run.reported.logits[:, 0], run.reported.labels) for run in runs]
+    assert flat == [run.selected < 0.8 for run in runs]
+    assert sum(flat) == 4
