@@ -632,3 +632,29 @@ def test_resampled_losses_are_those_of_the_rows(bases):
         rows = random.integers(0, 40, (4000, 40))
         slow = np.array([objectives.of(task).score(task, runs[0][i], tokens[i])[metric] for i in rows])
         assert scores[:, 0].std() == pytest.approx(slow.std(), rel=0.1)
+
+
+def test_every_objective_tells_one_answer_for_all_rows_from_answers():
+    labels = np.linspace(0.0, 1.0, 9, dtype=np.float32)
+    classes, tags = np.arange(9) % 3, np.tile(np.arange(4) % 2, (9, 1))
+    turned = np.eye(3, dtype=np.float32)[classes]  # (rows, outputs), whose largest is now this one and now that
+    nan = np.full(9, np.nan, dtype=np.float32)
+    noise = np.array([1, -1, -1, 1, 0, 1, -1, -1, 1], dtype=np.float32)  # of no slope over the labels
+    cases = {  # objective -> (predictions that are the same for all rows, others, labels)
+        "classification": [
+            (turned[:1].repeat(9, 0), turned, classes),
+            (0.5 + 1e-3 * noise[:, None], labels[:, None], labels),
+        ],
+        "multiple-choice": [(turned[:1].repeat(9, 0), turned, classes)],
+        "multi-label": [(turned[:1].repeat(9, 0) - 0.5, turned - 0.5, turned)],
+        "tagging": [(np.zeros((9, 4), dtype=int), tags, tags)],
+        "similarity": [
+            (0.9 + 1e-3 * noise[:, None], 0.9 + 0.05 * labels[:, None], labels),
+            (np.full((9, 2), 0.7, dtype=np.float32), turned[:, :2], nan),
+        ],
+    }
+    for name, rows in cases.items():
+        for same, others, given in rows:
+            collapsed = objectives.OBJECTIVES[name].collapsed
+            assert collapsed(same, given), name
+            assert not collapsed(others, given), name

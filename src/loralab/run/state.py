@@ -202,6 +202,7 @@ class RunState:
         """Tell whether all rows of the last of these splits are predicted the same; "" is the held-out rows."""
         name, found = list(predictions.items())[-1]
         rows = self.run.validation[name] if name else self.run.held_out
+        assert rows is not None
         return self.run.objective.collapsed(found, rows.labels.numpy())
 
     def _predictions(self, validation: Mapping[str, Any]) -> dict[str, Tensor]:
