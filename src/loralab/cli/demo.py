@@ -13,7 +13,7 @@ from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.run import Settings, setup, train, written
-from loralab.run.bar import Bar
+from loralab.run.bar import Bar, rows_bar
 
 METHODS = ("full", "head", "lora")  # each at its default learning rate
 GIVEN: dict[str, Any] = {"task": "minimal-pairs", "epochs": 5}
@@ -116,7 +116,8 @@ def _decoder(settings: Settings, json: bool) -> None:
     split = setup.reported(task, settings)
     asked = written.questions(task, split, "json", len(split), handle.model, tokenizer)
     who = {"base": None, settings.method: handle.names[0]}
-    texts = {name: written.answers(handle, adapter, asked, tokenizer) for name, adapter in who.items()}
+    with rows_bar("answers", len(who) * len(asked)) as told:
+        texts = {name: written.answers(handle, adapter, asked, tokenizer, told=told) for name, adapter in who.items()}
     right = {
         name: sum(generation.same_json(text, q.wanted) for text, q in zip(mine, asked, strict=True)) / len(asked)
         for name, mine in texts.items()

@@ -15,6 +15,7 @@ from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
 from loralab.objectives import learned, saved
 from loralab.run import written
+from loralab.run.bar import rows_bar
 from loralab.run.settings import GenerateMetric
 from loralab.serve.answers import predictions
 from loralab.serve.loading import Device, model_of, torch_device
@@ -98,11 +99,12 @@ def evaluate(
     most, first = cut_at(max_length or known.max_length, handle.model), handle.names[0]
     answered = len(split) if generate_rows is None else generate_rows
     asked = written.questions(found, split, generate_metric, answered, handle.model, tokenizer)
-    with handle.use(first, rank=rank):
-        made, rows = predictions(handle, found, split, tokenizer, most, batch_size)
+    with handle.use(first, rank=rank), rows_bar("rows", len(split)) as told:
+        made, rows = predictions(handle, found, split, tokenizer, most, batch_size, told)
     labels, objective = rows.labels.numpy(), objectives.of(found)
     scores, what = objective.score(found, made, labels), learned.learned(found, made, labels)
-    scores |= written.scores(handle, first, asked, tokenizer, generate_metric, rank)
+    with rows_bar("answers", len(asked)) as told:
+        scores |= written.scores(handle, first, asked, tokenizer, generate_metric, rank, told)
     if out is not None:
         tables.write(_answers(found, split, made), out)
     if wrong is not None:

@@ -17,6 +17,7 @@ from loralab.data import chats, checks, tables
 from loralab.errors import UserError
 from loralab.objectives.generation import Decoding
 from loralab.objectives.templates import template_of
+from loralab.run.bar import rows_bar
 from loralab.serve import BASE, AdapterFolder, Generator, Pool, adapter_folders
 from loralab.serve.generation import Request
 from loralab.serve.loading import Device, present, shared, torch_device
@@ -246,7 +247,8 @@ def _answers(
         if not isinstance(prompt, UserError)
     ]
     found: dict[str, list[Any]] = {column: list(prompts) for column in wanted}
-    answers = generator.answer([request for *_, request in asked])
+    with rows_bar("answers", len(asked)) as told:
+        answers = generator.answer([request for *_, request in asked], told=told)
     for (column, row, _), texts in zip(asked, answers, strict=True):
         one = generator.decoding.num_return_sequences == 1
         found[column][row] = texts[0] if one and not isinstance(texts, UserError) else texts

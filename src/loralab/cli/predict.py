@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from loralab.data import checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
 from loralab.objectives import OBJECTIVES
+from loralab.run.bar import rows_bar
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.loading import Device, torch_device
 from loralab.serve.pipeline import pipeline
@@ -100,7 +101,7 @@ def predict(
     before = time.perf_counter()
     if kinds == {"classification"}:
         predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length, device)
-        answers = [_as_columns(answer) for answer in predictor.answer(requests)]
+        answers = [_as_columns(answer) for answer in _watched(predictor.answer, requests)]
     else:
         how = {"model": model, "batch_size": batch_size, "rank": rank, "max_length": max_length, "device": device}
         decoding = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
@@ -151,10 +152,17 @@ def _each_alone(requests: Sequence[Request], folders: Mapping[str, AdapterFolder
     found: list[Row] = [UserError(f"no adapter {request.adapter!r}") for request in requests]
     for name in dict.fromkeys(request.adapter for request in requests if request.adapter in folders):
         mine = [i for i, request in enumerate(requests) if request.adapter == name]
-        answers = pipeline(folders[name].folder, **how).answers([requests[i].texts for i in mine])
+        ask = pipeline(folders[name].folder, **how).answers
+        answers = _watched(ask, [requests[i].texts for i in mine])
         for i, answer in zip(mine, answers, strict=True):
             found[i] = answer
     return found
+
+
+def _watched(answer: Callable[..., list[Any]], asked: Sequence[Any]) -> list[Any]:
+    """Answer rows, and show on stderr how many are done."""
+    with rows_bar("rows", len(asked)) as told:
+        return answer(asked, told=told)
 
 
 def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:

@@ -1,6 +1,6 @@
 """Rows as token ids, and batches of rows of similar length, so that little of a batch is padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -206,6 +206,13 @@ def epoch_batches(lengths: Sequence[int] | Any, batch_size: int, seed: int, epoc
     ordered = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
     batches = [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+Told = Callable[[int], None]  # called with the number of rows of every batch that is done
+
+
+def unwatched(rows: int) -> None:
+    """Nobody asks how far it is."""
 
 
 def sorted_batches(lengths: Sequence[int] | Any, batch_size: int) -> Iterator[list[int]]:

@@ -1,6 +1,8 @@
 """Progress of a run on stderr: a bar with rate and time left, and a line for each epoch."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -69,13 +71,14 @@ class Bar:
         if self.console.is_terminal:
             self.bar.start()
 
-    def advance(self, rows: int, loss: float) -> None:
+    def advance(self, rows: int, loss: float | None = None) -> None:
         assert self.bar is not None
-        self.bar.update(self.bar.task_ids[0], advance=rows, loss=f"loss {loss:.4f}")
+        now = "" if loss is None else f"loss {loss:.4f}"
+        self.bar.update(self.bar.task_ids[0], advance=rows, loss=now)
         if self.pulse.due():
             task = self.bar.tasks[0]
             left = f", {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
-            self.say(f"{task.completed:.0f} of {task.total or 0:.0f} rows{left}, loss {loss:.4f}")
+            self.say(f"{task.completed:.0f} of {task.total or 0:.0f} rows{left}" + (now and f", {now}"))
 
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         self.say(named(of, epoch_line(record, epochs, metric)))
@@ -86,6 +89,17 @@ class Bar:
     def stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def rows_bar(label: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how many rows are done, by a bar or a line a minute; gives what is told the rows of each batch."""
+    bar = Bar()
+    bar.start(label, rows, 0)
+    try:
+        yield bar.advance
+    finally:
+        bar.stop()
 
 
 def named(of: str, text: str) -> str:

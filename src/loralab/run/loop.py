@@ -394,6 +394,8 @@ class Loop:
         layers = state.layers()
         memory = {"peak_bytes": self.peak.bytes, "ledger": ledger(layers), "layers": layers}
         result = result_of(run, vars(p), memory, len(self.states), self._by_rank(state), state.endpoints())
+        if run.asked:
+            self._say(state, f"{len(run.asked)} answers are written, to score them")
         with self.accelerator.autocast():
             found = written.scores(self.adapters, run.name, run.asked, run.tokenizer, run.settings.generate_metric)
         result["metrics"] = {**result["metrics"], **found}

@@ -1,6 +1,6 @@
 """Run an adapter of any objective over rows: what `loralab evaluate` scores and `loralab predict` answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from loralab import objectives
 from loralab.adapters import Adapters
 from loralab.data import Split, Task
-from loralab.data.batches import Rows, collate, cut_at, sorted_batches
+from loralab.data.batches import Rows, Told, collate, cut_at, sorted_batches, unwatched
 from loralab.errors import UserError
 from loralab.objectives import Array, Encoding, by_row, ragged
 from loralab.objectives.saved import Saved
@@ -23,7 +23,7 @@ def predictions(
     tokenizer: Any,
     max_length: int,
     batch_size: int = 32,
-    told: Callable[[int], None] = lambda rows: None,
+    told: Told = unwatched,
 ) -> tuple[Array, Rows]:
     """Return what the active adapter predicts of the rows of a split (rows, ...), and these rows as tokens.
 
@@ -52,10 +52,11 @@ def answer_rows(
     tokenizer: Any,
     max_length: int | None = None,
     batch_size: int = 32,
+    told: Told = unwatched,
 ) -> list[dict[str, Any] | UserError]:
     """Return what the active adapter answers to each row, by column; a UserError for a row that cannot be answered.
 
-    Rows are cut after `max_length` tokens, by default where those of the adapter's training were.
+    Rows are cut after `max_length` tokens, by default where those of the adapter's training were. `told` is as above.
     """
     objective = objectives.OBJECTIVES[known.objective]
     if objective.answer is None:
@@ -77,7 +78,7 @@ def answer_rows(
         split = Split(rows, labels)
         task = known.of(split)
         most = cut_at(max_length or known.max_length, adapters.model)
-        made, _ = predictions(adapters, task, split, tokenizer, most, batch_size)
+        made, _ = predictions(adapters, task, split, tokenizer, most, batch_size, told)
         for i, row, prediction in zip(places, rows, made, strict=True):
             found[i] = objective.answer(task, row, prediction)
     return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from loralab import objectives
 from loralab.cache import Scope, caching
 from loralab.data import chats
-from loralab.data.batches import sorted_batches
+from loralab.data.batches import Told, sorted_batches, unwatched
 from loralab.errors import UserError
 from loralab.objectives import generation, saved
 from loralab.objectives.generation import Decoding
@@ -76,8 +76,13 @@ class Generator:
             return f"adapter {request.adapter!r} was trained on another base ({here}); {adapter.wanted}"
         return None
 
-    def answer(self, requests: Sequence[Request], streamer: Any = None) -> list[list[str] | UserError]:
-        """Return the answers to every request, in order; `streamer` is transformers', for one request."""
+    def answer(
+        self, requests: Sequence[Request], streamer: Any = None, told: Told = unwatched
+    ) -> list[list[str] | UserError]:
+        """Return the answers to every request, in order; `streamer` is transformers', for one request.
+
+        `told` is called with the number of rows of every batch that is done.
+        """
         found: list[Any] = [None] * len(requests)
         prompts: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
@@ -90,6 +95,7 @@ class Generator:
             mine = [places[j] for j in batch]
             for i, texts in self._batch(mine, requests, prompts, streamer):
                 found[i] = texts
+            told(len(mine))
         return found
 
     def tokens(self, request: Request) -> list[int]:
