@@ -265,6 +265,21 @@ def test_a_run_without_a_terminal_says_how_far_it_is(cli, tiny, own, monkeypatch
     assert [line for line in err.splitlines() if re.fullmatch(r"\d+ of \d+ rows, \d+ s left, loss \d\.\d+", line)], err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_rows_that_are_answered_without_a_terminal_are_counted(cli, adapter, own, tmp_path, monkeypatch, command):
+    given = {
+        "evaluate": (adapter, "--task", own["class"], "--text", "sentence", "--label", "label", "--batch-size", 7),
+        "predict": ("--adapters", adapter, "--input", own["class"], "--batch-size", 7, "--prefix", "our_"),
+    }
+    assert "of 240 rows" not in cli(command, *given[command])[2]  # it takes less than a minute
+    monkeypatch.setattr("loralab.run.bar.Pulse.every", 0.0)
+    code, _, err = cli(command, *given[command])
+    done = [int(line.split()[0]) for line in err.splitlines() if re.match(r"\d+ of 240 rows", line)]
+    assert (code, done) == (0, sorted({*done}))
+    assert done[-1] == 240
+    assert len(done) >= 240 // 7
+
+
 def test_a_result_names_its_selection_and_what_is_optimistic(cli, tiny, own):
     code, out, err = cli(*flags(tiny, own))
     assert code == 0

@@ -216,6 +216,16 @@ ROWS = {
 }
 
 
+def test_answers_are_counted_without_a_terminal(base, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("loralab.run.bar.Pulse.every", 0.0)
+    tables.write({"prompt": PROMPTS}, tmp_path / "in.jsonl")
+    given = ["--input", tmp_path / "in.jsonl", "--model", base, "--max-new-tokens", 3, "--batch-size", 2]
+    code, _, err = run(capsys, "generate", *given, "--adapters", f"A={folders['A']}", "--side-by-side", "--json")
+    counted = [line for line in err.splitlines() if f"of {2 * len(PROMPTS)} rows" in line]
+    assert (code, len(counted)) == (0, len(PROMPTS))
+    assert counted[-1].startswith(f"{2 * len(PROMPTS)} of")
+
+
 @pytest.mark.parametrize(("column", "kind"), [*((c, ".jsonl") for c in ROWS), *(("prompt", k) for k in tables.WRITERS)])
 def test_a_file_in_a_file_out(base, folders, tmp_path, capsys, column, kind):
     """All columns stay; each form of file asks the same; rows name their adapters, or are answered side by side."""

@@ -239,7 +239,8 @@ def _bar(run: Bench, title: str, turns: int) -> Iterator[None]:
     try:
         yield
     finally:
-        bar.stop()
+        if console.is_terminal:
+            bar.stop()
 
 
 def _command() -> str:

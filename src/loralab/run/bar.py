@@ -87,7 +87,7 @@ class Bar:
         self.console.print(text, soft_wrap=True, markup=False)
 
     def stop(self) -> None:
-        if self.bar is not None:
+        if self.bar is not None and self.console.is_terminal:  # one that never started would print an empty line
             self.bar.stop()
 
 

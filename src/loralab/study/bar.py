@@ -35,7 +35,8 @@ class StudyBar:
             self.bar.start()
 
     def close(self) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()
 
     def begin(self, settings: Settings, trial: Any = None, others: int = 0, why: str | None = None) -> None:
         """A run starts in this process, with `others` in the same passes, or alone for the reason `why`; an Optuna
