@@ -78,9 +78,9 @@ WORDS: dict[str, dict[str, str]] = {
 MADE_UP = {"train": 0.5, "validation": 0.0}  # share of words that are drawn as syllables
 SYLLABLES = (  # the two of a word
     "ba bo bri ca cle co da do dra du el fa flo ga gre ha hu in ja ka kel la lu ma mi mor na ni o pa per pla qui ra "
-    "ri sa sha sto ta tem tri ul va vo wel ya ze".split(),
+    "ri sa sha sto ta tem tri ul va vo wel ya ze",
     "bas bber bel by ck den dle do gan gor ka ker kin la len lin ma mer mon mus na ner nia nor ra rin ro sel ser ska "
-    "son ta ten ter tin to tor va ver vin wick xi za zo".split(),
+    "son ta ten ter tin to tor va ver vin wick xi za zo",
 )
 RARE = 0.15  # share of words that are drawn from behind the bar, and of other unusual values
 
@@ -159,7 +159,7 @@ def _made_up(split: str, kind: str, rng: Random) -> str | None:
     """Draw whether a word is made up, and if so the word; trades are written small."""
     if not MADE_UP[split] or rng.random() >= MADE_UP[split]:
         return None
-    word = "".join(_one(part, rng) for part in SYLLABLES)
+    word = "".join(_one(part.split(), rng) for part in SYLLABLES)
     return word if kind == "job" else word.capitalize()
 
 
