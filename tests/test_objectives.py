@@ -438,7 +438,9 @@ def run_json(capsys, *words) -> dict:
 
 @pytest.mark.few(6)
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(kind, bases, files, tmp_path, capsys):
+def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(
+    kind, bases, files, tmp_path, capsys, monkeypatch
+):
     other = tmp_path / "other.jsonl"
     rows = rows_of(kind, 25, 8)
     other.write_text("\n".join(map(json.dumps, rows)))
@@ -452,6 +454,9 @@ def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(kind, bas
         answers = run_json(capsys, "predict", "--adapters", folder, "--input", other, *short)
         assert len(answers) == 25
         assert all(isinstance(a["own answer"], str) for a in answers)
+        monkeypatch.setattr("loralab.cli.base.load", None)  # it is refused before anything is loaded
+        assert main(["evaluate", str(folder), "--task", str(other), "--out", str(tmp_path / "answers.csv")]) == 2
+        assert "has no answer for each row" in capsys.readouterr().err
         return
     assert main(["predict", "--adapters", str(folder), "--input", str(other), "--max-new-tokens", "3"]) == 2
     assert "--max-new-tokens would do nothing" in capsys.readouterr().err

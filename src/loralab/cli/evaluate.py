@@ -93,6 +93,8 @@ def evaluate(
     known = saved.read(adapter, file.base.get("task_type"))
     reading = Reading(separator, encoding, skip_bad_rows, known.written)
     found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels), reading)
+    if out is not None and objectives.of(found).answer is None:
+        raise UserError(f"--out: {found.objective} has no answer for each row; loralab generate writes texts")
     name = model_of(model, adapter, file)
     handle, tokenizer = base.load(name, adapter, device=device)
     split = _rows(found)
@@ -172,8 +174,9 @@ def _wrong(task: Task, split: Split, rows: Rows, made: Any) -> tables.Columns:
 def _answers(task: Task, split: Split, made: Any) -> dict[str, list[Any]]:
     """Return the columns of the file of answers."""
     answer = objectives.of(task).answer
-    if answer is None or len(made) != len(split):
-        raise UserError(f"--out: {task.objective} has no answer for each row; loralab generate writes texts")
+    assert answer is not None
+    if len(made) != len(split):
+        raise UserError(f"--out: {len(made)} of the {len(split)} rows have an answer: leave it out")
     rows = [answer(task, row, found) for row, found in zip(split.texts, made, strict=True)]
     columns: dict[str, list[Any]] = {"row": split.rows, "text": [" | ".join(map(str, row)) for row in split.texts]}
     if task.labels is not None and isinstance(split.labels[0], int):
