@@ -1,10 +1,8 @@
 """A task for decoders that needs no download: a person described in a sentence or two, to be written as JSON.
 
 A record has eight fields, of which it says five to eight. First the words and the wordings, then the code that fills
-them. The words of `WORDS` (names, towns, trades, languages, nicknames) are not shared by train and validation, and half
-of the words of train are made up of syllables: a few hundred words would be learned by heart, where a model shall learn
-to copy what is said. Some records are unusual: an age in words, money that is owed, an empty list, a name of several
-parts.
+them. The words of `WORDS` (names, towns, trades, languages, nicknames) are not shared by train and validation. Some
+records are unusual: an age in words, money that is owed, an empty list, a name of several parts.
 """
 
 import json
@@ -75,13 +73,6 @@ WORDS: dict[str, dict[str, str]] = {
         "alias": "Blue Captain Whiskers Chip Rocket Badger Fuzzy Sunny|Old_Tom The_Fox",
     },
 }
-MADE_UP = {"train": 0.5, "validation": 0.0}  # share of words that are drawn as syllables
-SYLLABLES = (  # the two of a word
-    "ba bo bri ca cle co da do dra du el fa flo ga gre ha hu in ja ka kel la lu ma mi mor na ni o pa per pla qui ra "
-    "ri sa sha sto ta tem tri ul va vo wel ya ze",
-    "bas bber bel by ck den dle do gan gor ka ker kin la len lin ma mer mon mus na ner nia nor ra rin ro sel ser ska "
-    "son ta ten ter tin to tor va ver vin wick xi za zo",
-)
 RARE = 0.15  # share of words that are drawn from behind the bar, and of other unusual values
 
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy")
@@ -116,7 +107,7 @@ def pairs(split: str) -> list[tuple[str, Record]]:
     rng = Random(SEED + [*ROWS].index(split))  # only random() is used: every Python version promises its values
     made: dict[str, Record] = {}
     while len(made) < ROWS[split]:
-        record, said = _record(split, rng)
+        record, said = _record(WORDS[split], rng)
         made.setdefault(_sentence(record["name"], said, rng), record)
     return list(made.items())
 
@@ -137,62 +128,51 @@ def _rows(split: str) -> Split:
 # ---- a record --------------------------------------------------------------------------------------------------------
 
 
-def _record(split: str, rng: Random) -> tuple[Record, list[str]]:
+def _record(kinds: dict[str, str], rng: Random) -> tuple[Record, list[str]]:
     """Return a record, and what is said of each of its fields but the name, in a drawn order."""
-    record: Record = {"name": f"{_word(split, 'first', rng)} {_word(split, 'last', rng)}"}
+    record: Record = {"name": f"{_word(kinds['first'], rng)} {_word(kinds['last'], rng)}"}
     said = []
     for field in _some(list(MAKERS), FEWEST - 1 + int(rng.random() * (MOST - FEWEST + 1)), rng):
-        record[field], text = MAKERS[field](split, rng)
+        record[field], text = MAKERS[field](kinds, rng)
         said.append(text)
     return record, said
 
 
-def _word(split: str, kind: str, rng: Random) -> str:
+def _word(kind: str, rng: Random) -> str:
     """Draw a word; one from behind the bar is rarer."""
-    if (made := _made_up(split, kind, rng)) is not None:
-        return made
-    usual, _, rare = WORDS[split][kind].partition("|")
+    usual, _, rare = kind.partition("|")
     return str(_one((rare if rare and rng.random() < RARE else usual).split(), rng)).replace("_", " ")
 
 
-def _made_up(split: str, kind: str, rng: Random) -> str | None:
-    """Draw whether a word is made up, and if so the word; trades are written small."""
-    if not MADE_UP[split] or rng.random() >= MADE_UP[split]:
-        return None
-    word = "".join(_one(part.split(), rng) for part in SYLLABLES)
-    return word if kind == "job" else word.capitalize()
-
-
-def _age(split: str, rng: Random) -> tuple[int, str]:
+def _age(kinds: dict[str, str], rng: Random) -> tuple[int, str]:
     age = 20 + int(rng.random() * 60)
     ones = f"-{ONES[age % 10]}" if age % 10 else ""
     shown = f"{TENS[age // 10 - 2]}{ones}" if rng.random() < RARE else str(age)
     return age, _one(SAID["age"], rng).format(shown)
 
 
-def _drawn(field: str, kind: str) -> Callable[[str, Random], tuple[str, str]]:
-    def make(split: str, rng: Random) -> tuple[str, str]:
-        word = _word(split, kind, rng)
+def _drawn(field: str, kind: str) -> Callable[[dict[str, str], Random], tuple[str, str]]:
+    def make(kinds: dict[str, str], rng: Random) -> tuple[str, str]:
+        word = _word(kinds[kind], rng)
         return word, _one(SAID[field], rng).format(word)
 
     return make
 
 
-def _languages(split: str, rng: Random) -> tuple[list[str], str]:
+def _languages(kinds: dict[str, str], rng: Random) -> tuple[list[str], str]:
     if rng.random() < RARE:
         return [], _one(NO_LANGUAGE, rng)
-    names = _some(WORDS[split]["language"].split(), 1 + int(rng.random() * 3), rng)
-    names = [_made_up(split, "language", rng) or name for name in names]
+    names = _some(kinds["language"].split(), 1 + int(rng.random() * 3), rng)
     listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     return names, _one(SAID["languages"], rng).format(listed)
 
 
-def _member(split: str, rng: Random) -> tuple[bool, str]:
+def _member(kinds: dict[str, str], rng: Random) -> tuple[bool, str]:
     member = rng.random() < 0.6
     return member, _one(SAID["member"] if member else NOT_MEMBER, rng)
 
 
-def _balance(split: str, rng: Random) -> tuple[float, str]:
+def _balance(kinds: dict[str, str], rng: Random) -> tuple[float, str]:
     """Draw whole euros, or some with cents, of credit or owed."""
     cents = int(rng.random() * 4) * 25 if rng.random() < 2 * RARE else 0
     euros = 1 + int(rng.random() * 200)
@@ -202,7 +182,7 @@ def _balance(split: str, rng: Random) -> tuple[float, str]:
     return -value if owed else value, _one(OWES if owed else SAID["balance"], rng).format(shown)
 
 
-MAKERS: dict[str, Callable[[str, Random], tuple[Any, str]]] = {
+MAKERS: dict[str, Callable[[dict[str, str], Random], tuple[Any, str]]] = {
     "age": _age,
     "city": _drawn("city", "city"),
     "job": _drawn("job", "job"),
