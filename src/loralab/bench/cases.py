@@ -138,7 +138,7 @@ def grid(
     for name in model_names:
         models.resolve(name)
     points = product(model_names, methods, targets, lengths, dtypes)
-    rest["batch_size"] = batch_size
+    rest = {"batch_size": batch_size, **rest}
     return [
         Case(model=model, method=method, targets=target, max_length=length, dtype=dtype, **rest)  # type: ignore[arg-type]
         for model, method, target, length, dtype in points

@@ -116,8 +116,8 @@ def _decoder(settings: Settings, json: bool) -> None:
     split = setup.reported(task, settings)
     asked = written.questions(task, split, "json", len(split), handle.model, tokenizer)
     who = {"base": None, settings.method: handle.names[0]}
-    with rows_bar("answers", len(who) * len(asked)) as told:
-        texts = {name: written.answers(handle, adapter, asked, tokenizer, told=told) for name, adapter in who.items()}
+    with rows_bar("answers", len(who) * len(asked)) as done:
+        texts = {name: written.answers(handle, adapter, asked, tokenizer, done=done) for name, adapter in who.items()}
     right = {
         name: sum(generation.same_json(text, q.wanted) for text, q in zip(mine, asked, strict=True)) / len(asked)
         for name, mine in texts.items()

@@ -101,12 +101,13 @@ def evaluate(
     most, first = cut_at(max_length or known.max_length, handle.model), handle.names[0]
     answered = len(split) if generate_rows is None else generate_rows
     asked = written.questions(found, split, generate_metric, answered, handle.model, tokenizer)
-    with handle.use(first, rank=rank), rows_bar("rows", len(split)) as told:
-        made, rows = predictions(handle, found, split, tokenizer, most, batch_size, told)
+    with handle.use(first, rank=rank), rows_bar("rows", len(split)) as done:
+        made, rows = predictions(handle, found, split, tokenizer, most, batch_size, done)
     labels, objective = rows.labels.numpy(), objectives.of(found)
     scores, what = objective.score(found, made, labels), learned.learned(found, made, labels)
-    with rows_bar("answers", len(asked)) as told:
-        scores |= written.scores(handle, first, asked, tokenizer, generate_metric, rank, told)
+    if asked:
+        with rows_bar("answers", len(asked)) as done:
+            scores |= written.scores(handle, first, asked, tokenizer, generate_metric, rank, done)
     if out is not None:
         tables.write(_answers(found, split, made), out)
     if wrong is not None:

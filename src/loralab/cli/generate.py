@@ -247,8 +247,8 @@ def _answers(
         if not isinstance(prompt, UserError)
     ]
     found: dict[str, list[Any]] = {column: list(prompts) for column in wanted}
-    with rows_bar("answers", len(asked)) as told:
-        answers = generator.answer([request for *_, request in asked], told=told)
+    with rows_bar("answers", len(asked)) as done:
+        answers = generator.answer([request for *_, request in asked], done=done)
     for (column, row, _), texts in zip(asked, answers, strict=True):
         one = generator.decoding.num_return_sequences == 1
         found[column][row] = texts[0] if one and not isinstance(texts, UserError) else texts

@@ -161,8 +161,8 @@ def _each_alone(requests: Sequence[Request], folders: Mapping[str, AdapterFolder
 
 def _watched(answer: Callable[..., list[Any]], asked: Sequence[Any]) -> list[Any]:
     """Answer rows, and show on stderr how many are done."""
-    with rows_bar("rows", len(asked)) as told:
-        return answer(asked, told=told)
+    with rows_bar("rows", len(asked)) as done:
+        return answer(asked, done=done)
 
 
 def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:

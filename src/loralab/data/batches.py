@@ -208,7 +208,7 @@ def epoch_batches(lengths: Sequence[int] | Any, batch_size: int, seed: int, epoc
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-Told = Callable[[int], None]  # called with the number of rows of every batch that is done
+Done = Callable[[int], None]  # called with the number of rows of every batch that is answered
 
 
 def unwatched(rows: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import chats
-from loralab.data.batches import Told, batch_width, longest, sorted_batches, unwatched
+from loralab.data.batches import Done, batch_width, longest, sorted_batches, unwatched
 from loralab.errors import UserError
 from loralab.objectives import templates
 
@@ -169,17 +169,17 @@ def in_batches(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
-    told: Told = unwatched,
+    done: Done = unwatched,
 ) -> list[list[str]]:
     """Return the answers to each prompt, in order; prompts of like length share batches.
 
-    `told` is called with the number of rows of every batch that is done.
+    `done` is called with the number of rows of every batch that is answered.
     """
     found: list[list[str]] = [[]] * len(prompts)
     for chosen in sorted_batches(list(map(len, prompts)), batch_size):
         for i, texts in zip(chosen, answers(model, tokenizer, [prompts[i] for i in chosen], decoding), strict=True):
             found[i] = texts
-        told(len(chosen))
+        done(len(chosen))
     return found
 
 

@@ -177,7 +177,7 @@ class RunState:
             else run.objective.score(run.task, held_out, run.held_out.labels.numpy()),
             "validation": self.scores(validation),
             "seconds": p.seconds - sum(row["seconds"] for row in p.history),
-            "one_class": self._one_class(validation or {"": held_out}),
+            "one_class": self._one_class(validation, held_out),
         }
         if run.held_out is not None:
             threshold = run.objective.threshold(run.task.metrics[0], held_out, run.held_out.labels.numpy())
@@ -198,10 +198,12 @@ class RunState:
         record |= {"validation": self.scores(validation), "one_class": self._one_class(validation)}
         self.predictions = self._predictions(validation)
 
-    def _one_class(self, predictions: Mapping[str, Any]) -> bool:
-        """Tell whether all rows of the last of these splits are predicted the same; "" is the held-out rows."""
-        name, found = list(predictions.items())[-1]
-        rows = self.run.validation[name] if name else self.run.held_out
+    def _one_class(self, validation: Mapping[str, Any], held_out: Any = None) -> bool:
+        """Tell whether all rows of the last of these splits, or of the held-out rows, are predicted the same."""
+        rows, found = self.run.held_out, held_out
+        if validation:
+            name, found = list(validation.items())[-1]
+            rows = self.run.validation[name]
         assert rows is not None
         return self.run.objective.collapsed(found, rows.labels.numpy())
 

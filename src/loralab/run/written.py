@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from loralab import data, objectives
 from loralab.adapters import Adapters
 from loralab.data import Split, Task
-from loralab.data.batches import Told, unwatched
+from loralab.data.batches import Done, unwatched
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.objectives.generation import Decoding
@@ -59,15 +59,15 @@ def scores(
     tokenizer: Any,
     metric: GenerateMetric | None,
     rank: int | None = None,
-    told: Told = unwatched,
+    done: Done = unwatched,
 ) -> dict[str, float]:
     """Return {metric: its mean over the questions}, answered with an adapter (at a rank), or by the base (None).
 
-    `told` is called with the number of rows of every batch that is done.
+    `done` is called with the number of rows of every batch that is answered.
     """
     if metric is None:
         return {}
-    texts = answers(adapters, name, asked, tokenizer, rank, told)
+    texts = answers(adapters, name, asked, tokenizer, rank, done)
     worth = [generation.METRICS[metric](text, q.wanted) for text, q in zip(texts, asked, strict=True)]
     return {metric: sum(worth) / len(worth)}
 
@@ -78,13 +78,13 @@ def answers(
     asked: Sequence[Question],
     tokenizer: Any,
     rank: int | None = None,
-    told: Told = unwatched,
+    done: Done = unwatched,
 ) -> list[str]:
     """Return the answer to each question, greedy, with an adapter (at a rank) or by the base (None)."""
     prompts = [question.ids for question in asked]
     adapters.model.eval()
     with adapters.use(name, rank=rank), adapters.caching():
-        found = generation.in_batches(adapters.model, tokenizer, prompts, _decoding(asked, tokenizer), AT_ONCE, told)
+        found = generation.in_batches(adapters.model, tokenizer, prompts, _decoding(asked, tokenizer), AT_ONCE, done)
     return [text for (text,) in found]
 
 

@@ -9,7 +9,7 @@ import torch
 from loralab import objectives
 from loralab.adapters import Adapters
 from loralab.data import Split, Task
-from loralab.data.batches import Rows, Told, collate, cut_at, sorted_batches, unwatched
+from loralab.data.batches import Done, Rows, collate, cut_at, sorted_batches, unwatched
 from loralab.errors import UserError
 from loralab.objectives import Array, Encoding, by_row, ragged
 from loralab.objectives.saved import Saved
@@ -23,11 +23,11 @@ def predictions(
     tokenizer: Any,
     max_length: int,
     batch_size: int = 32,
-    told: Told = unwatched,
+    done: Done = unwatched,
 ) -> tuple[Array, Rows]:
     """Return what the active adapter predicts of the rows of a split (rows, ...), and these rows as tokens.
 
-    `told` is called with the number of rows of every batch that is done. Raises UserError.
+    `done` is called with the number of rows of every batch that is answered. Raises UserError.
     """
     objective = objectives.of(task)
     rows = objective.encode(task, split, tokenizer, Encoding(max_length, train=False))
@@ -41,7 +41,7 @@ def predictions(
             labels = batch.get("labels", rows.labels[chosen].to(device))
             parts.append(objective.predict(outputs, labels).float().cpu().numpy())
             order += chosen
-            told(len(chosen))
+            done(len(chosen))
     return ragged(parts)[np.argsort(order)], rows
 
 
@@ -52,11 +52,11 @@ def answer_rows(
     tokenizer: Any,
     max_length: int | None = None,
     batch_size: int = 32,
-    told: Told = unwatched,
+    done: Done = unwatched,
 ) -> list[dict[str, Any] | UserError]:
     """Return what the active adapter answers to each row, by column; a UserError for a row that cannot be answered.
 
-    Rows are cut after `max_length` tokens, by default where those of the adapter's training were. `told` is as above.
+    Rows are cut after `max_length` tokens, by default where those of the adapter's training were. `done` is as above.
     """
     objective = objectives.OBJECTIVES[known.objective]
     if objective.answer is None:
@@ -78,7 +78,7 @@ def answer_rows(
         split = Split(rows, labels)
         task = known.of(split)
         most = cut_at(max_length or known.max_length, adapters.model)
-        made, _ = predictions(adapters, task, split, tokenizer, most, batch_size, told)
+        made, _ = predictions(adapters, task, split, tokenizer, most, batch_size, done)
         for i, row, prediction in zip(places, rows, made, strict=True):
             found[i] = objective.answer(task, row, prediction)
     return found

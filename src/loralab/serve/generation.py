@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from loralab import objectives
 from loralab.cache import Scope, caching
 from loralab.data import chats
-from loralab.data.batches import Told, sorted_batches, unwatched
+from loralab.data.batches import Done, sorted_batches, unwatched
 from loralab.errors import UserError
 from loralab.objectives import generation, saved
 from loralab.objectives.generation import Decoding
@@ -77,11 +77,11 @@ class Generator:
         return None
 
     def answer(
-        self, requests: Sequence[Request], streamer: Any = None, told: Told = unwatched
+        self, requests: Sequence[Request], streamer: Any = None, done: Done = unwatched
     ) -> list[list[str] | UserError]:
         """Return the answers to every request, in order; `streamer` is transformers', for one request.
 
-        `told` is called with the number of rows of every batch that is done.
+        `done` is called with the number of rows of every batch that is answered.
         """
         found: list[Any] = [None] * len(requests)
         prompts: dict[int, list[int]] = {}
@@ -95,7 +95,7 @@ class Generator:
             mine = [places[j] for j in batch]
             for i, texts in self._batch(mine, requests, prompts, streamer):
                 found[i] = texts
-            told(len(mine))
+            done(len(mine))
         return found
 
     def tokens(self, request: Request) -> list[int]:

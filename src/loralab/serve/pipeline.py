@@ -8,7 +8,7 @@ from typing import Any
 from loralab import adapters, objectives
 from loralab.adapters import Adapters
 from loralab.data import chats
-from loralab.data.batches import Told, unwatched
+from loralab.data.batches import Done, unwatched
 from loralab.data.reading import counted
 from loralab.errors import UserError
 from loralab.objectives import generation, saved
@@ -54,14 +54,14 @@ class Pipeline:
             raise UserError("; ".join(f"{what} in {counted(places)}" for what, places in faults.items()))
         return found[0] if one else found
 
-    def answers(self, cells: Sequence[tuple[Any, ...]], told: Told = unwatched) -> list[dict[str, Any] | UserError]:
+    def answers(self, cells: Sequence[tuple[Any, ...]], done: Done = unwatched) -> list[dict[str, Any] | UserError]:
         """Answer rows given as the cells of the columns; a UserError for a row that cannot be answered.
 
-        `told` is called with the number of rows of every batch that is done.
+        `done` is called with the number of rows of every batch that is answered.
         """
         writes = objectives.OBJECTIVES[self.known.objective].writes
         with self.adapters.use(self.adapters.names[0], rank=self.rank):
-            return self._written(cells, told) if writes else self._answered(cells, told)
+            return self._written(cells, done) if writes else self._answered(cells, done)
 
     def _cells(self, row: Any) -> tuple[Any, ...]:
         if not isinstance(row, Mapping):
@@ -71,10 +71,10 @@ class Pipeline:
             raise UserError(f"a row without {', '.join(absent)}: the adapter learned from {', '.join(columns)}")
         return tuple(row[name] for name in columns)
 
-    def _answered(self, cells: Sequence[tuple[Any, ...]], told: Told) -> list[dict[str, Any] | UserError]:
-        return answer_rows(self.adapters, self.known, cells, self.tokenizer, self.max_length, self.batch_size, told)
+    def _answered(self, cells: Sequence[tuple[Any, ...]], done: Done) -> list[dict[str, Any] | UserError]:
+        return answer_rows(self.adapters, self.known, cells, self.tokenizer, self.max_length, self.batch_size, done)
 
-    def _written(self, cells: Sequence[tuple[Any, ...]], told: Told) -> list[dict[str, Any] | UserError]:
+    def _written(self, cells: Sequence[tuple[Any, ...]], done: Done) -> list[dict[str, Any] | UserError]:
         """Let the model write an answer to each prompt."""
         found: list[Any] = [None] * len(cells)
         prompts: dict[int, list[int]] = {}
@@ -85,7 +85,7 @@ class Pipeline:
                 found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
         with self.adapters.caching():
             model, asked = self.adapters.model, list(prompts.values())
-            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size, told)
+            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size, done)
         for i, (text, *_) in zip(prompts, texts, strict=True):
             found[i] = {"answer": text}
         return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loralab import models
 from loralab.cache import Scope
-from loralab.data.batches import Rows, Told, collate, cut_at, sorted_batches, tokenized, unwatched
+from loralab.data.batches import Done, Rows, collate, cut_at, sorted_batches, tokenized, unwatched
 from loralab.data.checks import texts
 from loralab.errors import UserError
 from loralab.serve.loading import present, shared, torch_device
@@ -93,8 +93,8 @@ class Predictor:
         return "; ".join(dict.fromkeys(faults)) or None
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[Request], told: Told = unwatched) -> list[Answer | UserError]:
-        """Answer every request, in order; `told` is called with the number of rows of every batch that is done."""
+    def answer(self, requests: Sequence[Request], done: Done = unwatched) -> list[Answer | UserError]:
+        """Answer every request, in order; `done` is called with the number of rows of every batch that is answered."""
         faults = [self.fault(request) for request in requests]
         answers: list[Any] = [None if fault is None else UserError(fault) for fault in faults]
         good = [i for i, fault in enumerate(faults) if fault is None]
@@ -104,7 +104,7 @@ class Predictor:
             for batch in self._batches(tokens, folders):
                 for j, answer in self._answered(batch, tokens, folders):
                     answers[good[j]] = answer
-                told(len(batch))
+                done(len(batch))
         return answers
 
     def _encoded(self, requests: Sequence[Request]) -> Rows:
