@@ -114,17 +114,17 @@ def uneven():
 # ---- an adapter ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "given"),
-    [
-        ("lora", {"rank": 3, "alpha": 5.0}),
-        ("lora", {"rank": 3, "alpha": 5.0, "ranks": uneven}),
-        ("rslora", {"rank": 4, "alpha": 3.0}),
-        ("vera", {"rank": 7}),
-        ("pissa", {"rank": 2, "alpha": 3.0}),
-        ("dylora", {"rank": 4, "alpha": 6.0}),
-    ],
-)
+EXPORTED = [
+    ("lora", {"rank": 3, "alpha": 5.0}),
+    ("lora", {"rank": 3, "alpha": 5.0, "ranks": uneven}),
+    ("rslora", {"rank": 4, "alpha": 3.0}),
+    ("vera", {"rank": 7}),
+    ("pissa", {"rank": 2, "alpha": 3.0}),
+    ("dylora", {"rank": 4, "alpha": 6.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "given"), EXPORTED)
 def test_an_adapter_that_llama_cpp_adds_is_the_adapter(method, given, base, tmp_path):
     """llama.cpp adds alpha / r B A to the tensor of the base, with r the columns of that B."""
     model, adapters = attached(base, method, **{key: v() if callable(v) else v for key, v in given.items()})
