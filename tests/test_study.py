@@ -414,6 +414,17 @@ def test_the_outline_counts_and_guesses_from_what_is_done(tiny, own, here):
     assert guess["peak_bytes"] == max(run.result["memory"]["peak_bytes"] for run in runs)
 
 
+def test_runs_of_another_machine_say_nothing_of_the_time_on_this_one(tiny, own, here):
+    d = study(tiny, own)
+    carried_out(dataclasses.replace(d, seeds=(0,)))
+    for file in d.store.glob("*/run.json"):
+        facts = json.loads(file.read_text())
+        facts["hardware"]["gpu"] = "a faster one"
+        file.write_text(json.dumps(facts))
+    after = outline(d, schedule(d))
+    assert (after["done"], after["estimate"]["guessed"], after["estimate"]["planned"]) == (2, 0, 2)
+
+
 # ---- search and runners ----------------------------------------------------------------------------------------------
 
 

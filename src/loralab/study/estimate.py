@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
+from typing import Any
 
 from loralab import data, models, objectives
 from loralab.data.batches import epoch_batches, width
 from loralab.errors import UserError
-from loralab.fast.machine import rate
+from loralab.fast.machine import hardware, rate
 from loralab.objectives import Encoding
 from loralab.run import Settings
 from loralab.run.estimate import EstimateSettings
@@ -25,6 +26,7 @@ from loralab.study.record import Key, Run
 SAMPLE = 1000  # training rows whose lengths stand for all
 REACHED = 0.5  # of the rate of a large product, by a step; docs/benchmarks.md has 0.43 to 0.76
 EVALUATION = 0.5  # of the products of a step on the same rows, by evaluating them
+SPEED = ("machine", "cpu", "amx", "gpu")  # of the hardware: where these differ, so do times and memory
 OF_ROWS = (*SOURCE, "model", "selection", "held_out", "max_length", "batch_size", "train_rows", "validation_rows")
 
 
@@ -57,17 +59,21 @@ class EpochRows:
 
 
 def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> StudyEstimate:
-    """Of runs: seconds an epoch of the same method, else of any, on the same task and model, else an estimate."""
+    """Of runs: seconds an epoch of the same method, else of any, on the same task and model, else an estimate.
+
+    Finished runs of another kind of machine, as of another GPU, say nothing of time and memory here.
+    """
     pace: dict[tuple[str, ...], list[float]] = {}
     peak: dict[tuple[str, ...], int] = {}
     for run in finished:
-        for key in _like(run.scheduled.key):
+        for key in _like(run.scheduled.key, run.facts["hardware"]):
             pace.setdefault(key, []).append(run.result["time"]["train_s"] / max(len(run.history), 1))
             peak[key] = max(peak.get(key, 0), run.result["memory"]["peak_bytes"])
-    nearest = {k: next((x for x in _like(k) if x in pace), None) for k, _ in left}
-    alike = [(near, s.epochs) for k, s in left if (near := nearest[k])]
-    by_cell = {k: estimate_run(s) for k, s in dict(left).items() if not nearest[k]}  # one for all seeds of a cell
-    estimated = [made for k, _ in left if (made := by_cell.get(k))]
+    nearest = [next((x for x in _like(key, hardware(s.gpu)) if x in pace), None) for key, s in left]
+    alike = [(near, s.epochs) for near, (_, s) in zip(nearest, left, strict=True) if near]
+    others = [(key, s) for near, (key, s) in zip(nearest, left, strict=True) if not near]
+    by_cell = {key: estimate_run(s) for key, s in dict(others).items()}  # one for all seeds of a cell
+    estimated = [made for key, _ in others if (made := by_cell[key])]
     return StudyEstimate(
         seconds=sum(median(pace[key]) * epochs for key, epochs in alike) + sum(e.seconds for e in estimated),
         peak_bytes=max([*(peak[key] for key, _ in alike), *(e.peak_bytes for e in estimated)], default=0),
@@ -77,9 +83,10 @@ def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> S
     )
 
 
-def _like(key: Key) -> tuple[tuple[str, ...], ...]:
+def _like(key: Key, machine: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     """What a run of this cell is like, the nearest first."""
-    return key, key[:2]
+    speed = tuple(str(machine.get(part)) for part in SPEED)
+    return (*key, *speed), (*key[:2], *speed)
 
 
 def estimate_run(s: Settings) -> RunEstimate | None:
