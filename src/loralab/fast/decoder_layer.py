@@ -251,7 +251,7 @@ def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _heads(qkv: Tensor, call: LayerCall, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """q k v (b, t, heads + 2 kv, dh) -> q (b kv, g t, dh) of the g query heads of each key head, k and v (b kv, t, dh),
-    rotated; and the inputs of the norms of q and k, None where there are none."""
+    rotated, q scaled, as it has fewer values than the scores; and the inputs of the norms of q and k, None without."""
     m = call.modules
     q, k, v = qkv.split([out // m.head for out in call.products.qkv.outs], 2)
     q_in, k_in = (None, None) if m.q_norm is None else (q, k)
@@ -260,7 +260,7 @@ def _heads(qkv: Tensor, call: LayerCall, cos: Tensor, sin: Tensor) -> tuple[Tens
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (b or 1, t, 1, dh)
     kv = k.shape[2]
     return (  # type: ignore[return-value]
-        _to_rows(rotate(q, cos, sin), kv), _to_rows(rotate(k, cos, sin), kv), _to_rows(v, kv), q_in, k_in
+        _to_rows(rotate(q, cos, sin), kv).mul_(m.scale), _to_rows(rotate(k, cos, sin), kv), _to_rows(v, kv), q_in, k_in
     )  # fmt: skip
 
 
@@ -279,9 +279,9 @@ def _from_rows(x: Tensor, b: int, t: int) -> Tensor:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, b: int, call: LayerCall
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q (b kv, g t, dh), k, v (b kv, t, dh) -> the output (n, heads dh), the weights (b kv, g t, t), their dropout."""
+    """q, scaled (b kv, g t, dh), k, v (b kv, t, dh) -> output (n, heads dh), weights (b kv, g t, t), their dropout."""
     kv, t = len(k) // b, k.shape[1]
-    s = torch.bmm(q, k.mT).mul_(call.modules.scale).view(b, -1, t, t)  # (b, heads, t, t)
+    s = torch.bmm(q, k.mT).view(b, -1, t, t)  # (b, heads, t, t)
     if mask is None:
         s.masked_fill_(torch.ones(t, t, dtype=torch.bool, device=s.device).triu_(1), torch.finfo(s.dtype).min)
     elif mask.dtype == torch.bool:
@@ -317,9 +317,9 @@ def _attention_backward(
     dv = torch.bmm((s if dropped is None else s * dropped).mT, dc)  # (b kv, t, dh)
     ds = torch.bmm(dc, v.mT)  # (b kv, g t, t)
     ds = ds if dropped is None else ds.mul_(dropped)
-    ds = torch._softmax_backward_data(ds, s, -1, s.dtype).mul_(m.scale)
+    ds = torch._softmax_backward_data(ds, s, -1, s.dtype)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    dq = rotate_back(_from_rows(torch.bmm(ds, k), b, t), cos, sin)  # (b, t, heads, dh)
+    dq = rotate_back(_from_rows(torch.bmm(ds, k).mul_(m.scale), b, t), cos, sin)  # (b, t, heads, dh)
     dk = rotate_back(_from_rows(torch.bmm(ds.mT, q), b, t), cos, sin)  # (b, t, kv, dh)
     if m.q_norm is not None and m.k_norm is not None and q_in is not None and k_in is not None:
         dq = m.q_norm.backward(dq, q_in, m.q_norm.rstd(q_in))
