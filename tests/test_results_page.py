@@ -25,6 +25,7 @@ SECTIONS = {  # heading of the page -> the studies whose numbers stand under it
     "## utaustin on mpnet": ("utaustin", "utaustin-mpnet"),
     "## cornell": ("cornell",),
     "### Rank and targets": ("cornell-grid",),
+    "### Targets, each at its own rate": ("targets",),
     "## cs4782": ("cs4782", "cornell-grid", "osnabrueck", "osnabrueck-ranks"),
     "## osnabrueck": ("osnabrueck", "osnabrueck-ranks"),
 }
