@@ -204,7 +204,6 @@ def test_a_pattern_is_a_rank_map_with_the_layers_alpha(tmp_path):
     ("changed", "told"),
     [
         ({"lora_bias": True}, "lora_bias=True is not read here; merge the adapter with PEFT"),
-        ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow=3"),
         ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not read here, only LORA, LOHA, MISS, VERA, IA3, OFT"),

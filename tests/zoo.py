@@ -185,6 +185,9 @@ ROWS: dict[str, Row] = {
     "t5": Row("encoder-decoder", SEQ2SEQ, T5, "pairs"),
     "mt5": Row("encoder-decoder", SEQ2SEQ, T5, "pairs"),
     "umt5": Row("encoder-decoder", SEQ2SEQ, T5, "pairs"),
+    "switch_transformers": Row(
+        "encoder-decoder", SEQ2SEQ, {**T5, "num_experts": 4}, "pairs"
+    ),  # its forward reads the tie
     "longt5": Row("encoder-decoder", SEQ2SEQ, {**T5, "local_radius": 4}, "pairs"),
     **{
         name: Row("encoder-decoder", SEQ2SEQ, BART, "pairs")

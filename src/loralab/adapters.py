@@ -25,6 +25,7 @@ from loralab.kinds import loaded
 from loralab.layer import put_back
 from loralab.methods import starts
 from loralab.optimizers import grouped, watch
+from loralab.peft_place import placed
 from loralab.recipe import Recipe
 from loralab.reference import frozen_copy
 from loralab.schema import listed
@@ -65,9 +66,8 @@ def attach(
     Raises UserError for an unknown method, setting or target, before anything has changed.
     """
     if hasattr(model, HANDLE):
-        raise UserError(
-            f"this model has adapters already ({', '.join(of(model).names)}): use adapters.add(name, method)"
-        )
+        there = ", ".join(of(model).names)
+        raise UserError(f"this model has adapters already ({there}): use adapters.add(name, method)")
     handle = Adapters(model)
     given: dict[str, Any] = {
         "targets": targets,
@@ -474,7 +474,7 @@ def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | Non
     name = name or files.adapter_name(file.name)
     known = getattr(model, HANDLE, None)
     handle = Adapters(model) if known is None else of(model)
-    file = fitting.named(model, file)
+    file = placed(handle, file)
     problems = fitting.misfits(handle, file)
     if check_base and file.base.get("sha256") not in (None, handle.base_sha256):
         problems.append(

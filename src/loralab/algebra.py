@@ -225,10 +225,12 @@ def _check(files: Sequence[AdapterFile], weights: Sequence[float], how: str, ran
     for file in files:
         r = file.recipe
         of_tokens = r.ranks is not None and any(layer.tokens for layer in r.ranks.adapted.values())
-        if not file.paths or r.gain or r.learn_base or of_tokens or file.starts_anew:
+        of_base = bool(file.of_base or file.vectors or file.parameters)
+        if not file.paths or r.gain or r.learn_base or of_tokens or file.starts_anew or of_base:
             what = (
                 "adapts no layer" if not file.paths else "has a gain (DoRA)" if r.gain
                 else "has biases of the base" if r.learn_base else "has single tokens" if of_tokens
+                else "has what only its base tells: load it and save it again" if of_base
                 else "starts from weights of its base: load it and save it again"
             )  # fmt: skip
             raise UserError(f"adapter {file.name!r} {what}, so its update is no sum of products B A alone")

@@ -24,8 +24,6 @@ def export(handle: AdaptedModel, name: str, folder: Path, layout: str, base_name
     r = handle.specs[name].recipe
     if handle.specs[name].coverage is None or r.factors is None:
         raise UserError(f"adapter {name!r} adapts no layer, so there is no LoRA to export; merge it instead")
-    if r.ranks is not None and any(layer.tokens for layer in r.ranks.adapted.values()):
-        raise UserError(f"adapter {name!r} changes single tokens, which are not exported yet; merge it instead")
     base = {**base_of(handle.model), "sha256": handle.base_sha256}
     base["name"] = base_name or base["name"]
     return LAYOUTS[layout](handle, name, folder, base)
@@ -38,6 +36,10 @@ def _gguf(handle: AdaptedModel, name: str, folder: Path, base: dict[str, Any]) -
         raise UserError(f"adapter {name!r} is no low-rank product, so there is no LoRA to export; merge it instead")
     if spec.recipe.gain:
         raise UserError(f"{start} gain (DoRA); merge it instead")
+    if spec.base_names:
+        raise UserError(f"{start} biases ({listed(spec.base_names, 2)}); merge it instead")
+    if spec.recipe.ranks is not None and any(layer.tokens for layer in spec.recipe.ranks.adapted.values()):
+        raise UserError(f"{start} single tokens; merge it instead")
     if stacks := [path for path in spec.paths if isinstance(handle.layers[path].base, Stack)]:
         raise UserError(f"{start} place for the experts {stacks[0]} yet; merge it instead")
     if spec.heads:

@@ -94,7 +94,12 @@ class AdapterFile:
     parameters: tuple[
         str, ...
     ] = ()  # PEFT's names of parameters that it adapts; the layers have no names of theirs yet
+    patterns: tuple[Mapping[str, Any], Mapping[str, Any]] | None = (
+        None  # PEFT's of ranks and of alphas, where `parameters` go by them
+    )
     unbiased: tuple[str, ...] = ()  # layers that must have no bias: PEFT's adapter would change it
+    of_base: Mapping[str, Tensor] = field(default_factory=dict)  # what PEFT loads into the base: path.name -> tensor
+    vectors: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # path -> tokens, (k, width)
 
     @property
     def paths(self) -> list[str]:

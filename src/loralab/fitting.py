@@ -8,10 +8,9 @@ from torch import Generator, Tensor, nn
 
 from loralab import files
 from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
-from loralab.experts import AdaptedExperts, open_stack
+from loralab.experts import open_stack
 from loralab.files import AdapterFile
 from loralab.heads import own_copy, under
-from loralab.peft_format import of_parameters
 from loralab.schema import listed
 from loralab.targets import layer_at, shape_of
 
@@ -28,21 +27,6 @@ def misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
         f"PEFT scales the bias of {listed(biased, 4)} too, which is not done here: merge the adapter with PEFT instead"
     )
     return [why] if biased else []
-
-
-def named(model: nn.Module, file: AdapterFile) -> AdapterFile:
-    """The file, in which parameters that PEFT adapts have the names that they have in this model. Raises UserError."""
-
-    def own(path: str) -> list[str]:
-        """Names of the parameters of a module itself, in their order."""
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            return []
-        plain = module.original[0] if isinstance(module, AdaptedExperts) else module
-        return [name for name, _ in plain.named_parameters(recurse=False)]
-
-    return of_parameters(file, own) if file.parameters else file
 
 
 def expected(handle: AdaptedModel, spec: AdapterSpec, computed: Sequence[str]) -> dict[str, Tensor]:

@@ -20,13 +20,15 @@ from loralab.methods import starts
 from loralab.methods.base import Factors, Roles
 from loralab.own_forward import adapted
 from loralab.rankmap import LayerRank, RankMap
-from loralab.reach import obstacle
-from loralab.read_past import is_read_past
+from loralab.reach import obstacle, tied_to
+from loralab.read_past import is_read_past, names_in
 from loralab.recipe import Recipe, check, recipe
 from loralab.start_data import Seen
 from loralab.stores import keep
 from loralab.stores.float import Float
 from loralab.targets import ALL, Targets, all_paths, cover, layer_at, paths_to, shape_of
+
+TIE = "tie_word_embeddings"  # the flag of a config
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -150,18 +152,27 @@ def _with_tokens(handle: AdaptedModel, r: Recipe, coverage: Coverage, tokens: Se
     path = next((path for path, module in handle.model.named_modules() if module is words), None)
     if words is None or path is None or kinds.kind_of(getattr(words, "original", (words,))[0]) is not kinds.EMBEDDING:
         raise UserError(f"tokens={list(tokens)[:4]}: {type(handle.model).__name__} names no embedding of its input")
-    output = output_layer(handle.model)
-    tied = output is not None and base_tensor(handle.model, f"{output}.weight") is words.weight
-    if both := [p for p in (path, output) if p in coverage.paths and (p == path or tied)]:
+    tied = tied_to(handle.model, path)
+    if both := [p for p in (path, *tied) if p in coverage.paths]:
         raise UserError(f"tokens: {both[0]} is a target too, so all of its values learn already: leave one out")
     if problem := kinds.refusal(getattr(words, "original", (words,))[0]):
         raise UserError(f"tokens of {path}: {problem}")
-    size = shape_of(words)[1]
-    one = LayerRank(len(tokens), "tokens" if tied else None, tokens=tuple(sorted(tokens)), vocabulary=size)
-    rows = {path: one, **({output: replace(one, rows=True)} if tied and output is not None else {})}
+    rows = token_layers(handle, path, tokens, shape_of(words)[1])
     plain = {p: LayerRank(getattr(r.factors, "rank", 1)) for p in coverage.paths} if r.ranks is None else r.ranks.layers
     r = check(replace(r, ranks=RankMap({**plain, **rows})))
     return r, replace(coverage, matched={**coverage.matched, "tokens": list(rows)}, left=coverage.left)
+
+
+def token_layers(handle: AdaptedModel, path: str, tokens: Sequence[int], size: int) -> dict[str, LayerRank]:
+    """The layer at `path`, and all that have its weight too, with these tokens of a vocabulary of that size as one."""
+    tied = tied_to(handle.model, path)
+    one = LayerRank(len(tokens), "tokens" if tied else None, tokens=tuple(sorted(tokens)), vocabulary=size)
+    turned = [p for p in (path, *tied) if _is_product(layer_at(handle.model, p))]
+    return {p: replace(one, rows=True) if p in turned else one for p in (path, *tied)}
+
+
+def _is_product(layer: nn.Module) -> bool:
+    return kinds.is_product(layer.original[0] if isinstance(layer, Adapted) else layer)
 
 
 def _token_values(handle: AdaptedModel, ranks: RankMap) -> dict[str, int]:
@@ -399,9 +410,12 @@ def untie(model: nn.Module) -> list[str]:
             setattr(model.get_submodule(path), last, nn.Parameter(p.detach().clone(), p.requires_grad))
         seen.add(id(p))
     tied.clear()
+    kinds_there: set[Any] = {type(module) for module in model.modules()}
+    if any(TIE in names_in(kind) for kind in kinds_there):  # else the forward would be another one
+        return apart
     config: Any = model.config
     kept = config.to_dict()
-    again = type(config).from_dict({**kept, "tie_word_embeddings": False}).to_dict()
-    if again == {**kept, "tie_word_embeddings": False}:  # else the flag says something else too, or nothing (T5)
-        config.tie_word_embeddings = False
+    again = type(config).from_dict({**kept, TIE: False}).to_dict()
+    if again == {**kept, TIE: False}:  # else the flag says something else too, or nothing (T5)
+        setattr(config, TIE, False)
     return apart

@@ -4,11 +4,11 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 import torch
@@ -29,7 +29,7 @@ from loralab.methods import starts
 from loralab.methods.base import Factors, ends_in
 from loralab.methods.lora import LoRA
 from loralab.methods.vera import VeRA
-from loralab.peft_methods import CONFIG, METHODS, PROJECTION, ROLES, STARTS, UNSET, at_most_full
+from loralab.peft_methods import CONFIG, METHODS, PROJECTION, ROLES, STARTS, UNSET, as_lora, at_most_full
 from loralab.rankmap import LayerRank, RankMap, sized
 from loralab.recipe import Recipe, check
 from loralab.schema import field_problems, listed, problems, shown
@@ -51,7 +51,13 @@ PATTERN_SECONDS = 5.0  # that the patterns of one folder may take
 LONGEST_PATTERN = 1000  # characters
 PLAIN = re.compile(r"(?:[\w-]|\\?\.)+")  # patterns without repetition, which take no time to match
 OF_LORA = ("A", "B", "m")  # roles that PEFT keeps as kernels in a convolution
-INSIDE = ".base_layer"  # what PEFT calls a module whose other parameter it adapts too
+INSIDE = ".base_layer"  # what PEFT calls a module that it wraps
+WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")  # of modules to save: copies of what is there already
+VECTORS = ".token_adapter.trainable_tokens_delta"
+ONLY_OWN = (
+    "its bias setting trained the biases of the adapted layers; here all biases learn if it goes on, those of the "
+    "other layers from the base's"
+)
 
 
 @cache
@@ -77,15 +83,24 @@ def read(folder: Path) -> AdapterFile:
     """
     stored, place = places(folder)
     config = read_header(place)
+    if config.get("peft_type") == "ADALORA":  # its tensors say the rank of each layer
+        config = {key: value for key, value in config.items() if key not in ("r", "rank_pattern", "alpha_pattern")}
     check_not_pickled(folder)
     _check_config(place, config)
     headers = tensor_headers(stored)
     _check_ranks(place, config, headers)
-    tensors, paths, heads, projection = _sorted(stored, config.get("modules_to_save") or ())
-    _divide_stacks(place, config, paths, tensors)
-    recipe = _smaller(_recipe(place, config, paths, tensors), paths, tensors)
+    found = _sorted(stored, config)
+    tensors, paths = found.tensors, list(found.paths)
+    if config["peft_type"] == "ADALORA":
+        config, paths = as_lora(config, paths, tensors)
+    recipe = _recipe(place, config, paths, tensors)
+    if patterns := _of_parameters(config):
+        recipe = _undivided(recipe, paths, tensors)
+    else:
+        _divide_stacks(config, paths, tensors)
+        recipe = _smaller(recipe, paths, tensors)
     assert recipe.factors is not None
-    _check_projection(folder, recipe.factors, projection)
+    _check_projection(folder, recipe.factors, found.projection)
     labels, told = _from_metadata(stored)
     base = {
         **dict.fromkeys(files.BASE),
@@ -95,9 +110,12 @@ def read(folder: Path) -> AdapterFile:
         "sha256": told.get("base_sha256"),
     }
     file = AdapterFile(
-        folder.name or folder.resolve().name, recipe, {path: [path] for path in paths}, heads, labels, base, tensors,
+        folder.name or folder.resolve().name, recipe, {p: [p] for p in paths}, list(found.heads), labels, base, tensors,
         starts_anew=bool(starts.added(recipe.start)), parameters=tuple(config.get("target_parameters") or ()),
+        patterns=patterns,
         unbiased=tuple(METHODS[config["peft_type"]].unbiased(recipe.factors, paths)),
+        notes=(ONLY_OWN,) if str(config.get("bias")).endswith("_only") and found.of_base else (),
+        of_base=found.of_base, vectors=_vectors(place, config, found.vectors),
     )  # fmt: skip
     if wrong := contents_problems(file):
         raise UserError(f"{folder}: {'; '.join(wrong)}")
@@ -145,32 +163,76 @@ def _check_ranks(place: Path, config: dict[str, Any], headers: Mapping[str, Tens
         raise UserError(f"{place}: rank {most}: no side of a tensor in the file is longer than {largest}")
 
 
-def _sorted(place: Path, saved: Collection[str]) -> tuple[dict[str, Tensor], list[str], list[str], dict[str, Tensor]]:
-    """(tensors by loralab's names, paths of the layers, paths of the heads, the tensors of a shared projection).
+class Sorted(NamedTuple):
+    """The tensors of a folder by what they are."""
 
-    `saved` are the names in modules_to_save.
-    """
-    tensors: dict[str, Tensor] = {}
-    paths: dict[str, None] = {}
-    heads: dict[str, None] = {}
-    projection: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor]  # of the adapter and its heads, by loralab's names
+    paths: dict[str, None]  # of the layers
+    heads: dict[str, None]  # paths of the modules to save
+    projection: dict[str, Tensor]  # what all layers share
+    of_base: dict[str, Tensor]  # what PEFT loads into the base: its biases, its embeddings
+    vectors: dict[str, Tensor]  # path -> vectors of single tokens
+
+
+def _sorted(place: Path, config: Mapping[str, Any]) -> Sorted:
+    """The tensors of a folder, sorted. Raises UserError for what is not known, or given twice."""
+    saved, biased = config.get("modules_to_save") or (), config.get("bias") not in (None, False, "none")
+    found = Sorted({}, {}, {}, {}, {}, {})
+    tensors = found.tensors
+    left: dict[str, Tensor] = {}
     for stored, tensor in read_tensors(place).items():
         key = stored.removeprefix(PREFIX)
         if layer := TENSOR.fullmatch(key):
-            paths[layer["path"]] = None
+            found.paths[layer["path"]] = None
             key = f"{layer['path']}.{ROLES[layer['name']]}"
             tensor = _flat(tensor, layer["name"])
         elif key in PROJECTION:
-            projection[PROJECTION[key]] = tensor
+            found.projection[PROJECTION[key]] = tensor
+            continue
+        elif key.endswith(VECTORS):
+            found.vectors[key.removesuffix(VECTORS)] = tensor
             continue
         elif re.search(r"\.(lora|vera|ia3|oft)_", key):
             raise UserError(f"{place}: tensor {listed([stored])} is not read here; merge the adapter with PEFT instead")
+        elif biased and WRAPPED.search(key):
+            continue
+        elif (head := _head(key, saved)) is not None:
+            found.heads[head] = None
         else:
-            heads[_head(key, saved)] = None
+            left[key] = tensor
+            continue
         if key in tensors:
             raise UserError(f"{place}: {listed([key])} is given twice, with and without {PREFIX!r}")
         tensors[key] = tensor
-    return tensors, list(paths), list(heads), projection
+    for key, tensor in left.items():
+        top = key.partition(".")[0]
+        own = (
+            INSIDE in key
+            or (biased and key.endswith(".bias"))
+            or any(f"{p}.".startswith(f"{top}.") for p in found.paths)
+        )
+        if own:
+            found.of_base[key.replace(INSIDE, "")] = tensor
+        else:
+            found.heads[top], tensors[key] = None, tensor
+    return found
+
+
+def _vectors(
+    place: Path, config: Mapping[str, Any], found: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """Path -> (tokens, their vectors), the tokens as trainable_token_indices has them. Raises UserError."""
+    given = config.get("trainable_token_indices") or {}
+    vectors = {}
+    for path, tensor in found.items():
+        own = given if isinstance(given, list) else next((g for name, g in given.items() if ends_in(path, name)), [])
+        if tensor.ndim != 2 or len(own) != len(tensor) or len(set(own)) != len(own):
+            raise UserError(
+                f"{place}: trainable_token_indices has {len(own)} tokens for {listed([path])}, whose vectors are "
+                f"{tuple(tensor.shape)}: expected one row for each of them, and no token twice"
+            )
+        vectors[path] = (tuple(own), tensor)
+    return vectors
 
 
 def _flat(tensor: Tensor, name: str) -> Tensor:
@@ -180,7 +242,7 @@ def _flat(tensor: Tensor, name: str) -> Tensor:
     return tensor.flatten() if ROLES[name] == "m" else tensor.flatten(1)
 
 
-def _head(key: str, saved: Collection[str]) -> str:
+def _head(key: str, saved: Collection[str]) -> str | None:
     """The module of modules_to_save that holds a tensor: PEFT takes every module whose path ends in such a name."""
     parts = key[: files.LONGEST_NAME].split(".")
     paths = [".".join(parts[:count]) for count in range(1, len(parts))]
@@ -190,64 +252,38 @@ def _head(key: str, saved: Collection[str]) -> str:
             f"modules_to_save has {listed([named[1]])} and {listed([named[0]])} around it, and PEFT's file does not "
             "say of which of the two a tensor is; merge the adapter with PEFT instead"
         )
-    return named[0] if named else parts[0]
+    return named[0] if named else None
 
 
-def _divide_stacks(place: Path, config: dict[str, Any], paths: list[str], tensors: dict[str, Tensor]) -> None:
-    """Give A (n r, in) and B (out, r n) of a stack of n experts their axis of experts; to PEFT it is a parameter."""
-    if not config.get("target_parameters"):
+def _divide_stacks(config: dict[str, Any], paths: list[str], tensors: dict[str, Tensor]) -> None:
+    """Give the tensors of stacks of experts their axis of experts; to PEFT a stack is a parameter."""
+    for path in paths if config.get("target_parameters") else ():
+        divide(path, config["r"], tensors)
+
+
+def divide(path: str, r: int, tensors: dict[str, Tensor]) -> None:
+    """Make A (n r, in) and B (out, r n) of a stack of n experts A (n, r, in) and B (n, out, r)."""
+    A, B = tensors.get(f"{path}.A"), tensors.get(f"{path}.B")
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or len(A) == r or len(A) % r or len(A) != B.shape[1]:
         return
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise UserError(f"{place}: target_parameters with rank_pattern or alpha_pattern is not read here")
+    tensors[f"{path}.A"] = A.unflatten(0, (-1, r))  # (n, r, in)
+    tensors[f"{path}.B"] = B.unflatten(1, (r, -1)).permute(2, 0, 1).contiguous()  # (n, out, r)
+
+
+def _of_parameters(config: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """rank_pattern and alpha_pattern, where they may be for parameters, whose names a model tells; else None."""
+    patterns = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    return patterns if config.get("target_parameters") and any(patterns) else None
+
+
+def _undivided(r: Recipe, paths: Sequence[str], tensors: Mapping[str, Tensor]) -> Recipe:
+    """The recipe at the ranks of the tensors as they are, until a model tells which of them are of stacks."""
+    layers = {} if r.ranks is None else dict(r.ranks.layers)
     for path in paths:
-        A, B, r = tensors.get(f"{path}.A"), tensors.get(f"{path}.B"), config["r"]
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or len(A) == r or len(A) % r or len(A) != B.shape[1]:
-            continue
-        tensors[f"{path}.A"] = A.unflatten(0, (-1, r))  # (n, r, in)
-        tensors[f"{path}.B"] = B.unflatten(1, (r, -1)).permute(2, 0, 1).contiguous()  # (n, out, r)
-
-
-def of_parameters(file: AdapterFile, own: Callable[[str], Sequence[str]]) -> AdapterFile:
-    """The file with the names of the parameters that PEFT adapts, for which it wraps their module once for each.
-
-    `own` gives the names of the parameters of a module itself, in their order: the last one is outermost. Raises
-    UserError for a module that has others.
-    """
-    moved: dict[str, str] = {}
-    for holder, paths in _holders(file).items():
-        names = [name for name in own(holder) if _is_target(f"{holder}.{name}", file.parameters)]
-        if not names and file.tensors[f"{paths[0]}.A"].ndim == 2:
-            continue  # a layer of target_modules
-        if len(names) != len(paths):
-            raise UserError(
-                f"{holder} has {len(names)} of the parameters in target_parameters, and the folder has "
-                f"{len(paths)} adapters for it"
-            )
-        for path, name in zip(sorted(paths, key=len), reversed(names), strict=True):
-            stack = file.tensors[f"{path}.A"].ndim == 3
-            moved[path] = f"{holder}.{name}" if stack or name != "weight" else holder
-    tensors = {}
-    for key, tensor in file.tensors.items():
-        path, _, role = key.rpartition(".")
-        tensors[f"{moved[path]}.{role}" if path in moved else key] = tensor
-    coverage = {moved.get(path, path): [moved.get(path, path)] for path in file.paths}
-    return replace(file, coverage=coverage, tensors=tensors, parameters=())
-
-
-def _holders(file: AdapterFile) -> dict[str, list[str]]:
-    """Module -> the paths under which the file has adapters for it."""
-    found: dict[str, list[str]] = {}
-    for path in file.paths if file.parameters else ():
-        holder = path
-        while holder.endswith(INSIDE):
-            holder = holder.removesuffix(INSIDE)
-        found.setdefault(holder, []).append(path)
-    return found
-
-
-def _is_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether a parameter is named by target_parameters, as PEFT matches."""
-    return any(ends_in(name, target) for target in targets)
+        A = tensors.get(f"{path}.A")
+        if A is not None and A.ndim == 2 and len(A):
+            layers[path] = replace(layers[path], rank=len(A))
+    return check(replace(r, ranks=RankMap(layers)))
 
 
 def _recipe(place: Path, config: dict[str, Any], paths: list[str], tensors: dict[str, Tensor]) -> Recipe:
@@ -285,26 +321,32 @@ def _start(place: Path, config: dict[str, Any]) -> str:
     if start not in STARTS or (start == "olora" and config.get("fan_in_fan_out")):  # it reads Conv1D transposed
         raise UserError(
             f"{place}: init_lora_weights={shown(start)} changes the base in a way that is not made again here; "
-            "save it with PEFT's path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
+            "loralab.load(model, folder, through_peft=True) has PEFT make it, or save it with PEFT's "
+            "path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
         )
     return STARTS[start]
 
 
 def _ranks(config: dict[str, Any], paths: list[str]) -> RankMap | None:
-    """rank_pattern and alpha_pattern as a map: of the patterns that match the end of a path, the first one counts."""
+    """rank_pattern and alpha_pattern as a map."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not ranks and not alphas:
-        return None
+    return RankMap(own_ranks(ranks, alphas, config["r"], paths)) if ranks or alphas else None
+
+
+def own_ranks(
+    ranks: Mapping[str, Any], alphas: Mapping[str, Any], rank: int, paths: Sequence[str]
+) -> dict[str, LayerRank]:
+    """Path -> its rank and alpha: of the patterns that match the end of a path, the first one counts; else `rank`."""
     deadline = time.monotonic() + PATTERN_SECONDS
     own_rank, own_alpha = _first_match(ranks, paths, deadline), _first_match(alphas, paths, deadline)
     layers = {}
     for path in paths:
         alpha = own_alpha.get(path)
-        layers[path] = LayerRank(own_rank.get(path, config["r"]), alpha=None if alpha is None else float(alpha))
-    return RankMap(layers)
+        layers[path] = LayerRank(own_rank.get(path, rank), alpha=None if alpha is None else float(alpha))
+    return layers
 
 
-def _first_match(patterns: Mapping[str, Any], paths: list[str], deadline: float) -> dict[str, Any]:
+def _first_match(patterns: Mapping[str, Any], paths: Sequence[str], deadline: float) -> dict[str, Any]:
     """Path -> the value of the first pattern that matches it, as PEFT matches.
 
     A regular expression of a file can take for ever, so all that could are run under a deadline. Raises UserError.

@@ -51,6 +51,8 @@ def _loha(c: Config, paths: Sequence[str], tensors: Tensors) -> Factors:
 
 
 def _miss(c: Config, paths: Sequence[str], tensors: Tensors) -> Factors:
+    if isinstance(kind := c.get("init_weights"), str):
+        raise UserError(f"init_weights={kind!r} is another function than MiSS; through_peft=True has PEFT convert it")
     return MiSS(rank=c["r"])
 
 
@@ -98,6 +100,32 @@ def side_of(values: int) -> int:
     return (1 + math.isqrt(1 + 8 * values)) // 2
 
 
+def as_lora(c: Config, paths: Sequence[str], tensors: Tensors) -> tuple[dict[str, Any], list[str]]:
+    """(the config as that of a LoRA of scaling 1, the layers that have any rank left) of PEFT's AdaLoRA.
+
+    Its layers compute alpha / (init_r + 1e-5) B (E * A), E (r, 1), at the rank r that is left of init_r.
+    """
+    ranks: dict[str, int] = {}
+    scaling = (float(c["lora_alpha"]) if c["lora_alpha"] > 0 else c["init_r"]) / (c["init_r"] + 1e-5)
+    for path in paths:
+        A, B, E = (tensors.pop(f"{path}.{role}", None) for role in "ABE")
+        if (
+            A is None
+            or B is None
+            or E is None
+            or not (A.ndim == B.ndim == 2 and E.shape == (len(A), 1) == (B.shape[1], 1))
+        ):
+            raise UserError(f"{path}: expected lora_A (r, in), lora_B (out, r) and lora_E (r, 1)")
+        if not (rank := len(A)):
+            continue
+        ranks[path] = rank
+        tensors[f"{path}.A"], tensors[f"{path}.B"] = E * A, scaling * B
+    most = max(ranks.values(), default=1)
+    own = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
+    patterns = {"rank_pattern": own, "alpha_pattern": own, "use_rslora": False, "use_dora": False}
+    return {**c, "peft_type": "LORA", "r": most, "lora_alpha": most, **patterns}, list(ranks)
+
+
 LORA_ROLES = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -114,6 +142,7 @@ METHODS: dict[str, PeftMethod] = {  # peft_type -> its method
     "VERA": PeftMethod(frozenset({"r", "projection_prng_key"}), {"vera_lambda_d": "d", "vera_lambda_b": "b"}, _vera),
     "IA3": PeftMethod(frozenset(), {"ia3_l": "l"}, _ia3, outputs_scaled),
     "OFT": PeftMethod(frozenset({"oft_block_size"}), {"oft_R.weight": "Q"}, _oft),
+    "ADALORA": PeftMethod(frozenset({"init_r", "lora_alpha"}), {"lora_A": "A", "lora_B": "B", "lora_E": "E"}, _lora),
 }
 ROLES = {name: role for method in METHODS.values() for name, role in method.roles.items()}
 PROJECTION = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
@@ -128,10 +157,13 @@ CONFIG: dict[str, Any] = {  # settings that are read, or do not change what the 
     "fan_in_fan_out": bool | None, "megatron_core": str | None, "runtime_config": SETTINGS,
     "qalora_group_size": int | None, "loftq_config": SETTINGS, "eva_config": SETTINGS, "projection_prng_key": int,
     "save_projection": bool | None, "vera_dropout": float | None, "d_initial": float | None,
-    "init_weights": bool | None, "alpha": float, "use_effective_conv2d": bool | None, "mini_r": int,
+    "init_weights": bool | str | None, "alpha": float, "use_effective_conv2d": bool | None, "mini_r": int,
     "rank_dropout": float | None, "miss_dropout": float | None, "target_parameters": list[str] | None,
     "feedforward_modules": NAMES, "init_ia3_weights": bool | None, "oft_block_size": int, "eps": float | None,
     "block_share": bool | None, "use_cayley_neumann": bool | None, "num_cayley_neumann_terms": int | None,
+    "bias": str | None, "trainable_token_indices": list[int] | dict[str, list[int]] | None, "target_r": int,
+    "init_r": int, "tinit": int, "tfinal": int, "deltaT": int, "beta1": float, "beta2": float, "orth_reg_weight": float,
+    "total_step": int | None,
 }  # fmt: skip
 UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
 # init_lora_weights -> start; those that move PEFT's base are taken away here, from the same rule over the same weight

@@ -16,7 +16,7 @@ from loralab import files
 from loralab.disk import read_header, replacing_both, write_json, write_tensors
 from loralab.errors import UserError
 from loralab.files import one_layout
-from loralab.peft_format import HEADER, PREFIX, TENSORS, places
+from loralab.peft_format import HEADER, INSIDE, PREFIX, TENSORS, VECTORS, places
 from loralab.peft_methods import Own, at_most_full
 from loralab.schema import listed
 from loralab.update import Dense, Update
@@ -32,6 +32,8 @@ class Around:
     head: Mapping[str, Tensor]  # key -> tensor of the modules `heads`
     heads: Sequence[str]
     labels: Sequence[str]
+    biases: Mapping[str, Tensor]  # of the base, that learned
+    tokens: Mapping[str, tuple[tuple[int, ...], Tensor]]  # path -> single tokens, their vectors (k, width)
 
 
 def write_lora(
@@ -86,7 +88,10 @@ def _write(
     Raises UserError if it cannot be written or holds an adapter in loralab's layout, and for values that are not
     finite.
     """
-    held = {PREFIX + key: tensor for key, tensor in {**tensors, **around.head}.items()}
+    biases = {_inside(key, paths): t for key, t in around.biases.items()}
+    tokens = {path: list(own) for path, (own, _) in around.tokens.items()}
+    vectors = {path + VECTORS: t for path, (_, t) in around.tokens.items()}
+    held = {PREFIX + key: tensor for key, tensor in {**tensors, **around.head, **biases, **vectors}.items()}
     one_layout(folder, files.TENSORS, files.HEADER)
     if odd := [key for key, t in held.items() if not t.isfinite().all()]:
         raise UserError(f"the adapter cannot be exported: values that are not finite: {listed(odd)}")
@@ -98,6 +103,8 @@ def _write(
         "target_modules": [path for path in paths if path not in stacks],
         "modules_to_save": list(around.heads) or None,
         **({"target_parameters": list(stacks)} if stacks else {}),
+        **({"bias": "all"} if biases else {}),
+        **({"trainable_token_indices": tokens} if tokens else {}),
     }
     metadata = {"format": "pt", "labels": json.dumps(list(around.labels)), "class": base.get("class")}
     metadata["base_sha256"] = base.get("sha256")
@@ -109,6 +116,12 @@ def _write(
     except OSError as error:
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _inside(key: str, paths: Sequence[str]) -> str:
+    """PEFT's name of a bias: that of an adapted layer lies inside of the layer that it wraps."""
+    path, _, last = key.rpartition(".")
+    return f"{path}{INSIDE}.{last}" if path in paths else key
 
 
 def of_rank(u: Update, rank: int) -> Update:
@@ -154,6 +167,8 @@ def vllm_notes(folder: Path) -> list[str]:
         notes.append("vLLM refuses DoRA (use_dora): merge the adapter for it instead")
     if config.get("modules_to_save"):
         notes.append("vLLM refuses a head in an adapter (modules_to_save): merge the adapter for it instead")
+    if config.get("bias") not in (None, "none") or config.get("trainable_token_indices"):
+        notes.append("vLLM refuses biases and single tokens in an adapter: merge the adapter for it instead")
     if config["peft_type"] != "LORA":
         notes.append(f"vLLM reads LoRA only, and this is {config['peft_type']}: merge the adapter for it instead")
     elif config.get("target_parameters"):

@@ -65,6 +65,13 @@ def parts(model: nn.Module, outside: Sequence[str] = ()) -> list[Part]:
     return found
 
 
+def tied_to(model: nn.Module, path: str) -> list[str]:
+    """The layers that have the very weight of the one at `path`, itself left out."""
+    found = parts(model)
+    first = next((part.shared or part.path for part in found if part.path == path and part.is_layer), None)
+    return [p.path for p in found if p.is_layer and first in (p.path, p.shared) and p.path != path]
+
+
 def _of_module(model: nn.Module, path: str, module: nn.Module, first: dict[int, str]) -> Iterator[Part]:
     layer = module.original[0] if isinstance(module, Adapted) else module
     tensors = dict(layer.named_parameters(recurse=False))

@@ -21,7 +21,18 @@ NO_VALUES = ("isinstance", "hasattr", "type", "id")  # functions that read none
 @cache
 def read_by(module: Any) -> frozenset[str]:
     """Paths, from the module, of the layers whose weights a class of modules reads in its forward."""
-    found: set[str] = set()
+    children = ((_weight_of(node), parent) for node, parent in _of_forward(module))
+    return frozenset(child for child, parent in children if child is not None and not _looks(parent))
+
+
+@cache
+def names_in(module: Any) -> frozenset[str]:
+    """The attributes, of whatever, that a class of modules names in its forward."""
+    return frozenset(node.attr for node, _ in _of_forward(module) if isinstance(node, ast.Attribute))
+
+
+def _of_forward(module: Any) -> Iterator[tuple[ast.AST, ast.AST | None]]:
+    """(node, the node around it) of the forward of a class of modules, and of its methods that this calls."""
     seen, rest = set[str](), ["forward"]
     while rest:
         name = rest.pop()
@@ -29,11 +40,9 @@ def read_by(module: Any) -> frozenset[str]:
             continue
         seen.add(name)
         for node, parent in _nodes(getattr(module, name, None)):
-            if (child := _weight_of(node)) is not None and not _looks(parent):
-                found.add(child)
+            yield node, parent
             if isinstance(node, ast.Call) and _of_self(node.func):
                 rest.append(node.func.attr)  # type: ignore[attr-defined]
-    return frozenset(found)
 
 
 def _nodes(function: Any) -> Iterator[tuple[ast.AST, ast.AST | None]]:

@@ -19,7 +19,9 @@ from loralab.experts import open_stack
 from loralab.heads import under
 from loralab.layer import Adapted
 from loralab.presets import PRESETS, layers_of
-from loralab.reach import Part, parts
+from loralab.reach import Part, parts, tied_to
+from loralab.read_past import names_in
+from loralab.schema import listed
 
 Targets = str | Sequence[str]
 ALL = "all-linear"  # every linear layer of the backbone, whatever it is called
@@ -84,7 +86,23 @@ def meant_in_vain(coverage: Coverage, model: nn.Module, targets: Targets, least:
     meant = {path for path in coverage.unreached for test in tests if _matches(test, [path, path.rpartition(".")[0]])}
     rest = replace(coverage, parts=tuple(p for p in coverage.parts if p.obstacle is None or p.path in meant))
     note = rest.note() if rest.unreached_values >= least * coverage.size else None
-    return note or (coverage.little() if targets == ALL else None)
+    return note or (coverage.little() if targets == ALL else _never_called(coverage, model))
+
+
+def _never_called(coverage: Coverage, model: nn.Module) -> str | None:
+    """A note of an adapted table that only others are made of, as `shared` of T5 is of `embed_tokens`."""
+    tables = {part.path for part in coverage.parts if part.kind == kinds.EMBEDDING.name}
+    for path in tables.intersection(coverage.paths):
+        above, _, name = path.rpartition(".")
+        holder: Any = type(model.get_submodule(above))
+        if name in names_in(holder):
+            continue
+        if twins := [p for p in tied_to(model, path) if p in tables and p not in coverage.paths]:
+            return (
+                f"{path} does nothing by itself, as {holder.__name__} looks nothing up in it: the layers that do so "
+                f"have its table and are left as they are; name {listed(twins, 4)}"
+            )
+    return None
 
 
 def _meant(part: Part, named: bool, beside: Sequence[str]) -> bool:
@@ -135,6 +153,9 @@ def _no_match(
     outside: Sequence[str],
 ) -> str:
     """Why a pattern matches nothing, in words."""
+    if nothing[0] == ALL:
+        there = coverage.note() or summary([part.path for part in coverage.parts if part.is_layer]) or "no layers"
+        return f"targets {ALL!r}: no linear layer in the backbone of {type(model).__name__}, which has {there}"
     if in_head := [path for path, _ in model.named_modules() if test.fullmatch(path) and under(path, outside)]:
         return f"targets: {in_head[0]} is in the head, which is not adapted: head=True trains it"
     alone = replace(coverage, matched={nothing[0]: []})
