@@ -48,8 +48,8 @@ authors' code and secondary copies; *not said* means not found there.
 
 {deviations}
 
-PEFT's folders of LoRA, rsLoRA, DoRA, VeRA, LoHa, MiSS, IA3, OFT and AdaLoRA, of PiSSA and OLoRA (whose moved base is made
-again from W), with `rank_pattern` and `alpha_pattern` (a rank map), with `target_parameters`, `bias` and
+PEFT's folders of LoRA, rsLoRA, DoRA, VeRA, LoHa, MiSS, IA3, OFT and AdaLoRA, of PiSSA and OLoRA (whose moved base is
+made again from W), with `rank_pattern` and `alpha_pattern` (a rank map), with `target_parameters`, `bias` and
 `trainable_token_indices` load as the same function.
 Any other setting that would change the function is refused: PEFT's randomised PiSSA, LoftQ, CorDA and LoRA-GA move the
 base in a way that is not made again here.

@@ -1,4 +1,4 @@
-"""Weights that several layers have: single tokens change in all of them, and a layer that does nothing is told."""
+"""Weights that several layers have, and targets that do nothing or are no layers: all are told."""
 
 import warnings
 
@@ -81,3 +81,18 @@ def test_a_model_without_linear_layers_says_what_it_has():
         loralab.UserError, match=r"no linear layer in the backbone of ResNet.*, which has resnet\.embed"
     ):
         loralab.attach(zoo.build("resnet"), "lora", rank=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "told"),
+    [
+        ("llama", "input_layernorm", r"input_layernorm \(2\) is LlamaRMSNorm, no layer that multiplies by a matrix"),
+        ("llama", "self_attn", r"is LlamaAttention, a module around layers: name k_proj, o_proj, q_proj, v_proj"),
+        ("bert", "encoder.layer.0", "is BertLayer, a module around layers: name dense, key, query, value"),
+        ("vit", "dropout", "no layer that multiplies by a matrix"),
+        ("llama", "self_atn", "match no layer"),
+    ],
+)
+def test_a_target_that_is_there_and_cannot_be_adapted_says_what_it_is(name, target, told):
+    with pytest.raises(loralab.UserError, match=told):
+        loralab.attach(zoo.build(name), "lora", rank=2, targets=[target])
