@@ -1,6 +1,7 @@
 """LoRA-FA with a preconditioned gradient: g_B <- (1/s^2) g_B (A A^T + delta I)^-1 before the optimizer's step.
 
-This is the variant of PEFT's LoraFAOptimizer. A is frozen, so the r x r matrix is constant.
+This is the variant of PEFT's LoraFAOptimizer. A is frozen, so the r x r matrix is constant. It acts on each row of g_B
+by itself: where FSDP divides tensors by rows, A alone has to be put together.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from loralab.errors import UserError
 from loralab.methods.base import Roles
 from loralab.methods.lora import LoRA
 
@@ -21,7 +23,6 @@ class PreconditionedLoRA(LoRA):
     kind: ClassVar[str] = "lora-fa-precond"
     learn: ClassVar[tuple[str, ...]] = ("B",)
     stepped: ClassVar[bool] = True
-    whole_steps: ClassVar[bool] = True
 
     def problems(self) -> list[str]:
         return super().problems() + ([] if self.delta >= 0 else [f"delta={self.delta!r}: expected 0 or more"])
@@ -29,6 +30,10 @@ class PreconditionedLoRA(LoRA):
     def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
         for p in {id(p["B"]): p for p in layers.values()}.values():  # layers may share one B: scaled once
             if p["B"].grad is not None:
-                A = p["A"].detach()
+                A, g = p["A"].detach(), p["B"].grad.detach()
+                A = A.full_tensor() if hasattr(A, "full_tensor") else A  # (r, in)
+                g = g.to_local() if hasattr(g, "to_local") else g  # (out, r), or the rows that are here
+                if g.shape[-1] != len(A):
+                    raise UserError(f"{self.kind}: B is divided by columns, {tuple(g.shape)}: let FSDP divide its rows")
                 gram = A @ A.mT + self.delta * torch.eye(len(A), dtype=A.dtype, device=A.device)  # (r, r)
-                p["B"].grad = torch.linalg.solve(gram, p["B"].grad, left=False) / self.scaling**2
+                g.copy_(torch.linalg.solve(gram, g, left=False) / self.scaling**2)
