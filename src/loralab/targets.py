@@ -162,11 +162,11 @@ def _no_match(
     if found := meant_in_vain(alone, model, targets, 0.0):
         return f"targets {nothing[0]!r}: {found}"
     layers = [part.path for part in coverage.parts if part.is_layer]
-    if there := [path for path, _ in model.named_modules() if path and test.fullmatch(path)]:
-        kind = type(model.get_submodule(there[0])).__name__
-        inside = sorted({path.rpartition(".")[2] for path in layers if under(path, there)})
+    if modules := [path for path, _ in model.named_modules() if path and test.fullmatch(path)]:
+        kind = type(model.get_submodule(modules[0])).__name__
+        inside = sorted({path.rpartition(".")[2] for path in layers if under(path, modules)})
         what = f"a module around layers: name {', '.join(inside)}" if inside else "no layer that multiplies by a matrix"
-        return f"targets {nothing[0]!r}: {summary(there)} is {kind}, {what}"
+        return f"targets {nothing[0]!r}: {summary(modules)} is {kind}, {what}"
     near = hint(nothing[0], [*PRESETS, ALL, *layers], cutoff=0.75)
     return (
         f"targets {', '.join(map(repr, nothing))} match no layer{near}; presets: {', '.join([*PRESETS, ALL])}; "
