@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import WORDS, train_on_two_processes
 from safetensors.torch import load_file
+from sklearn import metrics as sklearn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
@@ -35,8 +36,8 @@ from loralab.run.tune import tune
 from loralab.study.bar import StudyBar
 from loralab.study.run_study import run_study
 from loralab.study.runners import runner
-from loralab.study.statistics.resample import resampled
-from loralab.study.statistics.table import comparisons
+from loralab.study.statistics.resample import by_rows, resampled
+from loralab.study.statistics.table import comparisons, places, summaries
 from loralab.study.toml import define
 
 ADJECTIVES = ["red", "blue", "big", "small"]
@@ -623,6 +624,98 @@ def test_a_study_of_a_language_model_calls_the_lower_loss_better(bases, files, t
     (found,) = comparisons(done)
     assert found.verdict == ("better" if found.a == "lora" else "worse")
     assert found.rows == len(done.cells()[("chat", *next(iter(done.cells()))[1:])].runs[0].reported.labels)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_study_compares_methods_on_the_rows_of_every_kind(kind, bases, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = {
+        "models": [str(bases[MODEL.get(kind, "bert")])], "tasks": [{"task": str(files[kind]), "name": kind}],
+        "seeds": [0, 1], "protocol": {"epochs": 4, "batch_size": 12, "max_length": 40, "rank": 3, "dtype": "float32"},
+        "methods": [{"method": "lora", "lr": 0.02}, {"method": "lora", "lr": 1e-3, "name": "slow"}],
+        "compare": {"reference": "slow", "margin": {"default": 0.01}},
+    }  # fmt: skip
+    done = run_study(define(table, "all", Path()), Path("out"), runner("in-turn"), StudyBar())
+    first = next(iter(done.cells().values())).runs[0]
+    metric, rows = first.result["metric"]["name"], len(first.reported.labels)
+    for cells, resamples in places(done):
+        runs = [run for cell in cells for run in cell.runs]
+        scores = resamples.of(runs)  # (times, runs)
+        sd = scores.std(0)
+        assert np.all(np.abs(scores.mean(0) - [run.selected for run in runs]) < 0.1 + 2 * sd), metric
+        assert np.all(sd < 0.6)
+    assert {summary.rows for summary in summaries(done)} == {rows}
+    assert main(["report", "out"]) == 0, capsys.readouterr().err
+
+
+def test_a_metric_of_some_rows_is_that_of_their_sums():
+    """Against sklearn, loops and seqeval's spans on the rows that were drawn."""
+    random = np.random.default_rng(5)
+    n, names = 40, ("O", "B-PER", "I-PER", "B-LOC")
+    labels = random.integers(0, 2, (n, 5))
+    logits = np.where(random.random((n, 5)) < 0.7, labels, 1 - labels) - 0.5
+    tags = random.integers(0, 4, (n, 7))
+    tags[random.random((n, 7)) < 0.2] = IGNORED
+    found = np.where(random.random((n, 7)) < 0.6, tags, random.integers(0, 4, (n, 7)))
+    choices = np.stack([random.integers(0, 3, n), np.full(n, 3)], 1)
+    scores, nan = random.random((n, 3)), np.full(n, np.nan)
+
+    def span_f1(take):
+        pairs = []
+        for i in take:
+            words = tags[i] != IGNORED
+            pairs.append([seqeval_spans([names[t] for t in row[i][words]]) for row in (found, tags)])
+        hits = sum(len(a & b) for a, b in pairs)
+        return 2 * hits / sum(len(a) + len(b) for a, b in pairs)
+
+    def of_words(score):
+        def scored(take):
+            there = tags[take] != IGNORED
+            return score(tags[take][there], found[take][there])
+
+        return scored
+
+    def macro(truth, mine):
+        return sklearn.f1_score(truth, mine, average="macro")
+
+    def micro(truth, mine):
+        return sklearn.f1_score(truth, mine, average="micro")
+
+    wide = ragged([found, found[:0].repeat(2, 1)])
+    cases = [  # objective, metric, predictions, labels, rows -> the metric
+        ("multi-label", "f1_micro", logits, labels, lambda t: micro(labels[t], logits[t] > 0)),
+        ("multi-label", "f1_macro", logits, labels, lambda t: macro(labels[t], logits[t] > 0)),
+        ("multi-label", "exact", logits, labels, lambda t: sklearn.accuracy_score(labels[t], logits[t] > 0)),
+        ("tagging", "span_f1", wide, tags, span_f1),
+        ("tagging", "accuracy", wide, tags, of_words(sklearn.accuracy_score)),
+        ("tagging", "f1_macro", wide, tags, of_words(macro)),
+        ("multiple-choice", "accuracy", scores, choices, lambda t: np.mean(scores[t].argmax(1) == choices[t, 0])),
+        ("similarity", "accuracy", scores[:, :2], nan, lambda t: np.mean([scores[i, 0] > scores[i, 1] for i in t])),
+    ]  # fmt: skip
+    for objective, metric, predictions, truth, slow in cases:
+        sums = objectives.OBJECTIVES[objective].sums(metric, predictions, truth, names)
+        for take in (np.arange(n), random.integers(0, n, n), random.integers(0, n, n)):
+            weights = np.bincount(take, minlength=n).astype(float)
+            assert float(sums.score(weights @ sums.parts)) == pytest.approx(slow(take)), (objective, metric)
+        assert objectives.OBJECTIVES[objective].sums("auc", predictions, truth, names) is None
+
+
+def test_rows_whose_kind_is_not_known_are_not_resampled():
+    """A run of an older version does not say its objective: its interval is over seeds, not over rows read wrongly."""
+    for metric, labels in (
+        ("accuracy", np.full(5, np.nan)),
+        ("f1_micro", np.ones((5, 3))),
+        ("accuracy", np.ones((5, 2), int)),
+    ):
+        assert not by_rows(metric, labels), metric
+    for metric, labels in (
+        ("accuracy", np.arange(5)),
+        ("loss", np.ones(5)),
+        ("spearman", np.ones(5)),
+        ("auc", np.ones(5)),
+    ):
+        assert by_rows(metric, labels), metric
 
 
 def test_resampled_losses_are_those_of_the_rows(bases):

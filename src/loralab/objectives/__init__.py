@@ -11,9 +11,9 @@ from loralab.data.own_files import OwnFile
 from loralab.data.reading import USUAL, Reading
 from loralab.errors import UserError, hint
 from loralab.objectives import causal, choice, classification, multi_label, seq2seq, similarity, tagging
-from loralab.objectives.objective import Array, Batch, Encoding, Objective, by_row, ragged
+from loralab.objectives.objective import Array, Batch, Encoding, Objective, Sums, by_row, ragged
 
-__all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "by_row", "find", "load", "of", "ragged"]
+__all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "Sums", "by_row", "find", "load", "of", "ragged"]
 
 FILES = (classification, multi_label, tagging, choice, similarity, causal, seq2seq)
 OBJECTIVES: dict[str, Objective] = {file.OBJECTIVE.name: file.OBJECTIVE for file in FILES}

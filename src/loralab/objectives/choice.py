@@ -1,5 +1,6 @@
 """Multiple choice: a question, choices and the right one; a classifier with one output scores each choice."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import Rows, tokenized
 from loralab.data.own_files import OwnFile, divided
 from loralab.objectives.classification import shares
-from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
+from loralab.objectives.objective import Array, Encoding, Objective, Sums, head_outputs, mean_of, scored
 
 NAME = "multiple-choice"
 COLUMNS = ("question", "choices", "answer")
@@ -81,7 +82,12 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def score(task: Task, scores: Array, labels: Array) -> dict[str, float]:
     """Return the share of rows whose right choice has the highest score."""
-    return {"accuracy": float((scores.argmax(1) == labels[:, 0]).mean())}
+    return scored(sums, task.metrics, scores, labels)
+
+
+def sums(metric: str, scores: Array, labels: Array, names: Sequence[str]) -> Sums | None:
+    """Return accuracy as sums over rows."""
+    return mean_of(scores.argmax(1) == labels[:, 0]) if metric == "accuracy" else None
 
 
 def sure(task: Task, scores: Array, labels: Array) -> tuple[Array, Array]:
@@ -127,6 +133,7 @@ OBJECTIVE = Objective(
     names=lambda task: ("score",),
     ask=ask,
     answer=answer,
+    sums=sums,
     sure=sure,
     wrong=wrong,
     told=told,

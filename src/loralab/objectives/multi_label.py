@@ -1,13 +1,14 @@
 """Multi-label classification: one text or two, and any number of labels."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import expit
-from sklearn.metrics import f1_score, precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,9 +16,10 @@ from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import Rows, tokenized
 from loralab.data.own_files import OwnFile, blank_note, divided, read_texts
 from loralab.errors import UserError
-from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
+from loralab.objectives.objective import Array, Encoding, Objective, Sums, f1_of, head_outputs, mean_f1, mean_of, scored
 
 NAME = "multi-label"
+METRICS = ("f1_micro", "f1_macro", "exact")
 SEPARATOR = ";"  # between the labels of a CSV cell
 YES_OR_NO = {"1": True, "0": False, "true": True, "false": False}
 
@@ -42,7 +44,7 @@ def read(file: OwnFile) -> Task:
     notes = [f"labels are read as {len(names)} that a row may have at once: {counts}"]
     split = Split(*_numbered(file.train, names, rows, found))
     notes += blank_note(split)
-    return divided(file, split, outside, names, ("f1_micro", "f1_macro", "exact"), notes, NAME, text)
+    return divided(file, split, outside, names, METRICS, notes, NAME, text)
 
 
 def _rows(
@@ -117,9 +119,20 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def score(task: Task, logits: Array, labels: Array) -> dict[str, float]:
     """Return F1 over all labels, the mean F1 of each, and the share of rows that are right in every label."""
-    found = logits > 0
-    f1 = {f"f1_{kind}": float(f1_score(labels, found, average=kind, zero_division=0)) for kind in ("micro", "macro")}
-    return {**f1, "exact": float((found == labels).all(1).mean())}
+    return scored(sums, METRICS, logits, labels)
+
+
+def sums(metric: str, logits: Array, labels: Array, names: Sequence[str]) -> Sums | None:
+    """Return a metric as sums over rows: of hits, and of labels found and there, in all or by label."""
+    if metric not in METRICS:
+        return None
+    found, there = logits > 0, labels > 0
+    if metric == "exact":
+        return mean_of((found == there).all(1))
+    counts = [(found & there).astype(np.float64), found.astype(np.float64) + there]  # (rows, labels) each
+    if metric == "f1_macro":
+        return Sums(np.concatenate(counts, axis=1), mean_f1)
+    return Sums(np.stack([part.sum(1) for part in counts], axis=1), f1_of)
 
 
 def parts(task: Task, logits: Array, labels: Array) -> dict[str, dict[str, float]]:
@@ -189,6 +202,7 @@ OBJECTIVE = Objective(
     ask=ask,
     answer=answer,
     parts=parts,
+    sums=sums,
     sure=sure,
     wrong=wrong,
     told=told,

@@ -5,9 +5,9 @@ divides by what the step's rows weigh (Rows.weight), and keeps what `predict` gi
 before the step, so a step is the same however its rows are divided among parts and processes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,13 @@ class Encoding:
     max_length: int  # tokens
     train: bool  # whether the rows are trained on, or evaluated
     pack: bool = False  # whether rows that are trained on share sequences
+
+
+class Sums(NamedTuple):
+    """A metric as a function of sums over rows, so that it is known of any rows: of all, or of a resample."""
+
+    parts: Array  # (rows, k) what each row adds
+    score: Callable[[Array], Array]  # sums (..., k) -> the metric (...)
 
 
 def ask_texts(*cells: Any) -> tuple[tuple[Any, ...], Any]:
@@ -78,6 +85,9 @@ class Objective:
     """Task, row and its prediction -> the columns of its answer; None where `loralab generate` writes it."""
     parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
     """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
+    sums: Callable[[str, Array, Array, Sequence[str]], Sums | None] = lambda metric, predictions, labels, names: None
+    """Metric, predictions, labels (rows, ...) and label names -> the metric as sums; None where a label is a class or a
+    score of its row, which statistics of a study resample by themselves."""
     confusion: Callable[[Task, Array, Array], Array | None] = lambda task, predictions, labels: None
     """The same -> how often each label got each answer (labels, labels), None where a row has no single label."""
     sure: Callable[[Task, Array, Array], tuple[Array, Array] | None] = lambda task, predictions, labels: None
@@ -116,6 +126,39 @@ def by_row(outputs: Tensor, rows: int, width: int | None = None) -> Tensor:
     """Return outputs (sequences, ...) by row: (rows, ...) or (rows, its sequences, ...); at most `width` of each."""
     own = outputs if width is None else outputs[..., :width]
     return own if len(own) == rows else own.view(rows, -1, *own.shape[1:])
+
+
+def share(sums: Array) -> Array:
+    """Return sums (..., 2) as a share: the first over the second, 0 where that is 0."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
+
+
+def f1_of(sums: Array) -> Array:
+    """Return F1 of sums (..., 2): what is right, and what is found plus what is there; 0 where nothing is either."""
+    return 2 * share(sums)
+
+
+def mean_f1(sums: Array) -> Array:
+    """Return the mean F1 of classes; sums (..., 2 classes): what is right of each, then what is found and there."""
+    pairs = np.stack(np.split(sums, 2, axis=-1), axis=-1)  # (..., classes, 2)
+    return np.asarray(f1_of(pairs).mean(-1))
+
+
+def mean_of(parts: Array) -> Sums:
+    """Return a metric that is the mean of its parts (rows,)."""
+    return Sums(np.stack([parts, np.ones(len(parts))], axis=1).astype(np.float64), share)
+
+
+def scored(
+    sums: Callable[[str, Array, Array, Sequence[str]], Sums | None],
+    metrics: Sequence[str],
+    predictions: Array,
+    labels: Array,
+    names: Sequence[str] = (),
+) -> dict[str, float]:
+    """Return the metrics of an objective that says them as sums over rows."""
+    found = {metric: sums(metric, predictions, labels, names) for metric in metrics}
+    return {metric: float(of.score(of.parts.sum(0))) for metric, of in found.items() if of is not None}
 
 
 def ragged(parts: list[Array]) -> Array:

@@ -5,7 +5,7 @@ negative) learn that the anchor is nearer to the positive. Pairs without a score
 the step as negatives, so a step cannot be divided. An embedding is the mean of the last hidden states, of length 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from loralab.data.metrics import is_flat, pearson, spearman
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
 from loralab.errors import UserError
-from loralab.objectives.objective import Array, Batch, Encoding, Objective
+from loralab.objectives.objective import Array, Batch, Encoding, Objective, Sums, mean_of, scored
 
 NAME = "similarity"
 ROUNDING = 1e-5  # cosines that differ by less are equal: batches round the same text otherwise
@@ -115,11 +115,17 @@ def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     """Return correlations with the score; of triplets the share that is right; of pairs the rank of the positive."""
     if task.metrics == CORRELATIONS:
         return {"spearman": spearman(predictions, labels), "pearson": pearson(predictions, labels)}
-    if task.metrics == ("accuracy",):
-        return {"accuracy": float((predictions[:, 0] > predictions[:, 1]).mean())}
-    ranks = 1 + _nearer(predictions)  # (rows,) of the positive among all positives
-    gains = np.where(ranks > 10, 0, 1 / np.log2(1 + ranks))  # (rows,)
-    return {"mrr": float((1 / ranks).mean()), "ndcg_at_10": float(gains.mean())}
+    return scored(sums, task.metrics, predictions, labels)
+
+
+def sums(metric: str, predictions: Array, labels: Array, names: Sequence[str]) -> Sums | None:
+    """Return a metric of triplets or pairs as sums over rows; the positive has its rank among those of all rows."""
+    if metric == "accuracy":
+        return mean_of(predictions[:, 0] > predictions[:, 1])
+    if metric not in RANKS:
+        return None
+    ranks = 1 + _nearer(predictions)  # (rows,)
+    return mean_of(1 / ranks if metric == "mrr" else np.where(ranks > 10, 0, 1 / np.log2(1 + ranks)))
 
 
 def collapsed(predictions: Array, labels: Array) -> bool:
@@ -182,6 +188,7 @@ OBJECTIVE = Objective(
     of=of,
     ask=ask,
     answer=answer,
+    sums=sums,
     wrong=wrong,
     told=told,
     whole=lambda task: task.metrics == RANKS,

@@ -17,7 +17,7 @@ from loralab.data.batches import IGNORED, Rows
 from loralab.data.labels import look_alikes
 from loralab.data.own_files import OwnFile, divided
 from loralab.errors import UserError
-from loralab.objectives.objective import Array, Encoding, Objective, head_outputs
+from loralab.objectives.objective import Array, Encoding, Objective, Sums, f1_of, head_outputs, mean_f1, scored, share
 
 NAME = "tagging"
 COLUMNS = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("text", "entities"))
@@ -176,15 +176,32 @@ def spans(tags: Sequence[str]) -> Iterator[Span]:
 
 def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     """Return the metrics of tags (rows, t): F1 of whole spans, or of tags where they mark none; and accuracy."""
-    assert task.labels is not None
-    counts = by_type(task, predictions, labels)
-    right, found, there = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0, 0)
-    words = labels != IGNORED
-    predictions = predictions[:, : labels.shape[1]]
-    accuracy = float((predictions == labels)[words].mean())
-    if spans_are_marked(task.labels):
-        return {"span_f1": _f1(right, found, there), "accuracy": accuracy}
-    return {"accuracy": accuracy, "f1_macro": float(np.mean([_f1(*row) for row in counts.values()]))}
+    names = task.labels or ()
+    metrics = ("span_f1", "accuracy") if spans_are_marked(names) else ("accuracy", "f1_macro")
+    return scored(sums, metrics, predictions, labels, names)
+
+
+def sums(metric: str, predictions: Array, labels: Array, names: Sequence[str]) -> Sums | None:
+    """Return a metric as sums over rows: words or spans that are right, and those found and there."""
+    if metric not in ("accuracy", "span_f1", "f1_macro"):
+        return None
+    words, own = labels != IGNORED, predictions[:, : labels.shape[1]]
+    if metric == "accuracy":
+        return Sums(np.stack([((own == labels) & words).sum(1), words.sum(1)], axis=1).astype(np.float64), share)
+    if metric == "span_f1":
+        pairs = [(set(spans(mine)), set(spans(true))) for mine, true in tags_of(names, predictions, labels)]
+        return Sums(np.array([(len(a & b), len(a) + len(b)) for a, b in pairs], dtype=np.float64), f1_of)
+    used = np.union1d(own[words], labels[words])  # tags that are there, or found
+    found, there = ((x[..., None] == used) & words[..., None] for x in (own, labels))  # (rows, t, tags)
+    counts = [(found & there).sum(1), found.sum(1) + there.sum(1)]  # (rows, tags) each
+    return Sums(np.concatenate(counts, axis=1).astype(np.float64), mean_f1)
+
+
+def tags_of(names: Sequence[str], predictions: Array, labels: Array) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the tags that the words of each row are given, and the right ones."""
+    for found, truth in zip(predictions, labels, strict=True):
+        places = np.flatnonzero(truth != IGNORED)
+        yield [names[int(tag)] for tag in found[places]], [names[int(tag)] for tag in truth[places]]
 
 
 def by_type(task: Task, predictions: Array, labels: Array) -> dict[str, tuple[int, int, int]]:
@@ -192,9 +209,7 @@ def by_type(task: Task, predictions: Array, labels: Array) -> dict[str, tuple[in
     assert task.labels is not None
     marked = spans_are_marked(task.labels)
     counts: dict[str, list[int]] = {}
-    for found, truth in zip(predictions, labels, strict=True):
-        places = np.flatnonzero(truth != IGNORED)
-        rows = [[task.labels[int(tag)] for tag in row[places]] for row in (found, truth)]
+    for rows in tags_of(task.labels, predictions, labels):
         if marked:
             mine, wanted = (set(spans(row)) for row in rows)
         else:
@@ -278,6 +293,7 @@ OBJECTIVE = Objective(
     ask=ask,
     answer=answer,
     parts=parts,
+    sums=sums,
     confusion=confusion,
     wrong=wrong,
     told=told,

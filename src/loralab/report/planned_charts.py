@@ -87,7 +87,8 @@ def reach(lines: Sequence[Line]) -> float:
     """How far the axis goes to each side: a few methods that are far off are arrows, so that the others stay apart."""
     ends = sorted(max(abs(c.low), abs(c.high), 1.5 * margin) for c, _, margin, _ in lines if np.isfinite(c.low))
     if not ends:
-        return max((1.5 * max(abs(c.difference), margin) for c, _, margin, _ in lines), default=1.0)
+        far = (abs(c.difference) for c, *_ in lines if np.isfinite(c.difference))  # nan: every run collapsed
+        return 1.5 * max((*far, *(margin for _, _, margin, _ in lines)), default=1.0)
     usual = ends[len(ends) // 2]
     return 1.08 * max(end for end in ends if end <= FAR * usual)
 

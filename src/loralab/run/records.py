@@ -16,7 +16,7 @@ from loralab.schema import part_problems
 
 Scores = dict[str, float]
 RESULT = {
-    "task": str, "model": str, "method": str, "seed": int,
+    "task": str, "objective": str, "labels": list[str] | None, "model": str, "method": str, "seed": int,
     "metric": {"name": str, "selected": float, "last": float | None, "best_on_validation": float | None},
     "metrics": Scores, "selected_epoch": float, "by_rank": dict[str, Scores],
     "counts": {"adapter": int, "head": int, "base": int, "trainable": int},
@@ -34,7 +34,7 @@ EPOCH = {"epoch": float, "step": int, "train_loss": float, "held_out": Scores | 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json. Raises UserError if it is missing, damaged or of something else."""
-    return _checked(folder / "result.json", RESULT, optional=("by_rank", "collapsed"))
+    return _checked(folder / "result.json", RESULT, optional=("by_rank", "collapsed", "objective", "labels"))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def result_of(
     seconds = max(progress["seconds"], 1e-9)
     return {
         "task": run.task.name,
+        "objective": run.task.objective,
+        "labels": None if run.task.labels is None else list(run.task.labels),
         "model": Path(s.model).name,
         "method": s.method,
         "seed": s.seed,

@@ -89,7 +89,8 @@ def compare(one: Path, other: Path) -> Repeat:
     if len(found) == 2 and found[0].keys() == found[1].keys():
         pairs = [(x, found[1][split][0]) for split, (x, _) in found[0].items() if x.shape == found[1][split][0].shape]
         logits = max((float((x - y).abs().max()) for x, y in pairs), default=None)
-        if pairs and all(x.ndim == 2 and x.shape[1] > 1 for x, _ in pairs):
+        classes = all(labels.ndim == 1 and not labels.is_floating_point() for _, labels in found[0].values())
+        if pairs and classes:
             other_answers = sum(int((x.argmax(1) != y.argmax(1)).sum()) for x, y in pairs)
             rows = sum(len(x) for x, _ in pairs)
     facts = read_facts(one), read_facts(other)

@@ -8,8 +8,9 @@ auc, log_likelihood, or a metric by its name
 
 from loralab.data.endpoints import PARTS, THRESHOLD, THRESHOLDED, moved
 from loralab.data.metrics import upward
+from loralab.objectives import OBJECTIVES, Sums
 from loralab.study.record import Predictions, Run
-from loralab.study.statistics.resample import NUMBERS
+from loralab.study.statistics.resample import NUMBERS, by_rows
 
 SELECTED = "selected"
 ORDER = "auc-or-pearson"
@@ -46,8 +47,21 @@ def _value(run: Run, endpoint: str) -> float | None:
 
 
 def rows_of(run: Run, endpoint: str) -> Predictions | None:
-    """The predictions of the reported split as the endpoint decides; None where a run kept none."""
+    """The predictions of the reported split as the endpoint decides; None where a run kept none, or does not say what
+    they are of."""
     split, threshold = run.reported, run.result.get("endpoints", {}).get("threshold")
-    if split is None or endpoint != THRESHOLD or threshold is None:
+    if split is None:
+        return None
+    metric = metric_of(run, endpoint)
+    if sums_of(run, metric, split) is None and not by_rows(metric, split.labels):
+        return None
+    if endpoint != THRESHOLD or threshold is None:
         return split
     return Predictions(moved(split.logits, threshold), split.labels)
+
+
+def sums_of(run: Run, metric: str, split: Predictions) -> Sums | None:
+    """The metric of a run as sums over the rows of a split, where its objective says it so."""
+    objective = OBJECTIVES.get(run.result.get("objective", ""))  # a run of an older version does not say it
+    names = run.result.get("labels") or ()
+    return None if objective is None else objective.sums(metric, split.logits, split.labels, names)

@@ -16,15 +16,29 @@ from scipy.stats import rankdata
 
 from loralab.data.counts import COUNTS, divide
 from loralab.data.endpoints import PARTS
+from loralab.objectives import Sums
 
 Array = NDArray[Any]
 AT_ONCE = 2**22  # weights held at a time: 32 MB
 FEW = 8  # rows for each pattern, from which on patterns are drawn by their counts
 
 
-def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, generator: Generator) -> Array:
-    """(times, runs): the metric of every run, whose logits are (rows, outputs), on the same resamples of the rows."""
-    if metric in PARTS:
+def resampled(
+    metric: str,
+    logits: Sequence[Array],
+    labels: Array,
+    times: int,
+    generator: Generator,
+    sums: Sequence[Sums] | None = None,
+) -> Array:
+    """(times, runs): the metric of every run, whose logits are (rows, outputs), on the same resamples of the rows.
+
+    `sums` are those of the runs, where the objective says its metric so.
+    """
+    if sums is not None:
+        score, counts = _of_sums(sums), np.ones(len(labels), dtype=np.int64)
+        strata = np.zeros(len(labels))
+    elif metric in PARTS:
         parts = np.stack([PARTS[metric](x, labels) for x in logits], axis=1)  # (rows, runs)
         score, counts = _of_parts(parts), np.ones(len(labels), dtype=np.int64)
         strata = labels if logits[0].shape[1] > 1 else np.zeros(len(labels))
@@ -43,6 +57,13 @@ def resampled(metric: str, logits: Sequence[Array], labels: Array, times: int, g
         score = _of_numbers(rankdata(values, axis=0) if metric == "spearman" else values)
         counts, strata = np.ones(len(labels), dtype=np.int64), np.zeros(len(labels))
     return np.concatenate([score(w) for w in _weights(counts, strata, times, generator)])
+
+
+def by_rows(metric: str, labels: Array) -> bool:
+    """Whether a metric can be resampled from outputs and labels alone: of classes and scores a label for each row."""
+    classes = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+    scores = labels.ndim == 1 and not np.isnan(labels).any()
+    return metric in RATIOS or (classes if metric in COUNTS else scores and metric in (*PARTS, *NUMBERS))
 
 
 def _weights(counts: Array, strata: Array, times: int, generator: Generator) -> Iterator[Array]:
@@ -88,6 +109,11 @@ def _of_parts(parts: Array) -> Callable[[Array], Array]:
     return lambda weights: weights @ parts
 
 
+def _of_sums(sums: Sequence[Sums]) -> Callable[[Array], Array]:
+    """Weights (times, rows) -> scores (times, runs) of the weighted sums of each run."""
+    return lambda weights: np.stack([of.score(weights @ of.parts) for of in sums], axis=1)
+
+
 def _of_ratios(metric: str, parts: Array, tokens: Array) -> Callable[[Array], Array]:
     """Weights (times, rows) -> scores (times, runs): sums of parts (rows, runs) over sums of tokens (rows,)."""
 
@@ -117,6 +143,9 @@ RATIOS = {"loss": 0, "perplexity": 0, "token_accuracy": 2}  # metric of a langua
 NUMBERS = ("pearson", "spearman")
 UNBOUNDED = (-np.inf, np.inf)
 RANGES = {  # the values a metric can take
-    **dict.fromkeys(("accuracy", "f1", "f1_macro", "token_accuracy"), (0.0, 1.0)),
+    **dict.fromkeys(
+        ("accuracy", "f1", "f1_macro", "f1_micro", "exact", "span_f1", "mrr", "ndcg_at_10", "token_accuracy"),
+        (0.0, 1.0),
+    ),
     **dict.fromkeys(("matthews_correlation", "pearson", "spearman"), (-1.0, 1.0)),
 }

@@ -14,9 +14,9 @@ from loralab.data.counts import COUNTS
 from loralab.data.metrics import upward
 from loralab.study.record import Array, Cell, Predictions, Run, Study, collapses, number
 from loralab.study.statistics.contrasts import smallest_difference
-from loralab.study.statistics.endpoint import SELECTED, metric_of, rows_of
+from loralab.study.statistics.endpoint import SELECTED, metric_of, rows_of, sums_of
 from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate, within
-from loralab.study.statistics.resample import RANGES, UNBOUNDED, resampled
+from loralab.study.statistics.resample import RANGES, UNBOUNDED, by_rows, resampled
 
 TIMES = 10_000  # resamples: the standard error of a variance of rows is then 1.4 % of it
 Verdict = Literal["better", "worse", "equivalent", "indistinguishable", "one seed", "same runs"]
@@ -125,7 +125,9 @@ class Resamples:
         metric = metric_of(next(iter(self.runs.values())), self.endpoint)
         generator = np.random.default_rng(zlib.crc32(metric.encode()))  # one answer, however often it is asked
         labels = next(iter(found.values())).labels
-        scores = resampled(metric, [s.logits for s in found.values()], labels, TIMES, generator)
+        sums = [of for path, s in found.items() if (of := sums_of(self.runs[path], metric, s)) is not None]
+        logits = [s.logits for s in found.values()]
+        scores = resampled(metric, logits, labels, TIMES, generator, sums or None)
         return dict(zip(found, scores.T, strict=True))
 
 
@@ -221,7 +223,8 @@ def _paired(metric: str, a: list[Run], b: list[Run], resamples: Resamples) -> tu
     if scores is None:
         return mean_estimate(difference), ()
     both = mean_estimate(difference, scores[:, : len(a)] - scores[:, len(a) :], _rows(a[0]))
-    if metric not in COUNTS:
+    split = a[0].reported
+    if metric not in COUNTS or split is None or not by_rows(metric, split.labels):
         return both, ()
     return both, tuple(mcnemar(_right(x), _right(y)) for x, y in zip(a, b, strict=True))
 
