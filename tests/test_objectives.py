@@ -90,6 +90,10 @@ def rows_of(kind: str, count: int, seed: int) -> list[dict]:
                 },
                 "completion": {"prompt": text, "completion": f" a {animal} likes the {animal}"},
                 "text": {"text": text},
+                "instruction": {"instruction": f"a {animal}", "input": " ".join(extra), "output": f"a {animal} sees"},
+                "sharegpt": {
+                    "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": f"a {animal}"}]
+                },
                 "seq2seq": {"source": text, "target": f"a {animal} {' '.join(reversed(extra))}"},
             }[kind]
         )
@@ -98,12 +102,13 @@ def rows_of(kind: str, count: int, seed: int) -> list[dict]:
 
 MODEL_OBJECTIVE = {
     "regression": "classification", "triplets": "similarity", "pairs": "similarity", "chat": "causal",
-    "completion": "causal", "text": "causal",
+    "completion": "causal", "text": "causal", "instruction": "causal", "sharegpt": "causal",
 }  # fmt: skip
-MODEL = {"chat": "llama", "completion": "llama", "text": "llama", "seq2seq": "t5"}
+CAUSAL = ("chat", "completion", "text", "instruction", "sharegpt")
+MODEL = {**dict.fromkeys(CAUSAL, "llama"), "seq2seq": "t5"}
 KINDS = [
     "classification", "regression", "multi-label", "tagging", "multiple-choice", "similarity", "triplets", "pairs",
-    "chat", "completion", "text", "seq2seq",
+    *CAUSAL, "seq2seq",
 ]  # fmt: skip
 SOME = ("multi-label", "tagging", "multiple-choice", "similarity", "chat", "seq2seq")  # one of each objective
 DIVIDED = [kind for kind in KINDS if kind != "pairs"]  # the others' steps cannot be divided
@@ -267,7 +272,7 @@ def test_a_step_whose_rows_are_each_others_negatives_is_not_divided(bases, files
         train(settings("pairs", bases, files, tmp_path, accumulate=2))
 
 
-@pytest.mark.parametrize("kind", ["chat", "completion", "text"])
+@pytest.mark.parametrize("kind", CAUSAL)
 def test_packed_rows_have_the_losses_of_rows_alone(kind, bases, files, tmp_path):
     s = settings(kind, bases, files, tmp_path, pack=True)
     run = prepare(s)
@@ -450,7 +455,7 @@ def test_evaluate_gives_the_metrics_of_the_run_and_predict_the_answers(
     found = run_json(capsys, "evaluate", folder, "--task", other, "--json", "--batch-size", 7)
     assert (found["rows"], found["objective"]) == (25, MODEL_OBJECTIVE.get(kind, kind))
     assert found["metrics"] == pytest.approx(result["metrics"], abs=1e-3)
-    if kind in ("chat", "completion", "text", "seq2seq"):
+    if kind in MODEL:
         short = ("--max-new-tokens", 3, "--prefix", "own ", "--json")
         answers = run_json(capsys, "predict", "--adapters", folder, "--input", other, *short)
         assert len(answers) == 25

@@ -1,24 +1,30 @@
 """`loralab.pipeline`: a folder as a function from rows to answers, whatever it learned; `Predictor.open` for many."""
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from test_cli import adapter, cli, flags  # noqa: F401  (fixtures)
 from test_objectives import KINDS, MODEL, MODEL_OBJECTIVE, bases, files, rows_of, run_json, settings  # noqa: F401
 
 import loralab
 from loralab import UserError
+from loralab.objectives import saved
+from loralab.objectives.generation import Decoding
 from loralab.run import train
 from loralab.serve import Predictor, Request
+from loralab.serve.prompts import prompt_tokens
 
 COLUMNS = {  # kind -> the columns of its file that a row to answer has
     "classification": ["text"], "regression": ["text"], "multi-label": ["text"], "tagging": ["tokens"],
     "multiple-choice": ["question", "choices"], "similarity": ["sentence1", "sentence2"],
     "triplets": ["anchor", "positive"], "pairs": ["anchor", "positive"], "chat": ["messages"],
-    "completion": ["prompt"], "text": ["text"], "seq2seq": ["source"],
+    "completion": ["prompt"], "text": ["text"], "seq2seq": ["source"], "instruction": ["instruction", "input"],
+    "sharegpt": ["conversations"],
 }  # fmt: skip
-WRITES = ("chat", "completion", "text", "seq2seq")
+WRITES = tuple(MODEL)
 
 
 @pytest.mark.few(6)
@@ -31,14 +37,45 @@ def test_a_folder_answers_as_the_command_does_whatever_it_learned(kind, bases, f
     cells = [tuple(row.values()) for row in rows]
     found = answer(cells)
     assert len(found) == len(rows)
-    if kind != "completion":  # whose columns are prompt and completion, and a row to answer has the prompt alone
-        assert answer(rows) == found == [answer(row) for row in rows] or kind not in WRITES
-    (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert answer(rows) == found == [answer(row) for row in rows] or kind not in WRITES
+    for name, written in (("bare", rows), ("whole", rows_of(kind, 9, 5))):  # right answers beside them change nothing
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, written)))
+    if kind in WRITES:
+        more = ("--max-new-tokens", 4, "--prefix", "own ", "--json")
+        for name in ("bare", "whole"):
+            theirs = run_json(capsys, "predict", "--adapters", folder, "--input", tmp_path / f"{name}.jsonl", *more)
+            assert [row["own answer"] for row in theirs] == [row["answer"] for row in found], name
     command = ("generate", "--max-new-tokens", 4) if kind in WRITES else ("predict",)
     expected = run_json(capsys, *command, "--adapters", folder, "--input", tmp_path / "bare.jsonl", "--json")
     assert all(set(one) == {"answer"} and isinstance(one["answer"], str) for one in found) or kind not in WRITES
     for mine, theirs in zip(found, expected, strict=True):
         assert {name: approx(value) for name, value in mine.items()} == {name: theirs[name] for name in mine}
+
+
+def test_an_adapter_of_labels_as_completions_answers_with_its_labels(bases, tmp_path, capsys):  # noqa: F811
+    """As evaluate compares them: by their likelihoods, after the prompt that it was trained on."""
+    rows = rows_of("classification", 90, 3)
+    for split, part in (("train", rows[:60]), ("validation", rows[60:])):
+        folder = tmp_path / "glue/SST-2"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"{row['text']}\t{['cat', 'dog'].index(row['label'])}" for row in part]
+        (folder / f"{'dev' if split == 'validation' else split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    s = dataclasses.replace(settings("chat", bases, {"chat": "sst2"}, tmp_path / "run", epochs=4), objective="causal")
+    train(dataclasses.replace(s, data=tmp_path / "glue"))
+    folder, given = tmp_path / "run/adapter", ("--data", tmp_path / "glue", "--json")
+    scores = run_json(capsys, "evaluate", folder, "--task", "sst2", *given)["metrics"]
+    sentences = [row["text"] for row in rows[60:]]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"sentence": text}) for text in sentences))
+    found = run_json(capsys, "predict", "--adapters", folder, "--input", tmp_path / "in.jsonl", "--json")
+    truth = [{"cat": "negative", "dog": "positive"}[row["label"]] for row in rows[60:]]
+    assert np.mean([row["label"] == label for row, label in zip(found, truth, strict=True)]) == scores["accuracy"]
+    answer = loralab.pipeline(folder)
+    assert [one["label"] for one in answer(sentences)] == [row["label"] for row in found]
+    asked = (answer.adapters.model, answer.tokenizer, Decoding(max_new_tokens=1))
+    assert (
+        prompt_tokens((sentences[0],), saved.read(folder), *asked)
+        == answer.tokenizer(f"{sentences[0]}\nLabel:")["input_ids"]
+    )
 
 
 def test_predict_lets_an_encoder_decoder_write(bases, files, tmp_path, capsys):  # noqa: F811

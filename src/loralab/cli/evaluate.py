@@ -93,7 +93,7 @@ def evaluate(
     known = saved.read(adapter, file.base.get("task_type"))
     reading = Reading(separator, encoding, skip_bad_rows, known.written)
     found = _task(known, task, data, tuple(text or ()), label, tuple(file.labels), reading)
-    if out is not None and objectives.of(found).answer is None:
+    if out is not None and objectives.of(found).writes(found.labels):
         raise UserError(f"--out: {found.objective} has no answer for each row; loralab generate writes texts")
     name = model_of(model, adapter, file)
     handle, tokenizer = base.load(name, adapter, device=device)

@@ -8,10 +8,9 @@ from typing import Any
 
 from loralab.cli import base
 from loralab.cli.show import Json, as_bytes
-from loralab.data import checks, tables
+from loralab.data import chats, checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
-from loralab.objectives import OBJECTIVES
 from loralab.run.bar import rows_bar
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.loading import Device, torch_device
@@ -90,7 +89,7 @@ def predict(
     base.check_out(out)
     budget, folders = as_bytes(memory), adapter_folders(adapters)
     kinds = {folder.objective for folder in folders.values()}
-    writes = any(OBJECTIVES[kind].writes for kind in kinds)
+    writes = any(folder.writes for folder in folders.values())
     base.check_idle({"max_new_tokens": not writes and max_new_tokens is not None}, "with adapters that write no texts")
     base.check_idle({"memory": kinds != {"classification"} and memory is not None}, "where not all are classifiers")
     likely = next((folder.written for folder in folders.values() if folder.written), {})
@@ -138,9 +137,10 @@ def _requests(
 
 
 def _text(path: Path, columns: list[str], adapter: AdapterFolder) -> tuple[str, ...]:
-    for names in (adapter.text, *USUAL):
+    form = chats.asks(adapter.text)
+    for names in (form.columns if adapter.writes and adapter.text else adapter.text, *USUAL):
         if names and set(names) <= set(columns):
-            return names
+            return (*names, *(name for name in form.optional if adapter.writes and name in columns))
     trained = f" (it was trained on {', '.join(adapter.text)})" if adapter.text else ""
     raise UserError(
         f"{path}: which column is text for {adapter.name}{trained}? name it with --text: {', '.join(columns)}"

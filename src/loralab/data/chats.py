@@ -4,7 +4,7 @@ A row becomes a tuple: of (role, content) pairs for a chat, of prompt and comple
 for each form of file: its columns and the function that makes a row of their cells.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loralab.data import checks
@@ -107,6 +107,12 @@ PROMPTS = (  # files whose rows wait for an answer; the first form that fits cou
     Form(("text",), prompt),
     *(Form((name,), prompt) for name in ("source", "document", "article")),  # what an encoder-decoder reads
 )
+
+
+def asks(columns: Sequence[str]) -> Form:
+    """Return how a row that waits for an answer is read, for an adapter that learned from these columns of a file."""
+    first = columns[0] if columns else "text"
+    return next((form for form in PROMPTS if form.columns[0] == first), Form((first,), prompt))
 
 
 def is_chat(row: Row) -> bool:

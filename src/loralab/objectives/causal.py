@@ -71,7 +71,22 @@ def of(task: Task, options: Mapping[str, Any]) -> Task:
 
 
 def _prompts(rows: Split) -> Split:
-    return Split([(" ".join(" ".join(texts).split()) + "\nLabel:",) for texts in rows.texts], rows.labels)
+    return Split([labelled(*texts) for texts in rows.texts], rows.labels)
+
+
+def labelled(*texts: str) -> chats.Row:
+    """Return the prompt of the texts of a classification's row."""
+    return (" ".join(" ".join(texts).split()) + "\nLabel:",)
+
+
+def ask(*cells: Any) -> tuple[chats.Row, Any]:
+    """Return the prompt of a classification's row, and a label that stands for none."""
+    return labelled(*checks.texts(*cells)), 0
+
+
+def answer(task: Task, row: chats.Row, likelihoods: Array) -> dict[str, Any]:
+    """Return the likeliest label, and the share of each; likelihoods (labels,)."""
+    return classification.answer(task, row, likelihoods)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -196,6 +211,9 @@ OBJECTIVE = Objective(
     loss=loss,
     score=score,
     outputs=lambda task: None,
+    own_words=True,
+    ask=ask,
+    answer=answer,
     predict=predict,
     prepare=vocabulary.prepare,
     names=lambda task: (),

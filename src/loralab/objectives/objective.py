@@ -82,7 +82,9 @@ class Objective:
     ask: Callable[..., tuple[tuple[Any, ...], Any]] = ask_texts
     """The cells of a row to answer -> the row and a label that stands for none; raises ValueError."""
     answer: Callable[[Task, tuple[Any, ...], Array], dict[str, Any]] | None = None
-    """Task, row and its prediction -> the columns of its answer; None where `loralab generate` writes it."""
+    """Task, row and its prediction -> the columns of its answer; None where the model always writes it."""
+    own_words: bool = False
+    """Whether the model writes its answers, unless its task has labels to choose from."""
     parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
     """Task, predictions and labels, as for `score` -> the metrics of each class or type."""
     sums: Callable[[str, Array, Array, Sequence[str]], Sums | None] = lambda metric, predictions, labels, names: None
@@ -110,10 +112,9 @@ class Objective:
         """Whether a run draws a head anew."""
         return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
 
-    @property
-    def writes(self) -> bool:
-        """Whether an answer is a text that the model writes."""
-        return self.answer is None
+    def writes(self, labels: Sequence[str] | None) -> bool:
+        """Return whether an answer is a text that the model writes, given the labels of the task."""
+        return self.own_words and labels is None
 
 
 def head_outputs(model: nn.Module, batch: Batch) -> Tensor:

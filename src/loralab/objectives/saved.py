@@ -36,6 +36,11 @@ class Saved:
     base: str | None = None  # an alias, a hub name, or the last part of a folder's
     data: str | None = None  # sha256 of the rows that it learned from
 
+    @property
+    def writes(self) -> bool:
+        """Whether an answer is a text that the model writes."""
+        return OBJECTIVES[self.objective].writes(self.labels)
+
     def of(self, rows: Split) -> Task:
         """Return a task of rows that have no labels, for their encoding."""
         labels = None if self.labels is None else tuple(self.labels)

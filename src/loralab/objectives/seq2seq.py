@@ -68,6 +68,7 @@ OBJECTIVE = Objective(
     loss=loss,
     score=score,
     outputs=lambda task: None,
+    own_words=True,
     names=lambda task: (),
     wrong=wrong,
     asked=lambda row: (row[:1], row[1]),

@@ -58,6 +58,6 @@ def _reported(run: PreparedRun, result: Mapping[str, Any]) -> str:
 
 def _example(objective: Objective, columns: tuple[str, ...]) -> str:
     """A row as the pipeline takes it, in Python."""
-    if len(columns) == 2 and objective.answer is not None:
+    if len(columns) == 2 and not objective.own_words:
         return "{" + ", ".join(f"{json.dumps(name)}: ..." for name in columns) + "}"
     return '"a text"'

@@ -59,7 +59,7 @@ def answer_rows(
     Rows are cut after `max_length` tokens, by default where those of the adapter's training were. `done` is as above.
     """
     objective = objectives.OBJECTIVES[known.objective]
-    if objective.answer is None:
+    if objective.answer is None or known.writes:
         raise ValueError(f"{known.objective} writes its answers: loralab.objectives.generation")
     found: list[Any] = [None] * len(cells)
     rows, labels, places = [], [], []

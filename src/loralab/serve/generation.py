@@ -66,7 +66,7 @@ class Generator:
         if known is None:
             return None
         objective = objectives.OBJECTIVES[known.objective]
-        if not objective.writes:
+        if not objective.own_words:
             return f"adapter {request.adapter!r} is of {known.objective} and writes no texts: use loralab predict"
         if objective.task_type != self.task_type:
             return f"adapter {request.adapter!r} is of {known.objective}, which the base does not do"

@@ -59,17 +59,18 @@ class Pipeline:
 
         `done` is called with the number of rows of every batch that is answered.
         """
-        writes = objectives.OBJECTIVES[self.known.objective].writes
         with self.adapters.use(self.adapters.names[0], rank=self.rank):
-            return self._written(cells, done) if writes else self._answered(cells, done)
+            return self._written(cells, done) if self.known.writes else self._answered(cells, done)
 
     def _cells(self, row: Any) -> tuple[Any, ...]:
         if not isinstance(row, Mapping):
             return row if isinstance(row, tuple) else (row,)
-        columns = self.known.columns or ["text"]
+        form = chats.asks(self.known.columns)
+        columns = form.columns if self.known.writes else self.known.columns or ["text"]
         if absent := [name for name in columns if name not in row]:
             raise UserError(f"a row without {', '.join(absent)}: the adapter learned from {', '.join(columns)}")
-        return tuple(row[name] for name in columns)
+        more = [name for name in form.optional if name in row] if self.known.writes else []
+        return tuple(row[name] for name in (*columns, *more))
 
     def _answered(self, cells: Sequence[tuple[Any, ...]], done: Done) -> list[dict[str, Any] | UserError]:
         return answer_rows(self.adapters, self.known, cells, self.tokenizer, self.max_length, self.batch_size, done)
@@ -80,7 +81,7 @@ class Pipeline:
         prompts: dict[int, list[int]] = {}
         for i, cell in enumerate(cells):
             try:
-                prompts[i] = self._prompt(cell[0])
+                prompts[i] = self._prompt(cell)
             except (UserError, ValueError) as fault:
                 found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
         with self.adapters.caching():
@@ -90,12 +91,13 @@ class Pipeline:
             found[i] = {"answer": text}
         return found
 
-    def _prompt(self, prompt: Any) -> list[int]:
-        """Return the tokens of a prompt: a text, or a list of messages."""
-        row: chats.Row = chats.open_chat(prompt) if isinstance(prompt, list) else (prompt,)
-        if not chats.is_chat(row) and (not isinstance(prompt, str) or not prompt.strip()):
-            raise ValueError("no text")
-        return prompt_tokens(row, self.known, self.adapters.model, self.tokenizer, self.decoding)
+    def _prompt(self, cells: tuple[Any, ...]) -> list[int]:
+        """Return the tokens of a prompt: of a text, or of the cells of the columns that wait for an answer."""
+        form = chats.asks(self.known.columns)
+        if not 1 <= len(cells) <= len(form.columns) + len(form.optional):
+            raise ValueError("other columns than it was trained on")
+        make = chats.prompt if len(cells) == 1 and isinstance(cells[0], str) else form.row
+        return prompt_tokens(make(*cells), self.known, self.adapters.model, self.tokenizer, self.decoding)
 
 
 def pipeline(

@@ -42,6 +42,7 @@ class AdapterFolder:
     objective: str = "classification"
     written: Mapping[str, str] = field(default_factory=dict)  # separator and encoding of the file it learned from
     max_length: int | None = None  # tokens after which its rows were cut
+    writes: bool = False  # whether its answers are texts
 
     @property
     def wanted(self) -> str:
@@ -77,7 +78,9 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
         known = saved.read(folder, _string(read_header(place).get("task_type")))
         name = name or folder.resolve().name
         base = base and model_names.here(base)
-        return AdapterFolder(folder, name, (), base, None, known.objective, known.written, known.max_length)
+        return AdapterFolder(
+            folder, name, (), base, None, known.objective, known.written, known.max_length, known.writes
+        )
     header = read_header(place := files.places(folder)[1])
     base_entry = header.get("base")
     if not isinstance(base_entry, dict):
@@ -87,7 +90,7 @@ def _adapter_folder(folder: Path, name: str) -> AdapterFolder:
     base = _string(settings.get("model")) or known.base or _string(base_entry.get("name"))
     text = tuple(known.columns) or _text(own_name, settings)
     digest = _string(base_entry.get("sha256"))
-    rest = (known.objective, known.written, known.max_length)
+    rest = (known.objective, known.written, known.max_length, known.writes)
     return AdapterFolder(folder, name or own_name, text, base, digest, *rest)
 
 

@@ -6,6 +6,7 @@ from loralab.data import chats
 from loralab.data.batches import cut_at
 from loralab.errors import UserError
 from loralab.objectives import generation
+from loralab.objectives.causal import labelled
 from loralab.objectives.generation import Decoding
 from loralab.objectives.saved import Saved
 
@@ -24,14 +25,17 @@ def prompt_tokens(
     """Return the tokens of a text, or of a chat that ends with the user, for an adapter that was trained on `known`.
 
     A text becomes a turn of the user, unless the adapter was trained on texts as they are, there is no chat template,
-    or `as_it_is` says so. A decoder refuses a prompt that leaves no room for its answer; an encoder-decoder cuts the
-    source where training did. Raises UserError for what cannot be answered.
+    or `as_it_is` says so; of one that was trained on labels as completions it asks for the label. A decoder refuses a
+    prompt that leaves no room for its answer; an encoder-decoder cuts the source where training did. Raises UserError
+    for what cannot be answered.
     """
     if model.config.is_encoder_decoder:
         return _source(prompt, known, model, tokenizer)
     template = template_of(known, template)
-    on_texts = known is not None and known.columns in TEXTS
+    on_texts = known is not None and (known.columns in TEXTS or known.labels is not None)
     plain = as_it_is or on_texts or (template or tokenizer.chat_template) is None
+    if known is not None and known.labels is not None and not as_it_is and not chats.is_chat(prompt):
+        prompt = labelled(prompt[0])
     row = prompt if plain or chats.is_chat(prompt) else (("user", prompt[0]),)
     ids = generation.prompt_ids(row, tokenizer, template)
     generation.check_length(ids, model, decoding)
