@@ -141,13 +141,15 @@ def _task(
     """Read the rows under the objective and the labels of the adapter."""
     names = labels if known.labels is None and known.objective != "causal" else tuple(known.labels or ())
     is_file = Path(task).suffix.lower() in tables.READERS
+    with reading.active():
+        there = {*tables.names(Path(task))} if is_file else set()
+    if label is None and known.label is not None and there & {known.label, *known.label.split(",")}:
+        label = known.label
+    usual = label is None and known.objective == "classification"
+    if usual and {*known.columns, "label"} <= there and known.columns:
+        label = "label"
     if is_file and not text and label is not None:
         text = tuple(known.columns)
-    usual = label is None and known.objective == "classification"
-    with reading.active():
-        there = tables.names(Path(task)) if is_file else []
-    if is_file and usual and {*known.columns, "label"} <= {*there} and known.columns:
-        text, label = text or tuple(known.columns), "label"
     found = objectives.load(
         task, data, objective=known.objective, text=text, label=label, options=known.options,
         regression=names in (("score",),) and known.objective == "classification" if is_file else None,

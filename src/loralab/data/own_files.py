@@ -101,8 +101,9 @@ def divided(
     rows = replace(rows, rows=numbers(file.train, range(1, len(rows) + 1)))
     if outside is not None and file.validation is not None:
         outside = replace(outside, rows=numbers(file.validation, range(1, len(outside) + 1)))
+    more = (objective, file.options, tuple(columns))
     if file.whole:
-        return build(file.train.stem, names, metrics, rows, {}, tuple(notes), objective, file.options, tuple(columns))
+        return replace(build(file.train.stem, names, metrics, rows, {}, tuple(notes), *more), label=file.label)
     if outside is None:
         inside, outside = _divided(file.train, rows, names)
         by = "stratified by label" if has_strata(rows) else "drawn by the data's hash"
@@ -111,8 +112,8 @@ def divided(
         inside = rows
     repeated = sum(map(set(inside.texts).__contains__, outside.texts))
     notes += [f"{repeated} of {len(outside)} rows of validation have the text of a row of train"] * bool(repeated)
-    splits = (inside, {"validation": outside})
-    return build(file.train.stem, names, metrics, *splits, tuple(notes), objective, file.options, tuple(columns))
+    made = build(file.train.stem, names, metrics, inside, {"validation": outside}, tuple(notes), *more)
+    return replace(made, label=file.label)
 
 
 def _divided(path: Path, rows: Split, names: tuple[str, ...] | None) -> tuple[Split, Split]:

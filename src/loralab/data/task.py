@@ -53,6 +53,7 @@ class Task:
     objective: str = "classification"  # a row of objectives.OBJECTIVES
     options: Mapping[str, Any] = field(default_factory=dict)  # of that objective, as the template of a chat
     columns: tuple[str, ...] = ()  # of the file, from which the input of a row is read
+    label: str | None = None  # its column of labels, where one was named
     reading: Reading | None = field(default=None, compare=False)  # how the files of a user's own were read
 
     @property

@@ -49,7 +49,7 @@ def load(
     """
     path, options, reading = Path(task), dict(options or {}), reading or Reading()
     with reading.active():
-        row = find(task, objective, bool(text or label))
+        row = find(task, objective, text, label)
     if idle := [f"--{name.replace('_', '-')}" for name in options if name not in row.takes]:
         raise UserError(f"{', '.join(idle)} with objective {row.name}: it takes none, so leave it out")
     if path.suffix.lower() in tables.READERS:
@@ -92,11 +92,13 @@ def _own(row: Objective, file: OwnFile, reading: Reading) -> Task:
                 return replace(task, notes=(*reading.notes(), *task.notes), reading=reading)
 
 
-def find(task: str, objective: str | None = None, labelled: bool = False) -> Objective:
+def find(
+    task: str, objective: str | None = None, text: Sequence[str] | str = (), label: str | None = None
+) -> Objective:
     """Return the objective that is named, or else the one that the columns of a file say.
 
-    `labelled` says that --text or --label names columns. Raises UserError for an unknown name, and for a file whose
-    columns fit no objective, or two.
+    Where `text` or `label` names columns, it is a classification, or of several columns as label multi-label. Raises
+    UserError for an unknown name, and for a file whose columns fit no objective, or two.
     """
     if objective is not None:
         if objective not in OBJECTIVES:
@@ -106,7 +108,9 @@ def find(task: str, objective: str | None = None, labelled: bool = False) -> Obj
     path = Path(task)
     if path.suffix.lower() not in tables.READERS:
         return OBJECTIVES[data.objective(task)]
-    if labelled:
+    if label and "," in label and multi_label.names_columns(label, tables.names(path)):
+        return multi_label.OBJECTIVE
+    if text or label:
         return OBJECTIVES[DEFAULT]
     return _by_columns(path)
 

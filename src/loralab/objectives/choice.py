@@ -1,8 +1,8 @@
 """Multiple choice: a question, choices and the right one; a classifier with one output scores each choice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,35 +22,87 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def read(file: OwnFile) -> Task:
-    """Make the task of a file; the answer is the place of a choice (from 0), its letter (from A) or its text."""
-    outside = None if file.validation is None else _rows(file.validation)
-    return divided(file, _rows(file.train), outside, None, ("accuracy",), [], NAME, COLUMNS[:2])
+    """Make the task of a file; the answer is the place of a choice (from 0), its letter (from A), its text or its own
+    label. All answers of a file are read in one way, which a note says."""
+    outside = None if file.validation is None else _rows(file.validation)[0]
+    rows, way = _rows(file.train)
+    return divided(file, rows, outside, None, ("accuracy",), [f"answers are read as {way}"], NAME, COLUMNS[:2])
 
 
-def _rows(path: Path) -> Split:
+def _rows(path: Path) -> tuple[Split, str]:
+    """Return the rows, and the way in which their answers are read: the first of WAYS that fits most of them."""
     columns = tables.read(path, COLUMNS)
     faults: checks.Faults = {}
-    rows = checks.convert(zip(*columns.values(), strict=True), lambda row: _row(*row), "", faults)
+    questions = checks.convert(columns["question"], checks.text, "column 'question': ", faults)
+    choices = checks.convert(columns["choices"], _choices, "column 'choices': ", faults)
     checks.raise_faults(path, faults)
-    return Split([row[0] for row in rows], [row[1:] for row in rows])
+    found = list(zip(choices, columns["answer"], strict=True))
+    way = max(WAYS, key=lambda way: sum(WAYS[way](*row) is not None for row in found))
+    places = checks.convert(found, lambda row: _place(way, *row), "", faults)
+    checks.raise_faults(path, faults)
+    texts = [(question, *chosen.texts) for question, chosen in zip(questions, choices, strict=True)]
+    return Split(texts, [(p, len(c.texts)) for p, c in zip(places, choices, strict=True)]), way
 
 
-def _row(question: Any, choices: Any, answer: Any) -> tuple[tuple[str, ...], int, int]:
-    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # as ARC has them
-        choices = choices["text"]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError(f"{checks.kind(choices)} instead of a list of at least two choices")
-    texts = [checks.text(checks.literal(choice)) for choice in choices]
+class Choices(NamedTuple):
+    """The choices of a row, and their labels where the file has them, as ARC does."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    numbers: bool = False  # whether they are written as numbers, so that an answer that is a number may be their text
+
+
+def _choices(cell: Any) -> Choices:
+    labels: Any = ()
+    if isinstance(cell, dict) and isinstance(cell.get("text"), list):
+        cell, labels = cell["text"], cell.get("label") or ()
+    if not isinstance(cell, list):
+        raise ValueError(f"{checks.kind(cell)} instead of a list of at least two choices")
+    if len(cell) < 2:
+        raise ValueError(f"{len(cell)} of at least two choices")
+    texts = tuple(checks.text(checks.literal(choice)) for choice in cell)
     if len(set(texts)) < len(texts):
         raise ValueError("a choice twice")
+    return Choices(texts, tuple(map(checks.literal, labels)), not any(isinstance(choice, str) for choice in cell))
+
+
+def _by_label(choices: Choices, answer: Any) -> int | None:
     text = checks.literal(answer).strip()
-    place = LETTERS.find(text) if len(text) == 1 and text.isalpha() else -1
-    place = texts.index(text) if text in texts else place
-    if place < 0 and text.isdecimal():
-        place = int(text)
-    if not 0 <= place < len(texts):
-        raise ValueError(f"the answer {checks.shown(answer)}, which is none of its {len(texts)} choices")
-    return (checks.text(question), *texts), place, len(texts)
+    return choices.labels.index(text) if text in choices.labels else None
+
+
+def _by_place(choices: Choices, answer: Any) -> int | None:
+    text = checks.literal(answer).strip()
+    return int(text) if text.isdecimal() and int(text) < len(choices.texts) else None
+
+
+def _by_text(choices: Choices, answer: Any) -> int | None:
+    text = checks.literal(answer).strip()
+    able = isinstance(answer, str) or choices.numbers
+    return choices.texts.index(text) if able and text in choices.texts else None
+
+
+def _by_letter(choices: Choices, answer: Any) -> int | None:
+    text = checks.literal(answer).strip()
+    place = LETTERS.find(text) if len(text) == 1 else -1
+    return place if 0 <= place < len(choices.texts) else None
+
+
+WAYS: dict[str, Callable[[Choices, Any], int | None]] = {  # where two fit equally many rows, the first counts
+    "labels of their choices": _by_label,
+    "texts of their choices": _by_text,
+    "letters of their choices, from A": _by_letter,
+    "places of their choices, from 0": _by_place,
+}
+
+
+def _place(way: str, choices: Choices, answer: Any) -> int:
+    place = WAYS[way](choices, answer)
+    if place is None:
+        able = any(of(choices, answer) is not None for of in WAYS.values())
+        how = f" (answers of this file are read as {way})" if able else ""
+        raise ValueError(f"the answer {checks.shown(answer)}, which is none of its {len(choices.texts)} choices{how}")
+    return place
 
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
@@ -108,8 +160,8 @@ def told(task: Task, row: tuple[Any, ...], label: Any, scores: Array) -> tuple[s
 
 def ask(question: Any, choices: Any) -> tuple[tuple[Any, ...], Any]:
     """Return question and choices of a row."""
-    texts, _, count = _row(question, choices, 0)
-    return texts, (0, count)
+    texts = _choices(choices).texts
+    return (checks.text(question), *texts), (0, len(texts))
 
 
 def answer(task: Task, row: tuple[Any, ...], scores: Array) -> dict[str, Any]:

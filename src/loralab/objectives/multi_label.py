@@ -1,6 +1,7 @@
 """Multi-label classification: one text or two, and any number of labels."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,31 @@ def read(file: OwnFile) -> Task:
     names = file.names or (columns if len(columns) > 1 else tuple(sorted(set().union(*found))))
     if len(names) < 2:
         raise UserError(f"{file.train}: {len(names)} label in column {label!r}: expected at least two different ones")
+    if file.names and len(columns) > 1 and (absent := set(names) - {file.merged(name) for name in columns}):
+        raise UserError(
+            f"{file.train}: no column of {', '.join(sorted(absent))}, which the adapter tells: name all labels"
+        )
     counts = ", ".join(f"{name} ({sum(name in row for row in found)})" for name in names)
     outside = None
     if file.validation is not None:
         outside = Split(*_numbered(file.validation, names, *_rows(file, file.validation, text, columns)))
     notes = [f"labels are read as {len(names)} that a row may have at once: {counts}"]
     split = Split(*_numbered(file.train, names, rows, found))
-    notes += blank_note(split)
+    notes += [*blank_note(split), *joined_note(names)]
     return divided(file, split, outside, names, METRICS, notes, NAME, text)
+
+
+def names_columns(label: str, there: Sequence[str]) -> bool:
+    """Tell whether a label names columns, with a comma between them."""
+    return label not in there and {*label.split(",")} <= {*there}
+
+
+def joined_note(names: Sequence[str]) -> list[str]:
+    """Name the labels that look like several: another mark than SEPARATOR stands between names that are labels too."""
+    parts = {name: [part.strip() for part in re.split(r"[,|/+&]", name)] for name in names}
+    joined = [name for name, mine in parts.items() if len(mine) > 1 and {*mine} & {*names}]
+    listed = ", ".join(map(checks.shown, joined[:5])) + ", ..." * (len(joined) > 5)
+    return [f"{listed}: one label each; in a cell {SEPARATOR} stands between labels"] * bool(joined)
 
 
 def _rows(

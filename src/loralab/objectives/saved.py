@@ -35,6 +35,7 @@ class Saved:
     written: dict[str, str] = field(default_factory=dict)  # separator and encoding of the file that it learned from
     base: str | None = None  # an alias, a hub name, or the last part of a folder's
     data: str | None = None  # sha256 of the rows that it learned from
+    label: str | None = None  # column of labels of the file, where one was named
 
     @property
     def writes(self) -> bool:
@@ -52,7 +53,7 @@ def save(folder: Path, task: Task, max_length: int, base: str | None = None) -> 
     labels = None if task.labels is None else list(task.labels)
     written = {} if task.reading is None else task.reading.main
     parts: tuple[Any, ...] = (list(task.columns), labels, list(task.metrics), dict(task.options), max_length, written)
-    parts += (base, task.sha256)
+    parts += (base, task.sha256, task.label)
     saved = Saved(task.objective, task.name, *parts)
     write_json(folder / FILE, asdict(saved))
 
@@ -63,7 +64,7 @@ def read(folder: Path, task_type: str | None = None) -> Saved:
     if not path.exists():
         return Saved(OF_TYPE.get(task_type or "", "classification"), folder.resolve().name)
     content: dict[str, Any] = read_json(path)
-    optional = {"columns", "labels", "metrics", "options", "max_length", "written", "base", "data"}
+    optional = {"columns", "labels", "metrics", "options", "max_length", "written", "base", "data", "label"}
     problems = schema.field_problems(content, schema.fields_of(Saved), optional=optional)
     known = ", ".join(OBJECTIVES)
     if not problems and content["objective"] not in OBJECTIVES:

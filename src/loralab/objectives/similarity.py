@@ -60,7 +60,7 @@ def _rows(path: Path, columns: tuple[str, ...], scored: bool) -> Split:
     if scored:
         labels = checks.convert(cells[columns[-1]], checks.number, f"column {columns[-1]!r}: ", faults)
     checks.raise_faults(path, faults)
-    if scored and len(set(labels)) == 1 and len(labels) > 1:
+    if scored and len(set(labels)) == 1:
         raise UserError(f"{path}: all scores are {labels[0]}: expected at least two different ones")
     return Split(list(zip(*found, strict=True)), labels)
 
@@ -166,7 +166,10 @@ def ask(*cells: Any) -> tuple[tuple[Any, ...], Any]:
 
 
 def answer(task: Task, row: tuple[Any, ...], embeddings: Array) -> dict[str, Any]:
-    """Return the cosine of two texts, or the embedding of one; embeddings (1 or 2, d)."""
+    """Return the cosine of two texts, or the embedding of one, from embeddings (1 or 2, d); of a row that was evaluated
+    its cosines (1 or 2,), the second that of a negative."""
+    if embeddings.ndim == 1:
+        return dict(zip(("similarity", "similarity_of_negative"), map(float, embeddings), strict=False))
     if len(embeddings) == 1:
         return {"embedding": embeddings[0].tolist()}
     return {"similarity": float(embeddings[0] @ embeddings[1])}

@@ -22,7 +22,8 @@ from loralab.objectives.objective import Array, Encoding, Objective, Sums, f1_of
 NAME = "tagging"
 COLUMNS = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("text", "entities"))
 WORD = re.compile(r"\w+|[^\w\s]")
-SPAN = re.compile(r"O|[BIES]-.+")  # tags that mark spans
+SPAN = re.compile(r"O|[BIESLU](-.+)?")  # tags that mark spans
+PLAIN = "_"  # type of spans whose tags name none, as seqeval calls it
 Span = tuple[str, int, int]  # type, first word, last word
 
 
@@ -46,6 +47,11 @@ def read(file: OwnFile) -> Task:
     notes = [f"{len(names)} tags: {', '.join(names[:10])}{', ...' * (len(names) > 10)}"]
     kinds = dict.fromkeys(tag.partition("-")[2] if marked else tag for tag in names for marked in [SPAN.fullmatch(tag)])
     notes += look_alikes([kind for kind in kinds if kind])
+    if not spans_are_marked(names):
+        numbers = " with --label-map where these are their numbers" * all(map(str.isdecimal, names))
+        notes.append(
+            f"tags mark no spans, so the accuracy of words selects; F1 of spans needs O, B-TYPE, I-TYPE{numbers}"
+        )
     return divided(file, Split(rows, _ids(file.train, names, found)), outside, names, metrics, notes, NAME, (words,))
 
 
@@ -119,26 +125,38 @@ def _ids(path: Path, names: Sequence[str], found: Sequence[list[str]]) -> list[l
 
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
-    """Tokenize words; the first token of each has its tag, the others none. Rows.labels are (rows, tokens)."""
-    texts = [" ".join(words) for words in split.texts]
-    free = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-    made = tokenizer(texts, truncation=True, max_length=how.max_length, return_offsets_mapping=True, verbose=False)
-    offsets = made.pop("offset_mapping")
+    """Tokenize words; the first token of each has its tag, the others none. Rows.labels are (rows, tokens).
+
+    A word of which the tokenizer makes nothing, as of a zero-width space, is read as its unknown token.
+    """
+    rows, read = [list(words) for words in split.texts], {"return_offsets_mapping": True, "verbose": False}
+    found = tokenizer([" ".join(words) for words in rows], **read)
+    for words, places in zip(rows, found["offset_mapping"], strict=True):
+        there = _first_tokens(words, places)
+        words[:] = [word if i in there else tokenizer.unk_token or "." for i, word in enumerate(words)]
+    texts = [" ".join(words) for words in rows]
+    free = tokenizer(texts, verbose=False)["input_ids"]
+    made = tokenizer(texts, truncation=True, max_length=how.max_length, **read)
     labels = []
-    for words, tags, places in zip(split.texts, split.labels, offsets, strict=True):
-        starts = [0, *accumulate(len(word) + 1 for word in words)]  # of each word in the text
-        first: dict[int, int] = {}  # word -> its first token
-        for token, (begin, end) in enumerate(places):
-            if end > begin:
-                first.setdefault(bisect_right(starts, end - 1) - 1, token)
+    for words, tags, places in zip(rows, split.labels, made.pop("offset_mapping"), strict=True):
         row = [IGNORED] * len(places)
-        for word, token in first.items():
+        for word, token in _first_tokens(words, places).items():
             row[token] = tags[word]
         labels.append(row)
     widest = max(map(len, labels))
     padded = torch.tensor([row + [IGNORED] * (widest - len(row)) for row in labels])  # (rows, tokens)
     columns = {**made, "labels": labels}
     return Rows(columns, padded, [len(ids) for ids in free], how.max_length, weights=(padded != IGNORED).sum(1))
+
+
+def _first_tokens(words: Sequence[str], places: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Return word -> its first token, given where in the text of the words each token begins and ends."""
+    starts = [0, *accumulate(len(word) + 1 for word in words)]
+    first: dict[int, int] = {}
+    for token, (begin, end) in enumerate(places):
+        if end > begin:
+            first.setdefault(bisect_right(starts, end - 1) - 1, token)
+    return first
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------
@@ -156,16 +174,18 @@ def predict(logits: Tensor, labels: Tensor) -> Tensor:
 
 def spans_are_marked(names: Sequence[str]) -> bool:
     """Tell whether tags mark spans, as B-PER and I-PER do."""
-    return all(map(SPAN.fullmatch, names)) and len(names) > 1
+    typed = any("-" in name or name in ("B", "I") for name in names)  # S and O alone may be anything
+    return all(map(SPAN.fullmatch, names)) and typed and len(names) > 1
 
 
 def spans(tags: Sequence[str]) -> Iterator[Span]:
-    """Yield the spans of a row of BIO or BIOES tags, as conlleval and seqeval find them."""
+    """Yield the spans of a row of BIO, BIOES or BILOU tags, as conlleval and seqeval find them in the first two."""
     start, kind = 0, ""  # of the open span
     before = "O"
     for place, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
-        begins = mark in ("B", "S") or (mark != "O" and (before[0] in "OES" or name != kind))
+        name = name or PLAIN
+        begins = mark in ("B", "S", "U") or (mark != "O" and (before[0] in "OESLU" or name != kind))
         if kind and (mark == "O" or begins):
             yield kind, start, place - 1
             kind = ""

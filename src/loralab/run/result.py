@@ -121,7 +121,7 @@ def lost_classes(result: Mapping[str, Any]) -> list[str]:
         return []
     rows = ", ".join(f"{name!r} ({learned['parts'][name].get('rows', learned['parts'][name].get('spans')):.0f})"
                      for name in lost[:10]) + ", ..." * (len(lost) > 10)  # fmt: skip
-    balance = "--class-weights balanced, " if "confusion" in learned else ""
+    balance = "--class-weights balanced, " if result["objective"] == "classification" else ""
     return [f"lost: {rows} of {learned['split']} are found in no row; try {balance}more rows of them, or more --epochs"]
 
 

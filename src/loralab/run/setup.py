@@ -216,7 +216,7 @@ def reading_of(s: Settings) -> Reading:
 def objective_of(s: Settings) -> Objective:
     """Return the objective of a run's task; of a file, only the names of its columns are read. Raises UserError."""
     with reading_of(s).active():
-        return objectives.find(s.task, s.objective, bool(s.text or s.label))
+        return objectives.find(s.task, s.objective, s.text, s.label)
 
 
 def _rows(
