@@ -1,6 +1,7 @@
 """Rows as the files of a user have them, kind by kind: each reading is told, and none is a silent mistake."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 from loralab.objectives import Encoding, tagging
 from loralab.run import train
+from loralab.run.result import lost_classes
+from loralab.run.setup import prepare
 
 
 def written(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> str:
@@ -160,3 +163,108 @@ def test_an_adapter_knows_the_columns_that_it_learned_from(objective, bases, tmp
     train(settings(kind, bases, {kind: file}, tmp_path / "run", **more))
     found = run_json(capsys, "evaluate", tmp_path / "run/adapter", "--task", file, "--json")
     assert (found["objective"], found["rows"]) == (objective, 30)
+
+
+# ---- what a model or its tokenizer cannot take -----------------------------------------------------------------------
+
+
+def changed(base: Path, folder: Path, change) -> Path:
+    """A copy of a base whose tokenizer is changed."""
+    shutil.copytree(base, folder)
+    tokenizer = models.tokenizer(str(base))
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat(*texts: str, system: bool = False) -> dict:
+    roles = ["system"] * system + ["user", "assistant"] * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
+
+
+def of_one_turn(tokenizer):
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+
+
+def forgets(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("%}<{{", "%}{{ messages | length }} <{{")
+
+
+PLAIN_CHAT, NEW = chat("the cat", "a dog"), chat("the zebra29", "a dog")
+REFUSED = {  # what is changed, rows that are refused, words of the error
+    "a template without system": (of_one_turn, chat("big", "the cat", "a dog", system=True), "no system"),
+    "a template that forgets": (forgets, PLAIN_CHAT, "changes earlier messages"),
+    "a vocabulary that was not resized": (lambda t: t.add_tokens([f"zebra{i}" for i in range(30)]), NEW, "resize"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_rows_that_a_model_or_its_template_cannot_take_are_named_in_every_split(
+    case, bases, tmp_path, capsys  # noqa: F811
+):  # fmt: skip
+    """They ended in an IndexError of torch, or in an error that named no row."""
+    change, bad, words = REFUSED[case]
+    base = changed(bases["llama"], tmp_path / "base", change)
+    rows = [bad if i % 3 == 2 or change is forgets else PLAIN_CHAT for i in range(15)]  # forgets: of no row by itself
+    flags = ["--model", base, "--max-length", 40, "--batch-size", 4, "--out", tmp_path / "run"]
+    validation = written(tmp_path, rows[:3], "validation.jsonl")
+    more = ["--task", written(tmp_path, rows), "--validation", validation, "--selection", "last"]
+    assert main(["train", *map(str, [*flags, *more])]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") <= 2
+    if change is not forgets:
+        assert "3, 6, 9, 12, 15" in said
+        assert "validation" in said
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_a_token_that_a_model_does_not_know_is_a_bad_row_of_every_command(bases, files, tmp_path, capsys):  # noqa: F811
+    for kind, row in (("chat", NEW), ("seq2seq", {"source": "zebra29"}), ("multi-label", {"text": "a zebra29"})):
+        train(settings(kind, bases, files, tmp_path / kind, epochs=1))
+        old = {"chat": "llama", "seq2seq": "t5"}.get(kind, "bert")
+        base = changed(bases[old], tmp_path / f"{kind}-base", lambda t: t.add_tokens([f"zebra{i}" for i in range(30)]))
+        rows = json.loads(files[kind].read_text().splitlines()[0])
+        file = written(tmp_path, [rows, row], f"{kind}.jsonl")
+        for command in ("predict", "generate") if kind != "multi-label" else ("predict",):
+            words = [command, "--adapters", tmp_path / kind / "adapter", "--model", base, "--input", file]
+            assert main([*map(str, words)]) == 2
+            said = capsys.readouterr().err
+            assert "row 2" in said
+            assert "resize" in said
+
+
+def test_the_metric_of_written_answers_names_rows_and_reads_what_training_reads(bases, tmp_path):  # noqa: F811
+    rows = [{"prompt": "the cat", "completion": " a dog" if i == 4 else " [1]"} for i in range(15)]
+    more = {"generate_metric": "json", "selection": "last", "generate_rows": 15}
+    file = written(tmp_path, rows[:9], "validation.jsonl")
+    s = settings("text", bases, {"text": written(tmp_path, rows)}, tmp_path / "run", validation=Path(file), **more)
+    with pytest.raises(UserError, match=r"is no JSON: choose exact in row 5"):
+        prepare(s)
+    rows = [{"source": "the cat " * n, "target": "a dog"} for n in (1, 30)] * 8
+    more = {"generate_metric": "exact", "max_length": 7}
+    s = settings("seq2seq", bases, {"seq2seq": written(tmp_path, rows)}, tmp_path / "run", **more)
+    asked = prepare(s).asked
+    assert max(len(question.ids) for question in asked) == 7  # as predict and the loss cut the source
+
+
+def test_generate_says_at_once_what_writes_no_texts(bases, files, tmp_path, capsys):  # noqa: F811
+    train(settings("tagging", bases, files, tmp_path / "run", epochs=1))
+    assert main(["generate", "--adapters", str(tmp_path / "run/adapter"), "--prompt", "the cat"]) == 2
+    assert "tagging (tagging) writes no texts: use loralab predict" in capsys.readouterr().err
+    train(settings("seq2seq", bases, files, tmp_path / "s2s", epochs=1))
+    assert main(["generate", "--adapters", str(tmp_path / "s2s/adapter"), "--chat"]) == 2
+    assert "an encoder-decoder reads one text" in capsys.readouterr().err
+
+
+def test_the_advice_for_a_lost_class_is_a_flag_that_the_kind_takes():
+    told = {}
+    for kind in ("tagging", "classification"):
+        result = {
+            "objective": kind, "collapsed": False,
+            "learned": {"split": "v", "lost": ["a"], "parts": {"a": {"rows": 3.0}}, "confusion": {}},
+        }  # fmt: skip
+        (told[kind],) = lost_classes(result)
+    assert "--class-weights" in told["classification"]
+    assert "--class-weights" not in told["tagging"]  # it was advised, and is refused there

@@ -100,7 +100,7 @@ def evaluate(
     split = _rows(found)
     most, first = cut_at(max_length or known.max_length, handle.model), handle.names[0]
     answered = len(split) if generate_rows is None else generate_rows
-    asked = written.questions(found, split, generate_metric, answered, handle.model, tokenizer)
+    asked = written.questions(found, split, generate_metric, answered, handle.model, tokenizer, most)
     with handle.use(first, rank=rank), rows_bar("rows", len(split)) as done:
         made, rows = predictions(handle, found, split, tokenizer, most, batch_size, done)
     labels, objective = rows.labels.numpy(), objectives.of(found)

@@ -15,6 +15,7 @@ from loralab.cli.predict import refuse
 from loralab.cli.show import Json, as_bytes, pairs
 from loralab.data import chats, checks, tables
 from loralab.errors import UserError
+from loralab.objectives import OBJECTIVES
 from loralab.objectives.generation import Decoding
 from loralab.objectives.templates import template_of
 from loralab.run.bar import rows_bar
@@ -176,6 +177,8 @@ def _generator(
 ) -> Generator:
     if model is None and not folders:
         raise UserError("no base: name it with --model, or give --adapters")
+    if silent := [f"{f.name} ({f.objective})" for f in folders.values() if not OBJECTIVES[f.objective].own_words]:
+        raise UserError(f"adapter {', '.join(dict.fromkeys(silent))} writes no texts: use loralab predict")
     name, place = shared(model, folders.values()), torch_device(device)
     present(name, folders.values())
     task_type = "SEQ_2_SEQ_LM" if models.config(name).is_encoder_decoder else "CAUSAL_LM"
@@ -229,7 +232,8 @@ def _check_new(path: Path | None, columns: tables.Columns, names: Sequence[str],
 
 def _note_plain(generator: Generator, prompts: Sequence[Prompt]) -> None:
     texts = any(not isinstance(row, UserError) and not chats.is_chat(row) for row in prompts)
-    if texts and not generator.as_it_is and not generator.shows_chats():
+    decoder = generator.task_type == "CAUSAL_LM"  # an encoder-decoder has no chats
+    if decoder and texts and not generator.as_it_is and not generator.shows_chats():
         print("note: the tokenizer has no chat template, so prompts are taken as they are", file=sys.stderr)
 
 
@@ -292,6 +296,8 @@ def _shown(texts: str | list[str] | None) -> str:
 
 def _talk(generator: Generator, name: str) -> None:
     """Talk at the terminal until its end (Ctrl-D)."""
+    if generator.task_type != "CAUSAL_LM":
+        raise UserError("--chat: an encoder-decoder reads one text: give it with --prompt or --input")
     if not generator.shows_chats():
         raise UserError("--chat: the tokenizer has no chat template: give one with --template FILE (Jinja)")
     said: tuple[chats.Message, ...] = ()

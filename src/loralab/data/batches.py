@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loralab.data.checks import BadRows
+from loralab.data.reading import counted
 from loralab.errors import UserError
 
 POOL = 50  # batches whose rows are sorted by length together: more give less padding and less chance
@@ -86,6 +88,32 @@ def longest(model: Any) -> int | None:
             first = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
             limit = min(limit, len(weight) - first)
     return limit
+
+
+def unknown_tokens(ids: Sequence[int], model: Any) -> str | None:
+    """Say that a model has no embedding of a token, as where its tokenizer was given more and it was not resized."""
+    words = model.get_input_embeddings()
+    size = getattr(words, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    if size is None or not ids or max(ids) < size:
+        return None
+    return (
+        f"a token that the model does not know: it has {size} of them, and the tokenizer more; resize the model "
+        "(resize_token_embeddings) and save it with the tokenizer, or use the tokenizer that it was saved with"
+    )
+
+
+def check_vocabulary(where: object, rows: Rows, numbers: Sequence[int], model: Any) -> None:
+    """Raise BadRows for rows with tokens that the model has no embedding of.
+
+    `numbers` are those of all rows of the split in the file.
+    """
+    sequences = rows.columns["input_ids"]
+    fault = unknown_tokens([max(ids, default=0) for ids in sequences], model)
+    if fault is None:
+        return
+    own = [numbers[place] for place in rows.kept] if rows.kept else numbers
+    bad = {own[i // rows.sequences] for i, ids in enumerate(sequences) if unknown_tokens(ids, model)}
+    raise BadRows(f"{where}: {counted(sorted(bad))}: {fault}", None, dict.fromkeys(sorted(bad), fault))
 
 
 def cut_at(given: int | None, model: Any) -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,6 +101,17 @@ def raise_faults(where: object, faults: Faults, advice: str = MEND) -> None:
     if parts:
         rows = {row: what for what, mine in reversed(named.items()) for row in mine}
         raise BadRows(f"{where}: {'; '.join(parts)}; {advice}", where if isinstance(where, Path) else None, rows)
+
+
+def each(where: object, rows: Sequence[int], items: Iterable[Any], change: Callable[[Any], Value]) -> list[Value]:
+    """Apply `change` to the item of each row, by its number in the file. Raises one UserError that names the rows which
+    it refuses; what it refuses alike in every row is no fault of rows and stands alone."""
+    faults: Faults = {}
+    changed = convert(items, change, "", faults)
+    if len(faults) == 1 and len(rows) > 1 and len(next(iter(faults.values()))) == len(rows):
+        raise UserError(next(iter(faults)))
+    raise_faults(where, {what: [rows[place - 1] for place in places] for what, places in faults.items()})
+    return changed
 
 
 def one_line(message: object, at_most: int = 200) -> str:

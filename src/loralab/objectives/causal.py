@@ -98,13 +98,15 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     Rows of a classification have one sequence for each label where they are evaluated, else that of their label.
     """
     if task.labels is None:
-        pieces = [[templates.tokens(row, tokenizer, task.options)] for row in split.texts]
+        asked = [[row] for row in split.texts]
     else:
         words = [[task.labels[label]] if how.train else task.labels for label in split.labels]
-        pieces = [
-            [templates.tokens((*row, f" {word}"), tokenizer, task.options) for word in mine]
-            for row, mine in zip(split.texts, words, strict=True)
-        ]
+        asked = [[(*row, f" {word}") for word in mine] for row, mine in zip(split.texts, words, strict=True)]
+
+    def tokens(mine: list[chats.Row]) -> list[templates.Tokens]:
+        return [templates.tokens(row, tokenizer, task.options) for row in mine]
+
+    pieces = checks.each(task.name, split.rows, asked, tokens)
     cut = [[piece.cut(how.max_length, keep_end=task.labels is not None) for piece in row] for row in pieces]
     kept = [i for i, row in enumerate(cut) if all(piece.learned for piece in row)]
     if not kept:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import chats
-from loralab.data.batches import Done, batch_width, longest, sorted_batches, unwatched
+from loralab.data.batches import Done, batch_width, longest, sorted_batches, unknown_tokens, unwatched
 from loralab.errors import UserError
 from loralab.objectives import templates
 
@@ -107,22 +107,27 @@ def _flag(name: str) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(prompt: chats.Row, tokenizer: Any, template: str | None = None) -> list[int]:
+def prompt_ids(
+    prompt: chats.Row, tokenizer: Any, template: str | None = None, max_length: int | None = None
+) -> list[int]:
     """Return the tokens of a prompt: of a chat through the template, where the assistant is about to speak.
 
-    Raises UserError for a chat that the template cannot show.
+    A text is cut after `max_length` tokens. Raises UserError for a chat that the template cannot show.
     """
     if not chats.is_chat(prompt):
-        return list(tokenizer(prompt[0], verbose=False)["input_ids"])
+        cut = max_length is not None
+        return list(tokenizer(prompt[0], truncation=cut, max_length=max_length, verbose=False)["input_ids"])
     text = templates.before_answer(prompt, tokenizer, template)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def check_length(ids: Sequence[int], model: Any, decoding: Decoding) -> None:
-    """Raise UserError for a prompt without tokens, and for one that the model cannot take with its answer."""
+    """Raise UserError for a prompt without tokens, and for one that the model cannot take, alone or with its answer."""
     most = longest(model)
     if not ids:
         raise UserError("a prompt without tokens")
+    if fault := unknown_tokens(ids, model):
+        raise UserError(fault)
     if most is not None and len(ids) + decoding.max_new_tokens > most:
         raise UserError(
             f"a prompt of {len(ids)} tokens and an answer of up to {decoding.max_new_tokens} are more than the {most} "

@@ -275,7 +275,7 @@ class Loop:
             if not state.stopped:
                 with self._failing([state]):
                     state.step(loss, rows)
-        seconds = (time.perf_counter() - started) / len(going)
+        seconds = self._agreed(time.perf_counter() - started) / len(going)
         for state in going:
             state.progress.seconds += seconds
         self.reporter.advance(sum(map(len, chosen)), float(np.mean(losses)))
@@ -283,6 +283,13 @@ class Loop:
             every = state.settings.checkpoint_every
             if every and state.progress.step % every == 0 and not state.is_evaluated and not state.stopped:
                 self._checkpoint(state)
+
+    def _agreed(self, seconds: float) -> float:
+        """Return the mean over processes: with --max-time all have to end at the same step."""
+        if self.accelerator.num_processes == 1:
+            return seconds
+        taken = torch.tensor([seconds], dtype=torch.float32, device=self.accelerator.device)
+        return float(self.accelerator.reduce(taken, "mean"))
 
     def _backward(self, states: Sequence[RunState], chosen: Sequence[list[int]]) -> Tensor:
         """Add up the gradients of a pass, part by part; return (runs,), this process's share of each loss."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from loralab import data, models, objectives
 from loralab.adapters import Adapters, attach
-from loralab.data import Task
-from loralab.data.batches import Rows, collate, epoch_batches, longest
+from loralab.data import Task, checks
+from loralab.data.batches import Rows, check_vocabulary, collate, epoch_batches, longest
 from loralab.data.labels import read_map
 from loralab.data.reading import Reading
 from loralab.errors import UserError, hint
@@ -96,9 +96,8 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
         what = f"attention={settings.attention!r} with speed='auto'"
         notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
-    asked = written.questions(
-        task, reported(task, settings), settings.generate_metric, settings.generate_rows, model, tokenizer
-    )
+    metric = (settings.generate_metric, settings.generate_rows)
+    asked = written.questions(task, reported(task, settings), *metric, model, tokenizer, settings.max_length)
     train = rows["train"]
     weighted = _weighted(settings, task, train)
     objective = weighted or objectives.of(task)
@@ -238,10 +237,16 @@ def _rows(
     if key not in cache:
         texts, sizes = splits(task, settings)
         encode = objectives.of(task).encode
-        rows = {
-            name: encode(task, split, tokenizer, Encoding(settings.max_length, name == "train", settings.pack))
-            for name, split in texts.items()
-        }
+        rows, problems = {}, []
+        for name, split in texts.items():
+            how = Encoding(settings.max_length, name == "train", settings.pack)
+            try:
+                rows[name] = encode(task, split, tokenizer, how)
+                check_vocabulary(task.name, rows[name], split.rows, model)
+            except checks.BadRows as bad:
+                problems.append(f"{name} of {bad}")
+        if problems:
+            raise UserError("; ".join(problems))
         told = dict.fromkeys(note for r in rows.values() for note in r.notes)
         cut = [note for name, r in rows.items() for note in r.cut(name)]
         cache[key] = rows, [*task.notes, *sizes, *told, *cut]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from loralab import data, objectives
 from loralab.adapters import Adapters
-from loralab.data import Split, Task
+from loralab.data import Split, Task, checks
 from loralab.data.batches import Done, unwatched
 from loralab.errors import UserError
 from loralab.objectives import generation
@@ -25,12 +25,19 @@ class Question(NamedTuple):
 
 
 def questions(
-    task: Task, split: Split, metric: GenerateMetric | None, most: int, model: Any, tokenizer: Any
+    task: Task,
+    split: Split,
+    metric: GenerateMetric | None,
+    most: int,
+    model: Any,
+    tokenizer: Any,
+    max_length: int | None = None,
 ) -> list[Question]:
     """Return what is asked for a metric: at most so many rows of a split, drawn by the data's hash.
 
-    Raises UserError, before anything is trained, for a task whose rows have no answers to write, and for what would
-    fail then: a metric whose package is absent, answers that are no JSON, a prompt that the model cannot take.
+    What an encoder-decoder reads is cut after `max_length` tokens, as where it learns. Raises UserError, before
+    anything is trained, for a task whose rows have no answers to write, and for what would fail then: a metric whose
+    package is absent, answers that are no JSON, a prompt that the model cannot take.
     """
     of_row = objectives.of(task).asked
     if metric is None:
@@ -39,16 +46,18 @@ def questions(
         raise UserError(f"--generate-metric {metric}: {task.name} has no answers to write, leave it out")
     if most < len(split):
         split = split.take(data.sample(split, task.sha256, False, most))
-    made = []
-    for row in split.texts:
+    cut = max_length if model.config.is_encoder_decoder else None
+
+    def question(row: tuple[Any, ...]) -> Question:
         prompt, wanted = of_row(row)
         if metric == "json" and not _is_json(wanted):
             raise UserError(f"--generate-metric json: the answer {wanted[:40]!r} is no JSON: choose exact")
-        made.append(Question(generation.prompt_ids(prompt, tokenizer, task.options.get("template")), wanted))
+        return Question(generation.prompt_ids(prompt, tokenizer, task.options.get("template"), cut), wanted)
+
+    made = checks.each(task.name, split.rows, split.texts, question)
     generation.METRICS[metric](made[0].wanted, made[0].wanted)
     decoding = _decoding(made, tokenizer)
-    for question in made:
-        generation.check_length(question.ids, model, decoding)
+    checks.each(task.name, split.rows, made, lambda asked: generation.check_length(asked.ids, model, decoding))
     return made
 
 

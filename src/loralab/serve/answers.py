@@ -9,7 +9,7 @@ import torch
 from loralab import objectives
 from loralab.adapters import Adapters
 from loralab.data import Split, Task
-from loralab.data.batches import Done, Rows, collate, cut_at, sorted_batches, unwatched
+from loralab.data.batches import Done, Rows, check_vocabulary, collate, cut_at, sorted_batches, unwatched
 from loralab.errors import UserError
 from loralab.objectives import Array, Encoding, by_row, ragged
 from loralab.objectives.saved import Saved
@@ -31,6 +31,7 @@ def predictions(
     """
     objective = objectives.of(task)
     rows = objective.encode(task, split, tokenizer, Encoding(max_length, train=False))
+    check_vocabulary(task.name, rows, split.rows, adapters.model)
     device = next(adapters.model.parameters()).device
     parts, order = [], []
     width = objective.outputs(task)

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from loralab import models
 from loralab.cache import Scope
-from loralab.data.batches import Done, Rows, collate, cut_at, sorted_batches, tokenized, unwatched
+from loralab.data.batches import (
+    Done,
+    Rows,
+    check_vocabulary,
+    collate,
+    cut_at,
+    sorted_batches,
+    tokenized,
+    unwatched,
+)
 from loralab.data.checks import texts
 from loralab.errors import UserError
 from loralab.serve.loading import present, shared, torch_device
@@ -101,6 +110,7 @@ class Predictor:
         if good:
             tokens = self._encoded([requests[i]._replace(texts=texts(*requests[i].texts)) for i in good])
             folders = [self.adapters[requests[i].adapter].folder for i in good]
+            check_vocabulary("the input", tokens, [i + 1 for i in good], self.pool.any_model)
             for batch in self._batches(tokens, folders):
                 for j, answer in self._answered(batch, tokens, folders):
                     answers[good[j]] = answer

@@ -3,7 +3,7 @@
 from typing import Any
 
 from loralab.data import chats
-from loralab.data.batches import cut_at
+from loralab.data.batches import cut_at, unknown_tokens
 from loralab.errors import UserError
 from loralab.objectives import generation
 from loralab.objectives.causal import labelled
@@ -51,4 +51,7 @@ def _source(prompt: chats.Row, known: Saved | None, model: Any, tokenizer: Any) 
     if chats.is_chat(prompt):
         raise UserError("a chat for an encoder-decoder, which reads one text: give the text")
     most = cut_at(None if known is None else known.max_length, model)
-    return list(tokenizer(prompt[0], truncation=True, max_length=most, verbose=False)["input_ids"])
+    ids = generation.prompt_ids(prompt, tokenizer, max_length=most)
+    if fault := unknown_tokens(ids, model):
+        raise UserError(fault)
+    return ids
