@@ -268,3 +268,37 @@ def test_the_advice_for_a_lost_class_is_a_flag_that_the_kind_takes():
         (told[kind],) = lost_classes(result)
     assert "--class-weights" in told["classification"]
     assert "--class-weights" not in told["tagging"]  # it was advised, and is refused there
+
+
+# ---- flags that name columns -----------------------------------------------------------------------------------------
+
+
+def test_a_classification_of_ones_own_is_learned_as_completions(bases, tmp_path, capsys):  # noqa: F811
+    """--label was ignored, and the texts alone were learned."""
+    rows = [{"review": "the cat" if i % 2 else "a dog", "stars": ["red", "blue"][i % 2]} for i in range(40)]
+    more = {"objective": "causal", "text": ("review",), "label": "stars", "epochs": 12}
+    file = written(tmp_path, rows)
+    result = train(settings("chat", bases, {"chat": file}, tmp_path / "run", **more))
+    assert result["metrics"]["accuracy"] == 1
+    folder = tmp_path / "run/adapter"
+    assert run_json(capsys, "evaluate", folder, "--task", file, "--json")["metrics"]["accuracy"] == 1
+    found = run_json(capsys, "predict", "--adapters", folder, "--input", file, "--json")
+    assert [row["label"] for row in found] == [row["stars"] for row in rows]
+
+
+IDLE = [  # kind, flags that would do nothing
+    ("multiple-choice", {"objective": "multiple-choice", "text": ("question",), "label": "other"}),
+    ("similarity", {"objective": "similarity", "text": ("other",)}),
+    ("tagging", {"objective": "tagging", "text": ("other",)}),
+    ("seq2seq", {"objective": "seq2seq", "text": ("other",)}),
+    ("chat", {"objective": "causal", "text": ("other",)}),
+    ("tagging", {"objective": "tagging", "problem_type": "classification"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "more"), IDLE, ids=str)
+def test_a_column_that_is_named_and_not_read_is_refused(kind, more, bases, files, tmp_path):  # noqa: F811
+    rows = [{**json.loads(line), "other": "the cat"} for line in files[kind].read_text().splitlines()]
+    s = settings(kind, bases, {kind: written(tmp_path, rows)}, tmp_path / "run", **more)
+    with pytest.raises(UserError, match="'other', which .* does not read|--problem-type with objective"):
+        prepare(s)

@@ -152,7 +152,7 @@ def _task(
         text = tuple(known.columns)
     found = objectives.load(
         task, data, objective=known.objective, text=text, label=label, options=known.options,
-        regression=names in (("score",),) and known.objective == "classification" if is_file else None,
+        regression=names == ("score",) if is_file and known.objective == "classification" else None,
         names=names or None, whole=True, reading=reading,
     )  # fmt: skip
     wanted = tuple(found.labels or ())

@@ -50,6 +50,8 @@ class Reading:
     """What each file that was read is written in."""
     rows: dict[Path, int] = field(default_factory=dict)
     """Rows of each file, with those that are left out."""
+    columns: dict[Path, set[str]] = field(default_factory=dict)
+    """Columns of each file whose cells were read."""
     skipped: dict[Path, dict[int, str]] = field(default_factory=dict)
     """File -> row, counted from 1 -> why it is left out."""
 

@@ -48,6 +48,7 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
     """Read the wanted columns of a file. Raises UserError for a file without them, or without rows."""
     present, columns = _open(path, wanted)
     require(path, present, wanted)
+    reading.current().columns.setdefault(path, set()).update(wanted)
     if not columns[wanted[0]]:
         skipped = len(reading.current().skipped.get(path, ()))
         left_out = f", as all {skipped} are left out" if skipped else ""

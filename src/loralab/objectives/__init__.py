@@ -81,6 +81,10 @@ def _own(row: Objective, file: OwnFile, reading: Reading) -> Task:
         raise UserError(f"--separator {reading.separator}: {file.train} is no CSV or TSV, leave it out")
     if reading.encoding != "auto" and suffixes == {".parquet"}:
         raise UserError(f"--encoding {reading.encoding}: a parquet file has its own, leave it out")
+    if file.regression is not None and row is not OBJECTIVES[DEFAULT]:
+        raise UserError(
+            f"--problem-type with objective {row.name}: it is for labels that are classes or scores, leave it out"
+        )
     with reading.active():
         while True:
             try:
@@ -89,7 +93,19 @@ def _own(row: Objective, file: OwnFile, reading: Reading) -> Task:
                 if bad.path is None or not reading.leave_out(bad.path, bad.rows):
                     raise bad if reading.skip else bad.advised("or leave them out with --skip-bad-rows") from None
             else:
+                _check_used(row, file, reading)
                 return replace(task, notes=(*reading.notes(), *task.notes), reading=reading)
+
+
+def _check_used(row: Objective, file: OwnFile, reading: Reading) -> None:
+    """Raise UserError for a column that is named and was not read."""
+    read, label = reading.columns.get(file.train, set()), file.label
+    labels = [] if label is None else [label] if label in read else label.split(",")
+    if idle := [name for name in (*file.text, *labels) if name not in read]:
+        raise UserError(
+            f"{file.train}: --text and --label name {', '.join(map(repr, idle))}, which {row.name} does not read here: "
+            f"it reads {', '.join(sorted(read))}; leave them out, or choose another --objective"
+        )
 
 
 def find(

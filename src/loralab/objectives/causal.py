@@ -9,13 +9,14 @@ likelihoods of the label words, so that its scores are those of a classification
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loralab.data import METRICS, Split, Task, chats, checks, tables
+from loralab.data import METRICS, Split, Task, chats, checks, own_files, tables
 from loralab.data.batches import IGNORED, Rows
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
@@ -32,7 +33,12 @@ MOST = 709.0  # largest loss whose perplexity is a float
 
 
 def read(file: OwnFile) -> Task:
-    """Make the task of a file in one of the forms of data/chats.py. Raises UserError that names the bad rows."""
+    """Make the task of a file in one of the forms of data/chats.py, or with --label of a classification.
+
+    Raises UserError that names the bad rows.
+    """
+    if file.label is not None and (*file.text, file.label) not in [form.columns for form in chats.FORMS]:
+        return replace(of(own_files.load(file), file.options), label=file.label)
     there = set(tables.names(file.train))
     fits = [form for form in chats.FORMS if there >= {*form.columns}]
     if not fits:

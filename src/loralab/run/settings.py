@@ -245,7 +245,7 @@ class Settings(StepSettings):
     """Which rows are held out: a tenth of train, at most 1,000; or unused: up to 2,000 that --train-rows leaves out,
     and the validation split is read once, at the selected epoch, on at most 5,000 rows."""
     patience: int = 0
-    """Stop after this many epochs without a better score; 0 runs all epochs."""
+    """Stop after this many evaluations without a better score, those of --eval-every too; 0 runs all epochs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one, found without being asked for, else the CPU; cpu: the CPU even so. Of several GPUs
     the environment variable CUDA_VISIBLE_DEVICES chooses."""
