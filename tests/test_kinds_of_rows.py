@@ -302,3 +302,31 @@ def test_a_column_that_is_named_and_not_read_is_refused(kind, more, bases, files
     s = settings(kind, bases, {kind: written(tmp_path, rows)}, tmp_path / "run", **more)
     with pytest.raises(UserError, match="'other', which .* does not read|--problem-type with objective"):
         prepare(s)
+
+
+def test_a_file_that_counts_its_words_is_no_file_of_words(tmp_path):
+    """CoNLL-U's numbers were read as the words."""
+    lines = ["1\tthe\t_\tDT", "2\tcat\t_\tNN", "", "1\ta\t_\tDT", ""]
+    (tmp_path / "rows.conll").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="counts the words"):
+        objectives.load(str(tmp_path / "rows.conll"))
+    (tmp_path / "rows.conll").write_text("1 CD\n2 CD\n\nthe DT\n\n")
+    assert objectives.load(str(tmp_path / "rows.conll"), whole=True).train.texts == [("1", "2"), ("the",)]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": None, "completion": "a"}, "column 'prompt': null"),
+        ({"prompt": "a", "completion": " \n"}, "column 'completion': empty"),
+        ({"instruction": "a", "output": None}, "column 'output': null"),
+        ({"messages": [{"role": "user", "content": None}]}, "null in a message of user"),
+        (
+            {"conversations": [{"from": "human", "value": [{"text": "a"}]}]},
+            "list instead of text in a message of human",
+        ),
+    ],
+)
+def test_a_bad_cell_of_a_language_models_row_is_named(row, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        objectives.load(written(tmp_path, [row] * 3))

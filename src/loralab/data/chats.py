@@ -61,7 +61,10 @@ def _pairs(messages: Any, role: str, content: str) -> tuple[Message, ...]:
         speaker = ROLES.get(message[role]) if isinstance(message[role], str) else None
         if speaker is None:
             raise ValueError(f"the role {checks.shown(message[role])}; there are {', '.join(ROLES)}")
-        text = checks.any_text(message[content])
+        try:
+            text = checks.any_text(message[content])
+        except ValueError as fault:
+            raise ValueError(f"{fault} in a message of {message[role]}") from None
         if not text.strip():
             raise ValueError(f"an empty message of {message[role]}")
         pairs.append((speaker, text))
@@ -72,13 +75,19 @@ def completion(prompt: Any, answer: Any) -> Row:
     """Return (prompt, completion), or one chat where both are lists of messages."""
     if isinstance(prompt, list) and isinstance(answer, list):
         return chat(prompt + answer)
-    text, wanted = checks.any_text(prompt), checks.text(answer)
-    return text, wanted
+    return _of("prompt", checks.any_text, prompt), _of("completion", checks.text, answer)
+
+
+def _of(column: str, check: Callable[[Any], str], cell: Any) -> str:
+    try:
+        return check(cell)
+    except ValueError as fault:
+        raise ValueError(f"column {column!r}: {fault}") from None
 
 
 def instruction(asked: Any, answer: Any, given: Any = None) -> tuple[Message, ...]:
     """Return a chat of one turn from an instruction, the input that it may have, and its output."""
-    return (*question(asked, given), ("assistant", checks.text(answer)))
+    return (*question(asked, given), ("assistant", _of("output", checks.text, answer)))
 
 
 def question(asked: Any, given: Any = None) -> tuple[Message, ...]:

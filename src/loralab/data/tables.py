@@ -300,6 +300,11 @@ def _read_conll(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
             columns["tokens"].append(words)
             columns["tags"].append(tags)
             words, tags = [], []
+    counts = [[str(i) for i in range(1, len(row) + 1)] for row in columns["tokens"]]
+    if columns["tokens"] == counts and any(len(row) > 1 for row in counts):
+        raise UserError(
+            f"{path}: its first column counts the words, as CoNLL-U does: write each word first and its tag last"
+        )
     return list(columns), {name: reading.left(path, columns[name]) for name in wanted if name in columns}
 
 
