@@ -32,11 +32,12 @@ def epochs(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
     name = own[0].metric
     most = max(len(run.history) for cell in own for run in cell.runs)
 
-    def after(cell: Cell, epoch: int) -> float:
-        return np.mean([run.history[epoch]["validation"][name] for run in cell.runs if len(run.history) > epoch])
+    def after(cell: Cell, epoch: int) -> str:
+        scores = [run.history[epoch]["validation"][name] for run in cell.runs if len(run.history) > epoch]
+        return spread(scores).partition(" ")[0]
 
     each = all(row["validation"] for row in own[0].runs[0].history)  # else it was read once
-    found = ((cell.key[2], [f"{after(cell, e):.3f}" for e in range(most)]) for cell in own if each)
+    found = ((cell.key[2], [after(cell, e) for e in range(most)]) for cell in own if each)
     return "mean after epoch", [str(e + 1) for e in range(most)], found
 
 
@@ -77,8 +78,10 @@ def point(tried: dict[str, object]) -> str:
 
 
 def spread(values: Iterable[float]) -> str:
+    """Mean (standard deviation), the mean alone of one value, nothing of none."""
     values = list(values)
-    return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
+    mean = f"{np.mean(values):.3f}" if values else ""
+    return mean + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
 
 
 def table(what: str, columns: list[str], rows: list[Row]) -> None:

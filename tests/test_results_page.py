@@ -70,6 +70,11 @@ def rounded(name):
     return {f"{abs(row[key]):.3f}" for row in rows for key in keys if row.get(key) is not None}
 
 
+def test_what_is_not_known_is_an_empty_cell(printed):
+    """A mean of nothing is nan, and a warning: a cell of runs without predictions, or with fewer epochs."""
+    assert {name: re.findall(r"\bnan\b.*", text) for name, text in printed.items()} == {name: [] for name in printed}
+
+
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_every_mean_with_its_spread_is_printed(printed, heading):
     there = {pair for study in SECTIONS[heading] for pair in SPREAD.findall(printed[study])}
