@@ -11,8 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from loralab.study.statistics.contrasts import smallest_difference
-from loralab.study.statistics.planned import contrasts_of
+from loralab.study.statistics.contrasts import paired, smallest_difference
 
 SPREADS = {"equal": [0.01] * 7, "unequal": [0.004, 0.006, 0.008, 0.01, 0.013, 0.018, 0.03]}
 METHODS = [f"method {i}" for i in range(7)]
@@ -43,7 +42,7 @@ def rates(spread: str, seeds: int, collapse: float, times: int = TIMES) -> Rates
         own = [math.sqrt(s**2 - (min(spreads) / 2) ** 2) for s in spreads]  # with the reference's it makes the spread
         drawn = [m + b + random.normal(0, s, seeds) - reference for m, b, s in zip(means, luck, own, strict=True)]
         kept = [d[random.random(seeds) >= collapse] for d in drawn]
-        return contrasts_of(METHODS, kept, [rows**2] * len(METHODS), [MARGIN] * len(METHODS), ALPHA)
+        return paired(METHODS, kept, MARGIN, ALPHA, rows=[rows**2] * len(METHODS))
 
     none, at_margin, one = np.zeros(7), np.full(7, MARGIN), np.zeros(7)
     one[middle] = stated

@@ -12,8 +12,8 @@ from scipy import stats
 from loralab.data import METRICS
 from loralab.study import ScheduledRun, comparisons, load, summaries
 from loralab.study.run_study import json_of
-from loralab.study.statistics import contrasts, holm, planned
-from loralab.study.statistics.planned import contrasts_of
+from loralab.study.statistics import contrasts, holm, planned, remarks
+from loralab.study.statistics.contrasts import paired
 from loralab.study.statistics.table import verdict
 
 ROWS = 400
@@ -298,6 +298,53 @@ def test_endpoints_are_metrics_of_the_results(tmp_path):
     assert found[2].contrasts[0].difference == pytest.approx(-0.3)  # a comes first, three seeds before lora
 
 
+def test_a_method_without_a_task_has_no_mean_of_tasks_and_the_mean_names_its_tasks(tmp_path):
+    """A mean of other tasks is no mean that can stand beside the others."""
+    cells = of_two_tasks(predictions=False)
+    del cells["u", "same"]
+    mean, by_task = families = planned(load(written(tmp_path, cells, reference="bad", margin=0.03)))
+    assert [c.method for c in by_task.contrasts] == ["good on t", "same on t", "good on u"]
+    told = {c.method: (c.verdict, seeds) for c, seeds in zip(mean.contrasts, mean.seeds, strict=True)}
+    assert told["same"] == ("not tested", 0)
+    assert told["good"][1] == 4
+    assert mean.tasks == ("t", "u")
+    assert remarks(families)[0] == "mean of tasks: t, u"
+
+
+@pytest.mark.parametrize(("predictions", "unknown"), [("both", []), ("one", [2 * 4]), ("none", [2 * 6])])
+def test_contrasts_without_the_luck_of_rows_are_counted(tmp_path, predictions, unknown):
+    """Of three contrasts the mean and that on a task do not know it where the runs of that task kept no predictions."""
+    cells = {
+        key: [(*run[:3], run[3] if (key[0] == "t" and predictions == "one") or predictions == "both" else None)
+              for run in runs] for key, runs in with_hard_rows(True).items()
+    }  # fmt: skip
+    compare = {"reference": "lora", "endpoints": ["selected", "accuracy"]}
+    folder = written(tmp_path, cells, **compare)
+    for file in folder.glob("store/*/result.json"):
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {"metrics": {"accuracy": result["metric"]["selected"]}}))
+    families = planned(load(folder))
+    told = [known for family in families for known in family.rows]
+    assert told.count(False) == (unknown[0] // 2 if unknown else 0)
+    assert len([line for line in remarks(families) if "seeds alone" in line]) == len(unknown)
+
+
+def test_planned_intervals_stay_within_what_a_difference_can_be(tmp_path):
+    """Of a mean of tasks that is the mean of the tasks' ranges; with two seeds there is none."""
+    scores = {"a": (0.0, 1.0, 1.0), "lora": (0.0, 0.0, 1.0)}
+    cells = {(t, m): [(i, x, x, None) for i, x in enumerate(own)] for t in ("t", "u") for m, own in scores.items()}
+    for family in planned(load(written(tmp_path / "three", cells, reference="lora"))):
+        for c in family.contrasts:
+            assert c.low >= -1
+            assert c.high == 1
+            assert c.difference + stats.t.ppf(0.975, c.df) * c.error > 1, "it would have gone beyond"
+    two = {key: runs[:2] for key, runs in cells.items()}
+    for family in planned(load(written(tmp_path / "two", two, reference="lora"))):
+        for c in family.contrasts:
+            assert np.isnan([c.low, c.high, c.smallest]).all()
+            assert 0 < c.p <= 1
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize("rows", [0.0, 0.004])
 def test_a_family_errs_as_often_as_it_says(rows):
@@ -308,6 +355,6 @@ def test_a_family_errs_as_often_as_it_says(rows):
         wrong = 0
         for _ in range(times):
             d = [random.normal(random.normal(0, np.sqrt(rows) * 0.1), sd, 6) for sd in spreads]
-            found = contrasts_of(names, d, [rows * 0.01] * 7, [0.01] * 7, 0.05)
+            found = paired(names, d, 0.01, rows=[rows * 0.01] * 7)
             wrong += any(c.verdict in ("better", "worse") for c in found)
         assert stats.binomtest(wrong, times, 0.05, alternative="greater").pvalue > 1e-3

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from loralab.cli.show import Json, as_json, table
-from loralab.study.judge import Judgement
+from loralab.study.judge import ALL, Family, Judgement
 from loralab.study.judge import judge as judged
 from loralab.study.statistics.contrasts import Contrast
 
@@ -55,36 +55,43 @@ def judge(
         as_json(dataclasses.asdict(found))
         return
     for family in found.families:
-        named = "" if family.name == "all" else f"{family.name}: "
-        shown = sorted(family.contrasts, key=lambda c: -c.difference)
-        cells = [_cells(c) for c in shown[:MOST]]
-        title = f"\n{named}{len(shown)} methods against {found.reference}, tested over {found.by}"
-        heads = ("method", "differs by", "95 % interval", "p", "Holm", "verdict")
-        table(title, heads, cells)
-        if len(shown) > MOST:
-            print(f"... {len(shown) - MOST} more below these; --json lists all")
-        print(_summary(found, shown))
+        _show(found, family)
     for note in found.notes:
         print(f"note: {note}")
 
 
+def _show(found: Judgement, family: Family) -> None:
+    named, many = "" if family.name == ALL else f"{family.name}: ", len(family.contrasts)
+    rows = sorted(zip(family.contrasts, family.runs, strict=True), key=lambda row: -row[0].difference)
+    title = f"\n{named}{many} method{'s' * (many > 1)} against {found.reference}, tested over {found.by}"
+    seeds = found.by == "seeds"
+    heads = ("method", "differs by", "95 % interval", "p", "Holm", "verdict", *["seeds"] * seeds)
+    table(title, heads, [(*_cells(c), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
+    if many > MOST:
+        print(f"... {many - MOST} more below these; --json lists all")
+    print(_summary(found, family.contrasts))
+
+
 def _cells(c: Contrast) -> tuple[str, ...]:
+    interval = "" if math.isnan(c.low) else f"{c.low:+.3f} to {c.high:+.3f}"
     verdict = SHORT.get(c.verdict, c.verdict)
-    if math.isnan(c.p):
-        return c.method, f"{c.difference:+.3f}", "", "", "", verdict
-    return c.method, f"{c.difference:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}", f"{c.p:.3f}", f"{c.p_holm:.3f}", verdict
+    return c.method, f"{c.difference:+.3f}", interval, _p(c.p), _p(c.p_holm), verdict
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _summary(found: Judgement, contrasts: list[Contrast]) -> str:
     above = [c for c in contrasts if c.difference > 0]
     counts = {v: sum(c.verdict == v for c in contrasts) for v in ("better", "worse", "equal within the margin")}
     least = min((c.p for c in above if not math.isnan(c.p)), default=math.nan)
-    text = f"{len(above)} of {len(contrasts)} lie above {found.reference}"
-    text += "" if math.isnan(least) else f", the smallest p among them is {least:.3f}"
-    text += f"; after Holm's correction {counts['better']} are better, {counts['worse']} worse"
+    text = f"{len(above)} of {len(contrasts)} lie{'s' * (len(above) == 1)} above {found.reference}"
+    text += "" if math.isnan(least) else f", the smallest p among them is {_p(least)}"
+    text += f"; after Holm's correction {counts['better']} better, {counts['worse']} worse"
     smallest = [c.smallest for c in contrasts if not math.isnan(c.smallest)]
     if smallest:
         low, high = min(smallest), max(smallest)
         reach = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
-        text += f". Where none was found, a true difference of {reach} would have been, with 80 % power"
+        text += f". A true difference of {reach} is found with 80 % power"
     return text + "."

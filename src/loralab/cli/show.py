@@ -1,6 +1,7 @@
 """Results on stdout: tables for people or, with --json, JSON for machines."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,8 +63,16 @@ def _print(title: str, shown: Table) -> None:
 
 
 def as_json(data: Any) -> None:
-    """Print JSON."""
-    print(json.dumps(data, indent=1))
+    """Print JSON; a number that is not known or not finite is null, as JSON has no word for it."""
+    print(json.dumps(_finite(data), indent=1, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def as_bytes(memory: str | None) -> int | None:

@@ -10,7 +10,7 @@ from loralab.cli.show import table
 from loralab.disk import size_text
 from loralab.run.bar import clock
 from loralab.study.record import Study
-from loralab.study.statistics import Comparison, PlannedFamily, Summary, comparisons, planned, summaries
+from loralab.study.statistics import Comparison, PlannedFamily, Summary, comparisons, planned, remarks, summaries
 
 PLANNED = ("method", "difference", "95 % interval", "p", "p equal", "verdict", "could find", "seeds", "collapsed")
 SHOWN = 20  # comparisons; of more, those that differ
@@ -34,8 +34,11 @@ def show(study: Study) -> None:
         if here := [c for c in differ if (c.task, c.model) == (task, model)]:
             table(f"{task}, {Path(model).name}: a against b", COMPARED, [_comparison(c) for c in here], 2)
             print()
-    for family in planned(study):
+    families = planned(study)
+    for family in families:
         _planned(family, study)
+    for line in remarks(families):
+        print(line)
     _footnotes(study, found)
 
 

@@ -17,6 +17,7 @@ from loralab.study.record import collapses
 from loralab.study.search import score
 from loralab.study.statistics import PlannedFamily
 from loralab.study.statistics.contrasts import Contrast
+from loralab.study.statistics.estimates import within
 
 LEVEL = 0.95
 Line = tuple[Contrast, float, float, str]  # contrast, its error without the rows, its margin, the name of its row
@@ -87,8 +88,8 @@ def reach(lines: Sequence[Line]) -> float:
     """How far the axis goes to each side: a few methods that are far off are arrows, so that the others stay apart."""
     ends = sorted(max(abs(c.low), abs(c.high), 1.5 * margin) for c, _, margin, _ in lines if np.isfinite(c.low))
     if not ends:
-        far = (abs(c.difference) for c, *_ in lines if np.isfinite(c.difference))  # nan: every run collapsed
-        return 1.5 * max((*far, *(margin for _, _, margin, _ in lines)), default=1.0)
+        known = [1.5 * max(abs(c.difference), margin) for c, _, margin, _ in lines if np.isfinite(c.difference)]
+        return max(known, default=1.0)
     usual = ends[len(ends) // 2]
     return 1.08 * max(end for end in ends if end <= FAR * usual)
 
@@ -105,7 +106,10 @@ def _line(ax: Any, at: float, line: Line, widest: float, bold: bool) -> None:
     if np.isfinite(c.low):
         half = float(stats.t.ppf((1 + LEVEL) / 2, c.df)) * of_seeds
         ax.plot([c.low, c.high], [at, at], color=INK, lw=0.8, solid_capstyle="butt")
-        ax.plot([c.difference - half, c.difference + half], [at, at], color=INK, lw=2.4, solid_capstyle="butt")
+        thick = within(
+            (c.difference - half, c.difference + half), c.low, c.high
+        )  # no difference lies outside its range
+        ax.plot(thick, [at, at], color=INK, lw=2.4, solid_capstyle="butt")
     face = INK if c.verdict in ("better", "worse") else PAPER
     ax.plot(c.difference, at, "D" if bold else "o", color=INK, markerfacecolor=face, markersize=6 if bold else 4.5)
 

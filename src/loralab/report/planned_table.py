@@ -12,7 +12,7 @@ from loralab.report import numbers as n
 from loralab.report.findings import Findings, Result
 from loralab.report.planned_charts import best_rate
 from loralab.report.tables import Column, Table
-from loralab.study.statistics import PlannedFamily
+from loralab.study.statistics import PlannedFamily, remarks
 from loralab.study.statistics.contrasts import Contrast
 
 MARKS = {
@@ -95,6 +95,7 @@ def contrasts(f: Findings) -> Table:
         f"Each method against {compare['reference']} on the same seeds; Holm's correction over each family, at "
         f"{compare['alpha']:g}",
         "Equal within the margin: by two one-sided tests; no difference found: neither is shown",
+        *remarks(f.planned),
     ]
     return Table("planned", "Planned contrasts", columns, rows, _raw, lines)
 

@@ -16,7 +16,7 @@ from loralab.data import tables
 from loralab.errors import UserError, hint
 from loralab.study.statistics.contrasts import Contrast, paired, proportions
 
-MEAN = "mean of tasks"
+MEAN, ALL = "mean of tasks", "all"  # ALL: where no column names tasks
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Family:
     """The contrasts of one question."""
 
     name: str  # a task, or the mean of them
-    runs: int  # scores that enter
     contrasts: list[Contrast]
+    runs: list[int]  # of each contrast: the pairs of scores in it
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Judgement:
 
 
 Scores = dict[str, dict[str, dict[str, float]]]  # task -> method -> seed -> score
+Left = dict[str, list[str]]  # why something does not count -> what
+SHOWN = 5  # things that a note or an error names
 
 
 def judge(
@@ -62,43 +64,80 @@ def judge(
     """
     table = _read(file)
     columns = {"--method": method, "--score": score, "--seed": seed, "--task": task}
-    _check_columns(file, table, {flag: name for flag, name in columns.items() if name is not None})
-    scores, notes = _scores(file, table, method, score, seed, task), []
+    named = {flag: name for flag, name in columns.items() if name is not None}
+    _check(named, margin, alpha)
+    _check_columns(file, table, named)
+    scores = _scores(file, table, method, score, seed, task)
     methods = list(dict.fromkeys(m for by_method in scores.values() for m in by_method))
     chosen = _reference(methods, reference)
+    if len(methods) == 1:
+        raise UserError(f"{file} has one method, {chosen}: there is nothing to compare it with")
+    families, by, notes = _families(file, scores, chosen, rows, margin, alpha)
     if reference is None:
-        notes.append(f"the reference is {chosen}; another with --reference")
+        notes.insert(0, f"the reference is {chosen}; another with --reference")
+    highest = max(abs(x) for by_method in scores.values() for by_seed in by_method.values() for x in by_seed.values())
+    if highest > 1:
+        notes.append(f"scores go up to {highest:g}: the margin of {margin:g} is in the same units")
+    return Judgement(chosen, by, alpha, margin, families, notes)
+
+
+def _families(
+    file: Path, scores: Scores, reference: str, rows: int | None, margin: float, alpha: float
+) -> tuple[list[Family], str, list[str]]:
+    """The families with a contrast, what they are tested over, and what does not count."""
+    left: Left = {}
+    here = {task: by_method for task, by_method in scores.items() if reference in by_method}
+    if without := [task for task in scores if task not in here]:
+        left[f"{reference} has no score on these tasks, which are left out"] = without
     most = max(len(by_seed) for by_method in scores.values() for by_seed in by_method.values())
     if most > 1:
-        families, by = _by_seed(scores, chosen, margin, alpha), "seeds"
+        families, by = _by_seed(here, reference, margin, alpha, left), "seeds"
     elif rows is not None:
-        families, by = _by_rows(scores, chosen, rows, margin, alpha), "rows"
-        notes.append("one run a method: only the luck of the test rows is tested, not that of the seed")
+        families, by = _by_rows(here, reference, rows, margin, alpha), "rows"
     else:
         raise UserError(
             f"{file}: one score for each method says nothing of luck: name the column of seeds with --seed, or give "
             "the number of test rows with --rows"
         )
-    return Judgement(chosen, by, alpha, margin, families, notes)
+    families = [f for f in families if f.contrasts]
+    notes = [f"{why}: {_few(what)}" for why, what in left.items()]
+    if not families:
+        raise UserError(f"{file}: nothing can be compared with {reference}: {'; '.join(notes)}")
+    if by == "rows":
+        notes.append("one run a method: only the luck of the test rows is tested, not that of the seed")
+    elif rows is not None:
+        notes.append("--rows is not used: methods have several seeds, and their luck is tested")
+    if still := [_named(c.method, f.name) for f in families for c in f.contrasts if math.isnan(c.p)]:
+        why = "too few right or wrong answers" if by == "rows" else "one seed, or differences that do not vary"
+        notes.append(f"not tested, {why}: {_few(still)}")
+    return families, by, notes
 
 
-def _by_seed(scores: Scores, reference: str, margin: float, alpha: float) -> list[Family]:
+def _by_seed(scores: Scores, reference: str, margin: float, alpha: float, left: Left) -> list[Family]:
     """The mean of tasks first, where there are several, then each task."""
     found = []
     if len(scores) > 1:
-        found.append(_family(MEAN, _mean_of_tasks(scores), reference, margin, alpha))
-    return found + [_family(task, by_method, reference, margin, alpha) for task, by_method in scores.items()]
+        means = _mean_of_tasks(scores)
+        everywhere = dict.fromkeys(m for by_method in scores.values() for m in by_method)
+        if lacking := [m for m in everywhere if m not in means]:
+            left["not in the mean, without a seed on every task"] = lacking
+        found.append(_family(MEAN, means, reference, margin, alpha, left))
+    return found + [_family(task, by_method, reference, margin, alpha, left) for task, by_method in scores.items()]
 
 
 def _family(
-    name: str, by_method: Mapping[str, Mapping[str, float]], reference: str, margin: float, alpha: float
+    name: str, by_method: Mapping[str, Mapping[str, float]], reference: str, margin: float, alpha: float, left: Left
 ) -> Family:
     base = by_method.get(reference, {})
-    others = [m for m in by_method if m != reference and by_method[m].keys() & base.keys()]
-    differences = [
-        np.array([by_method[m][s] - base[s] for s in sorted(by_method[m].keys() & base.keys())]) for m in others
-    ]
-    return Family(name, sum(map(len, by_method.values())), paired(others, differences, margin, alpha))
+    shared = {m: sorted(by_method[m].keys() & base.keys()) for m in by_method if m != reference}
+    for m, seeds in shared.items():
+        if not seeds:
+            left.setdefault(f"left out, no seed in common with {reference}", []).append(_named(m, name))
+        elif len(seeds) < max(len(by_method[m]), len(base)):
+            left.setdefault(f"compared on the seeds that {reference} has too", []).append(_named(m, name))
+    others = [m for m, seeds in shared.items() if seeds]
+    differences = [np.array([by_method[m][s] - base[s] for s in shared[m]]) for m in others]
+    return Family(name, paired(others, differences, margin, alpha), [len(shared[m]) for m in others])
 
 
 def _mean_of_tasks(scores: Scores) -> dict[str, dict[str, float]]:
@@ -120,12 +159,19 @@ def _by_rows(scores: Scores, reference: str, rows: int, margin: float, alpha: fl
         single = {m: next(iter(by_seed.values())) for m, by_seed in by_method.items()}
         if bad := [f"{m} {x:g}" for m, x in single.items() if not 0 <= x <= 1]:
             raise UserError(f"--rows: a score must be a share of the rows, 0 to 1, not {', '.join(bad[:3])}")
-        if reference not in single:
-            continue
         others = [m for m in single if m != reference]
         made = proportions(others, [single[m] for m in others], single[reference], rows, margin, alpha)
-        found.append(Family(task, len(single), made))
+        found.append(Family(task, made, [1] * len(others)))
     return found
+
+
+def _named(method: str, family: str) -> str:
+    return method if family == ALL else f"{method} ({family})"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _reference(methods: Sequence[str], wanted: str | None) -> str:
@@ -154,6 +200,20 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
+def _check(columns: Mapping[str, str], margin: float, alpha: float) -> None:
+    wrong = []
+    flags: dict[str, list[str]] = {}
+    for flag, name in columns.items():
+        flags.setdefault(name, []).append(flag)
+    wrong += [f"{' and '.join(same)} are both {name!r}" for name, same in flags.items() if len(same) > 1]
+    if not 0 < margin < math.inf:
+        wrong.append(f"--margin {margin:g}: expected a number above 0, in units of the score")
+    if not 0 < alpha < 1:
+        wrong.append(f"--alpha {alpha:g}: expected a number between 0 and 1")
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
 def _check_columns(file: Path, table: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     there = list(dict.fromkeys(key for row in table for key in row if key is not None))
     wrong = [f"{flag} {name!r}{hint(name, there)}" for flag, name in columns.items() if name not in there]
@@ -167,6 +227,7 @@ def _scores(
     found: Scores = {}
     wrong: list[str] = []
     for place, row in enumerate(table, 1):
+        names = {c: _text(row.get(c)) for c in (method, seed, task) if c is not None}
         try:
             value = float(row[score])
         except (KeyError, TypeError, ValueError):
@@ -174,15 +235,21 @@ def _scores(
         if not math.isfinite(value):
             wrong.append(f"row {place} has {score} {row.get(score)!r}, no number")
             continue
-        by_seed = found.setdefault("all" if task is None else str(row.get(task)), {}).setdefault(
-            str(row.get(method)), {}
-        )
-        key = "" if seed is None else str(row.get(seed))
+        if empty := [c for c, name in names.items() if not name]:
+            wrong.append(f"row {place} has no {' and no '.join(empty)}")
+            continue
+        by_seed = found.setdefault(names[task] if task else ALL, {}).setdefault(names[method], {})
+        key = names[seed] if seed else ""
         if key in by_seed:
             more = "name the column of seeds with --seed" if seed is None else "each seed once"
-            wrong.append(f"row {place} is a second score of {row.get(method)}: {more}")
+            wrong.append(f"row {place} is a second score of {names[method]}: {more}")
             continue
         by_seed[key] = value
     if wrong:
-        raise UserError(f"{file}: " + "; ".join(wrong[:10]) + (f"; {len(wrong) - 10} more" if len(wrong) > 10 else ""))
+        raise UserError(f"{file}: {'; '.join(wrong[:SHOWN])}" + f"; {len(wrong) - SHOWN} more" * (len(wrong) > SHOWN))
     return found
+
+
+def _text(cell: Any) -> str:
+    """A name as it is in a file, without blanks around it; none of an empty cell."""
+    return "" if cell is None or cell != cell else str(cell).strip()

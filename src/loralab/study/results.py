@@ -28,12 +28,14 @@ def as_data(study: Study) -> dict[str, Any]:
 
 
 def _family(family: PlannedFamily) -> dict[str, Any]:
-    rows = zip(family.contrasts, family.seeds, family.errors_of_seeds, family.collapsed, strict=True)
+    of_each = (family.seeds, family.errors_of_seeds, family.collapsed, family.margins, family.rows)
     contrasts = [
-        _plain(dataclasses.asdict(c) | {"error_of_seeds": of_seeds}) | {"seeds": seeds, "collapsed": lost}
-        for c, seeds, of_seeds, lost in rows
+        _plain(dataclasses.asdict(c) | {"error_of_seeds": of_seeds})
+        | {"seeds": seeds, "collapsed": lost, "margin": margin, "rows": rows}
+        for c, seeds, of_seeds, lost, margin, rows in zip(family.contrasts, *of_each, strict=True)
     ]
-    return {"name": family.name, "model": family.model, "endpoint": family.endpoint, "contrasts": contrasts}
+    whose = {"name": family.name, "model": family.model, "endpoint": family.endpoint, "tasks": list(family.tasks)}
+    return whose | {"contrasts": contrasts}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

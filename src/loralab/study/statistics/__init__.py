@@ -1,7 +1,7 @@
 """Statistics of the runs of a study."""
 
 from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate
-from loralab.study.statistics.planned import PlannedFamily, planned
+from loralab.study.statistics.planned import PlannedFamily, planned, remarks
 from loralab.study.statistics.resample import resampled
 from loralab.study.statistics.table import Comparison, Summary, Verdict, comparisons, smallest, summaries
 
@@ -16,6 +16,7 @@ __all__ = [
     "mcnemar",
     "mean_estimate",
     "planned",
+    "remarks",
     "resampled",
     "smallest",
     "summaries",

@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-from loralab.study.statistics.estimates import holm, variance
+from loralab.study.statistics.estimates import holm, variance, within
 
 Array = NDArray[Any]
+ENOUGH = 5.0  # right and wrong answers, from which on a share is near enough to normal
+UNBOUNDED = (-math.inf, math.inf)
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
 
 
@@ -131,19 +133,43 @@ def _trigamma_inverse(y: float) -> float:
 
 
 def paired(
-    methods: Sequence[str], differences: Sequence[Array], margin: float, alpha: float = 0.05, power: float = 0.8
+    methods: Sequence[str],
+    differences: Sequence[Array],
+    margin: float | Sequence[float],
+    alpha: float = 0.05,
+    power: float = 0.8,
+    rows: Sequence[float] | None = None,
+    ranges: Sequence[tuple[float, float]] | None = None,
 ) -> list[Contrast]:
     """The family of paired contrasts: of each method (seeds,) differences to the reference on the same seeds.
 
-    A method with one seed is not tested.
+    `rows` are the variances that the rows add to each mean; the degrees of freedom stay those of the seeds, so that no
+    contrast is surer than its seeds alone make it. `ranges` are the values that each difference can have. A method with
+    one seed is not tested, and one with two has no interval.
     """
-    tested = [i for i, d in enumerate(differences) if len(d) > 1]
-    own, freedom = moderated([variance(differences[i]) for i in tested], [len(differences[i]) - 1 for i in tested])
-    errors, df = [math.nan] * len(differences), [math.nan] * len(differences)
-    for place, i in enumerate(tested):
-        errors[i], df[i] = math.sqrt(own[place] / len(differences[i])), float(freedom[place])
-    made = [contrast(m, float(differences[i].mean()), errors[i], df[i], margin) for i, m in enumerate(methods)]
-    return family(made, alpha, power)
+    counts = [len(d) for d in differences]
+    tested = [i for i, count in enumerate(counts) if count > 1]
+    variances, freedom = moderated([variance(differences[i]) for i in tested], [counts[i] - 1 for i in tested])
+    places = {i: place for place, i in enumerate(tested)}
+    made = []
+    for i, method in enumerate(methods):
+        mean, error, df = math.nan, math.nan, math.nan
+        if counts[i]:
+            mean = float(differences[i].mean())
+        if i in places:
+            of_rows = 0.0 if rows is None else rows[i]
+            error, df = math.sqrt(variances[places[i]] / counts[i] + of_rows), float(freedom[places[i]])
+        made.append(contrast(method, mean, error, df, margin if isinstance(margin, float) else margin[i]))
+    limits = [UNBOUNDED] * len(counts) if ranges is None else ranges
+    return [_stated(c, n, own) for c, n, own in zip(family(made, alpha, power), counts, limits, strict=True)]
+
+
+def _stated(c: Contrast, seeds: int, limits: tuple[float, float]) -> Contrast:
+    """The contrast with the part of its interval in which a difference can lie; with none of one or two seeds."""
+    if seeds < 3:
+        return replace(c, low=math.nan, high=math.nan, smallest=math.nan)
+    low, high = within((c.low, c.high), *limits)
+    return replace(c, low=low, high=high)
 
 
 def proportions(
@@ -151,11 +177,15 @@ def proportions(
 ) -> list[Contrast]:
     """The family of contrasts of one score each, a share of `rows` test rows, against the reference's score.
 
-    Only the luck of the rows is tested: with one run of a method nothing is known of the luck of its seed.
+    Only the luck of the rows is tested: with one run of a method nothing is known of the luck of its seed. Of fewer
+    than ENOUGH right or wrong answers no test is made, as the normal distribution is then too narrow (Cochran, 1954).
     """
     made = []
     for method, score in zip(methods, scores, strict=True):
         pooled = (score + reference) / 2
-        error = math.sqrt(2 * pooled * (1 - pooled) / rows)
+        few = min(pooled, 1 - pooled) * rows < ENOUGH
+        error = math.nan if few else math.sqrt(2 * pooled * (1 - pooled) / rows)
         made.append(contrast(method, score - reference, error, math.inf, margin))
-    return family(made, alpha)
+    return [
+        replace(c, low=low, high=high) for c in family(made, alpha) for low, high in [within((c.low, c.high), -1, 1)]
+    ]

@@ -3,20 +3,22 @@
 A run that collapsed (the same prediction for every row) is counted and not averaged in, and its seed leaves the
 contrast. The variance of a contrast over seeds is moderated over the family (contrasts.py); the rows' part, where
 predictions are known, adds to it: of a mean of T tasks, whose rows are different ones, the sum of the tasks' parts over
-T squared.
+T squared. A method that has not every task of the mean has no mean: it would be one of other tasks.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loralab.study.record import Array, Cell, Study, collapses
-from loralab.study.statistics.contrasts import Contrast, contrast, family, moderated
+from loralab.study.record import Cell, Study, collapses
+from loralab.study.statistics.contrasts import Contrast, paired
 from loralab.study.statistics.endpoint import SELECTED, metric_of, value
-from loralab.study.statistics.estimates import shared_variance, variance
+from loralab.study.statistics.estimates import shared_variance
+from loralab.study.statistics.resample import RANGES, UNBOUNDED
 from loralab.study.statistics.table import Resamples, margin_of, places
 
 MEAN, BY_TASK = "mean of tasks", "by task"
@@ -35,6 +37,8 @@ class PlannedFamily:
     collapsed: tuple[int, ...]  # of each contrast: runs of method and reference that learned nothing
     margins: tuple[float, ...]  # of each contrast
     places: tuple[tuple[str, str | None], ...]  # of each contrast: method, and its task, None for the mean
+    rows: tuple[bool, ...]  # of each contrast: whether the luck of the rows is counted, on all its tasks
+    tasks: tuple[str, ...]  # those with the endpoint, of which a mean is one
 
 
 @dataclass
@@ -42,7 +46,9 @@ class _Pairs:
     """One method against the reference on one task: what enters a contrast."""
 
     differences: dict[int, float] = field(default_factory=dict)  # seed -> method - reference
+    range: tuple[float, float] = UNBOUNDED  # the values that a difference can have
     rows: float = 0.0  # variance that the rows bring to every seed alike
+    known: bool = False  # whether that is known, from predictions
     collapsed: int = 0
 
 
@@ -63,9 +69,26 @@ def planned(study: Study) -> list[PlannedFamily]:
             if compare.get("family", MEAN) == MEAN and pairs:
                 found.append(_on_the_mean(pairs, model, endpoint, compare))
             if pairs:
-                metrics = {task: metric_of(cells[0].runs[0], endpoint) for task, cells in tasks.items()}
+                metrics = {task: metric_of(tasks[task][0].runs[0], endpoint) for task in pairs}
                 found.append(_by_task(pairs, metrics, model, endpoint, compare))
     return found
+
+
+def remarks(families: Sequence[PlannedFamily]) -> list[str]:
+    """What a reader of them must know: the tasks of each mean, and what does not count the luck of the rows."""
+    means: dict[tuple[str, ...], list[str]] = {}
+    for f in families:
+        if f.name == MEAN:
+            means.setdefault(f.tasks, []).append(f"{Path(f.model).name}, {f.endpoint}")
+    several = len(means) > 1
+    lines = [f"{MEAN}{' of ' * several}{'; '.join(of) * several}: {', '.join(tasks)}" for tasks, of in means.items()]
+    tested = [known for f in families for c, known in zip(f.contrasts, f.rows, strict=True) if not math.isnan(c.p)]
+    if without := tested.count(False):
+        few = f"{without} of {len(tested)}" if without < len(tested) else "all"
+        lines.append(
+            f"{few} contrasts are over seeds alone, on a task at least: runs kept no predictions of their rows"
+        )
+    return lines
 
 
 def _of_task(cells: Sequence[Cell], reference: str, endpoint: str) -> dict[str, _Pairs]:
@@ -82,12 +105,14 @@ def _paired(cell: Cell, base: Cell, resamples: Resamples, endpoint: str) -> _Pai
     seeds = sorted(good.keys() & good_base.keys())
     scores = {s: (value(good[s], endpoint), value(good_base[s], endpoint)) for s in seeds}
     seeds = [s for s in seeds if None not in scores[s]]
-    pairs = _Pairs({s: scores[s][0] - scores[s][1] for s in seeds})  # type: ignore[operator]
+    low, high = RANGES.get(metric_of(base.runs[0], endpoint), UNBOUNDED)
+    pairs = _Pairs({s: scores[s][0] - scores[s][1] for s in seeds}, (low - high, high - low))  # type: ignore[operator]
     pairs.collapsed = len(cell.runs) - len(good) + len(base.runs) - len(good_base)
     if len(seeds) > 1:
         replicates = resamples.of([runs[s] for runs in (good, good_base) for s in seeds])  # (times, 2 seeds)
         if replicates is not None:
             pairs.rows = shared_variance(replicates[:, : len(seeds)] - replicates[:, len(seeds) :])
+            pairs.known = True
     return pairs
 
 
@@ -95,16 +120,22 @@ def _on_the_mean(
     pairs: Mapping[str, Mapping[str, _Pairs]], model: str, endpoint: str, compare: Mapping[str, Any]
 ) -> PlannedFamily:
     methods = list(dict.fromkeys(method for own in pairs.values() for method in own))
-    differences, rows, collapsed = [], [], []
-    for method in methods:
-        own = [by_method[method] for by_method in pairs.values() if method in by_method]
-        seeds = sorted(set.intersection(*(set(p.differences) for p in own)))
-        differences.append(np.array([np.mean([p.differences[s] for p in own]) for s in seeds]))
-        rows.append(sum(p.rows for p in own) / len(own) ** 2)
-        collapsed.append(sum(p.collapsed for p in own))
+    found = {(method, None): _mean([own.get(method, _Pairs()) for own in pairs.values()]) for method in methods}
     margins = [margin_of(compare["margin"], endpoint)] * len(methods)
-    places = [(method, None) for method in methods]
-    return _family(MEAN, model, endpoint, places, differences, rows, margins, collapsed, compare["alpha"])
+    return _family(MEAN, model, endpoint, found, margins, tuple(pairs), compare["alpha"])
+
+
+def _mean(own: Sequence[_Pairs]) -> _Pairs:
+    """The mean over tasks, of the seeds that all of them have."""
+    seeds = sorted(set.intersection(*(set(p.differences) for p in own)))
+    low, high = (float(np.mean([p.range[end] for p in own])) for end in (0, 1))
+    return _Pairs(
+        {s: float(np.mean([p.differences[s] for p in own])) for s in seeds},
+        (low, high),
+        sum(p.rows for p in own) / len(own) ** 2,
+        all(p.known for p in own),
+        sum(p.collapsed for p in own),
+    )
 
 
 def _by_task(
@@ -115,46 +146,21 @@ def _by_task(
     compare: Mapping[str, Any],
 ) -> PlannedFamily:
     found = {(method, task): p for task, own in pairs.items() for method, p in own.items()}
-    differences = [np.array(list(p.differences.values())) for p in found.values()]
     margins = [margin_of(compare["margin"], metrics[task]) for _, task in found]
-    rows, collapsed = [p.rows for p in found.values()], [p.collapsed for p in found.values()]
-    return _family(BY_TASK, model, endpoint, list(found), differences, rows, margins, collapsed, compare["alpha"])
+    return _family(BY_TASK, model, endpoint, found, margins, tuple(pairs), compare["alpha"])
 
 
 def _family(
-    name: str, model: str, endpoint: str, places: Sequence[tuple[str, str | None]], differences: Sequence[Array],
-    rows: Sequence[float], margins: Sequence[float], collapsed: Sequence[int], alpha: float,
+    name: str, model: str, endpoint: str, found: Mapping[tuple[str, Any], _Pairs], margins: Sequence[float],
+    tasks: tuple[str, ...], alpha: float,
 ) -> PlannedFamily:  # fmt: skip
-    names = [method if task is None else f"{method} on {task}" for method, task in places]
-    made = contrasts_of(names, differences, rows, margins, alpha)
-    of_seeds = tuple(math.sqrt(max(c.error**2 - own, 0.0)) for c, own in zip(made, rows, strict=True))
-    seeds = tuple(map(len, differences))
+    names = [method if task is None else f"{method} on {task}" for method, task in found]
+    own = list(found.values())
+    differences, ranges = [np.array(list(p.differences.values())) for p in own], [p.range for p in own]
+    rows = [p.rows for p in own]
+    made = paired(names, differences, margins, alpha, rows=rows, ranges=ranges)
+    of_seeds = tuple(math.sqrt(max(c.error**2 - part, 0.0)) for c, part in zip(made, rows, strict=True))
     return PlannedFamily(
-        name, model, endpoint, tuple(made), seeds, of_seeds, tuple(collapsed), tuple(margins), tuple(places)
-    )
-
-
-def contrasts_of(
-    names: Sequence[str],
-    differences: Sequence[Array],
-    rows: Sequence[float],
-    margins: Sequence[float],
-    alpha: float,
-) -> list[Contrast]:
-    """The family of contrasts of (seeds,) differences, with the variance that the rows add to each mean.
-
-    The degrees of freedom are those of the seeds, so that no contrast is surer than its seeds alone make it.
-    """
-    tested = [i for i, d in enumerate(differences) if len(d) > 1]
-    variances, freedom = moderated(
-        [variance(differences[i]) for i in tested], [len(differences[i]) - 1 for i in tested]
-    )
-    made = []
-    for i, name in enumerate(names):
-        mean = float(differences[i].mean()) if len(differences[i]) else math.nan
-        error, df = math.nan, math.nan
-        if i in tested:
-            place = tested.index(i)
-            error, df = math.sqrt(variances[place] / len(differences[i]) + rows[i]), float(freedom[place])
-        made.append(contrast(name, mean, error, df, margins[i]))
-    return family(made, alpha)
+        name, model, endpoint, tuple(made), tuple(map(len, differences)), of_seeds, tuple(p.collapsed for p in own),
+        tuple(margins), tuple(found), tuple(p.known for p in own), tasks,
+    )  # fmt: skip

@@ -144,7 +144,7 @@ NUMBERS = ("pearson", "spearman")
 UNBOUNDED = (-np.inf, np.inf)
 RANGES = {  # the values a metric can take
     **dict.fromkeys(
-        ("accuracy", "f1", "f1_macro", "f1_micro", "exact", "span_f1", "mrr", "ndcg_at_10", "token_accuracy"),
+        ("accuracy", "f1", "f1_macro", "f1_micro", "exact", "span_f1", "mrr", "ndcg_at_10", "token_accuracy", "auc"),
         (0.0, 1.0),
     ),
     **dict.fromkeys(("matthews_correlation", "pearson", "spearman"), (-1.0, 1.0)),
