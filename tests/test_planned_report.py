@@ -1,6 +1,7 @@
 """The report of planned contrasts: every number again from the runs, and what the pictures show."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -82,6 +83,52 @@ def test_the_forest_has_a_line_for_each_contrast_and_arrows_for_those_far_off(fo
     low, high = ax.get_xlim()
     near = [c for f in found.planned for c in f.contrasts if not c.method.startswith("head")]
     assert all(low < c.low and c.high < high for c in near)
+
+
+def test_a_bar_that_goes_on_beyond_the_axis_ends_in_an_arrow(found):
+    """A bar that is cut at the edge looks like one that ends there."""
+    family = found.planned[0]
+    wide = replace(family.contrasts[0], low=-9.0, high=9.0)
+    rest = [replace(c, low=c.difference - 0.01, high=c.difference + 0.01) for c in family.contrasts[1:]]
+    with styled():
+        ax = forest([replace(family, contrasts=(wide, *rest))]).axes[0]
+    marks = sorted(line.get_marker() for line in ax.lines if line.get_marker() in "<>" and line.get_markersize() == 4)
+    assert marks == ["<", ">"]
+    assert ax.get_xlim()[1] < 1
+
+
+@pytest.mark.parametrize("methods", [METHODS[:2], tuple(synthetic.GOOD)], ids=["one picture", "small pictures"])
+def test_the_axis_of_rates_has_numbers(tmp_path, methods):
+    """Over a decade or five, of one method or of seven with rates of their own."""
+    found = findings(load(synthetic.planned(tmp_path, seeds=2, tasks=("cola",), methods=methods)))
+    with styled():
+        _, fig = rates(found.places()["cola", "mpnet"], styles_of(found.methods))
+    fig.canvas.draw()
+    low, high = fig.axes[0].get_xlim()
+    below = [
+        ax for ax in fig.axes if ax.get_visible() and any(t.label1.get_visible() for t in ax.xaxis.get_major_ticks())
+    ]
+    assert len(below) == min(len(methods), 3) if len(methods) > 5 else 1
+    for ax in below:
+        shown = [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high and t.get_text()]
+        assert 2 <= len(shown) <= 6
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_study_that_knows_little_makes_its_page(tmp_path):
+    """Two seeds, a method without a task, one whose every tuning run collapsed: no warning, and the table says so."""
+    folder = synthetic.planned(tmp_path, seeds=2, tasks=("cola", "mrpc"), methods=METHODS)
+    data = json.loads((folder / "study.json").read_text())
+    for entry in data["planned"]:
+        if entry["method"] == "dora" and entry["role"] == "tune" and entry["task"] == "cola":
+            synthetic._edit(folder / "store" / entry["address"], 0.0, lost=True)
+    data["planned"] = [p for p in data["planned"] if (p["method"], p["task"]) != ("full", "mrpc")]
+    (folder / "study.json").write_text(json.dumps(data))
+    write(folder, tmp_path / "report")
+    rows = {(row["method"], row["task"]): row for row in csv.DictReader((tmp_path / "report/planned.csv").open())}
+    assert {row["low"] for row in rows.values()} == {"nan"}
+    assert rows["full", "mean of tasks"]["verdict"] == "not tested"
+    assert rows["dora", "cola"]["collapsed_in_tuning"] == "9"
 
 
 def test_an_axis_of_one_contrast_holds_it(found):

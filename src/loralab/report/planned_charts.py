@@ -47,8 +47,8 @@ def planned_charts(f: Findings) -> Iterator[Chart]:
 
 CAPTION = (
     "Point: difference, above 0 the method is better. Thick bar: 95 % over seeds; thin: over seeds and rows. Shaded: "
-    "differences within the margin. Filled: shown to differ, corrected. Intervals are not corrected. Arrow: off the "
-    "scale."
+    "differences within the margin. Filled: shown to differ, corrected. Intervals are not corrected. Arrow: goes on "
+    "off the scale."
 )
 
 
@@ -106,10 +106,11 @@ def _line(ax: Any, at: float, line: Line, widest: float, bold: bool) -> None:
     if np.isfinite(c.low):
         half = float(stats.t.ppf((1 + LEVEL) / 2, c.df)) * of_seeds
         ax.plot([c.low, c.high], [at, at], color=INK, lw=0.8, solid_capstyle="butt")
-        thick = within(
-            (c.difference - half, c.difference + half), c.low, c.high
-        )  # no difference lies outside its range
+        thick = within((c.difference - half, c.difference + half), c.low, c.high)  # as far as a difference can be
         ax.plot(thick, [at, at], color=INK, lw=2.4, solid_capstyle="butt")
+        for end, marker in ((c.low, "<"), (c.high, ">")):
+            if abs(end) > widest:
+                ax.plot(np.sign(end) * 0.98 * widest, at, marker, color=INK, markersize=4)
     face = INK if c.verdict in ("better", "worse") else PAPER
     ax.plot(c.difference, at, "D" if bold else "o", color=INK, markerfacecolor=face, markersize=6 if bold else 4.5)
 
@@ -124,20 +125,25 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
         return None
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    near, far = outliers(tuned, _alive)
+    dead = [r for r in tuned if not _alive(r)]
+    if len(dead) == len(tuned):
+        return None
+    near, far = outliers([r for r in tuned if r not in dead], _alive)
 
     def line(ax: Any, r: Result, grey: str | None) -> None:
         _rates_of(ax, r, styles[r.label], grey)
 
     fig, axes, apart = multiples.curves(near, line)
+    every = [rate for r in tuned for rate in tried(r)]
+    steps = (1.0, 3.0) if max(every) < 30 * min(every) else (1.0,)  # of more decades the locator shows no 3 and no 1
     for ax in axes:
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(numticks=5, subs=(1, 3)))
+        ax.xaxis.set_major_locator(LogLocator(numticks=4, subs=steps))
         ax.xaxis.set_minor_locator(NullLocator())  # its labels would lie on each other
         ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         ax.set_ylim(*limits(extent(near, _alive), left=0.14))
     name_axes(fig, axes, apart, "learning rate", f"{n.metric(results[0].summary.metric)}, held out")
-    return _caption(tuned, far), fig
+    return _caption(tuned, far, dead), fig
 
 
 def _rates_of(ax: Any, r: Result, style: Style, grey: str | None) -> None:
@@ -164,7 +170,7 @@ def _rates_of(ax: Any, r: Result, style: Style, grey: str | None) -> None:
 
 def _alive(r: Result) -> list[float]:
     """The held-out scores of the tuning runs that learned something."""
-    return [_held_out(run) for runs in tried(r).values() for run in runs if not collapses(run)] or [np.nan]
+    return [_held_out(run) for runs in tried(r).values() for run in runs if not collapses(run)]
 
 
 def _held_out(run: Run) -> float:
@@ -190,9 +196,10 @@ def best_rate(r: Result) -> float | None:
     return _chosen(r) if tried(r) else None
 
 
-def _caption(tuned: Sequence[Result], far: Sequence[Result]) -> str:
+def _caption(tuned: Sequence[Result], far: Sequence[Result], dead: Sequence[Result]) -> str:
     seeds = sorted({run.seed for r in tuned for run in r.cell.tuning})
-    hidden = "".join(f" Off the scale: {r.label}, {n.score(float(np.nanmax(_alive(r))))}." for r in far)
+    hidden = "".join(f" Off the scale: {r.label}, {n.score(max(_alive(r)))}." for r in far)
+    hidden += "".join(f" Not drawn, as every run collapsed: {r.label}." for r in dead)
     return (
         "Held-out score of every rate that tuning tried. Line: mean over its seeds; ring: the rate that was chosen; "
         f"cross at the foot: the same prediction for every row on a seed, so the rate is out.{hidden} "
