@@ -165,8 +165,12 @@ def test_rates_that_cannot_be_tried_are_refused(tiny, own, tmp_path):
         tune(settings(tiny, own, tmp_path / "a"), [1e-3])
     with pytest.raises(UserError, match="two or more different rates"):
         tune(settings(tiny, own, tmp_path / "a"), [1e-3, 1e-3])
+    with pytest.raises(UserError, match="two or more different rates"):
+        tune(settings(tiny, own, tmp_path / "a"), [1.00000001e-3, 1e-3])  # their folders would have one name
+    with pytest.raises(UserError, match="--lr 0.01 with the rates of --tune"):
+        tune(settings(tiny, own, tmp_path / "a", lr=0.01), [1e-3, 1e-2])
     with pytest.raises(UserError, match="held-out rows choose"):
         tune(settings(tiny, own, tmp_path / "a", selection="last"), [])
     with pytest.raises(UserError, match="no rate trained the task"):
-        tune(settings(tiny, own, tmp_path / "b", epochs=1), [1e-9, 1e-8])
+        tune(settings(tiny, own, tmp_path / "b", epochs=1, lr=None), [1e-9, 1e-8])
     assert not Path(tmp_path / "a").exists()

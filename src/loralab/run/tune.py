@@ -43,9 +43,12 @@ def tune(settings: Settings, rates: Sequence[float], reporter: Reporter | None =
         raise UserError(f"--tune with --selection {settings.selection}: held-out rows choose, leave it out")
     own = settings.recipe().lr
     chosen = list(rates) or [float(f"{own * times:.6g}") for times in TIMES]
-    if len(set(chosen)) < len(chosen) or len(chosen) < 2 or not all(0 < x < math.inf for x in chosen):
+    names = [f"lr-{lr:g}" for lr in chosen]  # rates that differ in the seventh digit are no different ones
+    if len(set(names)) < len(names) or len(names) < 2 or not all(0 < x < math.inf for x in chosen):
         raise UserError(f"--tune {' '.join(f'{x:g}' for x in chosen)}: expected two or more different rates above 0")
-    runs = [replace(settings, lr=lr, out=settings.folder / f"lr-{lr:g}") for lr in chosen]
+    if rates and settings.lr is not None:
+        raise UserError(f"--lr {settings.lr:g} with the rates of --tune: leave one out, or give --tune alone")
+    runs = [replace(settings, lr=lr, out=settings.folder / name) for lr, name in zip(chosen, names, strict=True)]
     belongs = {TABLE, *(run.folder.name for run in runs)}
     check_output_folder(settings.folder, lambda f: settings.resume and {x.name for x in f.iterdir()} <= belongs)
     outcomes: dict[Path, dict[str, Any] | UserError] = {}
