@@ -1,8 +1,8 @@
 """What does SmolLM2 forget when it learns SST-2? `python studies/forgetting.py --data DIR [--seeds 1]`.
 
 Negative log-likelihood by token, and perplexity, of 200 sentences of Wikipedia (the longest of QNLI's validation rows,
-which no training here has) before, and after SST-2 as a completion with LoRA and with full fine-tuning, whose rate is
-tuned over three; accuracy on SST-2 beside it. Runs are kept in runs/kinds and runs/forgetting and not run again.
+which no training here has) before, and after SST-2 as a completion with LoRA and with full fine-tuning, at three
+rates each; accuracy on SST-2 beside it. Runs are kept in runs/kinds and runs/forgetting and not run again.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from loralab.serve.loading import on_base
 
 RUNS = Path("runs/forgetting")
 SENTENCES = 200
-FULL_RATES = (1e-5, 3e-5, 1e-4)
+OF_KINDS_LR = 1e-3
+RATES = {"lora": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
 
 
 @torch.no_grad()
@@ -45,11 +46,13 @@ def held_out_text(data: Path) -> list[str]:
 
 
 def trained(data: Path, seed: int) -> Iterator[tuple[str, Settings]]:
-    """Yield (what, settings) of the runs of a seed; rates of full fine-tuning are named apart."""
+    """Yield (what, settings) of the runs of a seed."""
     common = {**SST2, "data": data, "objective": "causal", "seed": seed, "resume": True}
-    yield "LoRA", Settings(**common, lr=1e-3, out=OF_KINDS / f"sst2-completion-{seed}")
-    for lr in FULL_RATES:
-        yield f"full, {lr:g}", Settings(**common, method="full", lr=lr, out=RUNS / f"full-{lr:g}-{seed}")
+    for method, rates in RATES.items():
+        for lr in rates:
+            shared = method == "lora" and lr == OF_KINDS_LR  # that of kinds.py, run there already
+            out = OF_KINDS / f"sst2-completion-{seed}" if shared else RUNS / f"{method}-{lr:g}-{seed}"
+            yield f"{method}, {lr:g}", Settings(**common, method=method, lr=lr, out=out)
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def lorafa_optimizer():
     optimizer.step()
     moment = next(v["exp_avg_B"] for v in optimizer.state.values() if "exp_avg_B" in v) / 0.1
     ours = {"A": p["A"], "B": nn.Parameter(B.detach().clone())}
-    ours["B"].grad = grad
+    ours["B"].grad = grad.clone()
     PreconditionedLoRA(rank=RANK, alpha=float(ALPHA)).before_step({"0": ours}, None)
     exact = grad.double() @ torch.linalg.inv((p["A"] @ p["A"].T).double()) / (ALPHA / RANK) ** 2
     size = exact.norm()

@@ -225,7 +225,7 @@ def test_a_weight_is_a_row_repeated(metric):
 
 
 def test_every_metric_of_tasks_can_be_resampled():
-    of_sums = {"exact", "f1_micro", "mrr", "ndcg_at_10", "span_f1"}  # of other kinds of task: tests/test_objectives.py
+    of_sums = {"auc", "exact", "f1_micro", "mrr", "ndcg_at_10", "span_f1"}  # endpoints, and of other kinds
     assert sorted((*COUNTS, *NUMBERS)) == sorted(METRICS) == sorted(set(RANGES) - set(RATIOS) - of_sums)
 
 

@@ -77,9 +77,8 @@ def test_a_study_without_a_terminal_says_how_far_it_is(tiny, own, here, capsys, 
     carried_out(study(tiny, own, seeds=[0]))
     lines = [line for line in capsys.readouterr().err.splitlines() if " rows, loss " in line]
     assert lines
-    assert all(re.fullmatch(r"\d/2 runs(, \d+ s left)?; .*: \d+ of \d+ rows, loss \d\.\d+", line) for line in lines), (
-        lines
-    )
+    form = r"\d/2 runs(, (\d+ min )?\d+ s left)?; .*: \d+ of \d+ rows, loss \d\.\d+"
+    assert all(re.fullmatch(form, line) for line in lines), lines
 
 
 # ---- a file ----------------------------------------------------------------------------------------------------------
