@@ -39,6 +39,7 @@ def test_the_card_has_metrics_base_columns_length_labels_data_and_licence(shared
     header = json.loads((folder / "adapter.json").read_text())
     assert 'license: "apache-2.0"' in card.partition("\n# ")[0]
     assert told["licence"] == "apache-2.0"
+    assert 'tags: ["lora"]' in card, "a word twice where the method is lora itself"
     assert header["base"]["sha256"] in told["base"]
     assert told["input"] == "columns sentence"
     assert told["longest row"].startswith("32 tokens")

@@ -220,7 +220,9 @@ def test_a_label_map_that_merges_nothing_is_refused(tmp_path):
 def test_classes_of_very_different_size_are_told(counts, told):
     notes = labels.imbalance(counts)
     assert bool(notes) == told
-    assert not told or ("'a' has 40 rows, 'b' 10" in notes[0] and "--class-weights balanced" in notes[0])
+    assert not told or (
+        "'a' has 40 rows, 'b' 10" in notes[0] and "`loralab train` has --class-weights balanced" in notes[0]
+    )
 
 
 # ---- weights of classes ----------------------------------------------------------------------------------------------

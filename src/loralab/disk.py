@@ -162,7 +162,11 @@ def write_text(path: Path, text: str) -> None:
 def read_header(path: Path) -> dict[str, Any]:
     """Read the JSON header of an adapter or run folder. Raises UserError as `read_json` does, and if it is missing."""
     if not path.exists():
-        raise UserError(f"{path.parent} is no adapter folder: it has no {path.name}")
+        folder = path.parent
+        if inside := sorted(found.parent.name for found in folder.glob(f"*/{path.name}")):
+            some = ", ".join(inside[:4]) + f" and {len(inside) - 4} more" * (len(inside) > 4)
+            raise UserError(f"{folder} is no adapter folder, and holds {some}: name one, {folder / inside[0]}")
+        raise UserError(f"{folder} is no adapter folder: it has no {path.name}")
     return read_json(path)
 
 

@@ -26,7 +26,7 @@ def render(
     rest: Sequence[str] = (),
 ) -> str:
     """Return the text of a card: front matter, a sentence, its use in Python, a table of facts, and other lines."""
-    front = {"base_model": base, "license": licence or "unknown", "tags": ["lora", method]}
+    front = {"base_model": base, "license": licence or "unknown", "tags": [*dict.fromkeys(("lora", method))]}
     lines = [OWN + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     lines += ["---", "", f"# {title}", "", about, "", "```python", *use, "```", "", "| what | is |", "| --- | --- |"]
     lines += [f"| {key} | {cell(text)} |" for key, text in facts.items()]

@@ -54,9 +54,11 @@ def check_idle(given: Mapping[str, bool], where: str) -> None:
 
 
 def check_out(path: Path | None, flag: str = "--out") -> None:
-    """Raise UserError for a file of answers that exists, or whose kind cannot be written."""
+    """Raise UserError for a file of answers that exists, whose folder does not, or whose kind cannot be written."""
     if path is not None and path.exists():
         raise UserError(f"{flag} {path} exists: choose a new file")
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}: make it, or choose another")
     kinds = (*tables.WRITERS, ".parquet")
     if path is not None and path.suffix.lower() not in kinds:
         raise UserError(f"{flag} {path}: a name ending in {', '.join(kinds)} was expected")

@@ -68,7 +68,8 @@ def _power(found: dict[str, Any]) -> str:
     known = "" if unit else f" (a paired difference over seeds varies by {found['sd']:.3f}, {source})"
     digits = 1 if unit else 3
     return (
-        f"{found['family']}, {Path(found['model']).name}, {found['tests']} tests, {found['seeds']} seeds: can find "
+        f"{found['family']}, {Path(found['model']).name}, {found['tests']} test{'s' * (found['tests'] > 1)}, "
+        f"{found['seeds']} seeds: can find "
         f"{found['smallest']:.{digits}f}{unit}, and show equal within {found['margin']:.{digits}f}, "
         f"each with 80 % power{known}"
     )

@@ -64,5 +64,7 @@ def _embedded(task: str) -> str | None:
 
 
 def _unknown(task: str) -> str:
-    meant = hint(task.lower(), (*EMBEDDED, *ALIASES, *glue.TABLE), cutoff=0.5)
+    file = next((f"{task}{ending}" for ending in tables.READERS if Path(f"{task}{ending}").is_file()), None)
+    names_near = hint(task.lower(), (*EMBEDDED, *ALIASES, *glue.TABLE), cutoff=0.5)
+    meant = names_near if file is None else f" (did you mean {file!r}?)"
     return f"no task {task!r}: there are {', '.join(names())}, or a file ending in {', '.join(tables.READERS)}{meant}"

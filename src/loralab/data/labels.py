@@ -138,7 +138,8 @@ def imbalance(counts: Mapping[str, int]) -> list[str]:
         return []
     return [
         f"classes are unequal: {shown(largest)} has {counts[largest]} rows, {shown(smallest)} {counts[smallest]}; "
-        "accuracy hides a class that is never predicted: see --class-weights balanced and --select-by f1_macro"
+        "accuracy hides a class that is never predicted; for that `loralab train` has --class-weights balanced and "
+        "--select-by f1_macro"
     ]
 
 

@@ -117,7 +117,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     if settings.batch_size > len(train):
         notes.append(
             f"batch_size={settings.batch_size} is more than the {len(train)} rows to train on: an epoch is one step of "
-            f"all of them, so the run has {steps} steps; a smaller batch takes more"
+            f"all of them, so the run has {steps} step{'s' * (steps > 1)}; a smaller batch takes more"
         )
     alone = replace(train, packed=False)  # policies and starts run the model itself, which takes no packed rows
     data = (objective, alone, task.sha256, labels, tokenizer)
