@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 import loralab
 from loralab import UserError, model_names
-from loralab.run import train
+from loralab.run import Settings, train
 from loralab.serve import adapter_folders
 
 
@@ -47,6 +47,14 @@ def test_the_card_has_metrics_base_columns_length_labels_data_and_licence(shared
     assert json.loads((folder / "task.json").read_text())["data"] in told["data"]
     assert {name: told[name] for name in result["metrics"]} == {k: f"{v:.4f}" for k, v in result["metrics"].items()}
     assert all(name in card for name in result["learned"]["parts"])
+
+
+def test_the_card_names_a_base_as_the_hub_does(own, tmp_path):
+    """Its front matter is read by the hub, which knows no alias of ours."""
+    settings = Settings(task=own["class"], model="minilm", max_steps=1, max_length=16, out=tmp_path / "run")
+    train(settings)
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert f'base_model: "{model_names.ALIASES["minilm"].hub}"' in card.partition("\n# ")[0]
 
 
 def test_its_use_is_three_lines_that_run(shared, tiny, capsys):

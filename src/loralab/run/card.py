@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loralab.model_card import cell, render
-from loralab.model_names import how_to_get, public_name
+from loralab.model_names import how_to_get, hub_name, public_name
 from loralab.objectives import Objective
 from loralab.run.setup import PreparedRun
 
@@ -29,7 +29,8 @@ def card(run: PreparedRun, result: Mapping[str, Any]) -> str:
         "values that learn": f"{counts['adapter']:,} in the adapter, {counts['head']:,} in the head",
         "licence": s.licence or "not stated",
     }
-    return render(run.adapter_name, about, use, facts, base, s.method, s.licence or "", _measured(run, result))
+    licence, measured = s.licence or "", _measured(run, result)
+    return render(run.adapter_name, about, use, facts, hub_name(s.model), s.method, licence, measured)
 
 
 def _measured(run: PreparedRun, result: Mapping[str, Any]) -> list[str]:
