@@ -43,15 +43,19 @@ LOW_RANK = [name for name, (row, _) in NAMED.items() if row.factors is not None 
 def exact(monkeypatch):
     """RMSNorm and softmax of transformers round to float32 whatever their input; here they take the input's dtype."""
 
-    def forward(self, x):
-        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        more = NORMS[type(self).__name__]
-        return (self.weight + more) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    def forward_of(module):
+        def forward(self, x):
+            eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+            more = NORMS[type(self).__name__]
+            return (self.weight + more) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+        forward.__module__ = module  # as if transformers had it: a block takes no other's
+        return forward
 
     monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))  # likewise in eager attention
     for _, model_class, _ in FAMILIES.values():
         norm = type(build(model_class=model_class).model.norm)
-        monkeypatch.setattr(norm, "forward", forward)
+        monkeypatch.setattr(norm, "forward", forward_of(norm.__module__))
 
 
 def build(family="llama", model_class=None):

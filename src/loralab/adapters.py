@@ -17,7 +17,7 @@ from loralab.algebra import Combined, combine
 from loralab.contents import adapter_file, constants_sha256
 from loralab.errors import UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
-from loralab.fast import Choices, enable
+from loralab.fast import Choices, Speed, enable
 from loralab.files import AdapterFile
 from loralab.gradients import Loss
 from loralab.hooks import StepHooks
@@ -240,15 +240,15 @@ class Adapters(AdaptedModel):
         learned = {key: pair for key, pair in once(self.tensors(name)).items() if pair[1].requires_grad}
         return grouped(learned, grouping, r.lr if lr is None else lr, r.lr_ratio, head_lr, weight_decay)
 
-    def fast(self, dtype: str | torch.dtype = "auto", quiet: bool = False) -> Choices:
+    def fast(self, dtype: str | torch.dtype = "auto", quiet: bool = False, speed: Speed = "auto") -> Choices:
         """Make forward and backward passes fast on this machine; unless `quiet`, print what was chosen and why.
 
         `dtype` is what products run in: bfloat16, float32, or auto, which is bfloat16 where the machine multiplies it
-        fast. For bfloat16 every frozen tensor is rounded to it once. Call it after `attach`, before training. The
-        result follows later changes of the model. Raises UserError for an unknown dtype.
+        fast. For bfloat16 frozen tensors are rounded to it, once and for good. `speed="off"` puts the plain path back.
+        Call it after `attach`. The result follows later changes. Raises UserError for an unknown dtype or speed.
         """
         self.check_attached()
-        choices = enable(self.model, dtype)
+        choices = enable(self.model, dtype, speed)
         if not quiet:
             print(choices)
         return choices

@@ -27,6 +27,7 @@ from loralab.fast.layers import LAYERS, layers_of, refused
 from loralab.layer import Adapted, put, put_back
 
 Speed = Literal["auto", "off", "compile"]
+COMPILED = "_loralab_compiled"  # marks a model that `prepare` gave to torch.compile
 COMPILER = "inductor"  # torch's own; batches of any shape share what it makes
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
@@ -71,6 +72,8 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
         raise UserError(f"speed={speed!r}: expected one of {', '.join(known)}")
     if speed != "auto":
         put_back(model)
+    if speed != "compile" and model.__dict__.pop(COMPILED, False):
+        model._compiled_call_impl = None
     if store is not None:
         round_frozen(model, store)
     chosen = []
@@ -81,6 +84,7 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
         chosen.append(Choice(name, problem is None, problem or piece.why))
     if speed == "compile":
         model.compile(dynamic=True, backend=COMPILER)
+        model.__dict__[COMPILED] = True
         chosen.append(Choice("compile", True, "torch.compile joins what lies between products"))
     blocks = [block for layer in layers_of(model) if isinstance(block := layer.__dict__.get("forward"), Block)]
     choices = Choices(model, chosen, blocks if speed == "auto" else [], PIECES["block"].why)
@@ -164,7 +168,7 @@ def _no_block(model: nn.Module) -> str | None:
 
 def _put_block(model: nn.Module) -> None:
     for layer in layers_of(model):
-        put(layer, Block(layer, model.config, LAYERS[type(layer).__name__], _active(model)))
+        put(layer, Block(layer, LAYERS[type(layer).__name__], _active(model)))
 
 
 def _no_primitives(model: nn.Module) -> str | None:

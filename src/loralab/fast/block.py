@@ -6,12 +6,13 @@ asks for something that the function does not do. Then the layer's own forward r
 These checks take some ten microseconds a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from loralab.active import Active
 from loralab.errors import UserError
@@ -30,10 +31,36 @@ except ImportError:
     collector = None
 
 SAME_ATTENTION = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
+TOLD_TO_ATTENTION = ("is_causal", "softcap", "cache")  # arguments by which a call changes what attention computes
+READ_ANEW = ("training", "p")  # numbers of modules that a block looks up at each call
 COLLECTING = "transformers.utils.output_capturing"
 
 Modules = LayerModules | PreNormModules | DecoderModules
 Find = Callable[[Any], Modules]  # layer -> its modules
+
+
+class _Seen(NamedTuple):
+    """What a module was when a block looked at it: its class and forward, its children, and the numbers it holds."""
+
+    module: nn.Module
+    kind: type
+    forward: Any
+    children: tuple[nn.Module | None, ...]
+    numbers: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Seen":
+        numbers = [(key, n) for key, n in vars(module).items() if isinstance(n, int | float) and key not in READ_ANEW]
+        return cls(module, type(module), type(module).forward, tuple(module._modules.values()), tuple(numbers))
+
+    def changed(self) -> bool:
+        now = vars(self.module)
+        return (
+            type(self.module) is not self.kind
+            or self.kind.forward is not self.forward
+            or tuple(now["_modules"].values()) != self.children
+            or any((n := now.get(key)) is not number and n != number for key, number in self.numbers)  # NaN is itself
+        )
 
 
 class Obstacle(NamedTuple):
@@ -46,15 +73,17 @@ class Obstacle(NamedTuple):
 class Block:
     """Takes the place of a layer's `forward`; `find` says where the architecture has the parts of a layer."""
 
-    def __init__(self, layer: nn.Module, config: Any, find: Find, active: Active) -> None:
-        self.layer, self.config, self.find, self.active = layer, config, find, active
+    def __init__(self, layer: nn.Module, find: Find, active: Active) -> None:
+        self.layer, self.find, self.active = layer, find, active
         self.obstacle: Obstacle | None = None  # in the last call, and not in every one
         self._read_structure()
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward returns for these arguments; hidden_states (b, t, d)."""
-        never = self._why_never(learning=torch.is_grad_enabled())
-        self.obstacle = None if never else self._why_not_now(hidden_states, attention_mask, args, kwargs)
+        # checkpointing runs a layer without gradients first: the second time must draw the same dropout
+        learning = torch.is_grad_enabled() or self.layer.training
+        never = self._why_never(learning)
+        self.obstacle = None if never else self._why_not_now(hidden_states, attention_mask, args, kwargs, learning)
         self.active.check(len(hidden_states))
         if obstacle := never or self.obstacle:
             self._refuse_shared_dropout(obstacle)
@@ -67,6 +96,10 @@ class Block:
         else:
             out = self._compute(hidden_states, attention_mask, given)
         return (out,) if self.modules.returns_tuple else out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at its layer anew, so that no function of a class need be pickled."""
+        return {**vars(self), "seen": []}
 
     def why_plain(self) -> Obstacle | None:
         """Why the next training step of this layer takes its own forward; None if it does not, as far as is known."""
@@ -111,7 +144,9 @@ class Block:
         """Find the modules again, as at the start and whenever one was replaced."""
         self.misfit: Obstacle | None = None
         self.inner = _inner(self.layer)
-        self.children = [(module, tuple(module._modules.values())) for module in (self.layer, *self.inner)]
+        self.seen = [_Seen.of(module) for module in (self.layer, *self.inner)]
+        configs = (module.__dict__.get("config") for module in self.inner)  # of the part that computes attention
+        self.config = next((config for config in configs if config is not None), None)
         self._found = False
         try:
             self.modules = self.find(self.layer)
@@ -122,12 +157,12 @@ class Block:
             self.misfit = Obstacle(str(error.args[0]))
             return
         self._found = True
-        self.misfit = _misfit(self.modules)
+        self.misfit = _misfit(self.modules) or _foreign(self.layer, self.inner)
         if self.misfit is None:
             self.products = self.modules.products()
             adapted = [layer for layer in self.modules.linear if isinstance(layer, Adapted)]
             self.active = adapted[0].active if adapted else self.active
-            if self._why_never(learning=True) is None:
+            if self._obstacle_in_structure(learning=True) is None:
                 for product in self.products:
                     product.put_side_by_side()
 
@@ -135,8 +170,12 @@ class Block:
 
     def _why_never(self, learning: bool) -> Obstacle | None:
         """What stands in the way whatever the input: structure, hooks, attention, and with `learning` what learns."""
-        if any(tuple(module._modules.values()) != children for module, children in self.children):
+        if not self.seen or any(seen.changed() for seen in self.seen):
             self._read_structure()
+        return self._obstacle_in_structure(learning)
+
+    def _obstacle_in_structure(self, learning: bool) -> Obstacle | None:
+        """What stands in the way in the structure as it was read last."""
         if self.misfit is not None:
             return self.misfit
         for module in self.inner:
@@ -148,19 +187,28 @@ class Block:
                 for key, p in module._parameters.items():
                     if p is not None and p.requires_grad:
                         return Obstacle(f"{key} learns", module)
-        attention = getattr(self.config, "_attn_implementation", None)
-        return None if attention in SAME_ATTENTION else Obstacle(f"attention is {attention}")
+        if _has_any_global_hook():
+            return Obstacle("hooks on all modules of the process are set")
+        return None if self._attention() in SAME_ATTENTION else Obstacle(f"attention is {self._attention()}")
+
+    def _attention(self) -> str | None:
+        """What transformers calls the attention of this layer; None for a layer with no choice of it."""
+        return getattr(self.config, "_attn_implementation", None)
 
     def _why_not_now(
-        self, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], learning: bool
     ) -> Obstacle | None:
         """What stands in the way in this call."""
         if kwargs.get("output_attentions"):
             return Obstacle("attention weights are asked for")
         if kwargs.get("past_key_values") is not None:
             return Obstacle("a cache of keys and values is given")
+        if told := [key for key in TOLD_TO_ATTENTION if kwargs.get(key) is not None]:
+            return Obstacle(f"{told[0]} is given")
+        if (text := self._misfit_of_mask(x, mask)) is not None:
+            return Obstacle(text)
         given = self.modules.given(args, kwargs)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (mask, *given)):
+        if learning and any(t is not None and t.requires_grad for t in (mask, *given)):
             return Obstacle("the positions or the mask learn")
         if (text := self.modules.misfit(x, mask, given)) is not None:
             return Obstacle(text)
@@ -175,6 +223,16 @@ class Block:
                     if recipe is not None and recipe.dropout and layer.training:
                         return Obstacle(f"{name} drops a part of its input", layer)
         return self._why_not_on(x.device.type, self.active.names)
+
+    def _misfit_of_mask(self, x: Tensor, mask: Tensor | None) -> str | None:
+        """Why attention with this mask, or without one, is computed by the layer itself."""
+        attention = self._attention()
+        if mask is None:
+            everywhere = self.modules.causal and attention == "eager" and x.shape[1] > 1
+            return "no mask is given, and eager attention then looks ahead" if everywhere else None
+        if mask.is_floating_point() or (mask.dtype == torch.bool and attention == "sdpa"):
+            return None
+        return f"a mask in {mask.dtype} is given"
 
     def _why_not_on(self, device: str, names: tuple[str, ...]) -> Obstacle | None:
         """Where another device than the CPU computes the layer's own forward faster (docs/decisions.md)."""
@@ -212,6 +270,25 @@ def _misfit(m: Modules) -> Obstacle | None:
     ]
     wrong = next((module for module, known in classes if type(module) not in known), None)
     return None if wrong is None else Obstacle(f"is a {type(wrong).__name__}", wrong)
+
+
+def _foreign(layer: nn.Module, inner: Sequence[nn.Module]) -> Obstacle | None:
+    """A module that runs code from elsewhere than the layer's own file of transformers, torch, or loralab."""
+    home = next(kind.__module__ for kind in type(layer).__mro__ if kind.__module__.startswith("transformers.models."))
+
+    def known(thing: Any) -> bool:
+        name: str = thing.__module__
+        return name == home or name.startswith(("torch.", "transformers.activations", "loralab."))
+
+    for module in (layer, *inner):
+        classes = type(module).__mro__
+        last = next(i for i, kind in enumerate(classes) if "forward" in vars(kind))
+        wrong = next((kind for kind in classes[: last + 1] if not known(kind)), None)
+        if wrong is not None:
+            return Obstacle(f"is a {wrong.__name__} of {wrong.__module__}", module)
+        if not known(type(module).forward):
+            return Obstacle("has a forward of its own", module)
+    return None
 
 
 def _has_hooks(m: nn.Module) -> bool:

@@ -12,14 +12,14 @@ updates, not methods. Whether a layer may be computed here is decided in block.p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
-from loralab.fast.shared import LayerCall, backward_of, dropout_of, softmax
+from loralab.fast.shared import LayerCall, backward_of, blank_rows, dropout_of, softmax
 
 LONGEST = 512  # tokens of a row: what is kept of the scores grows with their square, and torch's attention keeps none
 
@@ -106,6 +106,7 @@ class DecoderModules:
     q_norm: Norm | None = None  # over each head
     k_norm: Norm | None = None
     returns_tuple: bool = False
+    causal: ClassVar[bool] = True  # whether a token sees those before it alone where no mask is given
 
     @property
     def linear(self) -> tuple[nn.Module, ...]:
@@ -288,7 +289,7 @@ def _attention(
         s.masked_fill_(~mask, torch.finfo(s.dtype).min)
     else:
         s.add_(mask)
-    s = softmax(s)
+    s = blank_rows(softmax(s), mask)
     dropped = dropout_of(s, call.dropout[0], call.streams)  # (b, heads, t, t)
     s = s.view(b * kv, -1, t)  # (b kv, g t, t)
     dropped = None if dropped is None else dropped.view_as(s)

@@ -10,7 +10,7 @@ methods. Whether a layer may be computed here is decided in block.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class LayerModules:
     norm2: nn.LayerNorm
     activation: nn.Module
     heads: int
+    scale: float  # of scores
     attention_dropout: nn.Dropout
     attention: nn.Module  # attention dropout is on while this module trains
     o_dropout: nn.Dropout | None
@@ -53,6 +54,7 @@ class LayerModules:
     approximate: str  # of GELU: "none" or "tanh"
     position_bias: bool = False  # whether the layer takes a position bias as its third argument
     returns_tuple: bool = False
+    causal: ClassVar[bool] = False  # whether a token sees those before it alone where no mask is given
 
     @property
     def linear(self) -> tuple[nn.Module, ...]:
@@ -130,7 +132,9 @@ def compute(
     qkv, of_qkv = products.qkv.forward(x, joined[0])  # (n, 3 d)
     qkv = qkv.view(b, t, 3, m.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
     by_products = call.wants_gradient or bool(call.dropout[0])
-    c, *of_attention = attention(qkv, mask, bias, call) if by_products else fused_attention(qkv, mask, bias)
+    c, *of_attention = (
+        attention(qkv, m.scale, mask, bias, call) if by_products else fused_attention(qkv, m.scale, mask, bias)
+    )
     c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
     o, of_o = products.o.forward(c, joined[1])  # (n, d)
     mask_o = dropout_mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
@@ -159,7 +163,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dy, of5 = products.up.backward(du, y, u_up, of_up, True)  # (n, d)
     do = norm_backward(dy.add_(dw), o, mean1, rstd1, m.norm1)  # (n, d), of x too
     dc, of4 = products.o.backward(masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
-    dqkv = attention_backward(dc, qkv, s, mask_s, b)  # (3, b heads, t, dh)
+    dqkv = attention_backward(dc, qkv, m.scale, s, mask_s, b)  # (3, b heads, t, dh)
     dqkv = dqkv.view(3, b, m.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
     dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
     dx = None if dx is None else dx.add_(do).view(b, t, d)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.fast.shared import SHORT, LayerCall, dropout_of, softmax
+from loralab.fast.shared import SHORT, LayerCall, blank_rows, dropout_of, softmax
 
 aten = torch.ops.aten
 
@@ -28,27 +28,27 @@ def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None)
     return s.add_(mask)
 
 
-def attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None, call: LayerCall) -> tuple[Tensor, *OfAttention]:
+def attention(
+    qkv: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None, call: LayerCall
+) -> tuple[Tensor, *OfAttention]:
     """q, k, v (3, b, heads, t, dh) -> the output (b, heads, t, dh), and what backward needs."""
     _, b, heads, t, dh = shape = qkv.shape
     qkv = qkv.reshape(3, b * heads, t, dh)
     s = torch.bmm(qkv[0], qkv[1].mT).view(b, heads, t, t)
-    s = softmax(_add_bias(s, dh**-0.5, mask, bias)).view(-1, t, t)  # (b heads, t, t)
+    s = blank_rows(softmax(_add_bias(s, scale, mask, bias)), mask).view(-1, t, t)  # (b heads, t, t)
     m = dropout_mask(s, call.dropout[0], (b, heads, t, t), call)  # (b heads, t, t)
     return torch.bmm(s if m is None else s * m, qkv[2]).view(shape[1:]), qkv, s, m
 
 
-def fused_attention(qkv: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, *OfAttention]:
+def fused_attention(qkv: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, *OfAttention]:
     """The output alone, by torch's fused attention: faster forward, on CPU much slower backward (docs/decisions.md)."""
-    added = bias if mask is None else mask
-    if bias is not None and mask is not None:
-        lowest = torch.finfo(bias.dtype).min
-        added = bias.where(mask, lowest) if mask.dtype == torch.bool else bias + mask
+    both = bias is not None and mask is not None
+    added = bias + mask if both else mask if bias is None else bias  # type: ignore[operator]
     q, k, v = qkv
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=added), None, None, None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale), None, None, None
 
 
-def attention_backward(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: int) -> Tensor:
+def attention_backward(dc: Tensor, qkv: Tensor, scale: float, s: Tensor, m: Tensor | None, b: int) -> Tensor:
     """dc (n, d) -> the gradient of q, k, v (3, b heads, t, dh)."""
     q, k, v = qkv
     t, dh = q.shape[1:]
@@ -62,7 +62,7 @@ def attention_backward(dc: Tensor, qkv: Tensor, s: Tensor, m: Tensor | None, b: 
     else:
         ds = ds.mul_(s)
         ds = ds.addcmul_(s, ds.sum(-1, keepdim=True), value=-1)
-    ds = ds.mul_(dh**-0.5)
+    ds = ds.mul_(scale)
     torch.bmm(ds, k, out=out[0])
     torch.bmm(ds.mT, q, out=out[1])
     return out

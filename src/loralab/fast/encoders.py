@@ -18,6 +18,7 @@ GELU = {  # class of an activation in transformers -> torch's variant
 
 def _bert(layer: Any) -> LayerModules:
     inner, output = layer.attention.self, layer.attention.output
+    _refuse_decoders_and_chunks(layer, inner)
     return LayerModules(
         q=inner.query,
         k=inner.key,
@@ -25,6 +26,7 @@ def _bert(layer: Any) -> LayerModules:
         o=output.dense,
         norm1=output.LayerNorm,
         heads=inner.num_attention_heads,
+        scale=inner.scaling,
         attention_dropout=inner.dropout,
         attention=inner,
         o_dropout=output.dropout,
@@ -41,6 +43,7 @@ def _mpnet(layer: Any) -> LayerModules:
         o=inner.o,
         norm1=layer.attention.LayerNorm,
         heads=inner.num_attention_heads,
+        scale=inner.attention_head_size**-0.5,
         attention_dropout=inner.dropout,
         attention=inner.dropout,
         o_dropout=layer.attention.dropout,
@@ -52,6 +55,7 @@ def _mpnet(layer: Any) -> LayerModules:
 
 def _distilbert(layer: Any) -> LayerModules:
     inner, ffn = layer.attention, layer.ffn
+    _refuse_decoders_and_chunks(ffn, inner)
     return LayerModules(
         q=inner.q_lin,
         k=inner.k_lin,
@@ -63,6 +67,7 @@ def _distilbert(layer: Any) -> LayerModules:
         norm2=layer.output_layer_norm,
         activation=ffn.activation,
         heads=inner.n_heads,
+        scale=inner.scaling,
         attention_dropout=inner.dropout,
         attention=inner,
         o_dropout=None,
@@ -74,6 +79,7 @@ def _distilbert(layer: Any) -> LayerModules:
 def _albert(layer: Any) -> LayerModules:
     """One layer that the model calls at every depth."""
     inner = layer.attention
+    _refuse_decoders_and_chunks(layer, inner)
     return LayerModules(
         q=inner.query,
         k=inner.key,
@@ -85,6 +91,7 @@ def _albert(layer: Any) -> LayerModules:
         norm2=layer.full_layer_layer_norm,
         activation=layer.activation,
         heads=inner.num_attention_heads,
+        scale=inner.scaling,
         attention_dropout=inner.attention_dropout,
         attention=inner,
         o_dropout=inner.output_dropout,
@@ -95,8 +102,7 @@ def _albert(layer: Any) -> LayerModules:
 
 def _modernbert(layer: Any) -> PreNormModules:
     attention, mlp = layer.attn, layer.mlp
-    if getattr(attention, "is_causal", False):
-        raise KeyError("its attention is causal")
+    _refuse_decoders_and_chunks(layer, attention)
     return PreNormModules(
         qkv=attention.Wqkv,
         o=attention.Wo,
@@ -107,10 +113,21 @@ def _modernbert(layer: Any) -> PreNormModules:
         activation=mlp.act,
         attention=attention,
         head=attention.head_dim,
+        scale=attention.head_dim**-0.5,
         o_dropout=_unless_identity(attention.out_drop),
         down_dropout=mlp.drop,
         approximate=_approximate(mlp.act),
     )
+
+
+def _refuse_decoders_and_chunks(layer: Any, attention: Any) -> None:
+    """Raise KeyError for a layer of a decoder, or one whose feed-forward part, of which `layer` knows, is in chunks."""
+    if getattr(layer, "is_decoder", False):
+        raise KeyError("it is a layer of a decoder")
+    if getattr(attention, "is_causal", False):
+        raise KeyError("its attention is causal")
+    if getattr(layer, "chunk_size_feed_forward", 0):
+        raise KeyError("it computes its feed-forward part in chunks (chunk_size_feed_forward)")
 
 
 def _unless_identity(module: Any) -> Any:

@@ -56,7 +56,9 @@ class JoinedLinear:
         if len(self.bases) > 1 and all(isinstance(base, Float | nn.Linear) for base in self.bases):
             parts = [base.weight.detach() for base in self.bases]
             if self._joint_view(parts) is None and len({(w.dtype, w.device) for w in parts}) == 1:
-                for base, part in zip(self.bases, torch.cat(parts).split(self.outs), strict=True):
+                with torch.inference_mode(False):  # the first call may be one without gradients
+                    whole = torch.cat(parts)
+                for base, part in zip(self.bases, whole.split(self.outs), strict=True):
                     base.weight.data = part
 
     def weight(self, dtype: torch.dtype) -> Tensor:

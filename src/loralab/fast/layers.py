@@ -16,8 +16,5 @@ def refused(model: nn.Module) -> str | None:
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformers model that a `Block` can take the place of."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
-        return []
     ours = [m for m in model.modules() if type(m).__module__.startswith("transformers.models.")]
     return [m for m in ours if type(m).__name__ in LAYERS]

@@ -10,7 +10,7 @@ may be computed here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,12 @@ class PreNormModules:
     activation: nn.Module
     attention: Any  # holds the probability of dropout, and is on while it trains
     head: int  # size of a head
+    scale: float  # of scores
     o_dropout: nn.Dropout | None
     down_dropout: nn.Dropout | None
     approximate: str  # of GELU: "none" or "tanh"
     returns_tuple: bool = False
+    causal: ClassVar[bool] = False  # whether a token sees those before it alone where no mask is given
 
     @property
     def linear(self) -> tuple[nn.Module, ...]:
@@ -125,7 +127,9 @@ def compute(
     qkv = qkv.view(b, t, 3, -1, m.head).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
     qkv = torch.cat((_rotated(qkv[:2], cos, sin), qkv[2:]))
     by_products = call.wants_gradient or bool(call.dropout[0])
-    c, *of_attention = attention(qkv, mask, None, call) if by_products else fused_attention(qkv, mask, None)
+    c, *of_attention = (
+        attention(qkv, m.scale, mask, None, call) if by_products else fused_attention(qkv, m.scale, mask, None)
+    )
     c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
     o, of_o = products.o.forward(c, joined[1])  # (n, d)
     mask_o = dropout_mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
@@ -158,7 +162,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dn2, of3 = products.gate_up.backward(duw, n2, u_gate_up, of_gate_up, True)
     dh = norm_backward(dn2, h, mean2, rstd2, m.norm2).add_(dout)  # (n, d), of x too
     dc, of2 = products.o.backward(masked(dh, mask_o), c, u_o, of_o, True)  # (n, d)
-    dqkv = attention_backward(dc, qkv, s, mask_s, b).view(3, b, -1, t, m.head)  # (3, b, heads, t, dh)
+    dqkv = attention_backward(dc, qkv, m.scale, s, mask_s, b).view(3, b, -1, t, m.head)  # (3, b, heads, t, dh)
     dqkv[:2] = _rotated(dqkv[:2], cos, sin, back=True)
     dqkv = dqkv.permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
     n1 = (x if m.norm1 is None else layer_norm(x, m.norm1)[0]) if learns[0] else None  # (n, d)

@@ -1,11 +1,13 @@
 """What layers that are computed in one, of encoders and decoders, have in common."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from loralab.active import Stream
@@ -50,6 +52,17 @@ def softmax(s: Tensor) -> Tensor:
         return torch.softmax(s, -1)
     s = s.sub_(s.amax(-1, keepdim=True)).exp_()
     return s.mul_(s.sum(-1, keepdim=True).reciprocal_())
+
+
+def blank_rows(s: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero, in place, the weights s (b, heads, t, t) of tokens that may look nowhere, as torch's attention gives them.
+
+    `mask`, which broadcasts to s, is true where attention may look, or is added to scores.
+    """
+    if mask is None or isinstance(s, FakeTensor):
+        return s
+    seen = mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask.amax(-1, keepdim=True) > -math.inf
+    return s if s.device.type == "cpu" and seen.all() else s.masked_fill_(~seen, 0)
 
 
 def dropout_of(x: Tensor, p: float, streams: Sequence[Stream]) -> Tensor | None:
