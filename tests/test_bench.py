@@ -433,6 +433,7 @@ WRONG = {
     "rows": (["--epoch", "--rows", "0"], "--rows 0: expected 1 or more"),
     "loaded": (["--mixed", "--loaded", "0"], "--loaded 0: expected 1 or more"),
     "repeats": (["--repeats", "0"], "--repeats 0: expected 1 or more"),
+    "threads": (["--threads", "-1"], "--threads -1: expected 1 or more"),
     "idle": (
         ["--cost", "--tasks", "rte", "--rows", "9"],
         "--tasks, --rows would do nothing without --epoch",

@@ -121,8 +121,9 @@ class Bench:
     def __post_init__(self) -> None:
         if find_spec("peft") is None:
             raise UserError(f"bench compares with PEFT, which is not installed: {INSTALL}")
-        if self.repeats < 1:
-            raise UserError(f"--repeats {self.repeats}: expected 1 or more")
+        for flag, number in (("--repeats", self.repeats), ("--threads", self.threads)):
+            if number is not None and number < 1:
+                raise UserError(f"{flag} {number}: expected 1 or more")
 
     def steps(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """Time, memory and products of a step of each case."""
