@@ -13,7 +13,7 @@ from typing import Any
 from loralab.data.task import Split, Task, build
 
 NAME = "records"
-ROWS = {"train": 2000, "validation": 200}
+ROWS = {"train": 3000, "validation": 200}
 SEED = 0  # part of the task: another seed is another task
 FEWEST, MOST = 5, 8  # fields of a record, with the name
 METRICS = ("loss", "perplexity", "token_accuracy")  # of objective causal; `--generate-metric json` reads the answers
