@@ -94,8 +94,9 @@ def show(title: str, contrasts: Iterable[Contrast]) -> None:
     print(f"| {title} | difference | 95 % | p | Holm | equal within {MARGIN} (Holm) | could have found |")
     print("| --- |" + " ---: |" * 6)
     for c in contrasts:
-        numbers = f"{c.low:+.3f} to {c.high:+.3f} | {c.p:.3f} | {c.p_holm:.3f} | {c.p_equivalent_holm:.3f}"
-        print(f"| {c.method} | {c.difference:+.4f} | {numbers} | {c.smallest:.3f} |")
+        interval = "" if math.isnan(c.low) else f"{c.low:+.3f} to {c.high:+.3f}"  # two seeds have none
+        numbers = ["" if math.isnan(x) else f"{x:.3f}" for x in (c.p, c.p_holm, c.p_equivalent_holm, c.smallest)]
+        print(f"| {c.method} | {c.difference:+.4f} | {interval} | {' | '.join(numbers)} |")
     print()
 
 
