@@ -322,14 +322,20 @@ def test_export_as_gguf_names_the_base(base, cli, tmp_path):  # noqa: F811
     assert gguf_format.ADAPTER == "adapter.gguf"
 
 
-@pytest.mark.slow
-def test_smollm2_leaves_as_both_files(cli, tmp_path):  # noqa: F811
+def attached_smollm2(folder, std):
+    """SmolLM2 with a LoRA whose values spread by `std`, which is saved in the folder; skips without the model."""
     if find("smollm2") is None:
         pytest.skip("the model smollm2 is not on this machine: make models")
     model = pretrained("smollm2", "CAUSAL_LM").model.eval()
     adapters = loralab.attach(model, "lora", name="a", rank=4, alpha=6.0)
-    shake(adapters, "a", std=0.01)
-    adapters.save(tmp_path / "adapter")
+    shake(adapters, "a", std=std)
+    adapters.save(folder)
+    return model, adapters
+
+
+@pytest.mark.slow
+def test_smollm2_leaves_as_both_files(cli, tmp_path):  # noqa: F811
+    model, adapters = attached_smollm2(tmp_path / "adapter", std=0.01)
     ids = torch.tensor([[504, 2044, 282, 4649, 314]])
     with torch.no_grad():
         right = model(ids).logits

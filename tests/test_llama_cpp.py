@@ -5,13 +5,10 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from archs import shake
 from test_cli import cli  # noqa: F401 (a fixture)
-from test_gguf import EXPORTED, WORDS, attached, load, write
+from test_gguf import EXPORTED, WORDS, attached, attached_smollm2, load, write
 
-import loralab
-from loralab.model_names import find
-from loralab.models import gguf_file, pretrained
+from loralab.models import gguf_file
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -97,12 +94,7 @@ def test_llama_cpp_runs_the_merged_model(method, given, base, cli, tmp_path):  #
 @pytest.mark.slow
 def test_llama_cpp_runs_smollm2_merged_and_with_its_adapter(cli, tmp_path):  # noqa: F811
     """llama.cpp rounds activations beside weights of four bits, so differences are measured by the adapter's share."""
-    if find("smollm2") is None:
-        pytest.skip("the model smollm2 is not on this machine: make models")
-    model = pretrained("smollm2", "CAUSAL_LM").model.eval()
-    adapters = loralab.attach(model, "lora", name="a", rank=4, alpha=6.0)
-    shake(adapters, "a", std=0.04)
-    adapters.save(tmp_path / "adapter")
+    model, adapters = attached_smollm2(tmp_path / "adapter", std=0.04)
     ids = [504, 2044, 282, 4649, 314, 260, 3575, 28, 284, 335]
     right = ours(model, ids)
     with adapters.use(None):

@@ -447,10 +447,6 @@ def read(folder: Path | str) -> AdapterFile:
     """Read an adapter folder, in loralab's layout or PEFT's. Raises UserError for anything else."""
     folder = Path(folder)
     if not peft_format.places(folder)[1].exists():
-        if not files.places(folder)[1].exists() and (inside := sorted(_adapters_in(folder))):
-            raise UserError(
-                f"{folder} is no adapter folder, and holds {listed(inside, 4)}: name one, {folder / inside[0]}"
-            )
         return files.read(folder)
     if files.places(folder)[1].exists():
         raise UserError(
@@ -458,12 +454,6 @@ def read(folder: Path | str) -> AdapterFile:
             "remove the files of one of them"
         )
     return peft_format.read(folder)
-
-
-def _adapters_in(folder: Path) -> list[str]:
-    """Names of the folders inside that are adapters, as PEFT saves those that are not called default."""
-    found = [place for header in (files.HEADER, files.PEFT_HEADER) for place in folder.glob(f"*/{header}")]
-    return [place.parent.name for place in found]
 
 
 def put(model: nn.Module, file: AdapterFile, folder: Path | str, name: str | None, check_base: bool = True) -> Adapters:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralab.errors import UserError
+from loralab.schema import listed
 
 MAX_JSON = 32 * 2**20  # bytes of a JSON file, or of the JSON header in a safetensors file
 MAX_DEPTH = 64  # levels of nesting in JSON
@@ -159,13 +160,18 @@ def write_text(path: Path, text: str) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read the JSON header of an adapter or run folder. Raises UserError as `read_json` does, and if it is missing."""
+def read_header(path: Path, others: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the JSON header of an adapter or run folder. Raises UserError as `read_json` does, and if it is missing.
+
+    Then it names the folders inside that have such a header, or one of the `others`.
+    """
     if not path.exists():
         folder = path.parent
-        if inside := sorted(found.parent.name for found in folder.glob(f"*/{path.name}")):
-            some = ", ".join(inside[:4]) + f" and {len(inside) - 4} more" * (len(inside) > 4)
-            raise UserError(f"{folder} is no adapter folder, and holds {some}: name one, {folder / inside[0]}")
+        found = [place.parent.name for name in (path.name, *others) for place in folder.glob(f"*/{name}")]
+        if inside := sorted(set(found)):
+            raise UserError(
+                f"{folder} is no adapter folder, and holds {listed(inside, 4)}: name one, {folder / inside[0]}"
+            )
         raise UserError(f"{folder} is no adapter folder: it has no {path.name}")
     return read_json(path)
 

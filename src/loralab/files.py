@@ -173,7 +173,7 @@ def read(folder: Path | str) -> AdapterFile:
     """
     folder = Path(folder)
     stored, place = places(folder)
-    header = read_header(place)
+    header = read_header(place, (PEFT_HEADER,))
     _check_header(place, header)
     start = ""
     if header.get("checkpoint"):
