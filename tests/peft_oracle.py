@@ -82,7 +82,9 @@ def lively(kind, method="lora"):
 
 def pair(method, kind="bert", ours=None, **given):
     """(our handle, PEFT's model, our path.role -> PEFT's tensor): the same parameters in both, off their start."""
-    theirs = quiet(peft.get_peft_model, lively(kind, method), CONFIGS[method](**given)).eval()
+    with torch.random.fork_rng():  # PEFT draws its start from the global generator
+        torch.manual_seed(6)
+        theirs = quiet(peft.get_peft_model, lively(kind, method), CONFIGS[method](**given)).eval()
     has = vars(NAMED[method][0].factors)
     settings = {key: value for key, value in {"rank": RANK, "alpha": float(ALPHA)}.items() if key in has}
     more = OURS.get(method, {}) | settings | (ours or {})
