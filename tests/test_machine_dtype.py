@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_study import begun, carried_out, here, study, table, toml  # noqa: F401  (fixtures)
 
 from loralab import UserError
 from loralab.cli import main
+from loralab.fast import machine as machine_of
 from loralab.run import Settings, train
 from loralab.study.address import address
 from loralab.study.run_study import question_of
@@ -97,3 +99,31 @@ def test_a_run_goes_on_only_in_its_dtype(tiny, own, tmp_path, machine, cut_off):
     result = train(Settings(**resumed, dtype="bfloat16"))
     assert train(Settings(**resumed)) == result  # finished: it is read
     assert address(Settings(**given, dtype="bfloat16")) != address(Settings(**given))
+
+
+AVX, AMX = {"amx": False, "avx512_bf16": True}, {"amx": True, "avx512_bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("units", "times", "chosen"),
+    [(AVX, 0.55, torch.float32), (AVX, 1.1, torch.float32), (AVX, 3.0, torch.bfloat16), (AMX, 0.5, torch.bfloat16),
+     ({"amx": False, "avx512_bf16": False}, 3.0, torch.float32)],
+)  # fmt: skip
+def test_auto_is_bfloat16_where_it_is_faster(monkeypatch, units, times, chosen):
+    """A unit for bfloat16 is no promise: without AMX an Intel Xeon multiplies it at half the rate of float32."""
+    measured = []
+
+    def rate(dtype, size, on):
+        measured.append(dtype)
+        return 1e11 * (times if dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(machine_of, "units", lambda: units)
+    monkeypatch.setattr(machine_of, "rate", rate)
+    machine_of._bfloat16_pays.cache_clear()
+    try:
+        assert machine_of.precision("auto", gpu=False) == machine_of.precision("auto", gpu=False) == chosen
+    finally:
+        machine_of._bfloat16_pays.cache_clear()
+    assert len(measured) == (2 if units is AVX else 0)  # once a process, and only where it is not known
+    assert machine_of.precision("float32", gpu=False) == torch.float32
+    assert machine_of.precision("bfloat16", gpu=False) == torch.bfloat16
