@@ -184,7 +184,12 @@ def test_predictions_of_reported_runs_are_in_one_file_and_tuning_keeps_scores(wh
         _ = load(packed.folder).packed
 
 
-def test_a_rate_whose_run_collapsed_on_the_second_seed_is_not_chosen(whole, tiny, own, tmp_path):
+@pytest.mark.parametrize(
+    ("said", "out"),
+    [({"collapsed_held_out": True}, True), ({"collapsed": True}, False), ({"collapsed": True, "older": True}, True)],
+    ids=["held-out rows", "reported rows", "reported rows of an older version"],
+)
+def test_a_rate_whose_run_collapsed_on_the_second_seed_is_not_chosen(whole, tiny, own, tmp_path, said, out):
     """The stored study with one word more in a result: the winner of a cell predicts one class on seed 1001."""
     shutil.copytree(whole.folder.parent, tmp_path / "copy")
     d = study(tiny, own, store=str(tmp_path / "copy/store"))
@@ -196,12 +201,16 @@ def test_a_rate_whose_run_collapsed_on_the_second_seed_is_not_chosen(whole, tiny
     (key, cell) = next(iter(whole.cells().items()))
     lost = next(r for r in cell.tuning if r.seed == 1001 and r.scheduled.tried["lr_times"] == before[key])
     file = tmp_path / "copy/store" / lost.scheduled.address / "result.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"collapsed": True}))
+    result = json.loads(file.read_text()) | said
+    assert result["collapsed_held_out"] is not None
+    if result.pop("older", False):
+        del result["collapsed_held_out"]
+    file.write_text(json.dumps(result))
     after = rates()
-    assert after.pop(key) != before.pop(key)
+    assert (after.pop(key) != before.pop(key)) == out
     assert after == before
     counted = [load(folder).cells()[key].tuning_collapsed for folder in (whole.folder, tmp_path / "copy/out")]
-    assert counted[1] == counted[0] + 1
+    assert counted[1] == counted[0] + out
 
 
 class Killed(BaseException):

@@ -23,8 +23,9 @@ RESULT = {
     "time": {"train_s": float, "examples_per_s": float},
     "memory": {"peak_bytes": int, "ledger": dict[str, int]},
     "protocol": dict[str, Any], "notes": list[str], "warnings": list[str],
-    "collapsed": bool,
+    "collapsed": bool, "collapsed_held_out": bool | None,
 }  # fmt: skip
+OPTIONAL = ("by_rank", "collapsed", "collapsed_held_out", "objective", "labels")
 FACTS = {
     "settings": dict[str, Any], "recipe": dict[str, Any] | None, "plan": dict[str, Any] | None, "data": dict[str, Any],
     "base_sha256": str, "hardware": dict[str, Any], "versions": dict[str, Any],
@@ -34,7 +35,17 @@ EPOCH = {"epoch": float, "step": int, "train_loss": float, "held_out": Scores | 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json. Raises UserError if it is missing, damaged or of something else."""
-    return _checked(folder / "result.json", RESULT, optional=("by_rank", "collapsed", "objective", "labels"))
+    return _checked(folder / "result.json", RESULT, optional=OPTIONAL)
+
+
+def collapsed(result: Mapping[str, Any], held_out: bool = False) -> bool:
+    """Tell whether a run predicts the same for every reported row: it learned nothing.
+
+    `held_out` asks of the held-out rows, for who chooses among runs, as reported rows must not choose. A result that is
+    older or held no rows out knows the reported rows only.
+    """
+    chosen = result.get("collapsed_held_out") if held_out else None
+    return bool(result.get("collapsed", result["warnings"]) if chosen is None else chosen)  # once no other warning
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

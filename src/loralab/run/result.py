@@ -109,6 +109,7 @@ def result_of(
         },
         "notes": list(run.notes),
         "collapsed": selected["one_class"],
+        "collapsed_held_out": selected.get("one_class_held_out"),
         "warnings": _warnings(run, selected),
     }
 

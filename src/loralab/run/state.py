@@ -180,6 +180,7 @@ class RunState:
             "one_class": self._one_class(validation, held_out),
         }
         if run.held_out is not None:
+            record["one_class_held_out"] = self._one_class({}, held_out)
             threshold = run.objective.threshold(run.task.metrics[0], held_out, run.held_out.labels.numpy())
             record |= {} if threshold is None else {"threshold": threshold}
         p.history.append(record)

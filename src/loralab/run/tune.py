@@ -15,6 +15,7 @@ from loralab.disk import check_output_folder, write_json
 from loralab.errors import UserError
 from loralab.run.bar import Reporter
 from loralab.run.loop import train_together
+from loralab.run.records import collapsed
 from loralab.run.settings import Settings
 from loralab.run.sharing import grouped
 
@@ -74,5 +75,5 @@ def metric_of(tried: Tried) -> str:
 def _tried(run: Settings, outcome: dict[str, Any] | UserError) -> Tried:
     if isinstance(outcome, UserError):
         return Tried(float(run.lr or 0), run.folder, None, None, str(outcome))
-    why = "predicts the same for every row" if outcome["collapsed"] else None
+    why = "predicts the same for every row" if collapsed(outcome, held_out=True) else None
     return Tried(float(run.lr or 0), run.folder, outcome, outcome["metric"]["held_out"], why)

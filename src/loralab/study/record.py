@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from loralab.disk import read_header, read_tensors
 from loralab.errors import UserError
 from loralab.run.folder import FAILED
-from loralab.run.records import predictions_of, read_facts, read_history, read_result
+from loralab.run.records import collapsed, predictions_of, read_facts, read_history, read_result
 from loralab.schema import MOST, part_problems, problems
 from loralab.study.packed import PREDICTIONS, Packed
 
@@ -178,9 +178,9 @@ class Study:
         tuning = [run for s in own if s.role == "tune" and (run := self.run(s))]
         trials = sum(s.address is not None and (self.store / s.address).is_dir() for s in own if s.role == "tune")
         pending = len(final) - len(runs) - len(failed)
-        collapsed = sum(map(collapses, tuning))
+        lost = sum(map(collapses, tuning))
         by_seed = tuple(sorted(runs, key=lambda run: run.seed))
-        return Cell(key, by_seed, tuple(tuning), trials, collapsed, pending, tuple(failed))
+        return Cell(key, by_seed, tuple(tuning), trials, lost, pending, tuple(failed))
 
 
 def number(value: float | None) -> float:
@@ -189,8 +189,8 @@ def number(value: float | None) -> float:
 
 
 def collapses(run: Run) -> bool:
-    """Whether a run predicts the same for every row: it learned nothing."""
-    return bool(run.result.get("collapsed", run.result["warnings"]))  # an older version had no other warning
+    """Whether a run predicts the same for every row: of the held-out ones if it tunes, else of the reported ones."""
+    return collapsed(run.result, held_out=run.scheduled.role == "tune")
 
 
 def read_run(store: Path, scheduled: ScheduledRun) -> Run | None:
