@@ -358,3 +358,29 @@ def test_a_family_errs_as_often_as_it_says(rows):
             found = paired(names, d, 0.01, rows=[rows * 0.01] * 7)
             wrong += any(c.verdict in ("better", "worse") for c in found)
         assert stats.binomtest(wrong, times, 0.05, alternative="greater").pvalue > 1e-3
+
+
+def test_the_reference_under_another_name_is_no_planned_test(tmp_path):
+    """Its difference is 0, the others are tested as without it; where one task alone has the same runs, all counts."""
+    folder = written(tmp_path, with_hard_rows(True), reference="lora")
+    alone = planned(load(folder))
+    data = json.loads((folder / "study.json").read_text())
+
+    def with_twins(tasks):
+        twins = [row | {"method": "twin"} for row in data["planned"]
+                 if row["method"] == ("lora" if row["task"] in tasks else "a")]  # fmt: skip
+        (folder / "study.json").write_text(json.dumps(data | {"planned": [*data["planned"], *twins]}))
+        return [dict(zip(f.places, f.contrasts, strict=True)) for f in planned(load(folder))]
+
+    for before, found in zip(alone, with_twins(("t", "u")), strict=True):
+        for (method, task), c in found.items():
+            if method == "twin":
+                assert (c.difference, c.verdict) == (0, "not tested")
+                assert np.isnan([c.p, c.p_holm, c.low, c.smallest]).all()
+            else:
+                assert c == before.contrasts[before.places.index((method, task))]
+    mean, by_task = with_twins(("t",))
+    assert mean["twin", None].difference == pytest.approx(mean["a", None].difference - by_task["a", "t"].difference / 2)
+    assert mean["twin", None].p > 0
+    assert (by_task["twin", "t"].verdict, by_task["twin", "t"].difference) == ("not tested", 0)
+    assert by_task["twin", "u"].p == by_task["a", "u"].p

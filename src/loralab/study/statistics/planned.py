@@ -50,6 +50,7 @@ class _Pairs:
     rows: float = 0.0  # variance that the rows bring to every seed alike
     known: bool = False  # whether that is known, from predictions
     collapsed: int = 0
+    same: bool = False  # whether both are the same runs under two names
 
 
 def planned(study: Study) -> list[PlannedFamily]:
@@ -108,6 +109,7 @@ def _paired(cell: Cell, base: Cell, resamples: Resamples, endpoint: str) -> _Pai
     low, high = RANGES.get(metric_of(base.runs[0], endpoint), UNBOUNDED)
     pairs = _Pairs({s: scores[s][0] - scores[s][1] for s in seeds}, (low - high, high - low))  # type: ignore[operator]
     pairs.collapsed = len(cell.runs) - len(good) + len(base.runs) - len(good_base)
+    pairs.same = [good[s].folder for s in seeds] == [good_base[s].folder for s in seeds]
     if len(seeds) > 1:
         replicates = resamples.of([runs[s] for runs in (good, good_base) for s in seeds])  # (times, 2 seeds)
         if replicates is not None:
@@ -135,6 +137,7 @@ def _mean(own: Sequence[_Pairs]) -> _Pairs:
         sum(p.rows for p in own) / len(own) ** 2,
         all(p.known for p in own),
         sum(p.collapsed for p in own),
+        all(p.same for p in own),
     )
 
 
@@ -158,7 +161,8 @@ def _family(
     own = list(found.values())
     differences, ranges = [np.array(list(p.differences.values())) for p in own], [p.range for p in own]
     rows = [p.rows for p in own]
-    made = paired(names, differences, margins, alpha, rows=rows, ranges=ranges)
+    tested = [d[:1] if p.same else d for d, p in zip(differences, own, strict=True)]  # of one seed nothing is tested
+    made = paired(names, tested, margins, alpha, rows=rows, ranges=ranges)
     of_seeds = tuple(math.sqrt(max(c.error**2 - part, 0.0)) for c, part in zip(made, rows, strict=True))
     return PlannedFamily(
         name, model, endpoint, tuple(made), tuple(map(len, differences)), of_seeds, tuple(p.collapsed for p in own),
