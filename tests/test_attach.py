@@ -166,8 +166,8 @@ def test_ia3_names_layers_that_are_there():
     assert sizes == {"0.attention.self.key.l": 24, "0.attention.output.dense.l": 24, "0.output.dense.l": 37}
 
 
-def test_presets_need_a_known_model_type():
-    with pytest.raises(loralab.UserError, match="no preset for model type"):
+def test_presets_need_an_attention():
+    with pytest.raises(loralab.UserError, match="the structure of Sequential does not tell which layers are q"):
         cover(nn.Sequential(nn.Linear(3, 5)), next(iter(PRESETS)))
 
 

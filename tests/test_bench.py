@@ -160,7 +160,7 @@ def hidden_in_bitsandbytes(adapters, inputs):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention-qv"])
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "llama"])
 @pytest.mark.parametrize("method", WITH_PEFT)
 def test_products_needed_are_those_that_torch_counts(kind, method, targets):
     theirs, adapters = pair(kind, method, targets)

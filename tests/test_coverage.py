@@ -7,13 +7,14 @@ import warnings
 import pytest
 import torch
 import zoo
-from archs import CONFIGS, build
+from archs import CONFIGS
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import loralab
 from loralab.coverage import ADAPTED, LEFT, UNREACHABLE
 from loralab.heads import head_of
-from loralab.presets import LAYERS, PRESETS, structure
+from loralab.presets import PRESETS, structure
 from loralab.targets import ReachNote, cover
 
 MODELS = ["gemma2", "mixtral", "t5", "wav2vec2", "swin", "xlnet", "mamba", "clip", "gpt2"]
@@ -161,16 +162,37 @@ def test_a_rank_that_no_layer_can_have_is_a_mistake():
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_structure_tells_what_the_rows_of_known_architectures_say(kind):
-    """Every part that the structure tells is that of the row; it may be silent, and never wrong."""
-    model = build(kind)
+BERT = {
+    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "o": "attention.output.dense", "mlp": "intermediate.dense layer.*.output.dense",
+}  # fmt: skip
+DEBERTA = {part: f"attention.self.{name}_proj" for part, name in (("q", "query"), ("k", "key"), ("v", "value"))}
+MLP = {"mlp": "mlp.gate_proj mlp.up_proj mlp.down_proj"}
+PARTS = {  # architecture -> part -> path endings, by reading its file in transformers
+    "bert": BERT, "roberta": BERT, "electra": BERT, "deberta-v2": BERT | DEBERTA,
+    "mpnet": BERT | {part: f"attention.attn.{part}" for part in "qkvo"},
+    "distilbert": {part: f"attention.{part}_lin" for part in "qkv"} | {"o": "attention.out_lin", "mlp": "lin1 lin2"},
+    "gpt2": dict.fromkeys("qkv", "attn.c_attn") | {"o": "attn.c_proj", "mlp": "mlp.c_fc mlp.c_proj"},
+    "llama": {part: f"self_attn.{part}_proj" for part in "qkvo"} | MLP,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", [*CONFIGS, "deberta-v2, positions apart"])
+def test_structure_tells_the_parts_of_an_architecture(kind, adapted):
+    """Layers of a model that is adapted already are told too; a projection of positions is no output of attention."""
+    kind, _, apart = kind.partition(", ")
+    config = copy.deepcopy(CONFIGS[kind])
+    config.share_att_key = not apart
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert sum("pos_key_proj" in path for path, _ in model.named_modules()) == 2 * bool(apart)
+    if adapted:
+        loralab.attach(model, rank=3)
     told = structure(model)
-    assert all(told[part] for part in "qkv")
+    assert told.keys() == PARTS[kind].keys()
     for part, endings in told.items():
-        if endings:
-            by_row = set(cover(model, LAYERS[kind][part], head_of(model)).paths)
-            assert set(cover(model, endings, head_of(model)).paths) == by_row, part
+        of_part = [cover(model, given, head_of(model)).paths for given in (endings, PARTS[kind][part].split())]
+        assert sorted(of_part[0]) == sorted(of_part[1]), part
 
 
 @pytest.mark.parametrize(
@@ -186,7 +208,7 @@ def test_presets_of_other_architectures_come_from_the_structure(name, qv, mlp):
     model = zoo.build(name)
     for preset, wanted in (("attention-qv", qv), ("mlp", mlp)):
         if not wanted:
-            with pytest.raises(loralab.UserError, match="its structure does not tell which layers are mlp"):
+            with pytest.raises(loralab.UserError, match="does not tell which layers are mlp"):
                 cover(model, preset)
             continue
         assert {path.rpartition(".")[2] for path in cover(model, preset).paths} == set(wanted.split())

@@ -1,12 +1,12 @@
 """Presets: the parts q, k, v, o and mlp of a model, and what its layers of each part are called.
 
-A row of LAYERS says it for an architecture, by path endings. For any other model the structure does: an attention is a
-module whose children bear the usual names of q, k and v, or of all three in one layer; o is the one other linear layer
-with it; and mlp are the other linear layers of its block, the smallest numbered module around it that has any. GPT-2
-keeps q, k and v in one layer, so any of them means that layer.
+The structure of the model says it: an attention is a module whose children bear the usual names of q, k and v, or of
+all three in one layer; o is the one other linear layer in that module, or else the one in the module around it; and mlp
+are the other linear layers of its block, the smallest numbered module around it that has any. GPT-2 keeps q, k and v in
+one layer, so any of them means that layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -26,65 +26,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
 }
 
-_BERT = {
-    "q": ("attention.self.query",),
-    "k": ("attention.self.key",),
-    "v": ("attention.self.value",),
-    "o": ("attention.output.dense",),
-    "mlp": ("intermediate.dense", "layer.*.output.dense"),
-}
-_DEBERTA = {
-    **_BERT,
-    "q": ("attention.self.query_proj",),
-    "k": ("attention.self.key_proj",),
-    "v": ("attention.self.value_proj",),
-}
-_MPNET = {
-    **_BERT,
-    "q": ("attention.attn.q",),
-    "k": ("attention.attn.k",),
-    "v": ("attention.attn.v",),
-    "o": ("attention.attn.o",),
-}
-_DISTILBERT = {
-    "q": ("attention.q_lin",),
-    "k": ("attention.k_lin",),
-    "v": ("attention.v_lin",),
-    "o": ("attention.out_lin",),
-    "mlp": ("ffn.lin1", "ffn.lin2"),
-}
-_GPT2 = {
-    "q": ("attn.c_attn",),
-    "k": ("attn.c_attn",),
-    "v": ("attn.c_attn",),
-    "o": ("attn.c_proj",),
-    "mlp": ("mlp.c_fc", "mlp.c_proj"),
-}
-_LLAMA = {
-    "q": ("self_attn.q_proj",),
-    "k": ("self_attn.k_proj",),
-    "v": ("self_attn.v_proj",),
-    "o": ("self_attn.o_proj",),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-}
-LAYERS: dict[str, dict[str, tuple[str, ...]]] = {  # config.model_type -> part -> path endings, * is one component
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "deberta-v2": _DEBERTA,
-    "mpnet": _MPNET,
-    "distilbert": _DISTILBERT,
-    "gpt2": _GPT2,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "smollm3": _LLAMA,
-}
-
 NAMES = {  # part -> what a child of an attention is called
     "q": ("q", "query", "q_proj", "query_proj", "q_lin", "q_linear", "linear_q", "to_q", "wq"),
     "k": ("k", "key", "k_proj", "key_proj", "k_lin", "k_linear", "linear_k", "to_k", "wk"),
@@ -98,13 +39,10 @@ def layers_of(model: nn.Module, preset: str) -> list[str]:
 
     Raises UserError for a model whose structure does not tell them surely.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    parts = LAYERS.get(kind) if isinstance(kind, str) else None
-    if parts is None:
-        parts = structure(model)
+    parts = structure(model)
     if missing := [part for part in PRESETS[preset] if not parts.get(part)]:
         raise UserError(
-            f"targets {preset!r}: no preset for model type {kind!r}, and its structure does not tell which layers are "
+            f"targets {preset!r}: the structure of {type(model).__name__} does not tell which layers are "
             f"{', '.join(missing)}; use 'all-linear', a list of layer names or a regular expression"
         )
     return list(dict.fromkeys(ending for part in PRESETS[preset] for ending in parts[part]))
@@ -114,20 +52,23 @@ def structure(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Part -> path endings, as the structure of the model tells them; a part that it does not tell surely is empty."""
     linear = [path for path, module in model.named_modules() if _is_linear(module)]
     found: dict[str, dict[str, None]] = {part: {} for part in ("q", "k", "v", "o", "mlp")}
-    sure = True
-    holders = {path: own for path, module in model.named_modules() if (own := _own(path, module))}
-    scopes = {path: _scope(path, own, linear) for path, own in holders.items()}
-    of_attention = {p for scope in scopes.values() for p in _inside(scope, linear)}
+    holders = attentions(model)
+    outputs = {path: _output(path, own.values(), linear) for path, own in holders.items()}
+    of_attention = {p for scope, _ in outputs.values() for p in _inside(scope, linear)}
     for path, own in holders.items():
         for part, layer in own.items():
             found[part][folded(layer)] = None
-        rest = [p for p in _inside(scopes[path], linear) if p not in own.values()]
-        sure = sure and len(rest) == 1
-        found["o"] |= dict.fromkeys(map(folded, rest))
+        if output := outputs[path][1]:
+            found["o"][folded(output)] = None
         found["mlp"] |= dict.fromkeys(folded(p) for p in _block(path, linear, of_attention))
-    if not sure:
+    if not all(output for _, output in outputs.values()):
         found["o"] = {}
     return {part: tuple(endings) for part, endings in found.items()}
+
+
+def attentions(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Path of each attention -> part q, k, v -> path of the layer that makes it, one layer where it makes all three."""
+    return {path: own for path, module in model.named_modules() if (own := _own(path, module))}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -143,14 +84,22 @@ def _own(path: str, module: nn.Module) -> dict[str, str]:
     return {part: places[0] for part, places in own.items()} if all(own.values()) else {}
 
 
-def _scope(path: str, own: dict[str, str], linear: list[str]) -> str:
-    """The attention around q, k and v: the module that has them, or the one around it if o is there."""
+def _output(path: str, own: Collection[str], linear: list[str]) -> tuple[str, str | None]:
+    """The module that is the attention with these q, k and v, theirs or the one around it, and its o if sure."""
+    rest = [p for p in _inside(path, linear) if p not in own]
+    if len(rest) == 1:
+        return path, rest[0]
     around = path.rpartition(".")[0]
-    if set(_inside(path, linear)) > set(own.values()) or not around or path.rpartition(".")[2].isdecimal():
-        return path
-    if around.rpartition(".")[2].isdecimal():  # that is a block, with more than an attention in it
-        return path
-    return around
+    if not around or _is_item(path) or _is_item(around):  # an item of a list is a block, with more than an attention
+        return path, None
+    outside = [p for p in _inside(around, linear) if not p.startswith(f"{path}.")]
+    if len(outside) == 1:
+        return around, outside[0]
+    return path if rest else around, None
+
+
+def _is_item(path: str) -> bool:
+    return path.rpartition(".")[2].isdecimal()
 
 
 def _inside(scope: str, linear: list[str]) -> list[str]:

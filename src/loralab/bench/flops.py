@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loralab.adapters import Adapters
 from loralab.layer import Adapted
-from loralab.presets import LAYERS
+from loralab.presets import attentions
 from loralab.recipe import Recipe
 
 
@@ -73,7 +73,7 @@ def step_products(adapters: Adapters, inputs: dict[str, Tensor]) -> Counter[Prod
             found.update(_weight(call, layers[path]))
             if path in adapted:
                 found.update(_adapter(call, layers[path], spec.recipe.at(path)))
-    found.update(_attention(calls, model.config))
+    found.update(_attention(calls, model))
     return found
 
 
@@ -111,15 +111,13 @@ def _adapter(call: Call, layer: Adapted, recipe: Recipe) -> Iterator[Product]:
         yield from (Product(1, o, i, r, "nt"), Product(1, r, i, r, "nt"), Product(1, r, o, r, "tn"))
 
 
-def _attention(calls: dict[str, list[Call]], config: Any) -> Iterator[Product]:
-    """The scores and their product with v; none for an encoder whose q, k and v are not known."""
-    layers = LAYERS.get(config.model_type, {})
-    ends = [layers.get(role, ("",))[0] for role in ("q", "k", "v")]
-    for path in calls:
-        if ends[0] and path.endswith(ends[0]):
-            stem = path.removesuffix(ends[0])
-            for q, k, v in zip(*(calls[stem + end] for end in ends), strict=True):
-                yield from _scores(q, k, v, getattr(config, "num_attention_heads", 1))
+def _attention(calls: dict[str, list[Call]], model: nn.Module) -> Iterator[Product]:
+    """The scores and their product with v; none where one layer makes q, k and v."""
+    heads = getattr(model.config, "num_attention_heads", 1)
+    for own in attentions(model).values():
+        if len(set(own.values())) == 3:
+            for q, k, v in zip(*(calls.get(own[part], ()) for part in ("q", "k", "v")), strict=True):
+                yield from _scores(q, k, v, heads)
 
 
 def _scores(q: Call, k: Call, v: Call, heads: int) -> Iterator[Product]:
