@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,15 @@ import simulation
 from loralab.cli import main
 from loralab.errors import UserError
 from loralab.study.judge import judge
-from loralab.study.statistics import contrasts
-from loralab.study.statistics.contrasts import moderated, paired, proportions, smallest_difference
+from loralab.study.statistics import contrasts, holm
+from loralab.study.statistics.contrasts import (
+    moderated,
+    paired,
+    proportions,
+    signs_agree,
+    smallest_difference,
+    with_signs,
+)
 
 METHODS = ["full", "dora", "vera", "lora-fa", "qlora", "lora+", "delta-lora"]
 SPREADS = {"equal": [0.01] * 7, "unequal": [0.004, 0.006, 0.008, 0.01, 0.013, 0.018, 0.03]}
@@ -132,6 +140,54 @@ def test_two_seeds_draw_no_interval_and_are_tested(seeds):
         known = [not math.isnan(x) for x in (c.low, c.high, c.smallest)]
         assert known == [seeds > 2] * 3
         assert 0 < c.p <= c.p_holm <= 1
+
+
+@pytest.mark.parametrize(("seeds", "counted"), [(7, True), (12, True), (16, False)])
+def test_sign_flips_are_the_permutation_test_of_scipy_corrected(seeds, counted):
+    """All patterns of few seeds, as many drawn ones of more."""
+    random = np.random.default_rng(2)
+    drawn = [random.normal(mean, 0.02, seeds) for mean in (0.0, 0.013, -0.03)]
+    found = [c.p_signs for c in with_signs(paired(["a", "b", "c"], drawn, 0.01), drawn, alpha=0.05)]
+    p = [stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**14, rng=1).pvalue
+         for d in drawn]  # fmt: skip
+    assert found == pytest.approx(holm(p), abs=1e-12 if counted else 0.01)
+    assert found[0] > 0.05 > found[2]
+
+
+def test_sign_flips_need_seeds_that_allow_a_result():
+    """Six seeds have 64 patterns: one contrast can have p 0.031, two not less than 0.063; a seed alone none."""
+    d = np.array([0.1, 0.2, 0.15, 0.1, 0.3, 0.2])
+    ours = [
+        [c.p_signs for c in with_signs(paired(["x"] * len(of), of, 0.01), of, 0.05)]
+        for of in ([d], [d, -d], [d, d[:1]])
+    ]
+    assert ours[0] == [2 / 64]
+    assert np.isnan(ours[1]).all()
+    assert (ours[2][0], math.isnan(ours[2][1])) == (2 / 64, True)
+    same = np.zeros(8)
+    assert with_signs(paired(["x"], [same], 0.01), [same], 0.05)[0].p_signs == 1
+
+
+def test_sign_flips_find_a_difference_in_at_most_five_of_a_hundred_families_without_one():
+    random, false, times = np.random.default_rng(7), 0, 150
+    for _ in range(times):
+        drawn = differences(random, SPREADS["unequal"], 12)
+        false += any(c.p_signs < 0.05 for c in with_signs(paired(METHODS, drawn, margin=0.01), drawn, 0.05))
+    assert false / times <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / times)
+
+
+def test_what_sign_flips_say_of_verdicts_is_a_line():
+    row = paired(["a"], [np.array([0.1, 0.2, 0.15])], 0.01)[0]
+    made = {
+        "both": ("better", 0.01), "missed": ("worse", 0.2), "alone": ("no difference found", 0.03),
+        "neither": ("equal within the margin", 0.7), "unchecked": ("better", math.nan),
+    }  # fmt: skip
+    named = [(name, replace(row, verdict=verdict, p_signs=p)) for name, (verdict, p) in made.items()]
+    assert signs_agree(named, 0.05) == (
+        "check by sign flips over seeds, of 4 contrasts: 1 of the 2 differences are found again, not missed; "
+        "alone it finds alone"
+    )
+    assert signs_agree(named[-1:], 0.05) is None
 
 
 @pytest.mark.parametrize(

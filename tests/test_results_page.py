@@ -111,6 +111,16 @@ def test_a_row_of_scores_is_that_of_its_method(printed, heading):
         assert places == sorted(places), method
 
 
+def test_the_check_by_sign_flips_is_told_as_it_is():
+    results = json.loads((RESULTS / "verdict/results.json").read_text())
+    found = [row for family in results["planned_contrasts"] for row in family["contrasts"]]
+    differ = {id(row) for row in found if row["verdict"] in ("better", "worse")}
+    by_signs = {id(row) for row in found if row["p_signs"] < 0.05}
+    counts = len(differ & by_signs), len(found), len(by_signs - differ)
+    assert differ <= by_signs
+    assert "finds all {} differences of the {} contrasts again, and {} more".format(*counts) in " ".join(PAGE.split())
+
+
 def test_the_shares_that_runs_call_acceptable_are_printed(printed):
     shares = re.findall(r"(\d+) to (\d+) % \|", printed["utaustin"].partition("| cola |")[2].partition("\n\n")[0])
     learned = [(int(low), int(high)) for low, high in shares if high != "100"]

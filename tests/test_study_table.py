@@ -308,7 +308,7 @@ def test_a_method_without_a_task_has_no_mean_of_tasks_and_the_mean_names_its_tas
     assert told["same"] == ("not tested", 0)
     assert told["good"][1] == 4
     assert mean.tasks == ("t", "u")
-    assert remarks(families)[0] == "mean of tasks: t, u"
+    assert remarks(families, 0.05)[0] == "mean of tasks: t, u"
 
 
 @pytest.mark.parametrize(("predictions", "unknown"), [("both", []), ("one", [2 * 4]), ("none", [2 * 6])])
@@ -326,7 +326,7 @@ def test_contrasts_without_the_luck_of_rows_are_counted(tmp_path, predictions, u
     families = planned(load(folder))
     told = [known for family in families for known in family.rows]
     assert told.count(False) == (unknown[0] // 2 if unknown else 0)
-    assert len([line for line in remarks(families) if "seeds alone" in line]) == len(unknown)
+    assert len([line for line in remarks(families, 0.05) if "seeds alone" in line]) == len(unknown)
 
 
 def test_planned_intervals_stay_within_what_a_difference_can_be(tmp_path):

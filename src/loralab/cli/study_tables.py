@@ -37,7 +37,7 @@ def show(study: Study) -> None:
     families = planned(study)
     for family in families:
         _planned(family, study)
-    for line in remarks(families):
+    for line in remarks(families, study.compare["alpha"]):
         print(line)
     _footnotes(study, found)
 

@@ -111,7 +111,7 @@ def _line(ax: Any, at: float, line: Line, widest: float, bold: bool) -> None:
         for end, marker in ((c.low, "<"), (c.high, ">")):
             if abs(end) > widest:
                 ax.plot(np.sign(end) * 0.98 * widest, at, marker, color=INK, markersize=4)
-    face = INK if c.verdict in ("better", "worse") else PAPER
+    face = INK if c.differs else PAPER
     ax.plot(c.difference, at, "D" if bold else "o", color=INK, markerfacecolor=face, markersize=6 if bold else 4.5)
 
 

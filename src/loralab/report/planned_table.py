@@ -95,7 +95,7 @@ def contrasts(f: Findings) -> Table:
         f"Each method against {compare['reference']} on the same seeds; Holm's correction over each family, at "
         f"{compare['alpha']:g}",
         "Equal within the margin: by two one-sided tests; no difference found: neither is shown",
-        *remarks(f.planned),
+        *remarks(f.planned, compare["alpha"]),
     ]
     return Table("planned", "Planned contrasts", columns, rows, _raw, lines)
 

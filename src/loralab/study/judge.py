@@ -14,7 +14,7 @@ import numpy as np
 
 from loralab.data import tables
 from loralab.errors import UserError, hint
-from loralab.study.statistics.contrasts import Contrast, paired, proportions
+from loralab.study.statistics.contrasts import Contrast, paired, proportions, signs_agree, with_signs
 
 MEAN, ALL = "mean of tasks", "all"  # ALL: where no column names tasks
 
@@ -107,6 +107,8 @@ def _families(
         notes.append("one run a method: only the luck of the test rows is tested, not that of the seed")
     elif rows is not None:
         notes.append("--rows is not used: methods have several seeds, and their luck is tested")
+    if signs := signs_agree([(_named(c.method, f.name), c) for f in families for c in f.contrasts], alpha):
+        notes.append(signs)
     if still := [_named(c.method, f.name) for f in families for c in f.contrasts if math.isnan(c.p)]:
         why = "too few right or wrong answers" if by == "rows" else "one seed, or differences that do not vary"
         notes.append(f"not tested, {why}: {_few(still)}")
@@ -137,7 +139,8 @@ def _family(
             left.setdefault(f"compared on the seeds that {reference} has too", []).append(_named(m, name))
     others = [m for m, seeds in shared.items() if seeds]
     differences = [np.array([by_method[m][s] - base[s] for s in shared[m]]) for m in others]
-    return Family(name, paired(others, differences, margin, alpha), [len(shared[m]) for m in others])
+    made = with_signs(paired(others, differences, margin, alpha), differences, alpha)
+    return Family(name, made, [len(shared[m]) for m in others])
 
 
 def _mean_of_tasks(scores: Scores) -> dict[str, dict[str, float]]:

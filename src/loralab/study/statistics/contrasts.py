@@ -10,6 +10,8 @@ method's own seeds, d0 <= d: without that, methods of unequal spread were called
 any difference (3 seeds), with it in at most 5 (tests/test_contrasts.py).
 
 Next to each verdict stands the smallest true difference that the test finds with 80 % power, at Holm's first step.
+
+Where seeds are many enough a second test checks the first: signs of whole seeds flipped, which needs no distribution.
 """
 
 import math
@@ -26,6 +28,7 @@ from loralab.study.statistics.estimates import holm, variance, within
 Array = NDArray[Any]
 ENOUGH = 5.0  # right and wrong answers, from which on a share is near enough to normal
 UNBOUNDED = (-math.inf, math.inf)
+FLIPPED = 14  # seeds up to which all patterns of signs are counted; of more as many patterns are drawn
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
 
 
@@ -45,6 +48,12 @@ class Contrast:
     p_equivalent_holm: float
     smallest: float  # true difference found with the wanted power at Holm's first step
     verdict: Verdict
+    p_signs: float = math.nan  # by flips of the signs of seeds, corrected over the family; nan where seeds are too few
+
+    @property
+    def differs(self) -> bool:
+        """Whether a difference is found."""
+        return self.verdict in ("better", "worse")
 
 
 def contrast(method: str, difference: float, error: float, df: float, margin: float, level: float = 0.95) -> Contrast:
@@ -162,6 +171,44 @@ def paired(
         made.append(contrast(method, mean, error, df, margin if isinstance(margin, float) else margin[i]))
     limits = [UNBOUNDED] * len(counts) if ranges is None else ranges
     return [_stated(c, n, own) for c, n, own in zip(family(made, alpha, power), counts, limits, strict=True)]
+
+
+def with_signs(contrasts: Sequence[Contrast], differences: Sequence[Array], alpha: float) -> list[Contrast]:
+    """The contrasts with a check of their p by sign flips, corrected by Holm, of their (seeds,) differences.
+
+    A method that is like the reference is above it on a seed as easily as below it. So p is the share of the 2^seeds
+    patterns of signs with a mean as far from 0 (Fisher, 1935). It is over seeds alone. Where even all seeds on one side
+    would not be below `alpha` after the correction, there is no check.
+    """
+    tested = sum(len(d) > 1 for d in differences)
+    enough = [len(d) > 1 and 2 ** (1 - len(d)) * tested < alpha for d in differences]
+    p = holm([_flipped(d) if of else math.nan for d, of in zip(differences, enough, strict=True)])
+    return [replace(c, p_signs=own) for c, own in zip(contrasts, p, strict=True)]
+
+
+def _flipped(d: Array) -> float:
+    n = len(d)
+    if n <= FLIPPED:
+        patterns = np.arange(2**n)[:, None] >> np.arange(n) & 1  # (2^n, n), the first has all signs as they are
+    else:
+        patterns = np.random.default_rng(0).integers(0, 2, (2**FLIPPED, n))
+        patterns[0] = 0
+    sums = np.abs((1 - 2 * patterns) @ d)
+    return float(np.mean(sums >= sums[0] - 1e-12 * np.abs(d).sum()))
+
+
+def signs_agree(named: Sequence[tuple[str, Contrast]], alpha: float) -> str | None:
+    """In a line, what the sign flips say of the verdicts of contrasts; None where there is no check."""
+    checked = [(name, c) for name, c in named if not math.isnan(c.p_signs)]
+    if not checked:
+        return None
+    found = [name for name, c in checked if c.differs]
+    missed = [name for name, c in checked if c.differs and not c.p_signs < alpha]
+    alone = [name for name, c in checked if not c.differs and c.p_signs < alpha]
+    text = f"check by sign flips over seeds, of {len(checked)} contrasts: "
+    text += f"{len(found) - len(missed)} of the {len(found)} differences are found again"
+    text += f", not {', '.join(missed)}" * bool(missed)
+    return text + f"; alone it finds {', '.join(alone)}" * bool(alone)
 
 
 def _stated(c: Contrast, seeds: int, limits: tuple[float, float]) -> Contrast:

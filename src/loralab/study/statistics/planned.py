@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loralab.study.record import Cell, Study, collapses
-from loralab.study.statistics.contrasts import Contrast, paired
+from loralab.study.statistics.contrasts import Contrast, paired, signs_agree, with_signs
 from loralab.study.statistics.endpoint import SELECTED, metric_of, value
 from loralab.study.statistics.estimates import shared_variance
 from loralab.study.statistics.resample import RANGES, UNBOUNDED
@@ -75,8 +75,8 @@ def planned(study: Study) -> list[PlannedFamily]:
     return found
 
 
-def remarks(families: Sequence[PlannedFamily]) -> list[str]:
-    """What a reader of them must know: the tasks of each mean, and what does not count the luck of the rows."""
+def remarks(families: Sequence[PlannedFamily], alpha: float) -> list[str]:
+    """What a reader of them must know: the tasks of each mean, what does not count the luck of the rows, a check."""
     means: dict[tuple[str, ...], list[str]] = {}
     for f in families:
         if f.name == MEAN:
@@ -89,7 +89,9 @@ def remarks(families: Sequence[PlannedFamily]) -> list[str]:
         lines.append(
             f"{few} contrasts are over seeds alone, on a task at least: runs kept no predictions of their rows"
         )
-    return lines
+    named = [(f"{c.method} ({f.name}, {f.endpoint})", c) for f in families for c in f.contrasts]
+    signs = signs_agree(named, alpha)
+    return lines if signs is None else [*lines, signs]
 
 
 def _of_task(cells: Sequence[Cell], reference: str, endpoint: str) -> dict[str, _Pairs]:
@@ -162,7 +164,7 @@ def _family(
     differences, ranges = [np.array(list(p.differences.values())) for p in own], [p.range for p in own]
     rows = [p.rows for p in own]
     tested = [d[:1] if p.same else d for d, p in zip(differences, own, strict=True)]  # of one seed nothing is tested
-    made = paired(names, tested, margins, alpha, rows=rows, ranges=ranges)
+    made = with_signs(paired(names, tested, margins, alpha, rows=rows, ranges=ranges), tested, alpha)
     of_seeds = tuple(math.sqrt(max(c.error**2 - part, 0.0)) for c, part in zip(made, rows, strict=True))
     return PlannedFamily(
         name, model, endpoint, tuple(made), tuple(map(len, differences)), of_seeds, tuple(p.collapsed for p in own),
