@@ -13,7 +13,8 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -220,7 +221,8 @@ def by_storey(units: Any, order: Storeys) -> list[str]:
     return rows
 
 
-ROW, LEFT, BOX, RIGHT = 30, 120, 190, 380  # of the drawing: height of a storey, the box of it, and room beside it
+LINE, GAP, LETTERS = 15, 15, 31  # of the drawing: height of a line, what is added for a storey, letters of a line
+LEFT, BOX, RIGHT = 120, 250, 400  # room for words, the box of a storey, room for arcs
 DOWN, UP, EDGE, INK, MUTED = "#2f6fde", "#c4366f", "#aab4bf", "#1c2530", "#5d6975"
 COLORS = {True: "#fdf0d5", False: "#eef2f7"}  # workbench, library
 EVERYWHERE = "errors"  # every storey may import it, so it has no arcs
@@ -236,34 +238,52 @@ def svg(units: Any, order: Storeys, workbench: set[str]) -> str:
     size: Counter[str] = Counter()
     for file in sources():
         size[unit(file)] += lines(file)
-    width, height = LEFT + BOX + RIGHT, ROW * len(order) + 40
+    labels = [_wrapped(names) for names in order]
+    tops = [20 + sum(LINE * len(label) + GAP for label in labels[:i]) for i in range(len(labels) + 1)]
+    width, height = LEFT + BOX + RIGHT, tops[-1] + 20
     box = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {box}>', '<rect width="100%" height="100%" fill="#ffffff"/>']
+    middles = [(top + end - GAP / 2) / 2 for top, end in pairwise(tops)]
     for (a, b), n in sorted(between.items(), key=lambda item: item[1]):
-        parts.append(_arc(a, b, n, f"{' | '.join(order[a])} imports {' | '.join(order[b])}: {n}"))
+        title = f"{' | '.join(order[a])} imports {' | '.join(order[b])}: {n}"
+        parts.append(_arc(middles[a], middles[b], a < b, n, title))
     for i, names in enumerate(order):
-        y, fill = 20 + ROW * i, COLORS[bool(workbench & set(names))]
+        y, fill = tops[i], COLORS[bool(workbench & set(names))]
+        tall = LINE * len(labels[i]) + 7
+        parts.append(f'<rect x="{LEFT}" y="{y}" width="{BOX}" height="{tall}" rx="4" fill="{fill}" stroke="{EDGE}"/>')
         parts += [
-            f'<rect x="{LEFT}" y="{y}" width="{BOX}" height="22" rx="4" fill="{fill}" stroke="{EDGE}"/>',
-            f'<text x="{LEFT + 8}" y="{y + 15}" fill="{INK}">{" | ".join(names)}</text>',
-            f'<text x="{LEFT + BOX - 8}" y="{y + 15}" fill="{MUTED}" text-anchor="end">'
-            f"{sum(size[name] for name in names):,}</text>",
+            f'<text x="{LEFT + 8}" y="{y + LINE * j}" fill="{INK}">{line}</text>' for j, line in enumerate(labels[i], 1)
         ]
+        parts.append(
+            f'<text x="{LEFT + BOX - 8}" y="{y + LINE}" fill="{MUTED}" text-anchor="end">'
+            f"{sum(size[name] for name in names):,}</text>"
+        )
     for text, inside in (("workbench", True), ("library", False)) if workbench else ():
         rows = [i for i, names in enumerate(order) if bool(workbench & set(names)) == inside]
-        parts.append(f'<text x="8" y="{20 + ROW * rows[0] + 15}" fill="{MUTED}">{text}</text>')
+        parts.append(f'<text x="8" y="{tops[rows[0]] + LINE}" fill="{MUTED}">{text}</text>')
     note = f"arcs: imports, blue down, red up; numbers: lines; imports of {EVERYWHERE} are not drawn"
     parts.append(f'<text x="{LEFT}" y="{height - 6}" fill="{MUTED}" font-size="11">{note}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _arc(a: int, b: int, n: int, title: str) -> str:
-    down = a < b
+def _wrapped(names: Sequence[str]) -> list[str]:
+    """The names of a storey in lines that fit its box."""
+    found = [names[0]]
+    for name in names[1:]:
+        longer = f"{found[-1]} | {name}"
+        found[-1:] = [longer] if len(longer) <= LETTERS else [found[-1], name]
+    return found
+
+
+def _arc(y: float, to: float, down: bool, n: int, title: str) -> str:
     x = LEFT + BOX if down else LEFT
-    y, to = 20 + ROW * a + 11, 20 + ROW * b + 11
-    bend = x + (14 + 15 * abs(b - a)) * (1 if down else -1)
+    reach = min(
+        14 + abs(to - y) / 2, RIGHT * 4 / 3 - 10
+    )  # a curve goes three quarters of the way to its control points
+    bend = x + (reach if down else -reach)
     stroke = f'stroke="{DOWN if down else UP}" stroke-width="{0.6 + 0.25 * min(n, 16):.2f}" opacity="0.45"'
-    return f'<path d="M{x} {y} C{bend} {y} {bend} {to} {x} {to}" fill="none" {stroke}><title>{title}</title></path>'
+    path = f"M{x} {y:g} C{bend:g} {y:g} {bend:g} {to:g} {x} {to:g}"
+    return f'<path d="{path}" fill="none" {stroke}><title>{title}</title></path>'
 
 
 def main() -> None:
