@@ -1,9 +1,12 @@
 """Small real configurations of every architecture with a preset, on random weights, in generic position."""
 
 import copy
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -16,6 +19,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from loralab.fast import masks
 from loralab.heads import head_of
 from loralab.rankmap import RankMap
 from loralab.ranks.drop import drop_map
@@ -57,6 +61,20 @@ def build(kind: str, seed: int = 0) -> nn.Module:
             if name.endswith("bias"):
                 nn.init.normal_(p, std=0.3)
     return model.eval()
+
+
+def written_in(file: ModuleType, function: Any) -> FunctionType:
+    """The function as if that file had it; its globals are those of the file. A block takes nobody else's."""
+    return FunctionType(function.__code__, vars(file), function.__name__, function.__defaults__, function.__closure__)
+
+
+def drop_as_blocks(monkeypatch: Any) -> None:
+    """Let torch's dropout draw the masks that a block draws."""
+
+    def drawn(x, p=0.5, training=True, inplace=False):  # type: ignore[no-untyped-def]
+        return dropout(x, p, training)  # noqa: F821  (of the file of masks)
+
+    monkeypatch.setattr(F, "dropout", written_in(masks, drawn))
 
 
 def rows(count: int = 5, tokens: int = 7, seed: int = 1) -> dict[str, torch.Tensor]:

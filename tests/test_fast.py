@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from archs import build, labelled, rows, shake
+from archs import build, drop_as_blocks, labelled, rows, shake
 from torch.nn import functional as F
 
 import loralab
@@ -87,7 +87,7 @@ def test_a_block_takes_every_low_rank_method(method):
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
 @pytest.mark.parametrize("tokens", [7, encoder_parts.SHORT + 3])
 def test_a_block_is_the_layer_with_the_same_dropout(kind, tokens, monkeypatch):
-    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
+    drop_as_blocks(monkeypatch)
     results = []
     for quick in (False, True):
         model, adapters = adapted(kind)

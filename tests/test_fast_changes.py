@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from archs import build, rows, shake
+from archs import build, drop_as_blocks, rows, shake
 from test_fast import ENCODERS, adapted, double, same
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 from transformers import Trainer, TrainingArguments
 
 import loralab
-from loralab.fast import enable, masks, prepare
+from loralab.fast import enable, prepare
 from loralab.fast.block import Block
 from loralab.fast.layers import LAYERS, layers_of
 from loralab.layer import Adapted
@@ -258,7 +258,7 @@ def test_each_change_changes_something(kind):
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
 def test_dropout_that_is_turned_up_later_drops(kind, monkeypatch):
-    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
+    drop_as_blocks(monkeypatch)
     results = []
     for quick in (False, True):
         model, _, _ = trained(kind, quick)

@@ -1,8 +1,10 @@
 """A decoder's block is the layer it replaces: outputs, gradients, mixed batches, what backward keeps, and when not."""
 
+import sys
+
 import pytest
 import torch
-from archs import shake
+from archs import drop_as_blocks, shake, written_in
 from test_fast import same
 from torch.nn import functional as F
 from transformers import (
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 import loralab
-from loralab.fast import decoder_layer, masks, prepare
+from loralab.fast import decoder_layer, prepare
 from loralab.fast.decoders import NORMS
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
@@ -43,19 +45,18 @@ LOW_RANK = [name for name, (row, _) in NAMED.items() if row.factors is not None 
 def exact(monkeypatch):
     """RMSNorm and softmax of transformers round to float32 whatever their input; here they take the input's dtype."""
 
-    def forward_of(module):
-        def forward(self, x):
-            eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-            more = NORMS[type(self).__name__]
-            return (self.weight + more) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    norms = NORMS  # of this file, for a function that is as if it stood in another
 
-        forward.__module__ = module  # as if transformers had it: a block takes no other's
-        return forward
+    def forward(self, x):
+        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        more = norms[type(self).__name__]
+        return (self.weight + more) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
-    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))  # likewise in eager attention
+    softmax = written_in(F, lambda x, dim, dtype=None: torch.softmax(x, dim))
+    monkeypatch.setattr(F, "softmax", softmax)  # likewise in eager attention
     for _, model_class, _ in FAMILIES.values():
         norm = type(build(model_class=model_class).model.norm)
-        monkeypatch.setattr(norm, "forward", forward_of(norm.__module__))
+        monkeypatch.setattr(norm, "forward", written_in(sys.modules[norm.__module__], forward))
 
 
 def build(family="llama", model_class=None):
@@ -144,7 +145,7 @@ def test_a_block_takes_every_low_rank_method(exact, method):
 
 
 def test_a_block_is_the_layer_with_the_same_dropout(exact, monkeypatch):
-    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
+    drop_as_blocks(monkeypatch)
     results = []
     for quick in (False, True):
         model, adapters = adapted()

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 from archs import build as build_known
-from archs import labelled, rows, shake
+from archs import drop_as_blocks, labelled, rows, shake, written_in
 from test_fast import LOW_RANK, double, pass_through, same
 from torch.nn import functional as F
 from transformers import AlbertConfig, AutoModelForSequenceClassification, ModernBertConfig
 from transformers.models.modernbert import modeling_modernbert
 
 import loralab
-from loralab.fast import masks, pre_norm_layer, prepare
+from loralab.fast import pre_norm_layer, prepare
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
 
@@ -37,13 +37,15 @@ DROPOUT = {"albert": ("attention_probs", "hidden"), "modernbert": ("attention", 
 def exact(monkeypatch):
     """ModernBERT rotates, and eager attention takes the softmax, in float32 whatever the input; here in its dtype."""
 
+    half = modeling_modernbert.rotate_half
+
     def rotated(q, k, cos, sin, unsqueeze_dim=1):
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        half = modeling_modernbert.rotate_half
         return q * cos + half(q) * sin, k * cos + half(k) * sin
 
-    monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", rotated)
-    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
+    monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", written_in(modeling_modernbert, rotated))
+    softmax = written_in(F, lambda x, dim, dtype=None: torch.softmax(x, dim))
+    monkeypatch.setattr(F, "softmax", softmax)
 
 
 def build(kind, dropout=0.0, **changes):
@@ -116,7 +118,7 @@ def test_a_block_takes_every_low_rank_method(method):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_block_is_the_layer_with_the_same_dropout(kind, monkeypatch):
-    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: masks.dropout(x, p, training))
+    drop_as_blocks(monkeypatch)
     results = []
     for quick in (False, True):
         model, adapters = adapted(kind, dropout=0.3)

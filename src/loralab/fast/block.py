@@ -1,12 +1,12 @@
 """Computes a layer of an encoder or decoder as one autograd function wherever the layer itself would compute the same.
 
 A `Block` stands in the place of a layer's `forward` and follows the model: at each call it looks whether something in
-the layer that the function takes as frozen learns, whether a module was replaced or has a hook, and whether the call
-asks for something that the function does not do. Then the layer's own forward runs, and `Block.why_plain` says why.
-These checks take some twenty microseconds a layer.
+the layer that the function takes as frozen learns, whether a module or a function that it calls was replaced or has a
+hook, and whether the call asks for something that the function does not do. Then the layer's own forward runs, and
+`Block.why_plain` says why. These checks take some twenty to thirty microseconds a layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from loralab.active import Active
 from loralab.errors import UserError
+from loralab.fast.code import ATTENTIONS, Called, Obstacle, called, changed, foreign
 from loralab.fast.decoder_layer import DecoderModules
 from loralab.fast.encoder_layer import LayerModules
 from loralab.fast.masks import has_own_streams
@@ -30,7 +31,6 @@ try:  # hooks that transformers leaves on a model do nothing unless it collects 
 except ImportError:
     collector = None
 
-SAME_ATTENTION = (None, "eager", "sdpa")  # attention of transformers that says what a block computes
 TOLD_TO_ATTENTION = ("is_causal", "softcap", "cache")  # arguments by which a call changes what attention computes
 READ_ANEW = ("training", "p")  # numbers of modules that a block looks up at each call
 COLLECTING = "transformers.utils.output_capturing"
@@ -63,13 +63,6 @@ class _Seen(NamedTuple):
         )
 
 
-class Obstacle(NamedTuple):
-    """Why a layer takes its own forward: `text` is said of the module, or of the layer where that is None."""
-
-    text: str
-    module: nn.Module | None = None
-
-
 class Block:
     """Takes the place of a layer's `forward`; `find` says where the architecture has the parts of a layer."""
 
@@ -99,7 +92,7 @@ class Block:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its layer anew, so that no function of a class need be pickled."""
-        return {**vars(self), "seen": []}
+        return {**vars(self), "seen": [], "called": []}
 
     def why_plain(self) -> Obstacle | None:
         """Why the next training step of this layer takes its own forward; None if it does not, as far as is known."""
@@ -145,6 +138,7 @@ class Block:
         self.misfit: Obstacle | None = None
         self.inner = _inner(self.layer)
         self.seen = [_Seen.of(module) for module in (self.layer, *self.inner)]
+        self.called: list[Called] = called((self.layer, *self.inner))
         configs = (module.__dict__.get("config") for module in self.inner)  # of the part that computes attention
         self.config = next((config for config in configs if config is not None), None)
         self._found = False
@@ -157,7 +151,7 @@ class Block:
             self.misfit = Obstacle(str(error.args[0]))
             return
         self._found = True
-        self.misfit = _misfit(self.modules) or _foreign(self.layer, self.inner)
+        self.misfit = _misfit(self.modules) or foreign((self.layer, *self.inner), self.called)
         if self.misfit is None:
             self.products = self.modules.products()
             adapted = [layer for layer in self.modules.linear if isinstance(layer, Adapted)]
@@ -170,7 +164,7 @@ class Block:
 
     def _why_never(self, learning: bool) -> Obstacle | None:
         """What stands in the way whatever the input: structure, hooks, attention, and with `learning` what learns."""
-        if not self.seen or any(seen.changed() for seen in self.seen):
+        if not self.seen or any(seen.changed() for seen in self.seen) or changed(self.called):
             self._read_structure()
         return self._obstacle_in_structure(learning)
 
@@ -189,7 +183,7 @@ class Block:
                         return Obstacle(f"{key} learns", module)
         if _has_any_global_hook():
             return Obstacle("hooks on all modules of the process are set")
-        return None if self._attention() in SAME_ATTENTION else Obstacle(f"attention is {self._attention()}")
+        return None if self._attention() in (None, *ATTENTIONS) else Obstacle(f"attention is {self._attention()}")
 
     def _attention(self) -> str | None:
         """What transformers calls the attention of this layer; None for a layer with no choice of it."""
@@ -270,25 +264,6 @@ def _misfit(m: Modules) -> Obstacle | None:
     ]
     wrong = next((module for module, known in classes if type(module) not in known), None)
     return None if wrong is None else Obstacle(f"is a {type(wrong).__name__}", wrong)
-
-
-def _foreign(layer: nn.Module, inner: Sequence[nn.Module]) -> Obstacle | None:
-    """A module that runs code from elsewhere than the layer's own file of transformers, torch, or loralab."""
-    home = next(kind.__module__ for kind in type(layer).__mro__ if kind.__module__.startswith("transformers.models."))
-
-    def known(thing: Any) -> bool:
-        name: str = thing.__module__
-        return name == home or name.startswith(("torch.", "transformers.activations", "loralab."))
-
-    for module in (layer, *inner):
-        classes = type(module).__mro__
-        last = next(i for i, kind in enumerate(classes) if "forward" in vars(kind))
-        wrong = next((kind for kind in classes[: last + 1] if not known(kind)), None)
-        if wrong is not None:
-            return Obstacle(f"is a {wrong.__name__} of {wrong.__module__}", module)
-        if not known(type(module).forward):
-            return Obstacle("has a forward of its own", module)
-    return None
 
 
 def _has_hooks(m: nn.Module) -> bool:

@@ -6,7 +6,8 @@ from typing import overload
 
 from torch import nn
 
-from loralab.fast.block import Block, Obstacle
+from loralab.fast.block import Block
+from loralab.fast.code import Obstacle
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from loralab.data.batches import Rows, check_vocabulary, collate, epoch_batches,
 from loralab.data.labels import read_map
 from loralab.data.reading import Reading
 from loralab.errors import UserError, hint
-from loralab.fast.block import SAME_ATTENTION
+from loralab.fast.code import ATTENTIONS
 from loralab.fast.layers import layers_of
 from loralab.methods.starts import looks_at
 from loralab.objectives import Encoding, Objective, classification
@@ -93,7 +93,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     _check_same_base(model, settings, cache)
     rows, notes = _rows(settings, task, model, tokenizer, cache)
     notes += settings.idle().values()
-    if settings.attention in SAME_ATTENTION[1:] and settings.speed == "auto" and layers_of(model):
+    if settings.attention in ATTENTIONS and settings.speed == "auto" and layers_of(model):
         what = f"attention={settings.attention!r} with speed='auto'"
         notes.append(f"{what}: the fast path computes attention itself, so it changes nothing; see --speed off")
     metric = (settings.generate_metric, settings.generate_rows)
