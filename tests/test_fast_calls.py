@@ -17,6 +17,7 @@ from test_fast_decoders import exact  # noqa: F401
 from test_fast_encoders import build as build_newer
 from test_fast_encoders import exact as exact_positions  # noqa: F401
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForSequenceClassification, BertLMHeadModel, BertModel, EncoderDecoderModel
 
@@ -349,6 +350,59 @@ def test_checkpointing_with_dropout_gives_the_gradient_of_the_loss_whatever_else
                 p.add_(step, alpha=by)
             losses.append(loss().item())
     assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+# ---- more than a gradient --------------------------------------------------------------------------------------------
+
+
+def hessian_product(model, loss, learned):
+    first = torch.autograd.grad(loss(), learned, create_graph=True, allow_unused=True)
+    used = [grad for grad in first if grad is not None]
+    torch.autograd.grad(used, learned, [torch.ones_like(grad) for grad in used], allow_unused=True)
+
+
+def penalty(model, loss, learned):
+    first = torch.autograd.grad(loss(), learned, create_graph=True, allow_unused=True)
+    sum(grad.square().sum() for grad in first if grad is not None).backward()
+
+
+def hessian_of_inputs(model, loss, learned):
+    x = model.get_input_embeddings()(ids()).detach()
+    torch.autograd.functional.vhp(loss, x, torch.ones_like(x))
+
+
+def many_gradients(model, loss, learned):
+    torch.autograd.grad(torch.stack([loss(), 2 * loss()]), learned, torch.eye(2), is_grads_batched=True)
+
+
+def forward_mode(model, loss, learned):
+    x = model.get_input_embeddings()(ids()).detach()
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "albert", "modernbert", "llama"])
+@pytest.mark.parametrize("ask", [hessian_product, penalty, hessian_of_inputs, many_gradients, forward_mode])
+def test_more_than_a_gradient_is_right_or_refused(kind, ask):
+    """A product with the Hessian was zero, or what lies outside of layers gave alone."""
+    found = []
+    for quick in (True, False):
+        model, adapters, _ = made(kind, quick)
+        model.set_attn_implementation("eager")
+        more = {key: value for key, value in given(kind).items() if key != "input_ids"}
+
+        def loss(x=None, model=model, more=more):
+            words = {"input_ids": ids()} if x is None else {"inputs_embeds": x}
+            return model(**words, **more).logits.square().sum()
+
+        learned = [p for p in model.parameters() if p.requires_grad]
+        if quick and ask is not forward_mode:
+            with pytest.raises(loralab.UserError, match=r"=True: the fast path .* adapters[.]fast\(speed=\"off\"\)"):
+                ask(model, loss, learned)
+            adapters.fast(speed="off", quiet=True)
+        found.append(ask(model, loss, learned))
+    if ask is forward_mode:
+        torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "modernbert", "llama"])

@@ -445,14 +445,6 @@ def test_trainer_under_autocast_trains_as_on_the_plain_path(checkpointing, tmp_p
     torch.testing.assert_close(fast, plain, rtol=0.05, atol=0.02)
 
 
-def test_a_second_derivative_is_refused():
-    model, adapters, _ = trained("bert", True)
-    learned = [p for p in adapters.state().values() if p.requires_grad]
-    first = torch.autograd.grad(model(**rows()).logits.square().sum(), learned, create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(grad.square().sum() for grad in first if grad is not None).backward()
-
-
 @pytest.mark.parametrize("how", ["argument", "config"])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_attention_weights_that_are_asked_for_are_given_and_the_block_comes_back(kind, how):

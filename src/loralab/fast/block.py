@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from loralab.active import Active
@@ -208,6 +209,8 @@ class Block:
             return Obstacle(text)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return Obstacle("torch.compile or torch.func traces the model")
+        if forward_ad._current_level >= 0:
+            return Obstacle("derivatives are taken forward (torch.autograd.forward_ad)")
         for layer in self.modules.linear:
             if isinstance(layer, Adapted):
                 for name in self.active.names:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from loralab.active import Stream
+from loralab.errors import UserError
 from loralab.fast.masks import mask as dropout_mask
 
 SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose rows are then too short for vectors
@@ -40,10 +40,26 @@ def backward_of(run: Callable[[Any, Tensor], tuple[Any, ...]]) -> Any:
     """The backward pass of an autograd function, which is that of its forward: once, and outside autocast."""
 
     def outside(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_more_than_a_gradient(grad)
         with no_autocast(grad.device.type):
             return run(ctx, grad)
 
-    return staticmethod(once_differentiable(outside))
+    return staticmethod(outside)
+
+
+def refuse_more_than_a_gradient(grad: Tensor) -> None:
+    """Raise UserError in a backward pass that is to be differentiated again, or that takes a batch of gradients.
+
+    `once_differentiable` raises when a second derivative comes back to it. Where `torch.autograd.grad` asks for it
+    there is no way through it, and a product with the Hessian was zero, or a part of it.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    if torch.is_grad_enabled() or batched:
+        asked = "is_grads_batched or vectorize" if batched else "create_graph"
+        raise UserError(
+            f"{asked}=True: the fast path gives one gradient and no second derivative; call "
+            'adapters.fast(speed="off") first'
+        )
 
 
 def softmax(s: Tensor) -> Tensor:
