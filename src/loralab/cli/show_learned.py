@@ -40,7 +40,8 @@ def _confusion(labels: list[str], counts: list[list[int]]) -> None:
 def _sureness(bins: list[dict[str, Any]]) -> str:
     """What the highest bin of probabilities says, and how often that is right."""
     top = bins[-1]
-    return f"of {top['answers']} answers given {top['probability']:.0%} on average, {top['right']:.0%} are right"
+    surest = f"the surest answers ({top['answers']}) have a probability of {top['probability']:.0%} on average"
+    return f"{surest}, and {top['right']:.0%} of them are right"
 
 
 def _number(head: str, value: float) -> str:

@@ -162,7 +162,8 @@ class Settings(StepSettings):
     """Everything that decides a run. Raises UserError for a value that cannot be."""
 
     task: str
-    """A GLUE name, minimal-pairs (embedded), or a CSV, JSONL or parquet file with columns --text and --label."""
+    """A GLUE name, an embedded task (minimal-pairs, records), or a file: CSV, TSV, JSON, JSONL, parquet or CoNLL.
+    Its columns say what kind of task it is, or --text and --label name them."""
     data: Path | None = None
     """Folder with the GLUE tasks (parquet or the classic TSV); the hub's nyu-mll/glue by default."""
     objective: str | None = None
