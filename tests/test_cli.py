@@ -23,6 +23,7 @@ from loralab.cli.headings import HEADINGS
 from loralab.files import HEADER, TENSORS
 from loralab.recipe import NAMED
 from loralab.run import Settings
+from loralab.run.bar import rate
 
 STARTS = f"loralab train {DOING['train']} ..."
 SOURCE = str(Path(loralab.__file__).parents[1])
@@ -263,6 +264,11 @@ def test_a_run_without_a_terminal_says_how_far_it_is(cli, tiny, own, monkeypatch
     monkeypatch.setattr("loralab.run.bar.Pulse.every", 0.0)
     err = cli(*flags(tiny, own))[2]
     assert [line for line in err.splitlines() if re.fullmatch(r"\d+ of \d+ rows, \d+ s left, loss \d\.\d+", line)], err
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1234.4, "1234"), (9.94, "9.9"), (9.96, "10"), (0.155, "0.15"), (0.0, "0")])
+def test_slow_runs_say_a_fraction_of_a_row(rows, said):
+    assert rate(rows) == f"{said} rows/s"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

@@ -18,7 +18,7 @@ from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.run import train as run
-from loralab.run.bar import Bar
+from loralab.run.bar import Bar, rate
 from loralab.run.fit import began_with, fit
 from loralab.run.folder import WRONG
 from loralab.run.setup import training_rows
@@ -107,7 +107,7 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
         **_by_epoch(metric),
         **({"other metrics": others} if others else {}),
         "values that learn": f"{counts['adapter']:,} adapter + {counts['head']:,} head; base {counts['base']:,}",
-        "training": f"{time['train_s']:.1f} s, {time['examples_per_s']:.0f} rows/s",
+        "training": f"{time['train_s']:.1f} s, {rate(time['examples_per_s'])}",
         "peak memory": f"{size_text(result['memory']['peak_bytes'])} above what the imports take",
     }
 

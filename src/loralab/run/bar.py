@@ -36,7 +36,12 @@ class Silent:
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("  -- rows/s" if speed is None else f"{speed:4.0f} rows/s", style="progress.data.speed")
+        return Text(f"{'-- rows/s' if speed is None else rate(speed):>11}", style="progress.data.speed")
+
+
+def rate(rows: float) -> str:
+    """Rows a second; below ten with two digits, as a language model on a CPU takes a fraction of one."""
+    return f"{rows:.0f} rows/s" if rows >= 10 else f"{rows:.2g} rows/s"
 
 
 class Pulse:
