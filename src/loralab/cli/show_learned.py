@@ -21,7 +21,7 @@ def show(learned: Mapping[str, Any]) -> None:
         print()
         _confusion(confusion["labels"], confusion["counts"])
     if (calibration := learned.get("calibration")) is not None:
-        print(f"\ncalibration error {calibration['error']:.4f}: {_sureness(calibration['bins'])}")
+        print(f"\ncalibration error {calibration['error']:.4f}\n{_sureness(calibration['bins'])}")
 
 
 def _confusion(labels: list[str], counts: list[list[int]]) -> None:
@@ -40,8 +40,8 @@ def _confusion(labels: list[str], counts: list[list[int]]) -> None:
 def _sureness(bins: list[dict[str, Any]]) -> str:
     """What the highest bin of probabilities says, and how often that is right."""
     top = bins[-1]
-    surest = f"the surest answers ({top['answers']}) have a probability of {top['probability']:.0%} on average"
-    return f"{surest}, and {top['right']:.0%} of them are right"
+    surest = f"The surest {top['answers']} answers have a mean probability of {top['probability']:.0%}"
+    return f"{surest}; {top['right']:.0%} of them are right."
 
 
 def _number(head: str, value: float) -> str:
