@@ -4,6 +4,7 @@ import functools
 import sys
 
 import pytest
+import torch
 from test_fast_calls import alike, given, made, pads, passed
 from test_fast_decoders import exact  # noqa: F401
 from test_fast_encoders import exact as exact_positions  # noqa: F401
@@ -97,6 +98,7 @@ CASES = {  # what is replaced -> by what, in which models, and what the layer sa
     "sdpa for all": (attention("sdpa"), WITH_A_TABLE, f"sdpa, which it calls, {HERE}"),
     "sdpa for one file": (attention_of_its_file, WITH_A_TABLE, f"sdpa, which it calls, {HERE}"),
     "eager for all": (attention("eager"), WITH_A_TABLE, f"eager, which it calls, {HERE}"),
+    "what a layer calls": (in_its_file("apply_chunking_to_forward", wraps=True), ("bert", "roberta", "albert"), HERE),
     "a method": (of_its_class("feed_forward_chunk", wraps=True), ("bert", "roberta", "electra"), HERE),
     "another method": (of_its_class("ff_chunk", wraps=True), ("albert",), HERE),
     "a method of one layer": (of_one_layer("feed_forward_chunk"), ("bert", "roberta"), HERE),
@@ -129,3 +131,15 @@ def test_code_that_replaces_what_a_layer_calls_is_run(case, kind, when, monkeypa
             assert layers_of(model)[1].__dict__["forward"].why_plain() is None
     alike(*results)
     assert not results[0][0].equal(untouched[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "modernbert"])
+def test_compiled_functions_of_transformers_are_its_own(kind, monkeypatch):
+    """torch.compile computes the same, so the layer stays fast."""
+    model, _, _ = made(kind, True)
+    batch = given(kind, attention_mask=pads("right"))
+    expected = passed(model, batch)
+    function = file_of(model).apply_rotary_pos_emb
+    monkeypatch.setattr(file_of(model), "apply_rotary_pos_emb", torch.compile(function, backend="eager"))
+    alike(passed(model, batch), expected)
+    assert [layer.__dict__["forward"].why_plain() for layer in layers_of(model)] == [None] * len(layers_of(model))

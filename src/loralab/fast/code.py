@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 ATTENTIONS = ("eager", "sdpa")  # attention of transformers that says what a block computes
 MODELS = "transformers.models."
+READ = ("transformers.", "torch.nn.", "loralab.")  # code that is read for the names it calls
 
 
 class Obstacle(NamedTuple):
@@ -41,7 +42,7 @@ def called(modules: Sequence[nn.Module]) -> list[Called]:
             done.add(id(function))
             for one in _called_by(function, vars(module), methods):
                 found[id(one.names), one.name] = one
-                ours = any(place.startswith("transformers.") for place in _origins(one.function))
+                ours = any(_origin(part).startswith("transformers.") for part in _wrapped(one.function))
                 if ours and id(one.function) not in done:
                     waiting.append(one.function)
     return list(found.values())
@@ -76,25 +77,26 @@ def foreign(modules: Sequence[nn.Module], names: Sequence[Called]) -> Obstacle |
 
 def _called_by(function: Any, own: dict[str, Any], methods: Sequence[Mapping[str, Any]]) -> Iterator[Called]:
     """The names by which a method of a module calls; `own` are the module's attributes, which come before methods."""
-    file = getattr(function, "__globals__", {})
-    for name in _names(function):
-        for names in (file, vars(F), *methods):
-            value = names.get(name)
-            if isinstance(value, MutableMapping):  # the table of attentions
-                yield from (Called(value, key, value.get(key)) for key in ATTENTIONS)
-            elif callable(value) and not isinstance(value, type | nn.Module):
-                yield Called(names, name, value)
-        if any(callable(names.get(name)) for names in methods):
-            yield Called(own, name, own.get(name))
+    for one in _wrapped(function):
+        file = getattr(one, "__globals__", {})
+        for name in _names(one):
+            for names in (file, vars(F), *methods):
+                value = names.get(name)
+                if isinstance(value, MutableMapping):  # the table of attentions
+                    yield from (Called(value, key, value.get(key)) for key in ATTENTIONS)
+                elif callable(value) and not isinstance(value, type | nn.Module):
+                    yield Called(names, name, value)
+            if any(callable(names.get(name)) for names in methods):
+                yield Called(own, name, own.get(name))
 
 
 def _names(function: Any) -> Iterator[str]:
-    """Every name in the code of a function, and of what it wraps."""
-    for one in _wrapped(function):
-        waiting = [one.__code__] if isinstance(getattr(one, "__code__", None), CodeType) else []
-        for code in waiting:
-            yield from (name for name in code.co_names if name != "forward")  # a block looks at forwards itself
-            waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    """Every name in the code of a function of a layer; not in what torch wraps around one to compile it, say."""
+    code = getattr(function, "__code__", None)
+    waiting = [code] if isinstance(code, CodeType) and _origin(function).startswith(READ) else []
+    for code in waiting:
+        yield from (name for name in code.co_names if name != "forward")  # a block looks at forwards itself
+        waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
 
 
 def _wrapped(function: Any) -> Iterator[Any]:
@@ -104,16 +106,14 @@ def _wrapped(function: Any) -> Iterator[Any]:
         function = getattr(function, "__wrapped__", None)
 
 
-def _origins(function: Any) -> list[str]:
-    """The modules that a function, and what it wraps, was written in, whatever it says of itself (functools.wraps)."""
-    return [
-        str(getattr(one, "__globals__", {}).get("__name__") or getattr(one, "__module__", None) or type(one).__module__)
-        for one in _wrapped(function)
-    ]
+def _origin(function: Any) -> str:
+    """The module that a function was written in, whatever it says of itself (functools.wraps)."""
+    file = getattr(function, "__globals__", {}).get("__name__")
+    return str(file or getattr(function, "__module__", None) or type(function).__module__)
 
 
 def _stranger(function: Any, home: str) -> str | None:
     """Where a function comes from, if that is neither the layer's own file nor one of transformers, torch, loralab."""
     known = ("torch.", "transformers.", "loralab.")
-    places = [place for place in _origins(function) if place != home]
+    places = [place for place in map(_origin, _wrapped(function)) if place != home]
     return next((p for p in places if p.startswith(MODELS) or not f"{p}.".startswith(known)), None)
