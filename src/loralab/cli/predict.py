@@ -111,7 +111,8 @@ def predict(
         print(f"note: {note}", file=sys.stderr)
     _deliver({**_numbered(columns, len(requests), prefix), **added}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
-    print(f"{len(requests)} rows, {used} adapter{'s' * (used != 1)}, {took:.1f} s", file=sys.stderr)
+    done = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((len(requests), "row"), (used, "adapter")))
+    print(f"{', '.join(done)}, {took:.1f} s", file=sys.stderr)
 
 
 def _requests(
