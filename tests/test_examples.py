@@ -16,9 +16,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
+    AutoformerModel,
     BertConfig,
+    CLIPModel,
+    ConvNextModel,
     LlamaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    ResNetModel,
     Trainer,
 )
 
@@ -204,6 +210,38 @@ def test_trainer_resumes_bit_for_bit_and_ends_with_the_best_checkpoint(bases, st
     assert all(torch.equal(t, whole[key]) for key, t in starts.adapters.state().items())
     assert "missing keys" not in caplog.text
     assert "unexpected keys" not in caplog.text
+
+
+def test_no_class_makes_a_model_of_a_checkpoint_and_its_tokenizer_is_read(bases, tmp_path):
+    """Config classes without a vocabulary or one hidden size took the stub, and a random model came out."""
+    model = plain_model("classification", bases)
+    loralab.attach(model, "lora", rank=3, targets=["query"], head=True)
+    tokenizer = AutoTokenizer.from_pretrained(bases["encoder"])
+    for save in (model.save_pretrained, tokenizer.save_pretrained):
+        save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a fine film") == tokenizer("a fine film")
+    autos = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+    own = (type(model), ConvNextModel, ResNetModel, CLIPModel, LlavaForConditionalGeneration, AutoformerModel)
+    for kind in (*autos, *own):
+        for given in ({}, {"attn_implementation": "eager"}, {"ignore_mismatched_sizes": True, "dtype": "float32"}):
+            with pytest.raises(Exception, match=r"loralab\.load\(base, folder\)"):
+                kind.from_pretrained(tmp_path, **given)
+
+
+def test_an_adapted_model_is_not_pushed_as_it_is(bases, monkeypatch):
+    """The method of transformers uploads what it wrote unseen: paths too, and no card of the adapter."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: asked.append(a))
+    model = plain_model("classification", bases)
+    adapters = loralab.attach(model, "lora", rank=3, targets=["query"])
+    for push in (model.push_to_hub, adapters.reference().push_to_hub):
+        with pytest.raises(loralab.UserError, match=r"adapters\.push\(repo\).*merge\(\)\.push_to_hub"):
+            push("me/reviews")
+    assert not asked
+    plain = adapters.merge()
+    adapters.detach()
+    for each in (plain, model):
+        assert each.push_to_hub.__func__ is type(model).push_to_hub
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(bases, tmp_path):

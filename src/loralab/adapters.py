@@ -33,6 +33,7 @@ from loralab.sentence_checkpoints import follow_sentence_transformers
 from loralab.start_data import start_data
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
+OWN = ("save_pretrained", "push_to_hub")  # methods of a model that its handle stands in for
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -139,8 +140,9 @@ class Adapters(AdaptedModel):
                 self.model.register_load_state_dict_pre_hook(self.before_load),
                 self.model.register_load_state_dict_post_hook(self.after_load),
             ]
-            if hasattr(self.model, "save_pretrained"):
-                self.model.__dict__["save_pretrained"] = self.save_pretrained
+            for attribute in OWN:
+                if hasattr(self.model, attribute):
+                    self.model.__dict__[attribute] = getattr(self, attribute)
             watch(self)
             follow_sentence_transformers()
 
@@ -333,13 +335,18 @@ class Adapters(AdaptedModel):
         """
         self.check_attached()
         if more.get("push_to_hub"):
-            raise UserError(
-                "an adapted model is not pushed: adapters.save(folder), or adapters.merge().push_to_hub(...)"
-            )
+            self.push_to_hub()
         if is_main_process or self.divided:
             each, steps = {name: self._contents(name) for name in self.specs}, self.steps.saved()
         if is_main_process:
             checkpoints.write(each, self.active.default.names, steps, Path(folder))
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Stand in for the model's own method, which would upload what is not checked. Raises UserError."""
+        raise UserError(
+            "an adapted model is not pushed: adapters.push(repo) uploads the adapter, "
+            "adapters.merge().push_to_hub(repo) a whole model"
+        )
 
     def before_load(self, _model: nn.Module, state: dict[str, Any], *_: Any) -> None:
         """Take the tensors of a checkpoint from a state (a hook of the model). Raises UserError for other adapters."""
@@ -419,7 +426,7 @@ class Adapters(AdaptedModel):
             )
         for key, tensor in self.model.named_parameters():
             tensor.requires_grad_(self.learned.get(key, any(self.learned.values())))  # untied weights have new names
-        for attribute in (HANDLE, "save_pretrained", IGNORED):
+        for attribute in (HANDLE, *OWN, IGNORED):
             self.model.__dict__.pop(attribute, None)
         if self._ignored:
             setattr(self.model, IGNORED, sorted(self._ignored))

@@ -2,8 +2,9 @@
 
 model.safetensors holds what learns, once, under loralab/NAME/path.role, with the draws and counts of methods that act
 at every step. It bears that name as Trainer reads it without strictness, with PEFT installed or not. adapter.json
-beside it makes the folder an adapter of loralab, and config.json, which names no architecture, makes `from_pretrained`
-fail with the reason.
+beside it makes the folder an adapter of loralab. config.json makes `from_pretrained` fail with the reason: auto classes
+print the type of the model that they do not know, a class of its own refuses a size that is no number or, as not every
+config has these, an implementation of experts that there is not. Tokenizers, which read the type only, are loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from loralab.files import CHECKPOINT, INSIDE, AdapterFile
 from loralab.schema import listed
 
 NO_MODEL = "this folder holds adapters and no whole model: use loralab.load(base, folder)"
-STUB = {"model_type": "loralab-adapter", "vocab_size": NO_MODEL, "hidden_size": NO_MODEL}
+STUB = dict.fromkeys(("model_type", "vocab_size", "hidden_size", "experts_implementation"), NO_MODEL)
 
 
 def write(
