@@ -12,12 +12,12 @@ from conftest import REPO
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoformerModel,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    AutoformerModel,
     BertConfig,
     CLIPModel,
     ConvNextModel,
@@ -287,6 +287,22 @@ def test_a_reference_answers_as_its_policy_did_and_shares_the_base(bases):
         assert (now - plain).abs().max() > 0.1
     assert not any(p.requires_grad for p in (*frozen.parameters(), *base.parameters()))
     assert sum(p.requires_grad for p in model.parameters()) == len(adapters.state())
+
+
+@pytest.mark.parametrize("name", ["chat", "classification"])
+def test_a_reference_whose_base_was_averaged_in_place_is_refused(name, bases):
+    """TRL's sync_ref_model writes r (1 - a) + p a into r, and r is p: the base would be scaled by 1 - a^2 a step."""
+    model = plain_model(name, bases)
+    adapters = loralab.attach(model, "lora", rank=3, alpha=5, targets="attention")
+    frozen = adapters.reference()
+    with torch.no_grad():
+        expected = frozen(**rows()).logits
+        adapters.fast("bfloat16", quiet=True, speed="off")  # rounds the frozen tensors, which is meant
+        torch.testing.assert_close(frozen(**rows()).logits.float(), expected, rtol=0.1, atol=0.1)
+        for ref, p in zip(frozen.parameters(), model.parameters(), strict=True):
+            ref.data.mul_(1 - 0.6).add_(p.data, alpha=0.6)
+        with pytest.raises(loralab.UserError, match="sync_ref_model"):
+            frozen(**rows())
 
 
 def test_losses_that_read_the_weight_of_the_output_layer_see_its_adapter(bases):
