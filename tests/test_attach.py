@@ -208,3 +208,47 @@ def test_the_handle_prints_a_table_of_its_adapters():
 def test_a_recipe_knows_its_name_at_any_rank_and_rate(name):
     free = {"lr": 0.5, **({"rank": 3} if hasattr(NAMED[name][0].factors, "rank") else {})}
     assert name_of(recipe(name, **free)) == name
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"targets": 3}, r"targets=3: expected a list of names"), ({"targets": [3]}, r"targets=\[3\]"),
+        ({"exclude": 3}, "exclude=3"), ({"exclude": ["key", 3]}, "exclude"), ({"head": 3}, "head=3"),
+        ({"head": [3]}, r"head=\[3\]"), ({"head": "clasifier"}, "head=clasifier: the model has no such"),
+        ({"head": True, "labels": "abc"}, "labels='abc': expected a list"), ({"tokens": 5}, "tokens=5: expected"),
+        ({"head": True, "labels": [1, 2, 3]}, r"labels=\[1, 2, 3\]"), ({"r": 8}, r"'r' \('rank' here\)"),
+        ({"target_modules": ["query"]}, r"\('targets' here\)"), ({"method": {}}, "method {} is unknown"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_kind_is_told_by_its_name(given, told):
+    model = build("bert")
+    with pytest.raises(loralab.UserError, match=told):
+        loralab.attach(model, **{"method": "lora", "targets": ["query"], **given})
+    assert not hasattr(model, "_loralab")
+    adapters = loralab.attach(model, "lora", targets=["query"], head="classifier", labels=("x", "y"))
+    assert list(adapters.heads) == ["classifier"]
+
+
+@pytest.mark.parametrize("model", ["bert-base-uncased", None, torch.nn.Linear, {}])
+def test_what_is_no_model_is_told(model, tmp_path):
+    with pytest.raises(loralab.UserError, match=r"is no model: expected a torch\.nn\.Module"):
+        loralab.attach(model, "lora")
+
+
+@pytest.mark.parametrize("how", ["wrapped", "inside", "added", "vera"])
+def test_a_model_with_adapters_of_peft_is_refused(how, tmp_path):
+    """The layers within PEFT's layers were taken for the model's: A and B got adapters of their own, frozen."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model, config = build("bert"), peft.LoraConfig(r=2, target_modules=["query"])
+    if how == "added":
+        model.add_adapter(config)
+    else:
+        theirs = peft.get_peft_model(model, peft.VeraConfig(r=2, target_modules=["key"]) if how == "vera" else config)
+        model = theirs.base_model.model if how == "inside" else theirs
+    loralab.attach(build("bert"), "lora", targets=["query"]).save(tmp_path)
+    for put in (lambda: loralab.attach(model, "lora"), lambda: loralab.load(model, tmp_path)):
+        with pytest.raises(loralab.UserError, match=r"of PEFT: take its adapter off with unload\(\)"):
+            put()
+    if how in ("wrapped", "vera"):
+        loralab.attach(model.unload(), "lora")

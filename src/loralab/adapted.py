@@ -57,6 +57,8 @@ class AdaptedModel:
     """The state of a model with adapters, and what can be asked of it. Changed by `Adapters` alone."""
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"{model!r:.80} is no model: expected a torch.nn.Module, as from_pretrained gives")
         _check_unwrapped(model)
         _check_there(model)
         _check_transformers()
@@ -325,8 +327,13 @@ class AdaptedModel:
 
 
 def _check_unwrapped(model: nn.Module) -> None:
-    """Raise UserError for a model inside a wrapper, or with one inside: its paths would not be those of the model."""
+    """Raise UserError for a model in a wrapper or with one inside, PEFT's too: its paths are not those of the model."""
     for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(
+                f"{path or 'the model'} is {type(module).__name__} of PEFT: take its adapter off with unload() or "
+                "merge_and_unload() first, or save it and loralab.load(base, folder)"
+            )
         inner = next((name for name in ("_orig_mod", "_fsdp_wrapped_module") if name in module._modules), None)
         if isinstance(module, DataParallel | DistributedDataParallel):
             inner = "module"

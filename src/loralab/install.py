@@ -45,9 +45,16 @@ def spec_of(
     tokens: Sequence[int] = (),
 ) -> AdapterSpec:
     """The specification of an adapter. Raises UserError for what cannot be added, before anything has changed."""
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    for what, names in {"targets": targets, "head": head, "labels": labels, "exclude": exclude}.items():
-        check_once(what, () if isinstance(names, str | bool) else names)
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    head = (head,) if isinstance(head, str) else head
+    named = {"targets": () if isinstance(targets, str) else targets, "labels": labels, "exclude": exclude}
+    for what, names in {**named, "head": () if isinstance(head, bool) else head}.items():
+        if names is not None and not _are_names(names):
+            raise UserError(f"{what}={names!r}: expected a list of names")
+        check_once(what, names or ())
+    if not hasattr(tokens, "__len__"):
+        raise UserError(f"tokens={tokens!r}: expected a list of the numbers of tokens")
+    exclude = tuple(exclude or ())
     r = recipe(method, **settings)
     if r.policy and r.ranks is None:
         raise UserError(
@@ -101,6 +108,11 @@ def _in_place(r: Recipe, keys: Sequence[str]) -> tuple[str, ...]:
     if r.learn_base is None:
         return ()
     return tuple(keys if r.learn_base == "all" else [key for key in keys if key.rpartition(".")[2] == r.learn_base])
+
+
+def _are_names(names: Any) -> bool:
+    """Whether these are several names, and not the letters of one."""
+    return isinstance(names, Iterable) and not isinstance(names, str) and all(isinstance(each, str) for each in names)
 
 
 def _check_name(handle: AdaptedModel, name: str, r: Recipe) -> None:

@@ -194,6 +194,13 @@ NAMED: dict[str, tuple[Recipe, str]] = {
 FACTORS = {r.factors.kind: type(r.factors) for r, _ in NAMED.values() if r.factors is not None}
 
 
+PEFT_NAMES = {  # a field of PEFT's LoraConfig -> what it is called here, where the names are not alike
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
+    "exclude_modules": "exclude", "modules_to_save": "head", "init_lora_weights": "start", "rank_pattern": "ranks",
+    "use_rslora": "stabilized", "use_dora": "gain", "trainable_token_indices": "tokens",
+}  # fmt: skip
+
+
 def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     """The recipe of a named method, with settings changed by their own names: `recipe("lora", rank=4, dropout=0.1)`.
 
@@ -201,16 +208,17 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     """
     if isinstance(method, Recipe):
         base = method
-    elif method in NAMED:
+    elif isinstance(method, str) and method in NAMED:
         base = NAMED[method][0]
     else:
-        raise UserError(f"method {method!r} is unknown{hint(str(method), NAMED)}: choose one of {', '.join(NAMED)}")
+        raise UserError(f"method {method!r:.60} is unknown{hint(str(method), NAMED)}: choose one of {', '.join(NAMED)}")
     of_recipe = {f.name for f in dataclasses.fields(Recipe)}
     of_factors = set() if base.factors is None else {f.name for f in dataclasses.fields(base.factors)}
     if unknown := sorted(set(settings) - of_recipe - of_factors):
         known = sorted(of_recipe | of_factors)
         subject = f"method {method!r}" if isinstance(method, str) else "this recipe"
-        some = ", ".join(f"{key!r}{hint(key, known)}" for key in unknown)
+        here = {key: f" ({PEFT_NAMES[key]!r} here)" if key in PEFT_NAMES else hint(key, known) for key in unknown}
+        some = ", ".join(f"{key!r}{said}" for key, said in here.items())
         raise UserError(f"{subject} has no setting {some}: it has {', '.join(known)}")
     inner = {key: value for key, value in settings.items() if key in of_factors}
     changed = replace(base, **{key: value for key, value in settings.items() if key in of_recipe})
