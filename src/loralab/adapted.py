@@ -25,6 +25,7 @@ from loralab.experts import AdaptedStack
 from loralab.hashes import fingerprint
 from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
+from loralab.methods.base import whole
 from loralab.recipe import Recipe, name_of
 from loralab.targets import layer_at, shape_of
 
@@ -376,11 +377,6 @@ def base_tensor(model: nn.Module, key: str) -> Tensor:
         module = module.base if last == "bias" else module.original[0]
     found = getattr(module, last)
     return found.base.weight if isinstance(found, AdaptedStack) else found
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP has divided among processes, put together, for which all of them must ask; else the tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def once(tensors: Tensors) -> dict[str, tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_convert, peft_format
 from loralab.active import follow_checkpoints
-from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once, whole
+from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
 from loralab.algebra import Combined, combine
 from loralab.contents import adapter_file, constants_sha256
 from loralab.errors import UserError
@@ -24,6 +24,7 @@ from loralab.hooks import StepHooks
 from loralab.kinds import loaded
 from loralab.layer import put_back
 from loralab.methods import starts
+from loralab.methods.base import whole
 from loralab.optimizers import grouped, watch
 from loralab.peft_place import placed
 from loralab.recipe import Recipe

@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from loralab import peft_format
-from loralab.adapted import AdaptedModel, AdapterSpec, once, whole
+from loralab.adapted import AdaptedModel, AdapterSpec, once
 from loralab.files import AdapterFile
 from loralab.hashes import fingerprint
+from loralab.methods.base import whole
 
 
 def adapter_file(handle: AdaptedModel, name: str, saved_as: str) -> AdapterFile:

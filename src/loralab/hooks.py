@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from loralab.adapted import AdaptedModel, whole
+from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
-from loralab.methods.base import Factors
+from loralab.methods.base import Factors, whole
 
 KEYS = "loralab_steps/"  # of the state of the steps, beside the parameters of a model in a file of Trainer
 LISTENING: "weakref.WeakSet[StepHooks]" = weakref.WeakSet()  # those called at every optimizer's step while they live
@@ -196,12 +196,6 @@ class StepHooks:
 
     def _refuse(self, name: str, optimizer: torch.optim.Optimizer, held: list[bool]) -> None:
         """Raise UserError for a step that the method of an adapter cannot follow."""
-        factors = self.factors(name)
-        if factors.whole_steps and self.handle.divided:
-            raise UserError(
-                f"adapter {name!r}: {factors.kind} computes over whole tensors at every step, and FSDP divides them: "
-                "use DistributedDataParallel for it"
-            )
         if not all(held):
             raise UserError(
                 f"this optimizer holds {sum(held)} of {len(held)} tensors of adapter {name!r} that have gradients; "

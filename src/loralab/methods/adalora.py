@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, empty, zeros
 
 from loralab.errors import UserError
-from loralab.methods.base import Roles, not_whole
+from loralab.methods.base import Roles, divided_as, not_whole, whole
 from loralab.methods.lora import LoRA
 
 FEW_CHOICES = 10  # steps with a choice of gates, below which a run says so
@@ -48,7 +48,6 @@ class AdaLoRA(LoRA):
     roles: ClassVar[tuple[str, ...]] = ("A", "B", "E")
     learn: ClassVar[tuple[str, ...]] = ("A", "B", "E")
     stepped: ClassVar[bool] = True
-    whole_steps: ClassVar[bool] = True
 
     @property
     def scaling(self) -> float:
@@ -145,11 +144,12 @@ class AdaLoRA(LoRA):
         """Add the penalty's gradient: that of |P P^T - I| is 2 (P P^T - I) P / |P P^T - I|."""
         learned = {id(p[role]): (role, p[role]) for p in layers.values() for role in "AB" if p[role].requires_grad}
         for role, t in learned.values() if self.orthogonality else []:
-            P = t.detach() if role == "A" else t.detach().mT  # (r, in) or (r, out)
+            P = whole(t.detach())  # (r, in) or (out, r)
+            P = P if role == "A" else P.mT  # (r, in) or (r, out)
             off = P @ P.mT - torch.eye(len(P), dtype=P.dtype, device=P.device)  # (r, r)
             push = off @ P * (2 * self.orthogonality / len(learned) / off.norm().clamp_min(1e-12))
-            push = push if role == "A" else push.mT
-            t.grad = push.contiguous() if t.grad is None else t.grad.add_(push)
+            push = divided_as(t, (push if role == "A" else push.mT).contiguous())
+            t.grad = push if t.grad is None else t.grad.add_(push)
 
     @torch.no_grad()
     def after_step(self, layers: Mapping[str, Roles], drawn: Any, before: Any, step: int) -> None:
@@ -178,7 +178,7 @@ class AdaLoRA(LoRA):
         over = self.rank * len(layers) - self.budget(step, len(layers))
         border = torch.cat(scores).kthvalue(over).values if over else -torch.inf
         for p, score in zip(layers.values(), scores, strict=True):
-            p["kept"].copy_(score > border)
+            p["kept"].copy_(divided_as(p["kept"], score > border))
             p["E"].masked_fill_(~p["kept"], 0.0)
 
     def budget(self, step: int, layers: int) -> int:
@@ -192,10 +192,10 @@ class AdaLoRA(LoRA):
 
 def _triplets(p: Roles) -> Tensor:
     """(r,): the score of each triplet of a layer."""
-    A, B, E = (p[f"{role}.mean"] * p[f"{role}.spread"] for role in "ABE")
+    A, B, E = (whole(p[f"{role}.mean"] * p[f"{role}.spread"]) for role in "ABE")
     return E + (A.mean(1) + B.mean(0))
 
 
 def kept_gates(layers: Mapping[str, Roles]) -> dict[str, list[bool]]:
     """Path -> which gates of the layer are open after training; `layers` maps path -> role -> tensor."""
-    return {path: (p["E"] != 0).tolist() for path, p in layers.items()}
+    return {path: (whole(p["E"]) != 0).tolist() for path, p in layers.items()}

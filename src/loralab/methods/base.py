@@ -15,6 +15,20 @@ from loralab.errors import UserError
 Roles = Mapping[str, Tensor]  # role -> tensor of one layer
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has divided among processes, put together, for which all of them must ask; else the tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def divided_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, divided among them as `like` is; itself where that is not divided."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Factors:
     """The settings of a method (a frozen dataclass), and how its parameters become A (r, in) and B (out, r)."""
@@ -28,7 +42,6 @@ class Factors:
     gains: ClassVar[bool] = True  # whether the method allows a gain on its output
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
     counter: ClassVar[str | None] = None  # role that counts optimizer steps; the step hooks keep it
-    whole_steps: ClassVar[bool] = False  # whether its steps need whole tensors, so that FSDP cannot divide them
     shared: ClassVar[tuple[str, ...]] = ()  # roles that the layers of a share hold in common; none: no shares allowed
     revision: ClassVar[int] = 1  # raised when a default changes its meaning; addresses of runs carry it above 1
 

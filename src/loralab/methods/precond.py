@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from loralab.errors import UserError
-from loralab.methods.base import Roles
+from loralab.methods.base import Roles, whole
 from loralab.methods.lora import LoRA
 
 
@@ -31,7 +31,7 @@ class PreconditionedLoRA(LoRA):
         for p in {id(p["B"]): p for p in layers.values()}.values():  # layers may share one B: scaled once
             if p["B"].grad is not None:
                 A, g = p["A"].detach(), p["B"].grad.detach()
-                A = A.full_tensor() if hasattr(A, "full_tensor") else A  # (r, in)
+                A = whole(A)  # (r, in)
                 g = g.to_local() if hasattr(g, "to_local") else g  # (out, r), or the rows that are here
                 if g.shape[-1] != len(A):
                     raise UserError(f"{self.kind}: B is divided by columns, {tuple(g.shape)}: let FSDP divide its rows")
