@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import zoo
 from archs import build, rows, shake
 
 import loralab
@@ -226,3 +227,104 @@ def test_a_tuned_model_minus_its_base_is_a_lora_with_its_error(rank):
 def test_models_of_other_shapes_are_no_difference():
     with pytest.raises(loralab.UserError, match="not of one base"):
         extract(build("bert"), build("gpt2"), 2)
+
+
+# ---- stacks of experts -----------------------------------------------------------------------------------------------
+
+
+def mixture():
+    """A mixture of experts with three adapters on its stacks and on linear layers, in general position."""
+    model = zoo.build("mixtral")
+    given = {"targets": ["experts", "q_proj"], "alpha": 5.0}
+    adapters = loralab.attach(model, "lora", name="a", rank=2, **given)
+    adapters.add("b", "lora", rank=3, **given)
+    adapters.add("c", "lora", rank=2, stabilized=True, **given)
+    for i, name in enumerate("abc"):
+        shake(adapters, name, seed=i)
+    return model, adapters
+
+
+def stacks(adapters):
+    return [path for path in adapters.spec("a").paths if "experts" in path]
+
+
+def test_stacks_of_experts_are_summed_saved_and_loaded(tmp_path):
+    model, adapters = mixture()
+    right = total(adapters, WEIGHTS)
+    made = adapters.combine("sum", WEIGHTS)
+    assert len(stacks(adapters)) == 2 * len(model.model.layers)
+    assert {made.layers[path].rank for path in stacks(adapters)} == {7}
+    for path, D in deltas(adapters, "sum").items():
+        torch.testing.assert_close(D, right[path], rtol=0, atol=1e-5)
+    assert right[stacks(adapters)[0]].ndim == 3
+    fresh = loralab.load(zoo.build("mixtral"), adapters.save(tmp_path / "sum", "sum"))
+    for path, D in deltas(fresh, "sum").items():
+        torch.testing.assert_close(D, right[path], rtol=0, atol=1e-5)
+    read = [files.read(adapters.save(tmp_path / name, name)) for name in WEIGHTS]
+    of_folders = combine(read, list(WEIGHTS.values())).file.tensors
+    assert all(torch.equal(t, of_folders[key]) for key, t in made.file.tensors.items())
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_each_expert_is_cut_to_its_own_best_rank(rank):
+    _, adapters = mixture()
+    right = total(adapters, WEIGHTS)
+    made = adapters.combine("cut", WEIGHTS, rank=rank)
+    for path, D in deltas(adapters, "cut").items():
+        s = torch.linalg.svdvals(right[path])  # (experts, side)
+        left = float(s[..., rank:].norm())
+        assert float((D - right[path]).norm()) == pytest.approx(left, abs=1e-5)
+        assert made.layers[path].error == pytest.approx(left / float(s.norm()), abs=1e-6)
+
+
+def test_the_cross_terms_of_linear_are_said_of_experts():
+    _, adapters = mixture()
+    made = adapters.combine("two", {"a": 0.6, "c": 0.4})
+    path, w = stacks(adapters)[0], {"a": 0.6, "c": 0.4}
+    scaling = {"a": 5 / 2, "c": 5 / 2**0.5}
+    p = {name: adapters.layers[path].roles(name) for name in w}
+    root = {name: (w[name] * scaling[name]) ** 0.5 for name in w}
+    A, B = (sum(root[name] * p[name][role].double() for name in w) for role in "AB")
+    crossed, right = B @ A, total(adapters, w)[path]
+    assert made.layers[path].linear == pytest.approx(float((crossed - right).norm() / right.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["magnitude", "ties", "dare"])
+def test_each_expert_is_trimmed_by_itself(how):
+    _, adapters = mixture()
+    weights, density = {"a": 0.7, "b": 0.6}, 0.4
+    adapters.combine("made", weights, how=how, density=density)
+    for path in stacks(adapters):
+        of = {n: deltas(adapters, n)[path] for n in weights}  # (experts, out, in) each
+        found = deltas(adapters, "made")[path]
+        for e in range(len(found)):
+            kept = {}
+            for n, D in of.items():
+                border = D[e].abs().flatten().sort(descending=True).values[int(density * D[e].numel()) - 1]
+                kept[n] = torch.where(D[e].abs() >= border, D[e], 0.0)
+            if how == "magnitude":
+                torch.testing.assert_close(found[e], sum(w * kept[n] for n, w in weights.items()), rtol=0, atol=1e-5)
+            elif how == "ties":
+                sign = torch.where(kept["a"] + kept["b"] >= 0, 1.0, -1.0)
+                agree = {n: (D.sign() == sign).double() for n, D in kept.items()}
+                right = sum(w * kept[n] * agree[n] for n, w in weights.items()) / (agree["a"] + agree["b"]).clamp_min(1)
+                torch.testing.assert_close(found[e], right, rtol=0, atol=1e-5)
+            else:
+                share = float((found[e].abs() > 1e-6).double().mean())
+                assert share == pytest.approx(1 - (1 - density) ** 2, abs=0.1)
+
+
+def test_a_tuned_mixture_minus_its_base_has_the_experts_too():
+    base, tuned = zoo.build("mixtral"), zoo.build("mixtral")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for key, p in tuned.named_parameters():
+            if "experts" in key or "q_proj" in key:
+                p.add_(torch.empty(p.shape, dtype=p.dtype).normal_(0, 0.1, generator=generator))
+    made = extract(base, tuned, 3, targets=["experts", "q_proj"])
+    for path, error in made.layers.items():
+        name = path if "experts" in path else f"{path}.weight"
+        D = (tuned.get_parameter(name) - zoo.build("mixtral").get_parameter(name)).double()
+        s = torch.linalg.svdvals(D)
+        assert error == pytest.approx(float(s[..., 3:].norm() / s.norm()), abs=1e-5)
+    assert not made.left

@@ -9,7 +9,8 @@ ties       each D_i trimmed as in magnitude; per value the sign of the larger to
            of that sign, divided by their number (Yadav et al., 2023)
 
 A `rank` cuts the result to its best one by SVD, and the error is said: |D - D_r| / |D|, |.| the Frobenius norm. PEFT's
-`linear` adds A and B by themselves, so that B A has the cross terms B_i A_j; its error is given beside.
+`linear` adds A and B by themselves, so that B A has the cross terms B_i A_j; its error is given beside. In a stack of
+experts D, A and B have an axis of experts in front, and each expert is merged and cut by itself.
 """
 
 import math
@@ -115,14 +116,14 @@ def combine(
         parts, own = [updates[i][path] for i in there], [float(weights[i]) for i in there]
         _check_shapes(path, parts)
         u, D = _merged(parts, own, how, density, generator)
-        sides, size = min(D.shape), float(D.norm())
+        sides, size = min(D.shape[-2:]), float(D.norm())
         most = min(sides, sides if rank is None else rank)
-        if len(u.A) > most:
+        if _rank(u) > most:
             u = best(u, most)
         gone = float((D - u.matrix().double()).norm()) if rank is not None else 0.0
         linear = _linear([files[i] for i in there], path, parts, own)
         apart = None if linear is None else float((D - linear).norm())
-        layers[path] = Cut(len(u.A), gone / size if size else 0.0, None if apart is None or not size else apart / size)
+        layers[path] = Cut(_rank(u), gone / size if size else 0.0, None if apart is None or not size else apart / size)
         tensors |= {f"{path}.A": u.A.float().contiguous(), f"{path}.B": u.B.float().contiguous()}
         lost, whole = lost + gone**2, whole + size**2
     tensors |= _heads(files, weights)
@@ -156,32 +157,46 @@ def lowered(file: AdapterFile, label: Path | str) -> Iterator[tuple[str, Update]
 def _merged(
     parts: Sequence[Update], weights: Sequence[float], how: str, density: float, generator: Generator
 ) -> tuple[Update, Tensor]:
-    """(the update at whatever rank it has, D (out, in) in float64)."""
+    """(the update at whatever rank it has, D (..., out, in) in float64)."""
     each = [u.matrix().double() for u in parts]
-    D = MERGES[how](each, weights, density, generator)
+    if each[0].ndim == 2:
+        D = MERGES[how](each, weights, density, generator)
+    else:
+        experts = zip(*each, strict=True)
+        D = torch.stack([MERGES[how](list(own), weights, density, generator) for own in experts])  # (n, out, in)
     if how != "exact":
-        return Update(D, torch.eye(len(D), dtype=D.dtype)), D
-    A = torch.cat([u.A for u in parts])  # (r, in)
-    B = torch.cat([w * u.B for w, u in zip(weights, parts, strict=True)], 1)  # (out, r)
+        return whole_rank(D), D
+    A = torch.cat([u.A for u in parts], -2)  # (..., r, in)
+    B = torch.cat([w * u.B for w, u in zip(weights, parts, strict=True)], -1)  # (..., out, r)
     return Update(A, B), D
+
+
+def _rank(u: Update) -> int:
+    return u.A.shape[-2]
+
+
+def whole_rank(D: Tensor) -> Update:
+    """D (..., out, in) as an update of the rank that it has room for."""
+    return Update(D, torch.eye(D.shape[-2], dtype=D.dtype, device=D.device).expand(*D.shape[:-1], -1))
 
 
 def best(u: Update, rank: int) -> Update:
     """The best update of a lower rank, its singular values divided evenly; B A is never formed."""
-    write, R_b = torch.linalg.qr(u.B.double())  # (out, k), (k, r)
-    read, R_a = torch.linalg.qr(u.A.double().mT)  # (in, k), (k, r)
+    write, R_b = torch.linalg.qr(u.B.double())  # (..., out, k), (..., k, r)
+    read, R_a = torch.linalg.qr(u.A.double().mT)  # (..., in, k), (..., k, r)
     U, s, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
-    root = s[:rank].sqrt()  # (rank,)
-    return Update(root.unsqueeze(1) * (Vh[:rank] @ read.mT), write @ U[:, :rank] * root)  # (rank, in), (out, rank)
+    root = s[..., :rank].sqrt()  # (..., rank)
+    A = root.unsqueeze(-1) * (Vh[..., :rank, :] @ read.mT)  # (..., rank, in)
+    return Update(A, write @ U[..., :rank] * root.unsqueeze(-2))
 
 
 def _linear(
     files: Sequence[AdapterFile], path: str, parts: Sequence[Update], weights: Sequence[float]
 ) -> Tensor | None:
-    """What PEFT's `linear` makes of them (out, in); None for one adapter, for other methods, and for unequal ranks."""
+    """What PEFT's `linear` makes of them (..., out, in); None for one adapter, other methods, and unequal ranks."""
     factors = [file.recipe.at(path).factors for file in files]
-    alike = len({len(u.A) for u in parts}) == 1 < len(parts)
-    if not alike or not all(isinstance(f, LoRA) and f.rank == len(parts[0].A) for f in factors):
+    alike = len({_rank(u) for u in parts}) == 1 < len(parts)
+    if not alike or not all(isinstance(f, LoRA) and f.rank == _rank(parts[0]) for f in factors):
         return None
     scalings = [f.scaling for f in factors]  # type: ignore[union-attr]
     roots = [math.copysign(math.sqrt(abs(w) * s), w) for w, s in zip(weights, scalings, strict=True)]
@@ -252,7 +267,5 @@ def _check(files: Sequence[AdapterFile], weights: Sequence[float], how: str, ran
 
 
 def _check_shapes(path: str, parts: Sequence[Update]) -> None:
-    if any(u.A.ndim != 2 for u in parts):
-        raise UserError(f"{path} is a stack of experts, which is not combined yet: exclude it")
-    if len(shapes := {(len(u.B), u.A.shape[1]) for u in parts}) > 1:
+    if len(shapes := {(*u.B.shape[:-1], u.A.shape[-1]) for u in parts}) > 1:
         raise UserError(f"{path} has different shapes in these adapters: {sorted(shapes)}")

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from loralab.adapted import base_tensor
 from loralab.adapters import Adapters, attach
-from loralab.algebra import best
+from loralab.algebra import best, whole_rank
 from loralab.errors import UserError
 from loralab.fitting import fill
 from loralab.heads import head_of, labels_of, under
 from loralab.schema import listed
 from loralab.targets import ALL, Targets
-from loralab.update import Update
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ def extract(
     errors: dict[str, float] = {}
     tensors: dict[str, Tensor] = {}
     for path, layer in handle.layers.items():
-        W, V = layer.base.dense().double(), plain.layers[path].base.dense().double()  # (out, in)
+        W, V = layer.base.dense().double(), plain.layers[path].base.dense().double()  # (..., out, in)
         D = V - W
         at = handle.spec(name).recipe.at(path).factors
-        u = best(Update(D, torch.eye(len(D), dtype=D.dtype, device=D.device)), at.rank)  # type: ignore[union-attr]
+        u = best(whole_rank(D), at.rank)  # type: ignore[union-attr]
         tensors |= {f"{path}.A": u.A, f"{path}.B": u.B / at.scaling}  # type: ignore[union-attr]
         errors[path] = float((D - u.matrix()).norm() / D.norm().clamp_min(1e-300))
     plain.detach()
