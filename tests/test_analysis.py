@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import zoo
 from archs import build, shake
 from test_laws import ADAPTED, adapted
 
 import loralab
 from loralab import analysis
-from loralab.analysis import Layer
+from loralab.analysis import Layer, overlaps, spectra, updates
 from loralab.recipe import NAMED
 from loralab.update import Dense, Update
 
@@ -233,3 +234,39 @@ def test_inspect_of_what_needs_a_base_says_so_and_shows_the_rest(tiny, tmp_path,
     code, out, err = shown(capsys, "inspect", folder, "--against", folder)
     assert (code, out) == (2, "")
     assert "give --model" in err
+
+
+def test_a_stack_of_experts_is_a_matrix_of_blocks(tmp_path):
+    """Its values are those of the blocks together; without a base, with one, and against another adapter."""
+    model = zoo.build("mixtral")
+    adapters = loralab.attach(model, "lora", name="a", rank=2, alpha=5.0, targets=["experts", "q_proj"])
+    adapters.add("b", "lora", rank=3, alpha=5.0, targets=["experts", "q_proj"])
+    shake(adapters, "a"), shake(adapters, "b", seed=3)
+    folders = {name: adapters.save(tmp_path / name, name) for name in "ab"}
+    path = next(p for p in adapters.spec("a").paths if p.endswith("gate_up_proj"))
+    D = adapters.layers[path].lower("a").matrix().detach().double()  # (n, out, in)
+    W = adapters.layers[path].base.dense().detach().double()
+    s = torch.linalg.svdvals(torch.block_diag(*D))
+    alone, over = updates(folders["a"]), updates(folders["a"], zoo.build("mixtral"))
+    without, found = ({one.path: one for one in spectra(of)}[path] for of in (alone, over))
+    n, top = len(D), 2
+    assert len(found.values) == 2 * n
+    for one in (without, found):
+        assert one.values == pytest.approx(s[: 2 * n].tolist(), abs=1e-5)
+        assert one.norm == pytest.approx(float(D.norm()), rel=1e-6)
+        assert one.shape == D.shape[1:]
+    U, _, Vh = torch.linalg.svd(D, full_matrices=False)
+    along = float((U[..., :top].mT @ W @ Vh[:, :top].mT).norm())
+    assert found.amplification == pytest.approx(float(D.norm()) / along, rel=1e-4)
+    chance = float(sum((top * w.norm()) ** 2 / w.numel() for w in W)) ** 0.5
+    assert found.along == pytest.approx(along / chance, rel=1e-4)
+    assert without.amplification is None
+    X, _, Yh = torch.linalg.svd(adapters.layers[path].lower("b").matrix().detach().double(), full_matrices=False)
+    U, Vh, X, Yh = (t.numpy() for t in (U, Vh, X, Yh))
+    shared = next(o for o in overlaps(alone, updates(folders["b"])) if o.path == path)
+    assert shared.writes.shape == shared.reads.shape == (2, 3)
+    for i, j in ((1, 1), (2, 3)):
+        phi = [slow_phi(U[e], X[e], i, j) for e in range(n)]
+        assert float(shared.writes[i - 1, j - 1]) == pytest.approx(sum(phi) / n, abs=1e-4)
+        phi = [slow_phi(Vh[e].T, Yh[e].T, i, j) for e in range(n)]
+        assert float(shared.reads[i - 1, j - 1]) == pytest.approx(sum(phi) / n, abs=1e-4)

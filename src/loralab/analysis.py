@@ -10,11 +10,14 @@ similarity       phi(i, j) = |U_i^T X_j|^2 / min(i, j) from 0 to 1 for the first
                  the other (Hu et al., 2021, section 7.2); of random directions in n dimensions it is max(i, j) / n
 amplification    |D| / |U^T W V| over the first `top` directions (section 7.3), and how |U^T W V| compares with the
                  root mean square of random directions, top |W| / sqrt(out in)
+
+A stack of experts is one layer: its values are those of all experts, each expert has its own directions, similarity is
+the mean over experts, and amplification is that of the block matrix with an expert in each block.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +31,21 @@ from loralab.coverage import kind, summary
 from loralab.errors import UserError
 from loralab.inputs import evaluating
 from loralab.kinds import is_product, keep
-from loralab.update import Dense, Update
+from loralab.update import Dense, Update, each
 
 TOP = 8  # directions to compare by default: the usual rank
 
 
 class Layer(NamedTuple):
     update: Update | Dense  # its gain is known only over a base
-    weight: Tensor | None  # W (out, in) of that base
+    weight: Tensor | None  # W (out, in) of that base, or (n, out, in) of n experts
+
+    def experts(self) -> "list[Layer]":
+        """A layer for each expert of a stack; the layer itself where it is none."""
+        if (first := self.update[0]).ndim == 2:  # A or D
+            return [self]
+        W: Any = [None] * len(first) if self.weight is None else self.weight
+        return [Layer(each(lambda t, e=e: t[e], self.update), W[e]) for e in range(len(first))]  # type: ignore[misc]
 
 
 class Directions(NamedTuple):
@@ -117,27 +127,29 @@ def similarity(X: Tensor, Y: Tensor) -> Tensor:
     return both / torch.minimum(i[:, None], j)
 
 
-def amplification(d: Directions, W: Tensor) -> tuple[float, float]:
-    """(|D| / |U^T W V|, |U^T W V| over that of random directions) for the directions given."""
-    W = W.double()
-    along = float((d.U.mT @ W @ d.V).norm())
-    random = len(d.s) * float(W.norm()) / math.sqrt(W.numel())
-    return float(d.s.norm()) / along, along / random
+def amplification(blocks: Sequence[tuple[Directions, Tensor]]) -> tuple[float, float]:
+    """(|D| / |U^T W V|, |U^T W V| over that of random directions), of the directions given in W (out, in) of each."""
+    along = math.hypot(*(float((d.U.mT @ W.double() @ d.V).norm()) for d, W in blocks))
+    random = math.hypot(*(len(d.s) * float(W.double().norm()) / math.sqrt(W.numel()) for d, W in blocks))
+    return math.hypot(*(float(d.s.norm()) for d, _ in blocks)) / along, along / random
 
 
 def spectra(layers: Mapping[str, Layer], top: int = TOP) -> list[Spectrum]:
     """One `Spectrum` a layer, in the order of the layers."""
-    by_path = {path: directions(layer.update) for path, layer in layers.items()}
-    whole = sum(float(d.s.square().sum()) for d in by_path.values()) or 1.0
-    return [_spectrum(path, layers[path], d, whole, top) for path, d in by_path.items()]
+    by_path = {path: [directions(one.update) for one in layer.experts()] for path, layer in layers.items()}
+    whole = sum(float(d.s.square().sum()) for ds in by_path.values() for d in ds) or 1.0
+    return [_spectrum(path, layers[path], ds, whole, top) for path, ds in by_path.items()]
 
 
-def _spectrum(path: str, layer: Layer, d: Directions, whole: float, top: int) -> Spectrum:
-    norm, gain, first = float(d.s.norm()), layer.update.gain, leading(d, top)
-    amplified = (None, None) if layer.weight is None or not len(first.s) else amplification(first, layer.weight)
+def _spectrum(path: str, layer: Layer, ds: Sequence[Directions], whole: float, top: int) -> Spectrum:
+    s = torch.cat([d.s for d in ds]).sort(descending=True).values  # (k,), of a stack (n k,)
+    norm, gain, first = float(s.norm()), layer.update.gain, [leading(d, top) for d in ds]
+    weights = [one.weight for one in layer.experts()]
+    known = [(d, W) for d, W in zip(first, weights, strict=True) if W is not None and len(d.s)]
+    amplified = amplification(known) if known else (None, None)
     off = None if gain is None else float((gain - 1).abs().max())
-    shape = (d.U.shape[0], d.V.shape[0])
-    return Spectrum(path, shape, d.s.tolist(), norm, norm**2 / whole, effective_rank(d.s), off, *amplified)
+    shape = (ds[0].U.shape[0], ds[0].V.shape[0])
+    return Spectrum(path, shape, s.tolist(), norm, norm**2 / whole, effective_rank(s), off, *amplified)
 
 
 @dataclass(frozen=True)
@@ -160,13 +172,15 @@ def overlaps(one: Mapping[str, Layer], other: Mapping[str, Layer], top: int = TO
         raise UserError(f"the two adapters change no layer in common: {layers}")
     out = []
     for path in both:
-        a, b = (leading(directions(layers[path].update), top) for layers in (one, other))
-        if a.U.shape[0] != b.U.shape[0] or a.V.shape[0] != b.V.shape[0]:
-            sizes = " and ".join(f"{d.U.shape[0]} x {d.V.shape[0]}" for d in (a, b))
-            raise UserError(f"{path} is {sizes}: the two adapters belong to different bases")
-        if len(a.s) and len(b.s):
-            chance = 1 / a.V.shape[0], 1 / a.U.shape[0]
-            out.append(Overlap(path, similarity(a.V, b.V), similarity(a.U, b.U), chance))
+        pairs = [[leading(directions(e.update), top) for e in layers[path].experts()] for layers in (one, other)]
+        sizes = [f"{len(ds)} x " * (len(ds) > 1) + f"{len(ds[0].U)} x {len(ds[0].V)}" for ds in pairs]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{path} is {' and '.join(sizes)}: the two adapters belong to different bases")
+        if found := [(a, b) for a, b in zip(*pairs, strict=True) if len(a.s) and len(b.s)]:
+            reads = mean([similarity(a.V, b.V) for a, b in found])
+            writes = mean([similarity(a.U, b.U) for a, b in found])
+            first = found[0][0]
+            out.append(Overlap(path, reads, writes, (1 / len(first.V), 1 / len(first.U))))
     return out
 
 
