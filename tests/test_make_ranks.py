@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import zoo
 from archs import LABELS, build, rows
 from transformers import Trainer, TrainingArguments
 
@@ -163,3 +164,20 @@ def test_a_model_with_adapters_or_a_recipe_with_ranks_is_refused():
     adapters.detach()
     with pytest.raises(UserError, match=r"give ranks=loralab\.rank_map\(model, method, batches\)"):
         loralab.attach(model, "alora")
+
+
+@pytest.mark.parametrize("layers", ["experts", "embed_tokens"])
+@pytest.mark.parametrize(
+    ("method", "settings", "embeddings"),
+    [("lora-drop", {}, False), ("alora", {}, True), ("lora", {"policy": "error-spectrum", "store": "nf4"}, False),
+     ("superlora", {"policy": "groups"}, True)],
+)  # fmt: skip
+def test_layers_that_a_policy_does_not_rank_are_refused(layers, method, settings, embeddings):
+    """Stacks of experts by all of them; embeddings by those that look at vectors that go through, or at a store."""
+    ids = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(1))
+    given = {"targets": [layers, "q_proj"], "rank": 2, "batches": [{"input_ids": ids, "labels": ids}] * 3, **settings}
+    if layers == "embed_tokens" and embeddings:
+        assert any("embed_tokens" in path for path in make_ranks.rank_map(zoo.build("mixtral"), method, **given).layers)
+        return
+    with pytest.raises(loralab.UserError, match=rf"does not rank layers like \S*{layers}.*: exclude them"):
+        make_ranks.rank_map(zoo.build("mixtral"), method, **given)

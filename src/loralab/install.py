@@ -15,7 +15,7 @@ from loralab.errors import UserError, check_once
 from loralab.experts import AdaptedExperts, AdaptedStack, open_stack
 from loralab.heads import head_of, output_layer, outside_backbone, own_copy, under
 from loralab.kinds.stack import Stack
-from loralab.layer import Adapted, AdaptedHead, Constants, put_back
+from loralab.layer import Adapted, AdaptedHead, Constants, is_linear, put_back
 from loralab.methods import starts
 from loralab.methods.base import Factors, Roles
 from loralab.own_forward import adapted
@@ -239,7 +239,7 @@ def _check_misfits(r: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
 def _check_kinds(handle: AdaptedModel, r: Recipe, paths: Iterable[str]) -> None:
     """Raise UserError for layers whose kind, or whose store for other adapters, does not go with the recipe."""
     layers = {path: layer_at(handle.model, path) for path in paths}
-    others = [path for path, layer in layers.items() if not (type(layer) is Adapted or kinds.is_product(layer))]
+    others = [path for path, layer in layers.items() if not is_linear(layer)]
     if others and (what := starts.looks_at(r.start)):
         raise UserError(
             f"start={r.start!r} looks at {what} of layers whose inputs are vectors, and those of {others[0]} are none: "

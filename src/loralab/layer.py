@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from loralab.active import Active
 from loralab.cache import Cache, keeps
 from loralab.errors import UserError
-from loralab.kinds import keep, restore
+from loralab.kinds import is_product, keep, restore
 from loralab.methods.gain import row_norms
 from loralab.recipe import Recipe
 from loralab.update import Dense, Update, apply, by_row, cat, each, merged, nothing, stack, take
@@ -343,6 +343,11 @@ class Adapted(nn.Module):
             ).view_as(x)
 
         return each_row
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer, adapted or not, is the product of vectors with a matrix: no embedding, convolution or stack."""
+    return type(layer) is Adapted or is_product(layer)
 
 
 class AdaptedHead(nn.Module):

@@ -25,7 +25,7 @@ from loralab.ranks.drop import drop_map, importance, shapes
 from loralab.ranks.groups import groups
 from loralab.ranks.spectrum import error_map
 from loralab.recipe import NAMED, Recipe, recipe
-from loralab.targets import ALL, Targets
+from loralab.targets import ALL, Targets, layer_at
 
 NAME = "policy"  # of the adapter that is trained for a while
 CLIP = 1.0  # largest norm of a gradient
@@ -126,7 +126,7 @@ def _alora(work: Work) -> RankMap:
 def _error_spectrum(work: Work) -> RankMap:
     """The map of the weights' rounding errors."""
     spec = spec_of(Adapters(work.model), NAME, replace(work.recipe, policy=None), {}, **work.layers, **work.head)
-    layers = {path: work.model.get_submodule(path) for path in spec.paths}
+    layers = {path: layer_at(work.model, path) for path in spec.paths}
     return error_map(layers, work.recipe.store or "", work.rank, work.options["least"])
 
 

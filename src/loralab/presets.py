@@ -10,10 +10,9 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from loralab import kinds
 from loralab.coverage import folded
 from loralab.errors import UserError
-from loralab.layer import Adapted
+from loralab.layer import is_linear
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention-q": ("q",),
@@ -50,7 +49,7 @@ def layers_of(model: nn.Module, preset: str) -> list[str]:
 
 def structure(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Part -> path endings, as the structure of the model tells them; a part that it does not tell surely is empty."""
-    linear = [path for path, module in model.named_modules() if _is_linear(module)]
+    linear = [path for path, module in model.named_modules() if is_linear(module)]
     found: dict[str, dict[str, None]] = {part: {} for part in ("q", "k", "v", "o", "mlp")}
     holders = attentions(model)
     outputs = {path: _output(path, own.values(), linear) for path, own in holders.items()}
@@ -71,13 +70,9 @@ def attentions(model: nn.Module) -> dict[str, dict[str, str]]:
     return {path: own for path, module in model.named_modules() if (own := _own(path, module))}
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is Adapted or kinds.is_product(module)
-
-
 def _own(path: str, module: nn.Module) -> dict[str, str]:
     """Part -> path of the child that has it, of a module that is an attention; else empty."""
-    children = {name: f"{path}.{name}".lstrip(".") for name, child in module.named_children() if _is_linear(child)}
+    children = {name: f"{path}.{name}".lstrip(".") for name, child in module.named_children() if is_linear(child)}
     if fused := [place for name, place in children.items() if name in FUSED]:
         return dict.fromkeys(("q", "k", "v"), fused[0])
     own = {part: [place for name, place in children.items() if name in names] for part, names in NAMES.items()}

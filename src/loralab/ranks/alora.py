@@ -20,6 +20,7 @@ from loralab.inputs import evaluating
 from loralab.layer import Constants
 from loralab.policies import fixed_ranks
 from loralab.rankmap import LayerRank, RankMap
+from loralab.ranks.groups import check_matrices
 
 Scores = dict[str, list[float]]  # path -> one score for each of its ranks
 Ranks = dict[str, int]
@@ -158,7 +159,9 @@ def _coverage(spec: Any, ranks: RankMap) -> Coverage:
 
 
 def _check(adapters: AdaptedModel, name: str) -> None:
-    r = adapters.spec(name).recipe
+    spec = adapters.spec(name)
+    check_matrices({path: adapters.layers[path] for path in spec.paths}, "ALoRA")
+    r = spec.recipe
     if wrong := fixed_ranks(r.factors, r.gain, r.start):
         raise UserError(f"adapter {name!r}: ALoRA does not go with {'; '.join(wrong)}")
     if r.ranks is not None and any(layer.share or layer.gates or layer.alpha for layer in r.ranks.layers.values()):

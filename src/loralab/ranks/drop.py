@@ -16,7 +16,7 @@ from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
 from loralab.inputs import Batches, each_input, evaluating
 from loralab.rankmap import LayerRank, RankMap
-from loralab.ranks.groups import alike
+from loralab.ranks.groups import alike, check_linear
 from loralab.update import Dense, Update
 
 
@@ -27,6 +27,7 @@ def importance(adapters: AdaptedModel, name: str, batches: Batches) -> dict[str,
     token, and if all updates are zero or one is not finite.
     """
     paths = adapters.spec(name).paths
+    check_linear({path: adapters.layers[path] for path in paths}, "LoRA-drop")
     sums, counts = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0)
     updates = {path: adapters.layers[path].lower(name) for path in paths}  # nothing learns meanwhile
 

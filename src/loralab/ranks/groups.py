@@ -9,9 +9,12 @@ from torch import nn
 
 from loralab.coverage import folded
 from loralab.errors import UserError
+from loralab.experts import AdaptedStack
 from loralab.heads import head_of
+from loralab.kinds.stack import Stack
+from loralab.layer import is_linear
 from loralab.rankmap import LayerRank, RankMap
-from loralab.targets import Targets, cover, shape_of
+from loralab.targets import Targets, cover, layer_at, shape_of
 
 
 def groups(
@@ -24,13 +27,30 @@ def groups(
 ) -> RankMap:
     """The map of a model that is not adapted yet: each group holds at most `span` layers of one kind and shape.
 
-    Raises UserError for a span below 2.
+    Raises UserError for a span below 2 and for stacks of experts.
     """
     if span is not None and span < 2:
         raise UserError(f"span={span}: expected how many layers a group may have, 2 or more")
     paths = cover(model, targets, head_of(model), exclude).paths
-    shares = alike({path: shape_of(model.get_submodule(path)) for path in paths}, span, by)
+    layers = {path: layer_at(model, path) for path in paths}
+    check_matrices(layers, "groups")
+    shares = alike({path: shape_of(layer) for path, layer in layers.items()}, span, by)
     return RankMap({path: LayerRank(rank, shares.get(path)) for path in paths})
+
+
+def check_matrices(layers: Mapping[str, nn.Module], policy: str) -> None:
+    """Raise UserError for stacks of experts, whose A and B are no matrices."""
+    _refuse([path for path, layer in layers.items() if isinstance(layer, Stack | AdaptedStack)], policy)
+
+
+def check_linear(layers: Mapping[str, nn.Module], policy: str) -> None:
+    """Raise UserError for what is no linear layer, where a policy looks at vectors that go through, or at a store."""
+    _refuse([path for path, layer in layers.items() if not is_linear(layer)], policy)
+
+
+def _refuse(paths: list[str], policy: str) -> None:
+    if paths:
+        raise UserError(f"{policy} does not rank layers like {paths[0]} ({len(paths)} of them): exclude them")
 
 
 def alike(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.rankmap import RankMap
+from loralab.ranks.groups import check_linear
 from loralab.stores import keep
 
 
@@ -23,6 +24,7 @@ def error_map(layers: Mapping[str, Any], store: str, rank: int = 8, least: int =
     adapter may have somewhat more or fewer values than one with `rank` everywhere. Raises UserError for a store that
     keeps every bit.
     """
+    check_linear(layers, "error-spectrum")
     spectra = {path: error_spectrum(layer, store) for path, layer in layers.items()}
     return allocate(spectra, rank * len(layers), least)
 

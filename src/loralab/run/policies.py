@@ -32,7 +32,7 @@ from loralab.recipe import Recipe, from_json
 from loralab.run.records import read_facts
 from loralab.run.settings import Settings
 from loralab.run.step import step
-from loralab.targets import cover
+from loralab.targets import cover, layer_at
 
 LEAST_ROWS, MOST_ROWS = 256, 1000  # limits of the sample, else a tenth of the training rows
 EPOCHS = 3  # the paper says "a few" and no more
@@ -123,7 +123,7 @@ def error_spectrum(work: PolicyInput) -> tuple[RankMap, int, int]:
     s, recipe, model = work.settings, work.recipe, work.fresh()
     heads = attach(model, "head", head=True).spec(None).heads
     assert recipe.store is not None
-    layers = {path: model.get_submodule(path) for path in cover(model, **s.chosen_layers, outside=heads).paths}
+    layers = {path: layer_at(model, path) for path in cover(model, **s.chosen_layers, outside=heads).paths}
     return error_map(layers, recipe.store, recipe.factors.rank), 0, 0  # type: ignore[union-attr]
 
 
