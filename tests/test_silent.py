@@ -284,6 +284,7 @@ HANDLE_CALLS = {
     "coverage": lambda h, folder: h.coverage(),
     "parameter_groups": lambda h, folder: h.parameter_groups(),
     "save_pretrained": lambda h, folder: h.save_pretrained(folder),
+    "push_to_hub": lambda h, folder: h.push_to_hub("me/adapter"),
     "fast": lambda h, folder: h.fast(),
     "reference": lambda h, folder: h.reference(),
     "combine": lambda h, folder: h.combine("sum", {"a": 0.5}),
@@ -299,7 +300,7 @@ def test_a_detached_handle_refuses_everything(call, tmp_path):
     with pytest.raises(loralab.UserError, match="detached"):
         HANDLE_CALLS[call](adapters, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert "save_pretrained" not in vars(model)
+    assert not {"save_pretrained", "push_to_hub"} & vars(model).keys()
     again = loralab.attach(model, "lora", rank=2)
     assert again.names == ["default"]
 

@@ -344,6 +344,7 @@ class Adapters(AdaptedModel):
 
     def push_to_hub(self, *_: Any, **__: Any) -> None:
         """Stand in for the model's own method, which would upload what is not checked. Raises UserError."""
+        self.check_attached()
         raise UserError(
             "an adapted model is not pushed: adapters.push(repo) uploads the adapter, "
             "adapters.merge().push_to_hub(repo) a whole model"
