@@ -95,10 +95,11 @@ GPU_OUT    ?= runs/gpu
 GPU_ARGS   ?= --seconds 420
 
 gpu: .whl/pack  ## on a machine with a GPU: is it right, is it fast, how many adapters at once (7 minutes)
-	PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/pack/bnb $(GPU_PYTHON) tests/gpu $(GPU_ARGS) --out $(GPU_OUT)
+	LORALAB_MODELS=.whl/pack/models PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/pack/site:.whl/pack/bnb $(GPU_PYTHON) \
+		tests/gpu $(GPU_ARGS) --data .whl/pack/glue --out $(GPU_OUT)
 
 gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (2 minutes)
-	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --out runs/gpu/toy
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --data $(GLUE) --out runs/gpu/toy
 
 # without rte-from-mnli, which needs an adapter that it says how to make
 STUDIES    ?= $(addprefix studies/,ratios.toml delta.toml newer.toml tokens.toml ten-epochs.toml \
@@ -113,14 +114,14 @@ gpu-studies: .whl/pack  ## on a machine with a GPU: STUDIES one after another fo
 .whl/pack:
 	mkdir -p .whl/pack && if ls .whl/part.* >/dev/null 2>&1; then cat .whl/part.* | tar xz -C .whl/pack; fi
 
-gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, in .whl/part.*: bitsandbytes, the command line's needs, minilm, GLUE
+gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, in .whl/part.*: bitsandbytes, liger-kernel, cyclopts, minilm, GLUE
 	rm -rf .whl && mkdir -p .whl/pack/models/minilm
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
 		--platform manylinux_2_24_x86_64 -d .whl bitsandbytes==0.50.2
 	$(BIN)/python -m zipfile -e .whl/bitsandbytes-*.whl .whl/pack/bnb
 	find .whl/pack/bnb -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .whl/wheels \
-		cyclopts docstring-parser rich-rst
+		cyclopts docstring-parser rich-rst liger-kernel
 	for wheel in .whl/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel .whl/pack/site; done
 	cp -r --no-preserve=mode $(GLUE) .whl/pack/glue
 	folder=$$($(BIN)/python -c 'from loralab.models import resolve; print(resolve("minilm"))'); \

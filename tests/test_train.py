@@ -200,8 +200,12 @@ def test_a_run_can_take_a_part_of_the_rows_the_same_for_every_seed(tiny, own, tm
     assert torch.equal(*said)
     shares = [said[0].double().mean(), 0.5]
     assert abs(shares[0] - shares[1]) < 0.2  # stratified
-    whole = train(settings(tiny, own, tmp_path / "whole", epochs=1, train_rows=10**6))
+    whole = train(settings(tiny, own, tmp_path / "whole", epochs=1, train_rows=10**6, validation_rows=10**5))
     assert whole["protocol"]["train"] == 173
+    assert "train: all 173 rows that there are, fewer than the 1000000 asked for" in whole["notes"]
+    assert "validation: all 48 rows that there are, fewer than the 100000 asked for" in whole["notes"]
+    exact = train(settings(tiny, own, tmp_path / "exact", epochs=1, train_rows=173))
+    assert not [note for note in exact["notes"] if "asked for" in note]
 
 
 def test_one_training_of_many_ranks_is_evaluated_at_each(tiny, own, tmp_path):

@@ -1,20 +1,23 @@
 """What loralab does on a GPU, measured in a few minutes: is it right, is it fast, and how many adapters at once.
 
-    PYTHONPATH=src python3 tests/gpu --out OUT [--seconds 420] [--parts 123] [--compile] [--toy]
+    PYTHONPATH=src python3 tests/gpu --out OUT [--seconds 420] [--parts 1234] [--compile] [--toy]
 
-It needs torch, transformers, accelerate and, to compare, peft; no network and no data. Without bitsandbytes the cases
-in 4 bit are left out. OUT/gpu.json gets every number and traceback after each case, OUT/gpu.md the tables that are
-printed. On a CPU everything has toy size, so `make gpu-dry` runs every line (docs/benchmarks.md).
+It needs torch, transformers, accelerate and, to compare, peft; no network. Without bitsandbytes the cases in 4 bit are
+left out, without liger-kernel its loss, and without minilm and the CoLA of --data the epoch. OUT/gpu.json gets every
+number and traceback after each case, OUT/gpu.md the tables that are printed. On a CPU everything has toy size, so
+`make gpu-dry` runs every line (docs/benchmarks.md).
 """
 
 import argparse
 import importlib.metadata
 import itertools
 import subprocess
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,12 @@ import torch
 import transformers as hf
 from laws import METHODS, laws, paged
 from models import BF16, DEVICE, FLOAT, GPU, KINDS, TOY, free, timed
-from speed import JOBS, SIDES, job, serving, together
+from speed import JOBS, LOSSES, SIDES, cola, job, serving, together
 
 from loralab import fast
 from loralab.disk import write_json
 
-SHARES = {"1": 0.35, "2": 0.5, "3": 0.15}  # of the seconds, by part
+SHARES = {"1": 0.3, "2": 0.47, "3": 0.13, "4": 0.1}  # of the seconds, by part
 FOR_COMPILING = 100  # seconds before the end that the last compiled case may begin
 
 
@@ -52,6 +55,11 @@ class Report:
             record["error"] = traceback.format_exc()
         self.records.append(record | {"seconds": time.time() - began})
         write_json(self.out / "gpu.json", {"began": self.began, "records": self.records})
+
+    def wrong(self) -> bool:
+        """Whether anything failed: a case, a side of one, or a law that does not hold."""
+        parts = [[r, *r.get("checks", {}).values(), *r.get("sides", {}).values()] for r in self.records]
+        return any("error" in part or part.get("ok") is False for case in parts for part in case)
 
     def tables(self) -> str:
         """At most 80 lines: relative errors; times and peaks as multiples of the first side's; what failed."""
@@ -102,7 +110,17 @@ def grid(title: str, rows: dict[str, dict[str, str]]) -> list[str]:
 def facts() -> dict[str, Any]:
     """The card, versions, and what the device multiplies a second."""
     found = {str(p.metadata["Name"]).lower(): p.version for p in importlib.metadata.distributions()}
-    wanted = ["torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "triton", "bitsandbytes"]
+    wanted = [
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "safetensors",
+        "numpy",
+        "triton",
+        "bitsandbytes",
+        "liger_kernel",
+    ]
     ask = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
     card = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() if GPU else "none"
     n = 8192 if GPU else 512
@@ -136,6 +154,7 @@ def run_steps(report: Report, until: float) -> None:
         sides = [side for side in SIDES if side != "full" or "q,v" in name]
         sides = [side for side in sides if side != "block" or shape == "roberta-base"]
         report.case("2", f"{shape}, {name}", until, job, shape, name, sides)
+    report.case("2", "llama-1b, lora r16 all, by loss", until, job, "llama-1b", "lora r16 all", LOSSES)
 
 
 def run_many(report: Report, until: float) -> None:
@@ -144,16 +163,21 @@ def run_many(report: Report, until: float) -> None:
     report.case("3", "32 adapters", until, serving, 32)
 
 
+def run_epoch(report: Report, until: float, data: Path) -> None:
+    """Part 4."""
+    report.case("4", "CoLA on minilm, 1000 rows", until, cola, data)
+
+
 def run_compiled(report: Report, until: float) -> None:
     """Steps through torch.compile; a toy has all but the generated code, which takes a minute to make."""
     if TOY:
         fast.COMPILER = "aot_eager"
     for shape in ("roberta-base", "llama-1b"):
-        report.case("4", f"{shape}, compiled", until, job, shape, "lora r16 all", ["held", "fast", "compile"])
+        report.case("5", f"{shape}, compiled", until, job, shape, "lora r16 all", ["held", "fast", "compile"])
 
 
-def main() -> None:
-    """Run the parts that were asked for."""
+def main() -> int:
+    """Run the parts that were asked for; 1 where anything failed."""
     arguments = parsed()
     hf.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -161,11 +185,18 @@ def main() -> None:
     report = Report(Path(arguments.out))
     report.case("0", "facts", arguments.seconds, facts)
     for part, until in deadlines(arguments).items():
-        {"1": run_laws, "2": run_steps, "3": run_many}[part](report, until)
+        parts: dict[str, Callable[[Report, float], None]] = {
+            "1": run_laws,
+            "2": run_steps,
+            "3": run_many,
+            "4": partial(run_epoch, data=Path(arguments.data)),
+        }
+        parts[part](report, until)
     if arguments.compile:
         run_compiled(report, arguments.seconds - FOR_COMPILING)
     (report.out / "gpu.md").write_text(report.tables() + "\n")
     print(report.tables())
+    return int(report.wrong())
 
 
 def parsed() -> argparse.Namespace:
@@ -176,11 +207,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=last, help="no case begins later; 420, and without end for a toy"
     )
-    parser.add_argument("--parts", default="123", help="1 is it right, 2 is it fast, 3 how many at once")
+    parser.add_argument("--parts", default="1234", help="1 is it right, 2 steps, 3 how many at once, 4 an epoch")
+    parser.add_argument(
+        "--data", default=".whl/pack/glue", help="folder with the GLUE tasks, of which the epoch takes CoLA"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile too, last; it takes a minute a model")
     parser.add_argument("--toy", action="store_true", help="every line, at the sizes that a CPU gets")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

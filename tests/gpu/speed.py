@@ -1,11 +1,13 @@
-"""Is it fast, and how many adapters at once: steps of training and batches, against PEFT and full fine-tuning."""
+"""Is it fast, and how many adapters at once: steps, batches and an epoch, against PEFT and full fine-tuning."""
 
+import importlib.util
 import itertools
 import statistics
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from laws import flat, off
 from models import BF16, DEVICE, FLOAT, GPU, TOY, free, fresh, inputs, shake, timed
 from torch.nn import functional as F
 
-from loralab import attach, fast
+from loralab import attach, fast, models
+from loralab.bench.cases import EpochCase
+from loralab.bench.epoch import EPOCHS
 from loralab.cache import Scope, caching
+from loralab.errors import UserError
 from loralab.fast.layers import layers_of
+from loralab.objectives import vocabulary
 
 JOBS = {  # job -> method, rank, how the names of adapted layers end
     "lora r8 q,v": ("lora", 8, ("query", "value", "q_proj", "v_proj")),
@@ -24,6 +30,7 @@ JOBS = {  # job -> method, rank, how the names of adapted layers end
     "vera r256 all": ("vera", 256, ""),
 }
 SIDES = ("full", "PEFT autocast", "PEFT bf16", "PEFT bf16 autocast", "plain", "held", "fast", "block")
+LOSSES = ("PEFT bf16", "fast", "fast pieces", "PEFT bf16 liger", "fast liger")  # of a decoder: who computes its loss
 
 
 def compared(makers: dict[str, Callable[[], Callable[[], Any]]]) -> dict[str, Any]:
@@ -66,6 +73,10 @@ def side(name: str, shape: str, method: str, rank: int, ends: Any) -> tuple[Any,
     model, head = fresh(shape, BF16 if name.startswith("PEFT bf16") else FLOAT), shape != "llama-1b"
     inner = [path for path, m in model.base_model.named_modules() if type(m) is torch.nn.Linear and path.endswith(ends)]
     paths = [f"{model.base_model_prefix}.{path}" for path in inner]
+    if name.endswith("liger"):
+        with_liger(model)
+    if not head:
+        vocabulary.prepare(model)
     if name == "full":
         return model, True
     if name.startswith("PEFT"):
@@ -83,11 +94,32 @@ def side(name: str, shape: str, method: str, rank: int, ends: Any) -> tuple[Any,
     return model, choices.autocast
 
 
+def with_liger(model: Any) -> None:
+    """liger-kernel's loss, which never makes the logits, and nothing else of it."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    rest = dict.fromkeys(("rope", "cross_entropy", "rms_norm", "swiglu"), False)
+    apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=True, **rest)
+
+
+def in_pieces(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The mean loss of the next tokens as `loralab train` computes it, on a few hundred tokens at a time."""
+    at = torch.ones_like(ids[:, 1:]).nonzero(as_tuple=True)  # (n,), (n,): every token but the last of a row
+    return vocabulary.likelihoods(model, {"input_ids": ids}, at, ids[:, 1:].flatten())[0].mean()
+
+
 def loss_of(
-    model: Any, autocast: bool, batch: dict[str, torch.Tensor], use: AbstractContextManager[Any], runs: int
+    model: Any,
+    autocast: bool,
+    batch: dict[str, torch.Tensor],
+    use: AbstractContextManager[Any],
+    runs: int,
+    pieces: bool = False,
 ) -> torch.Tensor:
     """The sum of the mean losses of as many runs, each an equal part of the batch."""
     with use, torch.autocast(DEVICE.type, BF16, enabled=autocast):
+        if pieces:
+            return in_pieces(model, batch["input_ids"])
         out = model(**batch)
     if runs == 1:
         return out.loss
@@ -101,6 +133,7 @@ def training(
     learns: list[torch.Tensor] | None = None,
     use: Callable[[], AbstractContextManager[Any]] = nullcontext,
     runs: int = 1,
+    pieces: bool = False,
 ) -> Callable[[], None]:
     """A function that takes one step of as many runs: forward, backward, clipping, AdamW."""
     model.train()
@@ -108,7 +141,7 @@ def training(
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
 
     def step() -> None:
-        loss_of(model, autocast, batch, use(), runs).backward()
+        loss_of(model, autocast, batch, use(), runs, pieces).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -117,10 +150,16 @@ def training(
 
 
 def job(shape: str, name: str, sides: tuple[str, ...]) -> dict[str, Any]:
-    """A training step of one job, on each side."""
+    """A training step of one job, on each side; without liger-kernel what needs it is left out."""
     batch = inputs(shape)
     sizes = {"rows, tokens": list(batch["input_ids"].shape)}
-    return sizes | compared({s: lambda s=s: training(*side(s, shape, *JOBS[name]), batch) for s in sides})
+    if not importlib.util.find_spec("liger_kernel"):
+        sides = tuple(s for s in sides if not s.endswith("liger"))
+
+    def made(s: str) -> Callable[[], None]:
+        return training(*side(s, shape, *JOBS[name]), batch, pieces=s.endswith("pieces"))
+
+    return sizes | compared({s: partial(made, s) for s in sides})
 
 
 # ---- 3. how many at once ---------------------------------------------------------------------------------------------
@@ -183,3 +222,37 @@ def serving(count: int) -> dict[str, Any]:
 
     each = partial(adapters.use, names, list(range(count)))
     return compared({"merged": lambda: partial(answer, merged), "one each": lambda: partial(answer, model, each)})
+
+
+# ---- 4. a whole epoch ------------------------------------------------------------------------------------------------
+
+EPOCHS_OF = {  # side -> whose loop, method, runs that share passes
+    "full in Trainer": ("peft", "full", 1),
+    "PEFT in Trainer": ("peft", "lora", 1),
+    "loralab": ("loralab", "lora", 1),
+    "loralab, 16 in one pass": ("loralab", "lora", 16),
+}
+
+
+def cola(data: Path) -> dict[str, Any]:
+    """An epoch of CoLA on minilm, twice on each side; milliseconds are for 1,000 rows, by the faster of the two."""
+    try:
+        found = models.resolve("minilm")
+    except UserError as error:
+        return {"left out": str(error)}
+    if not (data / "cola").is_dir():
+        return {"left out": f"no CoLA in {data}"}
+    rows = 64 if TOY else None
+    settings = {"task": "cola", "model": str(found), "data": data, "train_rows": rows, "max_length": 128}
+    sides: dict[str, dict[str, Any]] = {name: {"turns": []} for name in EPOCHS_OF}
+    for turn in range(2):
+        for name in list(sides) if turn else list(sides)[::-1]:
+            loop, method, runs = EPOCHS_OF[name]
+            free()
+            before = torch.cuda.memory_allocated()
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+            count, seconds = EPOCHS[loop](EpochCase(**settings, method=method, together=runs))
+            sides[name]["turns"].append(1e6 * seconds / count)
+            sides[name]["GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return {"sides": {name: side | {"ms": min(side["turns"])} for name, side in sides.items()}}

@@ -18,7 +18,6 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from loralab import models, objectives
 from loralab.bench.backends import CLIP, under_peft
 from loralab.bench.cases import EpochCase
-from loralab.errors import UserError
 from loralab.objectives import Encoding
 from loralab.run.bar import Silent
 from loralab.run.folder import RunFolder
@@ -33,10 +32,6 @@ RATES = (1.0, 0.5, 0.25, 2.0)  # times the method's learning rate, where runs sh
 
 def peft_epoch(case: EpochCase) -> Timed:
     """An epoch of PEFT in Trainer."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("--epoch gives Trainer a data set: pip install 'loralab[hub]'") from error
     task = task_of(case)
     regression = task.labels is None
     model, tokenizer = models.classifier(case.model, task.num_outputs, regression, torch.float32, 0)
@@ -47,12 +42,17 @@ def peft_epoch(case: EpochCase) -> Timed:
         trainer = Trainer(
             model=under_peft(model, case).model,
             args=arguments(case, folder),
-            train_dataset=datasets.Dataset.from_dict({**rows.columns, "labels": rows.labels.tolist()}),
+            train_dataset=rows_of_trainer({**rows.columns, "labels": rows.labels.tolist()}),
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[clock],
         )
         trainer.train()
     return len(rows), clock.seconds
+
+
+def rows_of_trainer(columns: dict[str, list[Any]]) -> Any:
+    """The rows as a list, which Trainer reads without decoding them again at each access."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def arguments(case: EpochCase, folder: str) -> TrainingArguments:
@@ -67,6 +67,7 @@ def arguments(case: EpochCase, folder: str) -> TrainingArguments:
         bf16=case.precision == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
         report_to=[],
         save_strategy="no",
         logging_strategy="no",

@@ -269,7 +269,10 @@ def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[
     notes: list[str] = []
 
     def sampled(name: str, split: data.Split, rows: int | None) -> data.Split:
-        if rows is None or rows >= len(split):
+        if rows is None or rows == len(split):
+            return split
+        if rows > len(split):
+            notes.append(f"{name}: all {len(split)} rows that there are, fewer than the {rows} asked for")
             return split
         notes.append(f"{name}: {rows} of {len(split)} rows, drawn by the data's hash")
         return split.take(data.sample(split, task.sha256, task.labels is not None, rows))
@@ -284,8 +287,11 @@ def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[
         train, held = train.take(kept), {"held-out": train.take(out)}
     elif settings.selection == "validation":
         notes.append("validation: chosen on the reported split, so results are optimistic")
-    most = settings.validation_rows or (REPORTED_ROWS if settings.reads_validation_once else None)
-    reported = {name: sampled(name, split, most) for name, split in task.validation.items()}
+    most = REPORTED_ROWS if settings.reads_validation_once else None
+    reported = {
+        name: sampled(name, split, settings.validation_rows or (most and min(most, len(split))))
+        for name, split in task.validation.items()
+    }
     return {"train": sampled("train", train, settings.train_rows), **held, **reported}, notes
 
 
