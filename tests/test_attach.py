@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from archs import CONFIGS, build, check_mixed, rows, shake
@@ -9,6 +10,7 @@ from torch import nn
 
 import loralab
 from loralab import adapted
+from loralab.options import options
 from loralab.presets import PRESETS
 from loralab.recipe import NAMED, name_of, recipe
 from loralab.targets import ReachNote, cover
@@ -228,6 +230,44 @@ def test_an_argument_of_another_kind_is_told_by_its_name(given, told):
     assert not hasattr(model, "_loralab")
     adapters = loralab.attach(model, "lora", targets=["query"], head="classifier", labels=("x", "y"))
     assert list(adapters.heads) == ["classifier"]
+
+
+@pytest.mark.parametrize("method", NAMED)
+def test_a_setting_of_another_type_is_told_by_its_name(method):
+    for name, option in options(method).items():
+        other = [object(), b"7", {}] + ([True, "7", [3]] if "number" in option.expects else [])
+        other += [2.5] if option.expects.startswith("a whole number") else []
+        for value in other:
+            with pytest.raises(loralab.UserError, match=rf"{name}="):
+                recipe(method, **{name: value})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
+    settings = {"rank": np.int64(3), "alpha": torch.tensor(7.0), "lr": np.float32(0.125), "dropout": np.float64(0.25)}
+    adapters = loralab.attach(build("bert"), "lora", seed=np.int64(5), **settings)
+    r = loralab.load(build("bert"), adapters.save(tmp_path)).spec().recipe
+    assert r == recipe("lora", rank=3, alpha=7.0, lr=0.125, dropout=0.25)
+    assert [type(x) for x in (r.factors.rank, r.factors.alpha, r.lr)] == [int, float, float]
+    assert recipe("lora", train="B") == recipe("lora", train=("B",))
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda a: a.add("b", "lora", seed="x"), "seed='x': expected a whole number"),
+        (lambda a: a.add(None, "lora"), "adapter name None"), (lambda a: a.add("b", "lora", seed=2**70), "seed="),
+        (lambda a: a.fast(dtype=torch.int8, quiet=True), "dtype=torch.int8: expected one of"),
+        (lambda a: a.fast(dtype=3, quiet=True), "dtype=3"), (lambda a: a.use(3).__enter__(), "no adapter 3 here"),
+        (lambda a: a.remove(None), "is active"), (lambda a: a.save("x", ["default"]), r"no adapter \['default'\]"),
+        (lambda a: a.parameter_groups(lr="x"), "lr='x'"), (lambda a: a.parameter_groups(lr=-1.0), "lr=-1.0: expected"),
+        (lambda a: a.parameter_groups(weight_decay=-1), "weight_decay=-1: expected 0 or more"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_the_handle_of_another_kind_is_told(call, told):
+    adapters = loralab.attach(build("bert"), "lora", targets=["query"])
+    with pytest.raises(loralab.UserError, match=told):
+        call(adapters)
+    assert adapters.names == ["default"]
 
 
 @pytest.mark.parametrize("model", ["bert-base-uncased", None, torch.nn.Linear, {}])

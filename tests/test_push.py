@@ -177,3 +177,9 @@ def test_labels_that_look_like_paths_are_no_paths(tmp_path):
         place,
         "/nowhere/base",
     ]
+
+
+@pytest.mark.parametrize("repo", ["", "a/b/c", "me/re views", "me/..", "-x", 7, None])
+def test_a_name_that_no_repository_can_have_is_refused_in_a_dry_run_too(folder, repo):
+    with pytest.raises(UserError, match="is no name of a repository|repo=.*: expected a text"):
+        hub.push(folder, repo, dry_run=True)

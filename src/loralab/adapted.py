@@ -6,7 +6,7 @@ lies below all of them.
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -113,7 +113,7 @@ class AdaptedModel:
                     f"name an adapter: active are {self.active.names or 'none'}, there are {', '.join(self.names)}"
                 )
             return self.active.names[0]
-        if name not in self.specs:
+        if not isinstance(name, str) or name not in self.specs:
             raise UserError(f"no adapter {name!r} here: there are {', '.join(self.names) or 'none'}")
         return name
 
@@ -256,7 +256,8 @@ class AdaptedModel:
         Raises UserError for an unknown name, ids that do not fit, or a rank the adapter was not trained for.
         """
         self.check_attached()
-        chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+        one = isinstance(names, str) or not isinstance(names, Iterable)
+        chosen: tuple[Any, ...] = () if names is None else (names,) if one else tuple(names)
         self._check_use(names, chosen, ids)
         rows = None if ids is None else row_ids(ids, len(chosen))
         equal = rows is not None and in_equal_parts(rows, len(chosen))

@@ -29,7 +29,7 @@ from loralab.optimizers import grouped, watch
 from loralab.peft_place import placed
 from loralab.recipe import Recipe
 from loralab.reference import frozen_copy
-from loralab.schema import listed
+from loralab.schema import checked, listed
 from loralab.sentence_checkpoints import follow_sentence_transformers
 from loralab.start_data import start_data
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
@@ -173,6 +173,7 @@ class Adapters(AdaptedModel):
         the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
+        seed = checked(seed, int, "seed")
         spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
@@ -200,6 +201,7 @@ class Adapters(AdaptedModel):
         Raises UserError if it is active, also if that is outside of the `use` block around this call, or in another
         thread. Inside `use(None)` the default may be removed; after the block another has to be activated.
         """
+        name = self.only(name)
         spec = self.spec(name)
         self.active.release(name)
         install.give_base_back(self, spec)
@@ -240,6 +242,8 @@ class Adapters(AdaptedModel):
         grouping.
         """
         r = self.spec(name).recipe
+        rates = {"lr": lr, "weight_decay": weight_decay, "head_lr": head_lr}
+        lr, weight_decay, head_lr = (checked(value, float | None, key) for key, value in rates.items())
         learned = {key: pair for key, pair in once(self.tensors(name)).items() if pair[1].requires_grad}
         return grouped(learned, grouping, r.lr if lr is None else lr, r.lr_ratio, head_lr, weight_decay)
 

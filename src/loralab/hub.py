@@ -10,7 +10,7 @@ from typing import Any
 from loralab import files, gguf_format, model_card, peft_format
 from loralab.disk import read_json, read_metadata
 from loralab.errors import UserError
-from loralab.schema import listed
+from loralab.schema import checked, listed
 
 FILES = (  # what may leave; rows, predictions and records of a run are none of these
     files.TENSORS, files.HEADER, files.TASK, peft_format.TENSORS, peft_format.HEADER, gguf_format.ADAPTER,
@@ -45,15 +45,20 @@ def push(
 
     Returns (the files, the address of the commit); with `dry_run` nothing is sent and there is no address. `api` is
     huggingface_hub's HfApi, by default a new one, which uses the token of this machine. Raises UserError as `files_of`
-    does, and if the hub refuses.
+    does, for a name that no repository can have, and if the hub refuses.
     """
+    from huggingface_hub import HfApi  # slow to import
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     found = files_of(folder)
+    try:
+        validate_repo_id(checked(repo, str, "repo"))
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} is no name of a repository, expected OWNER/NAME: {error}") from error
     if dry_run:
         return found, None
-    if api is None:
-        from huggingface_hub import HfApi  # slow to import
-
-        api = HfApi()
+    api = api or HfApi()
     try:
         api.create_repo(repo_id=repo, private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -116,7 +116,7 @@ def _are_names(names: Any) -> bool:
 
 
 def _check_name(handle: AdaptedModel, name: str, r: Recipe) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise UserError(f"adapter name {name!r}: expected letters, digits, - and _, and no word torch uses itself")
     if name in handle.specs:
         raise UserError(

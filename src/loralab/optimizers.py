@@ -53,6 +53,9 @@ def grouped(
     """
     if grouping not in GROUPINGS:
         raise UserError(f"grouping={grouping!r}: choose one of {', '.join(GROUPINGS)}")
+    wrong = {"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay}
+    if least := [f"{key}={value}" for key, value in wrong.items() if value is not None and value < 0]:
+        raise UserError(f"{', '.join(least)}: expected 0 or more")
     if grouping == "peft" and head_lr is not None:
         raise UserError(f"head_lr={head_lr} with grouping='peft': there a head has no rate of its own; leave it out")
     rates = {"B": lr * ratio, "head": lr if head_lr is None else head_lr}

@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 from torch.utils._python_dispatch import _disable_current_modes
 
-from loralab import policies
+from loralab import policies, schema
 from loralab.errors import UserError, hint
 from loralab.methods import starts
 from loralab.methods.adalora import AdaLoRA
@@ -36,6 +36,7 @@ from loralab.update import Dense, Update
 OLD_FIELDS = {"plan": "policy"}  # old name of a field in files of 0.1.0 -> its name now
 BASE_ROLES = ("bias", "all")  # roles of the base that can learn in place: every bias, or every tensor
 SMALL = 8  # side and largest rank of the layer on which a recipe is tried
+NO_SETTINGS = ("factors", "ranks")  # the fields of a recipe that are objects of their own
 WITHOUT_LAYERS = ("train", "lr")  # the settings of a recipe that adapts no layer
 
 
@@ -212,6 +213,9 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
         base = NAMED[method][0]
     else:
         raise UserError(f"method {method!r:.60} is unknown{hint(str(method), NAMED)}: choose one of {', '.join(NAMED)}")
+    settings = {key: schema.plain(value) for key, value in settings.items()}
+    if isinstance(settings.get("train"), str):
+        settings["train"] = (settings["train"],)
     of_recipe = {f.name for f in dataclasses.fields(Recipe)}
     of_factors = set() if base.factors is None else {f.name for f in dataclasses.fields(base.factors)}
     if unknown := sorted(set(settings) - of_recipe - of_factors):
@@ -224,6 +228,7 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     changed = replace(base, **{key: value for key, value in settings.items() if key in of_recipe})
     if inner and changed.factors is not None:
         changed = replace(changed, factors=replace(changed.factors, **inner))
+    _check_types(changed)
     if base.store != changed.store and (plain := _without_store(base)):
         other = f"method={plain!r}" + (f" with store={changed.store!r}" if changed.store else "")
         raise UserError(f"method {method!r} means W kept in {base.store}, and another store is given: choose {other}")
@@ -253,6 +258,7 @@ def _without_store(r: Recipe) -> str | None:
 
 def check(r: Recipe) -> Recipe:
     """The recipe itself. Raises one UserError with every problem, and with all fields of a wrong combination."""
+    _check_types(r)
     problems = []
     if r.store is not None and r.store not in STORES:
         problems.append(f"store={r.store!r}: choose one of {', '.join(STORES)}")
@@ -283,6 +289,18 @@ def check(r: Recipe) -> Recipe:
     if problems:
         raise UserError("; ".join(problems))
     return r
+
+
+def _check_types(r: Recipe) -> None:
+    """Raise UserError for settings that are not of the type that their field says."""
+    wrong = []
+    for holder in (r,) if r.factors is None else (r, r.factors):
+        for key, expected in schema.fields_of(type(holder)).items():
+            if key not in NO_SETTINGS:
+                value = getattr(holder, key)
+                wrong += schema.problems(list(value) if isinstance(value, tuple) else value, expected, key)
+    if wrong:
+        raise UserError("; ".join(wrong).replace(" or null", " or None"))
 
 
 def _learn_problems(factors: Factors, r: Recipe) -> list[str]:

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
+from loralab.errors import UserError
+
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
 LARGEST = 2**63  # whole numbers stay below it
 MOST = 10  # problems that one error names
@@ -20,6 +22,19 @@ MOST = 10  # problems that one error names
 def problems(value: Any, expected: Any, name: str) -> list[str]:
     """What keeps a JSON value from being of the annotated type, one phrase each; `name` is what errors call it."""
     return list(islice(_problems(value, expected, name), MOST))
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's own; any other value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def checked(value: Any, expected: Any, name: str) -> Any:
+    """An argument, a number of numpy or torch as Python's own. Raises UserError if it is not of the annotated type."""
+    value = plain(value)
+    if wrong := problems(list(value) if isinstance(value, tuple) else value, expected, name):
+        raise UserError("; ".join(wrong).replace(" or null", " or None"))
+    return value
 
 
 def field_problems(data: Any, fields: Mapping[str, Any], name: str = "", optional: Collection[str] = ()) -> list[str]:

@@ -53,7 +53,7 @@ def enable(model: nn.Module, dtype: str | torch.dtype = "auto", speed: Speed = "
     model keeps its dtype and `Choices.autocast` is true. Returns what was chosen and why; it follows later changes.
     Raises UserError for an unknown dtype or speed.
     """
-    if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
+    if dtype not in ("auto", *DTYPES, *DTYPES.values()):
         raise UserError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     narrow = (machine.precision(dtype) if isinstance(dtype, str) else dtype) == torch.bfloat16
     rounded = narrow and speed != "off" and what_learns(model) is None

@@ -28,8 +28,8 @@ class IA3(Factors):
     gains: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        names = (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
-        object.__setattr__(self, "inputs", names)
+        if isinstance(self.inputs, str | list):
+            object.__setattr__(self, "inputs", (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs))
 
     def on(self, path: str) -> "IA3":
         return OfInput(self.inputs) if any(ends_in(path, name) for name in self.inputs) else self

@@ -126,10 +126,13 @@ def lost_classes(result: Mapping[str, Any]) -> list[str]:
     return [f"lost: {rows} of {learned['split']} are found in no row; try {balance}more rows of them, or more --epochs"]
 
 
-def _or_layers(settings: Settings) -> str:
-    """Advise to adapt all layers, where fewer are."""
+def _advice(settings: Settings) -> str:
+    """Say what to try where a run learned nothing."""
     usual = next(f.default for f in fields(Settings) if f.name == "targets")
-    return "" if settings.targets == usual or settings.idle() else f"--targets {usual}, "
+    tries = ["another --lr (--tune tries several)", "more --epochs"]
+    if settings.targets != usual and not settings.idle():
+        tries.append(f"--targets {usual}")
+    return f"{', '.join(tries[:-1])} or {tries[-1]}"
 
 
 def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
@@ -139,6 +142,6 @@ def _warnings(run: PreparedRun, selected: Mapping[str, Any]) -> list[str]:
     if selected["one_class"]:
         found.append(
             f"every validation row is predicted the same at the selected epoch: {s.method} did not learn "
-            f"{run.task.name}; try another --lr, more --epochs, {_or_layers(s)}or --tune"
+            f"{run.task.name}; try {_advice(s)}"
         )
     return found
