@@ -180,14 +180,19 @@ def whole_rank(D: Tensor) -> Update:
     return Update(D, torch.eye(D.shape[-2], dtype=D.dtype, device=D.device).expand(*D.shape[:-1], -1))
 
 
-def best(u: Update, rank: int) -> Update:
-    """The best update of a lower rank, its singular values divided evenly; B A is never formed."""
+def singular(u: Update) -> tuple[Tensor, Tensor, Tensor]:
+    """U (..., out, k), s (..., k) falling and V (..., in, k) of B A = U diag(s) V^T, in float64; B A is never formed."""
     write, R_b = torch.linalg.qr(u.B.double())  # (..., out, k), (..., k, r)
     read, R_a = torch.linalg.qr(u.A.double().mT)  # (..., in, k), (..., k, r)
     U, s, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
-    root = s[..., :rank].sqrt()  # (..., rank)
-    A = root.unsqueeze(-1) * (Vh[..., :rank, :] @ read.mT)  # (..., rank, in)
-    return Update(A, write @ U[..., :rank] * root.unsqueeze(-2))
+    return write @ U, s, read @ Vh.mT
+
+
+def best(u: Update, rank: int) -> Update:
+    """The best update of a lower rank, its singular values divided evenly."""
+    U, s, V = singular(u)
+    root = s[..., :rank].sqrt().unsqueeze(-2)  # (..., 1, rank)
+    return Update((V[..., :rank] * root).mT, U[..., :rank] * root)  # (..., rank, in), (..., out, rank)
 
 
 def _linear(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters import MERGE_DTYPES, Adapters, load, read
-from loralab.algebra import lowered
+from loralab.algebra import lowered, singular
 from loralab.coverage import kind, summary
 from loralab.errors import UserError
 from loralab.inputs import evaluating
@@ -101,10 +101,7 @@ def directions(u: Update | Dense) -> Directions:
     if isinstance(u, Dense):
         U, s, Vh = torch.linalg.svd(u.D.double(), full_matrices=False)
         return Directions(U, s, Vh.mT)
-    write, R_b = torch.linalg.qr(u.B.double())  # (out, k), (k, r)
-    read, R_a = torch.linalg.qr(u.A.double().mT)  # (in, k), (k, r)
-    U, s, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
-    return Directions(write @ U, s, read @ Vh.mT)
+    return Directions(*singular(u))
 
 
 def effective_rank(s: Tensor) -> float:
@@ -129,8 +126,9 @@ def similarity(X: Tensor, Y: Tensor) -> Tensor:
 
 def amplification(blocks: Sequence[tuple[Directions, Tensor]]) -> tuple[float, float]:
     """(|D| / |U^T W V|, |U^T W V| over that of random directions), of the directions given in W (out, in) of each."""
-    along = math.hypot(*(float((d.U.mT @ W.double() @ d.V).norm()) for d, W in blocks))
-    random = math.hypot(*(len(d.s) * float(W.double().norm()) / math.sqrt(W.numel()) for d, W in blocks))
+    wide = [(d, W.double()) for d, W in blocks]
+    along = math.hypot(*(float((d.U.mT @ W @ d.V).norm()) for d, W in wide))
+    random = math.hypot(*(len(d.s) * float(W.norm()) / math.sqrt(W.numel()) for d, W in wide))
     return math.hypot(*(float(d.s.norm()) for d, _ in blocks)) / along, along / random
 
 
