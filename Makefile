@@ -28,7 +28,7 @@ export fits
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help examples first-hour docs wheel demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases gpu gpu-dry gpu-pack gpu-studies architectures mistakes clean
+.PHONY: help examples first-hour docs wheel demo decoder test test-all lint types format structure reliability peaks models lock licences audit cases figures gpu gpu-dry gpu-pack gpu-studies architectures mistakes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -81,6 +81,9 @@ wheel: $(VENV)/demo.stamp  ## build the wheel into dist/ and try it in a new env
 
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
+
+figures: $(VENV)/dev.stamp  ## every table of docs/benchmarks.md, on a machine that does nothing else (an hour and a half)
+	$(BIN)/python tests/figures.py --data $(GLUE)
 
 architectures: $(VENV)/dev.stamp  ## every architecture through everything an adapter does, docs/architectures.md (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures.py --write docs/architectures.md

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import docs_site
+import figures
 import pytest
 from test_cli import flags
 
@@ -101,6 +102,7 @@ def commands(text: str) -> list[str]:
 
 PROMISED = [(page.name, command) for page in PAGES if page != HOW_TO for command in commands(page.read_text())]
 PROMISED += [("--help", example) for _, example in COMMANDS.values()]
+PROMISED += [("make figures", f"loralab bench {flags}") for flags in figures.STEPS.values()]
 
 
 @pytest.mark.parametrize(("page", "command"), PROMISED)
