@@ -57,6 +57,30 @@ def test_a_family_without_differences_finds_one_in_at_most_five_of_a_hundred(spr
 
 
 @pytest.mark.few(1)
+@pytest.mark.parametrize("seeds", [5, 12])
+@pytest.mark.parametrize("times", [3, 50])
+@pytest.mark.parametrize("methods", [2, 3, 7])
+def test_the_interval_of_a_method_that_varies_more_than_the_others_holds_too(methods, times, seeds):
+    """Drawn to the spread of the others it held in 0.87 of cases (7 methods, 5 seeds, 3 times their spread)."""
+    random, spreads, held = np.random.default_rng(8), [0.01] * (methods - 1) + [0.01 * times], []
+    for _ in range(TIMES):
+        found = paired(METHODS[:methods], [random.normal(0, s, seeds) for s in spreads], margin=0.01)
+        held.append(found[-1].low <= 0 <= found[-1].high)
+    assert np.mean(held) >= 0.93 - 1.5 * math.sqrt(0.05 * 0.95 / TIMES)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("spreads", [[0.01, 0.01], [0.01, 0.03], [0.01, 0.1], [0.01, 0.01, 0.03]], ids=str)
+def test_a_small_family_without_differences_finds_one_hardly_more_often_than_it_says(spreads, seeds):
+    random, false = np.random.default_rng(9), []
+    for _ in range(2 * TIMES):
+        found = paired(METHODS[: len(spreads)], [random.normal(0, s, seeds) for s in spreads], margin=0.01)
+        false.append(any(c.p_holm < 0.05 for c in found))
+    assert np.mean(false) <= 0.06 + 1.5 * math.sqrt(0.05 * 0.95 / (2 * TIMES))
+
+
+@pytest.mark.few(1)
 @pytest.mark.parametrize("spreads", SPREADS.values(), ids=SPREADS)
 def test_intervals_hold_the_truth_as_often_as_they_say(spreads):
     inside = [c.low <= 0 <= c.high for f in families(spreads) for c in f]
@@ -110,8 +134,10 @@ def test_moderated_variances_are_those_of_limma():
     half = grid[np.abs(special.polygamma(1, grid) - target).argmin()]
     assert 0.5 < half < d / 2, "this case is one that the cap leaves alone"
     s0 = np.exp(e.mean() + special.digamma(half) - np.log(half))
-    np.testing.assert_allclose(got, (2 * half * s0 + d * s2) / (2 * half + d), rtol=1e-3)
-    np.testing.assert_allclose(freedom, 2 * half + d, rtol=1e-3)
+    above = stats.f.sf(s2 / s0, d, 2 * half) < contrasts.OUTLYING  # the prior explains these in fewer than 30 of 100
+    assert 0 < above.sum() < 20
+    np.testing.assert_allclose(got, np.where(above, s2, (2 * half * s0 + d * s2) / (2 * half + d)), rtol=1e-3)
+    np.testing.assert_allclose(freedom, np.where(above, d, 2 * half + d), rtol=1e-3)
 
 
 @pytest.mark.parametrize("y", [1e-7, 1e-3, 0.4, 3.0, 500.0, 1e8])

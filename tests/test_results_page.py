@@ -27,6 +27,7 @@ SECTIONS = {  # heading of the page -> the studies whose numbers stand under it
     "### Rank and targets": ("cornell-grid",),
     "### Targets, each at its own rate": ("targets",),
     "### Ranks, each at its own rate": ("ranks",),
+    "### Rows cut at 128 or at 256 tokens": ("tokens",),
     "## cs4782": ("cs4782", "cornell-grid", "osnabrueck", "osnabrueck-ranks"),
     "### A base in 4 bits, at its own rate": ("double-quantization",),
     "## osnabrueck": ("osnabrueck", "osnabrueck-ranks"),

@@ -337,6 +337,20 @@ def test_processes_come_to_what_one_comes_to(tiny, own, here):
             assert b.result["metric"] == pytest.approx(a.result["metric"], abs=1e-5)
 
 
+def test_what_runs_in_another_process_is_told_while_it_runs(tiny, own, here, monkeypatch, capsys):
+    """Rows done of all processes, in a line a minute where stderr is no terminal; it was silent until a group ended."""
+    monkeypatch.setattr("loralab.run.bar.Pulse.every", 0.0)
+    monkeypatch.setattr("loralab.study.in_processes.LOOKS", 0.01)
+    protocol = {"epochs": 12, "max_length": 32, "batch_size": 20}
+    d = study(tiny, own, methods=[{"method": "lora", "rank": 3}], seeds=[0, 1], protocol=protocol)
+    carried_out(d, on="processes:1")
+    told = re.findall(r"in 1 process: (\d+) of (\d+) rows", capsys.readouterr().err)
+    rows = {int(done) for done, _ in told}
+    assert {int(whole) for _, whole in told} == {2 * 12 * (240 - 48 - 19)}  # both runs are one group
+    assert len(rows) > 3
+    assert max(rows) <= 2 * 12 * 173
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("on", ["in-turn", "together"])
 @pytest.mark.parametrize("leftover", ["run.json.tmp", "run.json", "metrics.jsonl", "checkpoint.new/state.safetensors"])

@@ -181,7 +181,7 @@ def whole_rank(D: Tensor) -> Update:
 
 
 def singular(u: Update) -> tuple[Tensor, Tensor, Tensor]:
-    """U (..., out, k), s (..., k) falling and V (..., in, k) of B A = U diag(s) V^T, in float64; B A is never formed."""
+    """U (..., out, k), s (..., k) falling, V (..., in, k) of B A = U diag(s) V^T, in float64; B A is never formed."""
     write, R_b = torch.linalg.qr(u.B.double())  # (..., out, k), (..., k, r)
     read, R_a = torch.linalg.qr(u.A.double().mT)  # (..., in, k), (..., k, r)
     U, s, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)

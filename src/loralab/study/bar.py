@@ -71,10 +71,20 @@ class StudyBar:
         self.bar.update(self.run_line, advance=rows, status=f"loss {loss:.4f}")
         run = self.bar.tasks[self.run_line]
         self._update(run.completed)
+        self._pulse(run.description, run.completed, run.total or 0, f", loss {loss:.4f}")
+
+    def elsewhere(self, where: str, done: float = 0.0, rows: float = 0.0) -> None:
+        """Runs are under way `where` says, not in this process: `done` of `rows`, where that is known."""
+        self.bar.update(self.run_line, description=where, total=rows or None, completed=done, status="", visible=True)
+        self._update(done)
+        self._pulse(where, done, rows)
+
+    def _pulse(self, what: str, done: float, rows: float, more: str = "") -> None:
+        """A line a minute, where there is no terminal to draw a bar on."""
         if self.pulse.due():
+            place = f": {done:.0f} of {rows:.0f} rows{more}" if rows else ""
             study = self.bar.tasks[self.study_line].fields["status"]
-            text = f"{study}; {run.description}: {run.completed:.0f} of {run.total or 0:.0f} rows, loss {loss:.4f}"
-            self.console.print(text, soft_wrap=True, markup=False)
+            self.console.print(f"{study}; {what}{place}", soft_wrap=True, markup=False)
 
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         """No line, as a run has one at its end; but here a search decides whether the run goes on."""

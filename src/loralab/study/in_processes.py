@@ -11,12 +11,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loralab.errors import UserError
 from loralab.run import Outcome, Settings
+from loralab.run.bar import Silent
 from loralab.run.folder import FAILED
 from loralab.run.memory import trim
 from loralab.run.room import share_card
@@ -25,18 +27,22 @@ from loralab.run.state import OutOfMemory
 from loralab.study.bar import StudyBar
 from loralab.study.stored import run_stored_together
 
+LOOKS = 1.0  # seconds after which the study looks again how far its processes are
+
 
 @dataclass
 class InProcesses:
     count: int
     wide: bool = True  # all runs of a stage at once, over models and tasks
     pool: ProcessPoolExecutor | None = None  # kept from stage to stage, as its processes take seconds to start
+    at: Sequence[float] = ()  # shared with the processes: rows done and rows to do of each
 
     def run(self, runs: Sequence[Settings], bar: StudyBar, adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
         """Yield each run with its outcome, as they finish. Raises UserError if a process dies."""
         if self.pool is None:
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.count, context, initializer=_quiet)
+            self.at, begun = context.RawArray("d", 2 * self.count), context.Value("i", 0)
+            self.pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(self.at, begun))
         threads = max(1, (os.cpu_count() or 1) // self.count)
         ready = [replace(s, threads=s.threads or threads) for s in runs]
         original = {at.folder: settings for at, settings in zip(ready, runs, strict=True)}
@@ -45,13 +51,18 @@ class InProcesses:
         left = {self.pool.submit(work, group.runs, adapters, self.count): group.runs for group in groups}
         again: list[Settings] = []
         try:
-            for done in as_completed(left):
-                for s, outcome in zip(left[done], done.result(), strict=True):
-                    if isinstance(outcome, OutOfMemory) and self.count > 1:
-                        (s.folder / FAILED).unlink(missing_ok=True)
-                        again.append(s)
-                    else:
-                        yield original[s.folder], outcome
+            while left:
+                finished, _ = wait(left, LOOKS, FIRST_COMPLETED)
+                if busy := min(self.count, len(left) - len(finished)):
+                    where = f"in {busy} process{'es' * (busy > 1)}"
+                    bar.elsewhere(where, sum(self.at[::2]), sum(self.at[1::2]))
+                for done in finished:
+                    for s, outcome in zip(left.pop(done), done.result(), strict=True):
+                        if isinstance(outcome, OutOfMemory) and self.count > 1:
+                            (s.folder / FAILED).unlink(missing_ok=True)
+                            again.append(s)
+                        else:
+                            yield original[s.folder], outcome
             for s in again:
                 (outcome,) = self.pool.submit(work, [s], adapters, 1).result()
                 yield original[s.folder], outcome
@@ -71,14 +82,37 @@ class InProcesses:
         self.pool.shutdown(cancel_futures=True)
 
 
+class Told(Silent):
+    """Tells the study how far the runs of this process are, in its place of the shared array."""
+
+    def __init__(self, at: Any, place: int) -> None:
+        self.at, self.place = at, 2 * place
+
+    def start(self, label: str, rows: int, done: int) -> None:
+        self.at[self.place : self.place + 2] = [done, rows]
+
+    def advance(self, rows: int, loss: float) -> None:
+        self.at[self.place] += rows
+
+    def stop(self) -> None:
+        self.at[self.place : self.place + 2] = [0, 0]
+
+
+_told: Told | None = None  # of this process
+
+
 def work(many: Sequence[Settings], adapters: bool, count: int) -> list[Outcome]:
     """Run a group in this process, one of `count` that have work. Raises what `run_stored_together` does."""
     share_card(count)
     try:
-        return run_stored_together(many, None, adapters)
+        return run_stored_together(many, _told, adapters)
     finally:
         trim()  # what this process keeps no other one can have
 
 
-def _quiet() -> None:
+def _begin(at: Any, begun: Any) -> None:
+    """Begin a process: take a place in the shared array."""
+    global _told
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the processes
+    with begun:
+        _told, begun.value = Told(at, begun.value), begun.value + 1

@@ -18,6 +18,7 @@ from loralab.run.sharing import MOST, grouped
 from loralab.study.bar import StudyBar
 from loralab.study.stored import run_stored_together
 
+LOOKS = 5.0  # seconds after which the study says again that it waits
 RETRIES = 5  # deaths of a worker that one run outlives; more is a broken machine or too little memory
 INSTALL = "--on ray needs Ray: pip install 'loralab[ray]'"
 
@@ -31,7 +32,7 @@ class OnRay:
         ray = library()
         _connect(ray, self.address)
         try:
-            yield from _results(ray, runs, adapters)
+            yield from _results(ray, runs, bar, adapters)
         finally:
             ray.shutdown()  # ends the workers; their runs go on from their checkpoints next time
 
@@ -60,7 +61,9 @@ def _connect(ray: ModuleType, address: str | None) -> None:
         ) from error
 
 
-def _results(ray: ModuleType, runs: Sequence[Settings], adapters: bool) -> Iterator[tuple[Settings, Outcome]]:
+def _results(
+    ray: ModuleType, runs: Sequence[Settings], bar: StudyBar, adapters: bool
+) -> Iterator[tuple[Settings, Outcome]]:
     resources = ray.cluster_resources()
     gpus = 1 if resources.get("GPU") else 0
     task = ray.remote(max_retries=RETRIES)(_work)
@@ -72,7 +75,11 @@ def _results(ray: ModuleType, runs: Sequence[Settings], adapters: bool) -> Itera
         threads = group.runs[0].threads
         left[task.options(num_cpus=threads, num_gpus=gpus).remote(group.runs, adapters)] = group.runs
     while left:
-        (done,), _ = ray.wait(list(left), num_returns=1)
+        bar.elsewhere(f"{len(left)} tasks of Ray")
+        finished, _ = ray.wait(list(left), num_returns=1, timeout=LOOKS)
+        if not finished:
+            continue
+        (done,) = finished
         group_runs = left.pop(done)
         try:
             outcomes = ray.get(done)
