@@ -19,6 +19,7 @@ Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
 
 WIDEST = 1000  # characters of a table
 FOLDED = 12  # characters to which a text may be folded
+NAME = 24  # the same of the first column, which names its row
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -27,7 +28,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], tex
     shown = _plain()
     for i, column in enumerate(columns):
         number, widest = i >= texts, max(cell_len(line[i]) for line in (columns, *rows))
-        least = widest if number else min(widest, FOLDED)
+        least = widest if number else min(widest, FOLDED if i else NAME)
         side: JustifyMethod = "right" if number else "left"
         shown.add_column(column, justify=side, no_wrap=number, overflow="fold", min_width=least)
     for row in rows:
