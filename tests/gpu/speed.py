@@ -16,8 +16,6 @@ from models import BF16, DEVICE, FLOAT, GPU, TOY, free, fresh, inputs, shake, ti
 from torch.nn import functional as F
 
 from loralab import attach, fast, models
-from loralab.bench.cases import EpochCase
-from loralab.bench.epoch import EPOCHS
 from loralab.cache import Scope, caching
 from loralab.errors import UserError
 from loralab.fast.layers import layers_of
@@ -236,6 +234,9 @@ EPOCHS_OF = {  # side -> whose loop, method, runs that share passes
 
 def cola(data: Path) -> dict[str, Any]:
     """An epoch of CoLA on minilm, twice on each side; milliseconds are for 1,000 rows, by the faster of the two."""
+    from loralab.bench.cases import EpochCase  # these need more packages than the other parts
+    from loralab.bench.epoch import EPOCHS
+
     try:
         found = models.resolve("minilm")
     except UserError as error:
