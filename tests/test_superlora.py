@@ -372,7 +372,7 @@ def test_rows_of_many_methods_in_one_batch_also_where_one_has_no_part_in_a_layer
         ({"order": 1}, "order=1: expected a whole number, 2 to 9"),
         ({"ratio": 0}, "ratio=0: expected above 0, at most 1"),
         ({"ratio": 1.5}, "ratio=1.5"),
-        ({"source": "peft"}, "source='peft': the one there is is 'philox-1'"),
+        ({"source": "peft"}, "source='peft': expected 'philox-1'"),
         ({"rank": 0}, "rank=0"),
         ({"order": 3, "fold": True}, "fold=True with order=3: orders above 2 are always folded"),
         ({"ratio": 1.0, "projection_seed": 3}, "projection_seed=3 with ratio=1: there is no projection F to seed"),

@@ -81,8 +81,6 @@ class SuperLoRA(LoRA):
                 wrong.append(f"{name}={value!r}: expected a whole number, {least} to 9")
         if not 0 < self.ratio <= 1:
             wrong.append(f"ratio={self.ratio!r}: expected above 0, at most 1")
-        if self.source != "philox-1":
-            wrong.append(f"source={self.source!r}: the one there is is 'philox-1'")
         wrong += not_whole("projection_seed", self.projection_seed, 0)
         if self.projection_seed and self.ratio == 1:
             wrong.append(f"projection_seed={self.projection_seed} with ratio=1: there is no projection F to seed")
