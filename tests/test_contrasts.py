@@ -59,7 +59,7 @@ def test_a_family_without_differences_finds_one_in_at_most_five_of_a_hundred(spr
 @pytest.mark.few(1)
 @pytest.mark.parametrize("seeds", [5, 12])
 @pytest.mark.parametrize("times", [3, 50])
-@pytest.mark.parametrize("methods", [2, 3, 7])
+@pytest.mark.parametrize("methods", [7, 3, 2])
 def test_the_interval_of_a_method_that_varies_more_than_the_others_holds_too(methods, times, seeds):
     """Drawn to the spread of the others it held in 0.87 of cases (7 methods, 5 seeds, 3 times their spread)."""
     random, spreads, held = np.random.default_rng(8), [0.01] * (methods - 1) + [0.01 * times], []
@@ -70,8 +70,10 @@ def test_the_interval_of_a_method_that_varies_more_than_the_others_holds_too(met
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("spreads", [[0.01, 0.01], [0.01, 0.03], [0.01, 0.1], [0.01, 0.01, 0.03]], ids=str)
+@pytest.mark.parametrize(
+    ("spreads", "seeds"),
+    [([0.01, 0.01], 3), ([0.01, 0.03], 3), ([0.01, 0.1], 3), ([0.01, 0.03], 5), ([0.01, 0.01, 0.03], 5)],
+)
 def test_a_small_family_without_differences_finds_one_hardly_more_often_than_it_says(spreads, seeds):
     random, false = np.random.default_rng(9), []
     for _ in range(2 * TIMES):
