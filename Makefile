@@ -82,7 +82,7 @@ wheel: $(VENV)/demo.stamp  ## build the wheel into dist/ and try it in a new env
 peaks: $(VENV)/dev.stamp  ## planned against measured memory, the tables of docs/memory.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peaks.py
 
-figures: $(VENV)/dev.stamp  ## every table of docs/benchmarks.md, on a machine that does nothing else (an hour and a half)
+figures: $(VENV)/dev.stamp  ## the commands behind the tables of docs/benchmarks.md, on a machine that does nothing else (long)
 	$(BIN)/python tests/figures.py --data $(GLUE)
 
 architectures: $(VENV)/dev.stamp  ## every architecture through everything an adapter does, docs/architectures.md (5 minutes)
@@ -101,7 +101,7 @@ gpu: .whl/pack  ## on a machine with a GPU: is it right, is it fast, how many ad
 	LORALAB_MODELS=.whl/pack/models PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/pack/site:.whl/pack/bnb $(GPU_PYTHON) \
 		tests/gpu $(GPU_ARGS) --data .whl/pack/glue --out $(GPU_OUT)
 
-gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (2 minutes)
+gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --data $(GLUE) --out runs/gpu/toy
 
 # without rte-from-mnli, which needs an adapter that it says how to make

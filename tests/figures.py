@@ -1,9 +1,9 @@
-"""Every table of docs/benchmarks.md, one command after another: `make figures` on a machine that does nothing else.
+"""The commands behind docs/benchmarks.md, one after another: `make figures` on a machine that does nothing else.
 
     python tests/figures.py [--data DIR] [--out runs/figures] [--only NAME ...]
 
 OUT/NAME.md gets what a command printed, OUT/figures.md all of it with the commands. What is there already is not
-measured again, so the same command goes on after a stop. About an hour and a half on 2 cores; --list names the parts.
+measured again, so the same command goes on after a stop. --list names the parts.
 """
 
 import argparse

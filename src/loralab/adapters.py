@@ -202,7 +202,7 @@ class Adapters(AdaptedModel):
         thread. Inside `use(None)` the default may be removed; after the block another has to be activated.
         """
         name = self.only(name)
-        spec = self.spec(name)
+        spec = self.specs[name]
         self.active.release(name)
         install.give_base_back(self, spec)
         self.steps.remove(name)

@@ -47,7 +47,6 @@ def push(
     huggingface_hub's HfApi, by default a new one, which uses the token of this machine. Raises UserError as `files_of`
     does, for a name that no repository can have, and if the hub refuses.
     """
-    from huggingface_hub import HfApi  # slow to import
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -58,7 +57,10 @@ def push(
         raise UserError(f"{repo!r} is no name of a repository, expected OWNER/NAME: {error}") from error
     if dry_run:
         return found, None
-    api = api or HfApi()
+    if api is None:
+        from huggingface_hub import HfApi  # slow to import
+
+        api = HfApi()
     try:
         api.create_repo(repo_id=repo, private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -297,10 +297,9 @@ def _check_types(r: Recipe) -> None:
     for holder in (r,) if r.factors is None else (r, r.factors):
         for key, expected in schema.fields_of(type(holder)).items():
             if key not in NO_SETTINGS:
-                value = getattr(holder, key)
-                wrong += schema.problems(list(value) if isinstance(value, tuple) else value, expected, key)
+                wrong += schema.argument_problems(getattr(holder, key), expected, key)
     if wrong:
-        raise UserError("; ".join(wrong).replace(" or null", " or None"))
+        raise UserError("; ".join(wrong))
 
 
 def _learn_problems(factors: Factors, r: Recipe) -> list[str]:

@@ -32,9 +32,15 @@ def plain(value: Any) -> Any:
 def checked(value: Any, expected: Any, name: str) -> Any:
     """An argument, a number of numpy or torch as Python's own. Raises UserError if it is not of the annotated type."""
     value = plain(value)
-    if wrong := problems(list(value) if isinstance(value, tuple) else value, expected, name):
-        raise UserError("; ".join(wrong).replace(" or null", " or None"))
+    if wrong := argument_problems(value, expected, name):
+        raise UserError("; ".join(wrong))
     return value
+
+
+def argument_problems(value: Any, expected: Any, name: str) -> list[str]:
+    """The same as `problems` for a value of Python, whose lists may be tuples and whose null is None."""
+    found = problems(list(value) if isinstance(value, tuple) else value, expected, name)
+    return [problem.replace(" or null", " or None") for problem in found]
 
 
 def field_problems(data: Any, fields: Mapping[str, Any], name: str = "", optional: Collection[str] = ()) -> list[str]:

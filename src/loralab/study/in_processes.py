@@ -10,8 +10,8 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,11 +52,7 @@ class InProcesses:
         again: list[Settings] = []
         try:
             while left:
-                finished, _ = wait(left, LOOKS, FIRST_COMPLETED)
-                if busy := min(self.count, len(left) - len(finished)):
-                    where = f"in {busy} process{'es' * (busy > 1)}"
-                    bar.elsewhere(where, sum(self.at[::2]), sum(self.at[1::2]))
-                for done in finished:
+                for done in self._finished(left, bar):
                     for s, outcome in zip(left.pop(done), done.result(), strict=True):
                         if isinstance(outcome, OutOfMemory) and self.count > 1:
                             (s.folder / FAILED).unlink(missing_ok=True)
@@ -64,7 +60,10 @@ class InProcesses:
                         else:
                             yield original[s.folder], outcome
             for s in again:
-                (outcome,) = self.pool.submit(work, [s], adapters, 1).result()
+                alone = self.pool.submit(work, [s], adapters, 1)
+                while not self._finished([alone], bar):
+                    pass
+                (outcome,) = alone.result()
                 yield original[s.folder], outcome
         except BrokenProcessPool as error:
             raise UserError(
@@ -73,6 +72,13 @@ class InProcesses:
         except BaseException:
             self._stop()
             raise
+
+    def _finished(self, left: Collection[Future[Any]], bar: StudyBar) -> set[Future[Any]]:
+        """Those that are done, after LOOKS seconds at most; the bar says how far the others are."""
+        finished, others = wait(left, LOOKS, FIRST_COMPLETED)
+        if busy := min(self.count, len(others)):
+            bar.elsewhere(f"in {busy} process{'es' * (busy > 1)}", sum(self.at[::2]), sum(self.at[1::2]))
+        return finished
 
     def _stop(self) -> None:
         """End the processes at once: their runs go on from their checkpoints next time."""
