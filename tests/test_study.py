@@ -3,8 +3,13 @@
 import dataclasses
 import errno
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -349,6 +354,36 @@ def test_what_runs_in_another_process_is_told_while_it_runs(tiny, own, here, mon
     assert {int(whole) for _, whole in told} == {2 * 12 * (240 - 48 - 19)}  # both runs are one group
     assert len(rows) > 3
     assert max(rows) <= 2 * 12 * 173
+
+
+def test_processes_of_a_killed_study_end_with_it(tiny, own, here):
+    """They trained on to the end of their group, an hour, and held its runs against the same command given again."""
+    (here / "x.toml").write_text(toml(tiny, own).replace("epochs = 2", "epochs = 5000"))
+    command = [sys.executable, "-m", "loralab", "study", "x.toml", "--on", "processes:2"]
+    with (here / "stderr").open("w") as told:
+        parent = subprocess.Popen(command, stderr=told, start_new_session=True)
+    try:
+        while not list(here.glob("runs/store/*/metrics.jsonl")):  # its processes train now
+            assert parent.poll() is None, (here / "stderr").read_text()
+            time.sleep(0.1)
+        parent.kill()
+        parent.wait()
+        killed = time.monotonic()
+        while alive(parent.pid):
+            assert time.monotonic() - killed < 20, "a process of the study lives on"
+            time.sleep(0.1)
+    finally:
+        if alive(parent.pid):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def alive(group: int) -> bool:
+    """Whether the process group has a process."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.few(2)

@@ -8,12 +8,14 @@ again at the end, when no other process has anything to do.
 
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 from loralab.errors import UserError
@@ -117,8 +119,17 @@ def work(many: Sequence[Settings], adapters: bool, count: int) -> list[Outcome]:
 
 
 def _begin(at: Any, begun: Any) -> None:
-    """Begin a process: take a place in the shared array."""
+    """Begin a process: take a place in the shared array, and end when the parent has."""
     global _told
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the processes
+    Thread(target=_end_with_parent, daemon=True).start()
     with begun:
         _told, begun.value = Told(at, begun.value), begun.value + 1
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends nobody: its processes would train on for an hour and hold their runs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)  # files are written under another name first, as for any kill
