@@ -93,7 +93,7 @@ JOBS = [  # (tests, how many times their short form), those that take longest fi
     ("test_hostile.py", 10),
     ("test_labels.py", 1),
     ("test_silent.py -k stale_value", 1),
-    ("test_silent.py -k threads_use", 4),
+    ("test_threads.py -k threads_use", 4),
     ("test_study_file.py -k wrong_types", 4),
     ("test_study.py -k exception", 1),
 ]
