@@ -379,6 +379,28 @@ def test_likelihoods_are_those_of_all_logits(bases, plain, learns, monkeypatch):
     assert hits.tolist() == right.tolist()
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_likelihoods_have_a_right_second_derivative_or_none(bases, learns):
+    """The pieces of a frozen output layer keep a gradient and no graph of it: a product with the Hessian was zero."""
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"], attn_implementation="eager").double()
+    model.lm_head.weight.requires_grad_(learns)
+    vocabulary.prepare(model)
+    ids = torch.randint(4, 31, (3, 11), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    weight = model.model.norm.weight
+
+    def slope(loss):
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    loss = objectives.OBJECTIVES["causal"].forward(model, batch)[:, 0].sum()
+    if learns:
+        torch.testing.assert_close(slope(loss), slope(model(**batch).loss * 30))
+    else:
+        with pytest.raises(UserError, match="no second derivative"):
+            slope(loss)
+
+
 def test_a_model_that_changes_its_logits_is_not_taken_for_plain(bases):
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     inner = model.forward

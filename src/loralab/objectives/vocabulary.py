@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from loralab.errors import UserError
+
 Places = tuple[Tensor, Tensor]  # sequence and token of each
 
 PIECE_BYTES = 64e6  # of float32 logits that exist at once
@@ -132,5 +134,7 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Scale the kept gradient by that of each token (n,)."""
+        if torch.is_grad_enabled():
+            raise UserError("create_graph=True: this loss gives one gradient and no second derivative")
         (slope,) = ctx.saved_tensors
         return gradient[:, None].to(slope.dtype) * slope, None, None, None
