@@ -170,8 +170,9 @@ def paired(
         if counts[i]:
             mean = float(differences[i].mean())
         if i in places:
-            of_rows = 0.0 if rows is None else rows[i]
-            error, df = math.sqrt(variances[places[i]] / counts[i] + of_rows), float(freedom[places[i]])
+            of_rows, of_seeds = 0.0 if rows is None else rows[i], variances[places[i]] / counts[i]
+            error = math.sqrt(of_seeds + of_rows) if of_seeds else math.nan  # the rows alone are surer than seeds allow
+            df = float(freedom[places[i]])
         made.append(contrast(method, mean, error, df, margin if isinstance(margin, float) else margin[i]))
     limits = [UNBOUNDED] * len(counts) if ranges is None else ranges
     return [_stated(c, n, own) for c, n, own in zip(family(made, alpha, power), counts, limits, strict=True)]

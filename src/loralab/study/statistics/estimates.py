@@ -44,7 +44,7 @@ class MeanEstimate:
         return (math.sqrt(self.of_seeds), self.seeds - 1), both
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Where the mean lies; (nan, nan) where that is unknown: with one seed or two, and where nothing varies.
+        """Where the mean lies; (nan, nan) where that is unknown: with one seed or two, and where no seed varies.
 
         Two seeds have one degree of freedom: their interval reaches 13 standard errors to each side.
         """
@@ -55,29 +55,21 @@ class MeanEstimate:
 
     def p(self) -> float:
         """Two-sided p of no difference; nan with one seed."""
-        if self.seeds < 2:
-            return math.nan
-        if self.exact:
-            return 1.0 if self.mean == 0 else 2.0 ** (1 - self.seeds)
-        return min(1.0, 2 * self._tail(abs(self.mean)))
+        return math.nan if self.seeds < 2 else min(1.0, 2 * self._tail(abs(self.mean)))
 
     def p_equivalent(self, margin: float) -> float:
         """TOST (Schuirmann, 1987): the larger p of 'not below -margin' and 'not above margin'."""
-        if self.seeds < 2:
-            return math.nan
-        room = margin - abs(self.mean)
-        if self.exact:
-            return 2.0**-self.seeds if room > 0 else 1.0
-        return self._tail(room)
+        return math.nan if self.seeds < 2 else self._tail(margin - abs(self.mean))
 
     @property
     def exact(self) -> bool:
-        """Every seed has the same difference: t is x/0, and flipping signs is the test."""
-        return self.of_seeds + self.of_rows == 0
+        """Every seed has the same difference: t over seeds is x/0, and flipping signs is their test."""
+        return self.of_seeds == 0
 
     def _tail(self, distance: float) -> float:
-        """Chance of a mean so far above its true value, at least."""
-        return float(max(stats.t.sf(distance / error, df) for error, df in self.parts if error))
+        """Chance of a mean so far above its true value, at least; by signs where seeds do not vary."""
+        signs = 2.0**-self.seeds if distance > 0 else 1.0
+        return float(max(stats.t.sf(distance / error, df) if error else signs for error, df in self.parts))
 
 
 def freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
