@@ -84,6 +84,33 @@ def of_another_family(model, patch):
     patch.setattr(file_of(model), "apply_rotary_pos_emb", modeling_glm.apply_rotary_pos_emb)
 
 
+class Loud(AttentionInterface):
+    """A table whose attentions give half as much again."""
+
+    def get_interface(self, name, default):
+        return louder(super().get_interface(name, default))
+
+
+def table_of_its_file(model, patch):
+    patch.setattr(file_of(model), "ALL_ATTENTION_FUNCTIONS", Loud())
+
+
+def how_the_table_is_asked(model, patch):
+    ask = AttentionInterface.get_interface
+    patch.setattr(AttentionInterface, "get_interface", lambda *args: louder(ask(*args)))
+
+
+def call_of_a_part(model, patch):
+    layer = layers_of(model)[1]
+    kind = type(layer.mlp if hasattr(layer, "mlp") else layer.output)
+    patch.setattr(kind, "__call__", louder(kind.__call__))
+
+
+def products_under_eager(model, patch):
+    model.set_attn_implementation("eager")
+    patch.setattr(torch, "matmul", louder(torch.matmul))
+
+
 HERE = "is a function of test_fast_code"
 ROTATED = ("llama", "mistral", "qwen3", "gemma", "modernbert")
 WITH_A_TABLE = ("llama", "qwen3", "bert", "distilbert", "albert", "modernbert")
@@ -98,6 +125,10 @@ CASES = {  # what is replaced -> by what, in which models, and what the layer sa
     "sdpa for all": (attention("sdpa"), WITH_A_TABLE, f"sdpa, which it calls, {HERE}"),
     "sdpa for one file": (attention_of_its_file, WITH_A_TABLE, f"sdpa, which it calls, {HERE}"),
     "eager for all": (attention("eager"), WITH_A_TABLE, f"eager, which it calls, {HERE}"),
+    "the table of one file": (table_of_its_file, WITH_A_TABLE, "ALL_ATTENTION_FUNCTIONS, which it calls"),
+    "how the table is asked": (how_the_table_is_asked, WITH_A_TABLE, f"get_interface, which it calls, {HERE}"),
+    "__call__ of a part": (call_of_a_part, ("bert", "llama", "gemma", "modernbert"), "has a __call__ of its own"),
+    "products under eager": (products_under_eager, ("bert", "llama"), f"matmul, which it calls, {HERE}"),
     "what a layer calls": (in_its_file("apply_chunking_to_forward", wraps=True), ("bert", "roberta", "albert"), HERE),
     "a method": (of_its_class("feed_forward_chunk", wraps=True), ("bert", "roberta", "electra"), HERE),
     "another method": (of_its_class("ff_chunk", wraps=True), ("albert",), HERE),

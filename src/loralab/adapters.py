@@ -173,6 +173,10 @@ class Adapters(AdaptedModel):
         the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
+        if torch.is_inference_mode_enabled() and not filled:
+            raise UserError(
+                "this is torch.inference_mode(), where tensors are made that cannot learn: attach before it"
+            )
         seed = checked(seed, int, "seed")
         spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage

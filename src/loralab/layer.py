@@ -21,7 +21,7 @@ from loralab.methods.gain import row_norms
 from loralab.recipe import Recipe
 from loralab.update import Dense, Update, apply, by_row, cat, each, merged, nothing, stack, take
 
-FAST = "_loralab_fast"  # marks a module whose forward is not that of its class
+FAST = "_loralab_fast"  # holds the forward that `put` gave to a module
 HOOKS = (  # where torch keeps the hooks that run when a module is called
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -35,16 +35,24 @@ HOOKS = (  # where torch keeps the hooks that run when a module is called
 
 
 def put(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Replace the forward of one module, until `put_back`."""
+    """Replace the forward of one module, until `put_back`; one that somebody else gave to the module stays."""
+    if has_own_forward(module):
+        return
     module.forward = forward
-    module.__dict__[FAST] = True
+    module.__dict__[FAST] = forward
 
 
 def put_back(model: nn.Module) -> None:
-    """Undo every `put` inside a model."""
+    """Undo every `put` inside a model. A forward that was wrapped around it since stays."""
     for module in model.modules():
-        if module.__dict__.pop(FAST, False):
+        ours = module.__dict__.pop(FAST, None)
+        if ours is not None and module.__dict__["forward"] is ours:
             del module.__dict__["forward"]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward that is neither that of its class nor one of `put`: a hook of accelerate, say."""
+    return module.__dict__.get("forward") is not module.__dict__.get(FAST)
 
 
 class LikeOriginal(nn.Module):

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from loralab.active import Active
 from loralab.adapted import HANDLE, AdaptedModel
@@ -24,7 +25,8 @@ from loralab.fast import heap, machine, masks
 from loralab.fast.block import Block
 from loralab.fast.choices import Choice, Choices
 from loralab.fast.layers import LAYERS, layers_of, refused
-from loralab.layer import Adapted, put, put_back
+from loralab.kinds import FLOATS
+from loralab.layer import FAST, Adapted, put, put_back
 
 Speed = Literal["auto", "off", "compile"]
 COMPILED = "_loralab_compiled"  # marks a model that `prepare` gave to torch.compile
@@ -32,6 +34,7 @@ COMPILER = "inductor"  # torch's own; batches of any shape share what it makes
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first product
 LARGEST = 8 << 20  # values of a matrix, 32 MiB in float32 (see heap.py)
+DROPS = (nn.Dropout.forward, F.dropout)  # torch's own, which somebody may replace
 MANY = "16384"  # prepared products; its own 1024 are too few
 
 
@@ -49,14 +52,16 @@ def enable(model: nn.Module, dtype: str | torch.dtype = "auto", speed: Speed = "
 
     `dtype` is what products run in: bfloat16, float32, or auto, which is bfloat16 where the machine multiplies it
     fast. For bfloat16 every frozen tensor is rounded to it once, so that no product needs a cast and forward passes
-    no autocast; what learns keeps its dtype. If a tensor learns that belongs to no adapter (full fine-tuning), the
-    model keeps its dtype and `Choices.autocast` is true. Returns what was chosen and why; it follows later changes.
+    no autocast; what learns keeps its dtype. If a tensor learns that belongs to no adapter (full fine-tuning), or the
+    model takes something else than ids of tokens, it keeps its dtype and `Choices.autocast` is true. Returns what was
+    chosen and why; it follows later changes.
     Raises UserError for an unknown dtype or speed.
     """
     if dtype not in ("auto", *DTYPES, *DTYPES.values()):
         raise UserError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     narrow = (machine.precision(dtype) if isinstance(dtype, str) else dtype) == torch.bfloat16
-    rounded = narrow and speed != "off" and what_learns(model) is None
+    takes_ids = getattr(model, "main_input_name", None) == "input_ids"  # others may be given features in float32
+    rounded = narrow and speed != "off" and takes_ids and what_learns(model) is None
     choices = prepare(model, speed, "bfloat16" if rounded else None)
     choices.autocast = narrow and not rounded
     return choices
@@ -86,8 +91,8 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
         model.compile(dynamic=True, backend=COMPILER)
         model.__dict__[COMPILED] = True
         chosen.append(Choice("compile", True, "torch.compile joins what lies between products"))
-    blocks = [block for layer in layers_of(model) if isinstance(block := layer.__dict__.get("forward"), Block)]
-    choices = Choices(model, chosen, blocks if speed == "auto" else [], PIECES["block"].why)
+    blocks = [_block(layer, model) for layer in layers_of(model)] if speed == "auto" else []
+    choices = Choices(model, chosen, blocks, PIECES["block"].why)
     choices.store = store
     return choices
 
@@ -104,7 +109,7 @@ def round_frozen(model: nn.Module, store: str) -> None:
         _ = handle.base_sha256  # taken while the base still has its own bits
     own = _of_adapters(handle)
     for p in model.parameters():
-        if id(p) not in own and p.is_floating_point() and not p.requires_grad:
+        if id(p) not in own and p.dtype in FLOATS and not p.requires_grad:  # float8 holds codes
             p.data = p.data.to(DTYPES[store])
     for layer in model.modules():
         if isinstance(layer, Adapted):
@@ -150,8 +155,10 @@ def _no_masks(model: nn.Module) -> str | None:
     return f"the model is on {device}, which draws random numbers fast"
 
 
-def _dropout(module: nn.Dropout, active: Active, x: torch.Tensor) -> torch.Tensor:
-    return masks.dropout(x, module.p, module.training, active.streams)
+def _dropout(module: nn.Dropout, active: Active, input: torch.Tensor) -> torch.Tensor:
+    if module.inplace or (nn.Dropout.forward, F.dropout) != DROPS:
+        return nn.Dropout.forward(module, input)
+    return masks.dropout(input, module.p, module.training, active.streams)
 
 
 def _put_dropout(model: nn.Module) -> None:
@@ -169,6 +176,12 @@ def _no_block(model: nn.Module) -> str | None:
 def _put_block(model: nn.Module) -> None:
     for layer in layers_of(model):
         put(layer, Block(layer, LAYERS[type(layer).__name__], _active(model)))
+
+
+def _block(layer: nn.Module, model: nn.Module) -> Block:
+    """The block in the place of a layer's forward; of a layer that has a forward of its own one that says so."""
+    found = layer.__dict__.get(FAST)
+    return found if isinstance(found, Block) else Block(layer, LAYERS[type(layer).__name__], _active(model))
 
 
 def _no_primitives(model: nn.Module) -> str | None:

@@ -57,18 +57,13 @@ class Choices(Sequence[Choice]):
         return [self._of_blocks() if choice.piece == "block" and self.blocks else choice for choice in self.fixed]
 
     def _of_blocks(self) -> Choice:
-        plain = [(block.layer, why) for block in self.blocks if (why := _why_plain(block)) is not None]
+        plain = [(block.layer, why) for block in self.blocks if (why := block.why_plain()) is not None]
         if not plain:
             return Choice("block", True, self.why)
         first = _told(self.model, *plain[0])
         if len(plain) == len(self.blocks):
             return Choice("block", False, first)
         return Choice("block", True, f"{len(plain)} of {len(self.blocks)} layers take their own forward: {first}")
-
-
-def _why_plain(block: Block) -> Obstacle | None:
-    is_on = block is block.layer.__dict__.get("forward")
-    return block.why_plain() if is_on else Obstacle("the fast path was taken off since; call it again")
 
 
 def _told(model: nn.Module, layer: nn.Module, obstacle: Obstacle) -> str:

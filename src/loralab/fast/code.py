@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,6 +70,8 @@ def foreign(modules: Sequence[nn.Module], names: Sequence[Called]) -> Obstacle |
                 return Obstacle(f"is a {kind.__name__} of {kind.__module__}", module)
         if _stranger(type(module).forward, home) is not None:
             return Obstacle("has a forward of its own", module)
+        if _stranger(type(module).__call__, home) is not None:
+            return Obstacle("has a __call__ of its own", module)
     for one in names:
         if one.function is not None and (place := _stranger(one.function, home)) is not None:
             return Obstacle(f"{one.name}, which it calls, is a function of {place}")
@@ -80,10 +83,13 @@ def _called_by(function: Any, own: dict[str, Any], methods: Sequence[Mapping[str
     for one in _wrapped(function):
         file = getattr(one, "__globals__", {})
         for name in _names(one):
-            for names in (file, vars(F), *methods):
+            for names in (file, vars(F), vars(torch), *methods):
                 value = names.get(name)
-                if isinstance(value, MutableMapping):  # the table of attentions
+                if isinstance(value, MutableMapping):  # the table of attentions, and how it is asked
+                    yield Called(names, name, value)
                     yield from (Called(value, key, value.get(key)) for key in ATTENTIONS)
+                    asked = [vars(kind) for kind in type(value).__mro__ if kind.__module__.startswith("transformers.")]
+                    yield from (Called(of, by, of[by]) for of in asked for by in _names(one) if callable(of.get(by)))
                 elif callable(value) and not isinstance(value, type | nn.Module):
                     yield Called(names, name, value)
             if any(callable(names.get(name)) for names in methods):

@@ -10,7 +10,7 @@ value heads are never repeated: the query heads of a group are rows of one produ
 updates, not methods. Whether a layer may be computed here is decided in block.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -106,6 +106,7 @@ class DecoderModules:
     q_norm: Norm | None = None  # over each head
     k_norm: Norm | None = None
     returns_tuple: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("position_embeddings",)  # arguments of a call beside the input and the mask
     causal: ClassVar[bool] = True  # whether a token sees those before it alone where no mask is given
 
     @property
@@ -128,14 +129,18 @@ class DecoderModules:
         """Modules other than the linear ones, each with the classes that it may be of: found by name before."""
         return ()
 
+    def activate(self, u: Tensor) -> Tensor:
+        """What the activation gives."""
+        return _activation(self).forward(u)
+
     def products(self) -> DecoderProducts:
         """The products of the layer's modules."""
         joined = (self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,)
         return DecoderProducts(*map(JoinedLinear, joined))
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    def given(self, told: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What a call gives beside the mask: cos and sin (b or 1, t, head)."""
-        return tuple(kwargs.get("position_embeddings") or (None, None))
+        return tuple(told.get("position_embeddings") or (None, None))
 
     def misfit(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> str | None:
         """Why these inputs are not computed here, None if they are."""
@@ -181,7 +186,7 @@ def compute(
     u, w = uw.chunk(2, -1)  # (n, inner)
     out, of_down = products.down.forward(_activation(m).forward(u).mul_(w), joined[3])  # (n, d)
     saved = (x, rstd1, q, k, v, *of_norms, s, dropped, c, h, rstd2, uw)
-    return out.add_(h).view(b, t, d), saved, [of_qkv, of_o, of_gate_up, of_down]
+    return aten._unsafe_view(out.add_(h), (b, t, d)), saved, [of_qkv, of_o, of_gate_up, of_down]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ backward what the products need and no more, and nothing at all where no gradien
 methods. Whether a layer may be computed here is decided in block.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -78,15 +78,22 @@ class LayerModules:
         norms = self.norm1, self.norm2
         return (*((norm, (nn.LayerNorm,)) for norm in norms), *((drop, (nn.Dropout,)) for drop in drops))
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Arguments of a call, beside the input and the mask, that are read here."""
+        return ("position_bias",) if self.position_bias else ()
+
+    def activate(self, u: Tensor) -> Tensor:
+        """What the activation gives."""
+        return aten.gelu(u, approximate=self.approximate)  # type: ignore[no-any-return]
+
     def products(self) -> "LayerProducts":
         """The products of the layer's modules."""
         return LayerProducts(*map(JoinedLinear, ((self.q, self.k, self.v), (self.o,), (self.up,), (self.down,))))
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    def given(self, told: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What a call gives beside the mask: the position bias (b, heads, t, t), where the layer takes one."""
-        if not self.position_bias:
-            return (None,)
-        return (args[0] if args else kwargs.get("position_bias"),)
+        return (told.get("position_bias") if self.position_bias else None,)
 
     def misfit(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> str | None:
         """Why these inputs are not computed here, None if they are."""
@@ -147,7 +154,7 @@ def compute(
     w = add_masked(y, w, mask_down)
     out, *of_norm2 = layer_norm(w, m.norm2)  # (n, d)
     saved = (x, c, y, g, *of_attention, o, mask_o, *of_norm1, u, w, mask_down, *of_norm2)
-    return out.view(b, t, d), saved, [of_qkv, of_o, of_up, of_down]
+    return aten._unsafe_view(out, (b, t, d)), saved, [of_qkv, of_o, of_up, of_down]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -10,15 +10,21 @@ with its own equal part of the rows of x.
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from loralab.active import Active
 from loralab.layer import Adapted
 from loralab.stores.float import Float
 from loralab.update import Update
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> what numpy can hold it as
+_WHOLE: WeakValueDictionary[int, NDArray[Any]] = WeakValueDictionary()  # address -> weights that lie side by side there
 
 
 class JoinedUpdate(NamedTuple):
@@ -48,39 +54,58 @@ class JoinedLinear:
         self.adapted = {i: module for i, module in enumerate(modules) if isinstance(module, Adapted)}
         self.outs = [base.out_features for base in self.bases]
         self.starts = [0, *accumulate(self.outs)]
+        self.whole: Tensor | None = None  # (out, in) over the memory of all weights, where they lie side by side
 
     # ---- W and b -------------------------------------------------------------------------------------------------
 
     def put_side_by_side(self) -> None:
-        """Put float weights beside each other in one storage, so that `weight` is a view; parameters stay the same."""
-        if len(self.bases) > 1 and all(isinstance(base, Float | nn.Linear) for base in self.bases):
-            parts = [base.weight.detach() for base in self.bases]
-            if self._joint_view(parts) is None and len({(w.dtype, w.device) for w in parts}) == 1:
-                with torch.inference_mode(False):  # the first call may be one without gradients
-                    whole = torch.cat(parts)
-                for base, part in zip(self.bases, whole.split(self.outs), strict=True):
-                    base.weight.data = part
+        """Put float weights beside each other in memory, so that one tensor reads them all; parameters stay the same.
+
+        Each keeps a storage of its own: what saves models takes tensors of one storage for tied and writes one of them.
+        """
+        if len(self.bases) < 2 or not all(isinstance(base, Float | nn.Linear) for base in self.bases):
+            return
+        parts = [base.weight.detach() for base in self.bases]
+        if isinstance(parts[0], FakeTensor):  # an estimate of memory: no values, and no addresses
+            self.whole = torch.cat(parts)
+            for base, part in zip(self.bases, self.whole.split(self.outs), strict=True):
+                base.weight.data = part
+            return
+        if not all(_is_movable(w, parts[0]) for w in parts):
+            return
+        with torch.inference_mode(False):  # the first call may be one without gradients
+            if not self._holds(parts, bits := _WHOLE.get(parts[0].data_ptr())):
+                bits = torch.cat(parts).view(BITS[parts[0].itemsize]).numpy()  # (out, in)
+                _WHOLE[bits.ctypes.data] = bits
+                for base, start, out in zip(self.bases, self.starts, self.outs, strict=False):
+                    base.weight.data = torch.from_numpy(bits[start : start + out]).view(base.weight.dtype)
+            self.whole = torch.from_numpy(bits).view(parts[0].dtype)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in) of all layers: a view of float weights that lie side by side, else made anew."""
+        """W (out, in) of all layers: one tensor over float weights that lie side by side, else made anew."""
         parts = [
             base.weight.detach() if isinstance(base, Float | nn.Linear) else base.decoded(dtype) for base in self.bases
         ]
-        joint = parts[0] if len(parts) == 1 else self._joint_view(parts)
-        return torch.cat([w.to(dtype) for w in parts]) if joint is None else joint.to(dtype)
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        whole = self.whole
+        if whole is not None and (isinstance(whole, FakeTensor) or self._lie_in(parts, whole.data_ptr(), whole.dtype)):
+            return whole.to(dtype)
+        return torch.cat([w.to(dtype) for w in parts])
 
-    def _joint_view(self, parts: Sequence[Tensor]) -> Tensor | None:
-        """The weights (out_i, in) as one view (out, in), or None where they do not lie side by side."""
-        first = parts[0]
-        storage, width = first.untyped_storage()._cdata, first.shape[1]
-        beside = all(
-            w.untyped_storage()._cdata == storage
-            and w.dtype == first.dtype
-            and w.stride() == (width, 1)
-            and w.storage_offset() == first.storage_offset() + width * start
+    def _holds(self, parts: Sequence[Tensor], found: Any) -> bool:
+        """Whether the weights (out_i, in) are the parts of an array (out, in) of their bits, and all of it."""
+        if found is None or found.shape != (self.starts[-1], parts[0].shape[1]):
+            return False
+        return found.itemsize == parts[0].itemsize and self._lie_in(parts, found.ctypes.data, parts[0].dtype)
+
+    def _lie_in(self, parts: Sequence[Tensor], address: int, dtype: torch.dtype) -> bool:
+        """Whether the weights (out_i, in), all of that dtype, follow each other in memory from an address on."""
+        width = parts[0].shape[1]
+        return all(
+            w.dtype == dtype and w.stride() == (width, 1) and w.data_ptr() == address + start * width * dtype.itemsize
             for w, start in zip(parts, self.starts[:-1], strict=True)
         )
-        return first.as_strided((self.starts[-1], width), (width, 1)) if beside else None
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """b (out,) of all layers, with zeros for a layer that has none; None if no layer has one."""
@@ -219,6 +244,12 @@ class JoinedLinear:
             out.append(None if u.gain is None or dgain is None else dgain[..., rows].to(u.gain.dtype))  # (K, out_i)
             row += r
         return out
+
+
+def _is_movable(w: Tensor, first: Tensor) -> bool:
+    """Whether a weight may get another place in memory: a plain one of this process, which is alone in its storage."""
+    plain = type(w) is Tensor and w.device.type == "cpu" and w.itemsize in BITS
+    return plain and w.dtype == first.dtype and not w.is_shared() and w.untyped_storage().nbytes() == w.nbytes
 
 
 def by_product(flat: Sequence[Tensor | None], products: Sequence[JoinedLinear]) -> list[list[Update | None]]:

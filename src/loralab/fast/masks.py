@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from loralab.active import Stream
@@ -141,6 +142,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, streams: Sequence[
     if not training or p == 0:
         return x
     torch_draws_fast = x.device.type != "cpu" and not has_own_streams(streams)
-    if torch_draws_fast or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    follows = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch_draws_fast or torch.compiler.is_compiling() or follows:
         return F.dropout(x, p)
     return Dropped.apply(x, p, streams)  # type: ignore[no-untyped-call, no-any-return]

@@ -8,7 +8,7 @@ in backward from their inputs. Like encoder_layer.py it knows updates, not metho
 may be computed here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,6 +60,7 @@ class PreNormModules:
     down_dropout: nn.Dropout | None
     approximate: str  # of GELU: "none" or "tanh"
     returns_tuple: bool = False
+    reads: ClassVar[tuple[str, ...]] = ("position_embeddings",)  # arguments of a call beside the input and the mask
     causal: ClassVar[bool] = False  # whether a token sees those before it alone where no mask is given
 
     @property
@@ -84,13 +85,17 @@ class PreNormModules:
         drops = (drop for drop in (self.o_dropout, self.down_dropout) if drop is not None)
         return (*((norm, (nn.LayerNorm,)) for norm in norms), *((drop, (nn.Dropout,)) for drop in drops))
 
+    def activate(self, u: Tensor) -> Tensor:
+        """What the activation gives."""
+        return aten.gelu(u, approximate=self.approximate)  # type: ignore[no-any-return]
+
     def products(self) -> PreNormProducts:
         """The products of the layer's modules."""
         return PreNormProducts(*(JoinedLinear([module]) for module in self.linear))
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    def given(self, told: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What a call gives beside the mask: cos and sin (b or 1, t, head)."""
-        return tuple((args[0] if args else kwargs.get("position_embeddings")) or (None, None))
+        return tuple(told.get("position_embeddings") or (None, None))
 
     def misfit(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> str | None:
         """Why these inputs are not computed here, None if they are."""
@@ -141,7 +146,7 @@ def compute(
     mask_down = dropout_mask(g, call.dropout[2], (b, t, g.shape[-1]), call)  # (n, inner)
     out, of_down = products.down.forward(masked(g, mask_down), joined[3])  # (n, d)
     saved = (x, *of_norm1, *of_attention, c, mask_o, h, *of_norm2, uw, mask_down)
-    return out.add_(h).view(b, t, d), saved, [of_qkv, of_o, of_gate_up, of_down]
+    return aten._unsafe_view(out.add_(h), (b, t, d)), saved, [of_qkv, of_o, of_gate_up, of_down]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.active import Stream
@@ -24,6 +24,34 @@ class LayerCall(NamedTuple):
     dropout: tuple[float, ...]  # probabilities now
     streams: Sequence[Stream]
     wants_gradient: bool
+    frozen: "Frozen | None"  # what the backward pass reads again, None where there is none
+
+
+class Frozen:
+    """The frozen weights of modules as a forward pass read them; the backward pass reads them again."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.read = [
+            (module, key, held, t.detach(), None if t.is_inference() else t._version)
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for key, t in held.items()
+            if t is not None and key != "bias"
+        ]
+
+    def check(self) -> None:
+        """Raise UserError where a weight was edited or replaced since."""
+        for module, key, held, seen, version in self.read:
+            now = held.get(key)
+            if now is None or _place(now) != _place(seen) or (version is not None and now._version != version):
+                raise UserError(
+                    f"{key} of a {type(module).__name__} was changed between the forward and the backward pass: the "
+                    'gradient would be another; change it after backward, or call adapters.fast(speed="off")'
+                )
+
+
+def _place(t: Tensor) -> tuple[Any, Any]:
+    return t.untyped_storage()._cdata, t.storage_offset()
 
 
 def autocasts(device: str) -> bool:
@@ -41,6 +69,8 @@ def backward_of(run: Callable[[Any, Tensor], tuple[Any, ...]]) -> Any:
 
     def outside(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         refuse_more_than_a_gradient(grad)
+        if ctx.call.frozen is not None:
+            ctx.call.frozen.check()
         with no_autocast(grad.device.type):
             return run(ctx, grad)
 

@@ -8,6 +8,7 @@ is tried on the layer; otherwise `kind_of` says why not.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,7 @@ from loralab.kinds import convolution, embedding, loaded, stack
 from loralab.kinds.by_forward import ByForward, disagreement
 
 OUTPUT = nn.modules.linear.NonDynamicallyQuantizableLinear  # what nn.MultiheadAttention calls its out_proj
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others are codes, and have scales elsewhere
 REFUSED = {  # package that a layer or its weight is of -> what it is called
     "auto_gptq": "GPTQ", "gptqmodel": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "torchao": "torchao", "optimum": "Optimum",
     "aqlm": "AQLM", "eetq": "EETQ", "fbgemm_gpu": "FBGEMM", "quanto": "Quanto", "vptq": "VPTQ",
@@ -66,8 +68,13 @@ def refusal(layer: nn.Module) -> str | None:
     kind = kind_of(layer)
     if kind is None or loaded.is_loaded(layer):
         return None
-    if not isinstance(getattr(layer, "weight", None), Tensor) or (why := kind.refusal(layer)) is not None:
-        return why if isinstance(getattr(layer, "weight", None), Tensor) else "it has no weight of its own"
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return "it has no weight of its own"
+    if weight.dtype not in FLOATS:
+        return f"its weight is kept in {str(weight.dtype).removeprefix('torch.')}, which loralab cannot read as numbers"
+    if (why := kind.refusal(layer)) is not None:
+        return why
     if type(layer) in kind.exact:
         return None
     key = (type(layer), kind.size(layer), _settings(layer))

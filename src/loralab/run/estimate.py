@@ -222,13 +222,17 @@ class Meter(TorchDispatchMode):
     def count(self, t: Tensor) -> None:
         """Count the storage of a tensor from now until it is freed."""
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = self.key(storage), storage.nbytes()
         if size and key not in self.alive:
             self.alive[key] = size
             self.events.append((key, size))
             finalize(storage, self._gone, key).atexit = False
             self.now += size
             self.most = max(self.most, self.now)
+
+    def key(self, storage: torch.UntypedStorage) -> int:
+        """What a storage is known by."""
+        return int(storage._cdata)
 
     def _gone(self, key: int) -> None:
         self.events.append((key, 0))
