@@ -15,7 +15,7 @@ from loralab.active import follow_checkpoints
 from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
 from loralab.algebra import Combined, combine
 from loralab.contents import adapter_file, constants_sha256
-from loralab.errors import UserError
+from loralab.errors import OtherBase, UserError
 from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.fast import Choices, Speed, enable
 from loralab.files import AdapterFile
@@ -109,10 +109,6 @@ def of(model: nn.Module) -> "Adapters":
     return getattr(model, HANDLE)  # type: ignore[no-any-return]
 
 
-class OtherBase(UserError):
-    """An adapter and a base that it was not trained on."""
-
-
 class Adapters(AdaptedModel):
     """All adapters of one model. Made by `attach` and `load`."""
 
@@ -173,10 +169,6 @@ class Adapters(AdaptedModel):
         the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
-        if torch.is_inference_mode_enabled() and not filled:
-            raise UserError(
-                "this is torch.inference_mode(), where tensors are made that cannot learn: attach before it"
-            )
         seed = checked(seed, int, "seed")
         spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage

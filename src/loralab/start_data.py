@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loralab.adapted import AdaptedModel
@@ -21,8 +22,11 @@ def start_data(
 ) -> Seen:
     """Path -> what the start of a recipe needs to see of a layer; empty for a start that needs nothing.
 
-    Raises UserError, before a layer is touched, if the start cannot see what it needs: batches, or the weight itself.
+    Raises UserError, before a layer is touched, if the start cannot see what it needs: batches, or the weight itself;
+    and in torch.inference_mode().
     """
+    if torch.is_inference_mode_enabled():
+        raise UserError("this is torch.inference_mode(), where tensors are made that cannot learn: attach before it")
     start = recipe.start
     if start == "loftq" and (stored := [path for path in paths if path in handle.layers]):
         store = handle.layers[stored[0]].store

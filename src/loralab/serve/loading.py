@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 
 from loralab import model_names, models
-from loralab.adapters import Adapters, OtherBase, put
-from loralab.errors import UserError
+from loralab.adapters import Adapters, put
+from loralab.errors import OtherBase, UserError
 from loralab.files import AdapterFile, inside
 from loralab.objectives import saved
 from loralab.peft_format import LABELLED, task_type
