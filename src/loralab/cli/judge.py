@@ -48,7 +48,7 @@ def judge(
     margin: float
         A difference nobody would change method for; within it two methods are equal.
     alpha: float
-        The chance of a false finding in each family of comparisons.
+        The chance of a false finding on the mean of tasks, and once more of one on any task.
     """
     found = judged(file, method, score, seed, task, rows, reference, margin, alpha)
     if json:
@@ -69,7 +69,7 @@ def _show(found: Judgement, family: Family) -> None:
     table(title, heads, [(*_cells(c), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
     if many > MOST:
         print(f"... {many - MOST} more below these; --json lists all")
-    print(_summary(found, family.contrasts))
+    print(_summary(found, family))
 
 
 def _cells(c: Contrast) -> tuple[str, ...]:
@@ -82,13 +82,15 @@ def _p(p: float) -> str:
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _summary(found: Judgement, contrasts: list[Contrast]) -> str:
+def _summary(found: Judgement, family: Family) -> str:
+    contrasts, tests = family.contrasts, family.corrected_over
+    over = f" over {tests} tests, those of all tasks," * (tests > sum(not math.isnan(c.p) for c in contrasts))
     above = [c for c in contrasts if c.difference > 0]
     counts = {v: sum(c.verdict == v for c in contrasts) for v in ("better", "worse", "equal within the margin")}
     least = min((c.p for c in above if not math.isnan(c.p)), default=math.nan)
     text = f"{len(above)} of {len(contrasts)} lie{'s' * (len(above) == 1)} above {found.reference}"
     text += "" if math.isnan(least) else f", the smallest p among them is {_p(least)}"
-    text += f"; after Holm's correction {counts['better']} better, {counts['worse']} worse"
+    text += f"; after Holm's correction{over} {counts['better']} better, {counts['worse']} worse"
     smallest = [c.smallest for c in contrasts if not math.isnan(c.smallest)]
     if smallest:
         low, high = min(smallest), max(smallest)

@@ -1,7 +1,8 @@
 """The planned contrasts of a study, on anybody's results: a table of methods and scores, perhaps of seeds and tasks.
 
 Each method is compared with one reference. With seeds the comparison is paired by seed and task, on the mean of tasks
-first and by task after it; with one run a method, `rows` test rows say what the luck of the rows alone allows.
+first and by task after it, where all tasks are one family. With one run a method, `rows` test rows say what the luck of
+the rows alone allows.
 """
 
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loralab.data import tables
 from loralab.errors import UserError, hint
@@ -21,11 +23,12 @@ MEAN, ALL = "mean of tasks", "all"  # ALL: where no column names tasks
 
 @dataclass(frozen=True)
 class Family:
-    """The contrasts of one question."""
+    """The contrasts of one task, or of the mean of tasks."""
 
     name: str  # a task, or the mean of them
     contrasts: list[Contrast]
     runs: list[int]  # of each contrast: the pairs of scores in it
+    corrected_over: int  # tests that Holm's correction counts: those of all tasks together, or of their mean
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,21 @@ def _families(
 
 
 def _by_seed(scores: Scores, reference: str, margin: float, alpha: float, left: Left) -> list[Family]:
-    """The mean of tasks first, where there are several, then each task."""
+    """The mean of tasks first, where there are several, then each task; the tasks are corrected together."""
     found = []
     if len(scores) > 1:
         means = _mean_of_tasks(scores)
         everywhere = dict.fromkeys(m for by_method in scores.values() for m in by_method)
         if lacking := [m for m in everywhere if m not in means]:
             left["not in the mean, without a seed on every task"] = lacking
-        found.append(_family(MEAN, means, reference, margin, alpha, left))
-    return found + [_family(task, by_method, reference, margin, alpha, left) for task, by_method in scores.items()]
+        found += _tested({MEAN: _differences(MEAN, means, reference, left)}, margin, alpha)
+    return found + _tested({t: _differences(t, own, reference, left) for t, own in scores.items()}, margin, alpha)
 
 
-def _family(
-    name: str, by_method: Mapping[str, Mapping[str, float]], reference: str, margin: float, alpha: float, left: Left
-) -> Family:
+def _differences(
+    name: str, by_method: Mapping[str, Mapping[str, float]], reference: str, left: Left
+) -> dict[str, NDArray[Any]]:
+    """Method -> (seeds,) its differences to the reference, on the seeds that both have."""
     base = by_method.get(reference, {})
     shared = {m: sorted(by_method[m].keys() & base.keys()) for m in by_method if m != reference}
     for m, seeds in shared.items():
@@ -137,10 +141,21 @@ def _family(
             left.setdefault(f"left out, no seed in common with {reference}", []).append(_named(m, name))
         elif len(seeds) < max(len(by_method[m]), len(base)):
             left.setdefault(f"compared on the seeds that {reference} has too", []).append(_named(m, name))
-    others = [m for m, seeds in shared.items() if seeds]
-    differences = [np.array([by_method[m][s] - base[s] for s in shared[m]]) for m in others]
-    made = with_signs(paired(others, differences, margin, alpha), differences, alpha)
-    return Family(name, made, [len(shared[m]) for m in others])
+    return {m: np.array([by_method[m][s] - base[s] for s in seeds]) for m, seeds in shared.items() if seeds}
+
+
+def _tested(families: Mapping[str, Mapping[str, NDArray[Any]]], margin: float, alpha: float) -> list[Family]:
+    """The contrasts of (seeds,) differences, corrected over all of these families together."""
+    names = [m for own in families.values() for m in own]
+    differences = [d for own in families.values() for d in own.values()]
+    made = with_signs(paired(names, differences, margin, alpha), differences, alpha)
+    return _parts(made, {name: [len(d) for d in own.values()] for name, own in families.items()})
+
+
+def _parts(contrasts: Sequence[Contrast], runs: Mapping[str, list[int]]) -> list[Family]:
+    """The families that contrasts which were corrected together belong to, in their order."""
+    rest, tested = iter(contrasts), sum(not math.isnan(c.p) for c in contrasts)
+    return [Family(name, [next(rest) for _ in own], own, tested) for name, own in runs.items()]
 
 
 def _mean_of_tasks(scores: Scores) -> dict[str, dict[str, float]]:
@@ -155,17 +170,15 @@ def _mean_of_tasks(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def _by_rows(scores: Scores, reference: str, rows: int, margin: float, alpha: float) -> list[Family]:
+    """Each task, all corrected together."""
     if rows < 2:
         raise UserError(f"--rows {rows}: expected the number of test rows, 2 or more")
-    found = []
-    for task, by_method in scores.items():
-        single = {m: next(iter(by_seed.values())) for m, by_seed in by_method.items()}
-        if bad := [f"{m} {x:g}" for m, x in single.items() if not 0 <= x <= 1]:
-            raise UserError(f"--rows: a score must be a share of the rows, 0 to 1, not {', '.join(bad[:3])}")
-        others = [m for m in single if m != reference]
-        made = proportions(others, [single[m] for m in others], single[reference], rows, margin, alpha)
-        found.append(Family(task, made, [1] * len(others)))
-    return found
+    single = {task: {m: next(iter(s.values())) for m, s in by_method.items()} for task, by_method in scores.items()}
+    if bad := [f"{m} {x:g}" for own in single.values() for m, x in own.items() if not 0 <= x <= 1]:
+        raise UserError(f"--rows: a score must be a share of the rows, 0 to 1, not {', '.join(bad[:3])}")
+    found = [(m, x, own[reference]) for own in single.values() for m, x in own.items() if m != reference]
+    made = proportions(*zip(*found, strict=True), rows, margin, alpha) if found else []
+    return _parts(made, {task: [1] * (len(own) - 1) for task, own in single.items()})
 
 
 def _named(method: str, family: str) -> str:

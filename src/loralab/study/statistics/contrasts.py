@@ -225,15 +225,20 @@ def _stated(c: Contrast, seeds: int, limits: tuple[float, float]) -> Contrast:
 
 
 def proportions(
-    methods: Sequence[str], scores: Sequence[float], reference: float, rows: int, margin: float, alpha: float = 0.05
+    methods: Sequence[str],
+    scores: Sequence[float],
+    references: Sequence[float],
+    rows: int,
+    margin: float,
+    alpha: float = 0.05,
 ) -> list[Contrast]:
-    """The family of contrasts of one score each, a share of `rows` test rows, against the reference's score.
+    """The family of contrasts of one score each, a share of `rows` test rows, against the reference's on those rows.
 
     Only the luck of the rows is tested: with one run of a method nothing is known of the luck of its seed. Of fewer
     than ENOUGH right or wrong answers no test is made, as the normal distribution is then too narrow (Cochran, 1954).
     """
     made = []
-    for method, score in zip(methods, scores, strict=True):
+    for method, score, reference in zip(methods, scores, references, strict=True):
         pooled = (score + reference) / 2
         few = min(pooled, 1 - pooled) * rows < ENOUGH
         error = math.nan if few else math.sqrt(2 * pooled * (1 - pooled) / rows)
