@@ -177,7 +177,8 @@ def _by_rows(scores: Scores, reference: str, rows: int, margin: float, alpha: fl
     if bad := [f"{m} {x:g}" for own in single.values() for m, x in own.items() if not 0 <= x <= 1]:
         raise UserError(f"--rows: a score must be a share of the rows, 0 to 1, not {', '.join(bad[:3])}")
     found = [(m, x, own[reference]) for own in single.values() for m, x in own.items() if m != reference]
-    made = proportions(*zip(*found, strict=True), rows, margin, alpha) if found else []
+    methods, own_scores, base = [m for m, _, _ in found], [x for _, x, _ in found], [x for _, _, x in found]
+    made = proportions(methods, own_scores, base, rows, margin, alpha)
     return _parts(made, {task: [1] * (len(own) - 1) for task, own in single.items()})
 
 
