@@ -371,7 +371,7 @@ def test_a_result_far_below_does_not_press_the_others_together(tmp_path, monkeyp
     monkeypatch.setitem(synthetic.GOOD, "head", head)
     study = synthetic.study(tmp_path, tasks=("mrpc",), methods=("full", "lora", "dora", "head"))
     shown = [r for r in findings.findings(findings.read(study)).results if " " not in r.label]
-    near, far = ch.outliers(shown)
+    near, far = ch.outliers(shown, "f1")
     assert [r.label for r in far] == ["head"] * cut
     assert [r.label for r in near] == ["full", "lora", "dora", "head"][: 4 - cut]
     styles = ch.styles_of([r.label for r in shown])

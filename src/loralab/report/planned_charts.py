@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from loralab.data.metrics import best, upward
 from loralab.report import multiples
 from loralab.report import numbers as n
 from loralab.report.charts import FAR, MANY, Chart, Style, cut, extent, limits, name_axes, outliers, styles_of
@@ -128,7 +129,8 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
     dead = [r for r in tuned if not _alive(r)]
     if len(dead) == len(tuned):
         return None
-    near, far = outliers([r for r in tuned if r not in dead], _alive)
+    metric = results[0].summary.metric
+    near, far = outliers([r for r in tuned if r not in dead], metric, _alive)
 
     def line(ax: Any, r: Result, grey: str | None) -> None:
         _rates_of(ax, r, styles[r.label], grey)
@@ -142,7 +144,7 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
         ax.xaxis.set_minor_locator(NullLocator())  # its labels would lie on each other
         ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         ax.set_ylim(*limits(extent(near, _alive), left=0.14))
-    name_axes(fig, axes, apart, "learning rate", f"{n.metric(results[0].summary.metric)}, held out")
+    name_axes(fig, axes, apart, "learning rate", f"{n.axis(metric)}, held out")
     return _caption(tuned, far, dead), fig
 
 
@@ -174,7 +176,8 @@ def _alive(r: Result) -> list[float]:
 
 
 def _held_out(run: Run) -> float:
-    return score(run.history, run.result)
+    """The held-out score of a tuning run, in units of its metric."""
+    return upward(str(run.result["metric"]["name"]), score(run.history, run.result))
 
 
 def tried(r: Result) -> dict[float, list[Run]]:
@@ -198,7 +201,7 @@ def best_rate(r: Result) -> float | None:
 
 def _caption(tuned: Sequence[Result], far: Sequence[Result], dead: Sequence[Result]) -> str:
     seeds = sorted({run.seed for r in tuned for run in r.cell.tuning})
-    hidden = "".join(f" Off the scale: {r.label}, {n.score(max(_alive(r)))}." for r in far)
+    hidden = "".join(f" Off the scale: {r.label}, {n.score(best(r.summary.metric, _alive(r)))}." for r in far)
     hidden += "".join(f" Not drawn, as every run collapsed: {r.label}." for r in dead)
     return (
         "Held-out score of every rate that tuning tried. Line: mean over its seeds; ring: the rate that was chosen; "
