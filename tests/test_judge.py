@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from loralab.cli import main
 from loralab.errors import UserError
 from loralab.study.judge import judge
-from loralab.study.statistics.contrasts import paired, proportions, with_signs
+from loralab.study.statistics.contrasts import MIRRORED, paired, proportions, with_signs
 
 
 def results(folder, seeds=6, tasks=("cola", "mrpc"), text="csv"):
@@ -40,6 +41,32 @@ def test_judge_pairs_by_seed_and_task_the_mean_of_tasks_first(tmp_path, text):
     for family in found.families:
         verdicts = {c.method: c.verdict for c in family.contrasts}
         assert verdicts == {"dora": "better", "vera": "worse", "qlora": "equal within the margin"}
+
+
+def test_of_a_loss_the_lower_is_better_and_differences_keep_their_units(tmp_path, capsys):
+    file = file_of(tmp_path, [(m, t, s, x - 0.1 * (m == "dora")) for m, t, s, x in scores_of()])
+    plain, lower = (judge(file, "who", "acc", "seed", "task", lower_is_better=x) for x in (False, True))
+    for a, b in zip(plain.families, lower.families, strict=True):
+        assert a.contrasts[0].verdict == "worse"
+        assert [replace(c, verdict=MIRRORED.get(c.verdict, c.verdict)) for c in a.contrasts] == b.contrasts
+    argv = ["judge", str(file), "--method", "who", "--score", "acc", "--seed", "seed", "--task", "task"]
+    assert main([*argv, "--lower-is-better"]) == 0
+    out = capsys.readouterr().out
+    assert "lie below lora" in out or "lies below lora" in out
+    assert out.index("dora") < out.index("vera"), "the best first"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("eval_loss", True), ("valLoss", True), ("WER", True), ("word error rate", True), ("test/ppl", True),
+     ("perplexity", True), ("acc", False), ("lossless_accuracy", False), ("answer", False)],
+)  # fmt: skip
+def test_a_column_that_seems_a_loss_is_noted_unless_the_flag_is_given(tmp_path, name, told):
+    file = file_of(tmp_path, scores_of())
+    file.write_text(file.read_text().replace("acc", name, 1))
+    for lower in (False, True):
+        notes = judge(file, "who", name, "seed", "task", lower_is_better=lower).notes
+        assert any("--lower-is-better" in note for note in notes) == (told and not lower)
 
 
 def test_judge_prints_a_table_and_json(tmp_path, capsys):

@@ -25,6 +25,7 @@ def judge(
     reference: str | None = None,
     margin: float = 0.01,
     alpha: float = 0.05,
+    lower_is_better: bool = False,
     json: Json = False,
 ) -> None:
     """Compare the methods of anybody's results with one of them, corrected for how many there are.
@@ -36,7 +37,7 @@ def judge(
     method: str
         The column that names the method.
     score: str
-        The column with the score; larger is better.
+        The column with the score; larger is better, unless --lower-is-better is given.
     seed: str
         The column of seeds; methods are then compared on the same seeds.
     task: str
@@ -49,8 +50,10 @@ def judge(
         A difference nobody would change method for; within it two methods are equal.
     alpha: float
         The chance of a false finding on the mean of tasks, and once more of one on any task.
+    lower_is_better: bool
+        The score is a loss or an error: a method below the reference is better.
     """
-    found = judged(file, method, score, seed, task, rows, reference, margin, alpha)
+    found = judged(file, method, score, seed, task, rows, reference, margin, alpha, lower_is_better)
     if json:
         as_json(dataclasses.asdict(found))
         return
@@ -62,7 +65,8 @@ def judge(
 
 def _show(found: Judgement, family: Family) -> None:
     named, many = "" if family.name == ALL else f"{family.name}: ", len(family.contrasts)
-    rows = sorted(zip(family.contrasts, family.runs, strict=True), key=lambda row: -row[0].difference)
+    sign = 1 if found.lower_is_better else -1  # the best method first
+    rows = sorted(zip(family.contrasts, family.runs, strict=True), key=lambda row: sign * row[0].difference)
     title = f"\n{named}{many} method{'s' * (many > 1)} against {found.reference}, tested over {found.by}"
     seeds = found.by == "seeds"
     heads = ("method", "differs by", "95 % interval", "p", "Holm", "verdict", *["seeds"] * seeds)
@@ -85,10 +89,11 @@ def _p(p: float) -> str:
 def _summary(found: Judgement, family: Family) -> str:
     contrasts, tests = family.contrasts, family.corrected_over
     over = f" over {tests} tests, those of all tasks," * (tests > sum(not math.isnan(c.p) for c in contrasts))
-    above = [c for c in contrasts if c.difference > 0]
+    sign, side = (-1, "below") if found.lower_is_better else (1, "above")
+    ahead = [c for c in contrasts if sign * c.difference > 0]
     counts = {v: sum(c.verdict == v for c in contrasts) for v in ("better", "worse", "equal within the margin")}
-    least = min((c.p for c in above if not math.isnan(c.p)), default=math.nan)
-    text = f"{len(above)} of {len(contrasts)} lie{'s' * (len(above) == 1)} above {found.reference}"
+    least = min((c.p for c in ahead if not math.isnan(c.p)), default=math.nan)
+    text = f"{len(ahead)} of {len(contrasts)} lie{'s' * (len(ahead) == 1)} {side} {found.reference}"
     text += "" if math.isnan(least) else f", the smallest p among them is {_p(least)}"
     text += f"; after Holm's correction{over} {counts['better']} better, {counts['worse']} worse"
     smallest = [c.smallest for c in contrasts if not math.isnan(c.smallest)]

@@ -20,6 +20,7 @@ from loralab.run.records import read_facts, read_result
 from loralab.study import Cell, Comparison, Run, ScheduledRun, Study, Summary, comparisons, load, summaries
 from loralab.study.definition import MARGIN, Compare
 from loralab.study.statistics import PlannedFamily, planned
+from loralab.study.statistics.contrasts import MIRRORED
 
 K = TypeVar("K")
 COMPARE = {"alpha": Compare.alpha, "margin": {"default": MARGIN}, "against": Compare.against}
@@ -29,7 +30,6 @@ UNLABELLED = (
     "task", "model", "method", "seed", "data", "validation", "threads", "track", "checkpoint_every", "device",
     "licence",
 )  # fmt: skip
-MIRRORED = {"better": "worse", "worse": "better"}
 COSTS = ("time", "train_s"), ("time", "examples_per_s"), ("memory", "peak_bytes")  # of result.json
 REFERENCES = ("full", "lora")  # what others are compared with where a study does not say
 

@@ -6,8 +6,9 @@ the rows alone allows.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralab.data import tables
+from loralab.data.metrics import LOWER_IS_BETTER
 from loralab.errors import UserError, hint
-from loralab.study.statistics.contrasts import Contrast, paired, proportions, signs_agree, with_signs
+from loralab.study.statistics.contrasts import Contrast, mirrored, paired, proportions, signs_agree, with_signs
 
 MEAN, ALL = "mean of tasks", "all"  # ALL: where no column names tasks
 
@@ -39,12 +41,15 @@ class Judgement:
     by: str  # what was resampled or repeated: seeds, or rows
     alpha: float
     margin: float
+    lower_is_better: bool
     families: list[Family]
     notes: list[str]
 
 
 Scores = dict[str, dict[str, dict[str, float]]]  # task -> method -> seed -> score
 Left = dict[str, list[str]]  # why something does not count -> what
+WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")  # of the name of a column: eval_loss, valLoss, WER
+LOWER_WORDS = LOWER_IS_BETTER | {"ppl", "error", "wer", "cer", "mse", "rmse", "mae"}
 SHOWN = 5  # things that a note or an error names
 
 
@@ -58,12 +63,13 @@ def judge(
     reference: str | None = None,
     margin: float = 0.01,
     alpha: float = 0.05,
+    lower_is_better: bool = False,
 ) -> Judgement:
     """Compare the methods of a CSV, TSV, JSON, JSONL or parquet file; the arguments name its columns.
 
-    `rows` is the number of test rows behind each score, for results with one run a method; scores are then shares of
-    them. Raises UserError for columns that are not there, scores that are no numbers, and results that cannot be
-    tested.
+    Differences are those of the scores as they are; with `lower_is_better` one below 0 is better. `rows` is the number
+    of test rows behind each score, for results with one run a method; scores are then shares of them. Raises UserError
+    for columns that are not there, scores that are no numbers, and results that cannot be tested.
     """
     table = _read(file)
     columns = {"--method": method, "--score": score, "--seed": seed, "--task": task}
@@ -76,12 +82,16 @@ def judge(
     if len(methods) == 1:
         raise UserError(f"{file} has one method, {chosen}: there is nothing to compare it with")
     families, by, notes = _families(file, scores, chosen, rows, margin, alpha)
+    if lower_is_better:
+        families = [replace(f, contrasts=[mirrored(c) for c in f.contrasts]) for f in families]
+    elif told := LOWER_WORDS & {word.lower() for word in WORD.findall(score)}:
+        notes.insert(0, f"{score}: larger is taken for better; if a lower {min(told)} is, say --lower-is-better")
     if reference is None:
         notes.insert(0, f"the reference is {chosen}; another with --reference")
     highest = max(abs(x) for by_method in scores.values() for by_seed in by_method.values() for x in by_seed.values())
     if highest > 1:
         notes.append(f"scores go up to {highest:g}: the margin of {margin:g} is in the same units")
-    return Judgement(chosen, by, alpha, margin, families, notes)
+    return Judgement(chosen, by, alpha, margin, lower_is_better, families, notes)
 
 
 def _families(

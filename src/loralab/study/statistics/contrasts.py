@@ -31,6 +31,7 @@ LEAST = 3  # variances that make a prior: of two it is a guess, and families of 
 OUTLYING = 0.3  # simulated from 0.01 to 0.3: the interval of a method that varies most then holds in 0.94 with 5 seeds
 UNBOUNDED = (-math.inf, math.inf)
 FLIPPED = 14  # seeds up to which all patterns of signs are counted; of more as many patterns are drawn
+MIRRORED = {"better": "worse", "worse": "better"}  # verdicts that turn with a difference; others stay
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
 
 
@@ -93,6 +94,12 @@ def _verdict(difference: float, p: float, p_equivalent: float, alpha: float) -> 
     if p < alpha:
         return "better" if difference > 0 else "worse"
     return "equal within the margin" if p_equivalent < alpha else "no difference found"
+
+
+def mirrored(c: Contrast) -> Contrast:
+    """The contrast as a score says it of which less is better: with the other verdict."""
+    verdict: Any = MIRRORED.get(c.verdict, c.verdict)
+    return replace(c, verdict=verdict)
 
 
 def smallest_difference(error: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
