@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import stats
 
+from loralab.cli.study_tables import show
 from loralab.data import METRICS
 from loralab.study import ScheduledRun, comparisons, load, summaries
 from loralab.study.run_study import json_of
@@ -42,7 +43,8 @@ def written(folder: Path, cells, against=None, margin=0.02, alpha=0.05, **compar
                 tensors = {"validation/logits": kept[0].astype(np.float32), "validation/labels": kept[1]}
                 save_file(tensors, place / "predictions.safetensors")
             planned.append(json_of(ScheduledRun(task, "tiny", method, seed, "final", {}, address, {})))
-    compare = {"alpha": alpha, "margin": {"default": margin}, "against": against, **compare}
+    margins = margin if isinstance(margin, dict) else {"default": margin}
+    compare = {"alpha": alpha, "margin": margins, "against": against, **compare}
     study = {
         "name": "s",
         "about": "",
@@ -240,6 +242,36 @@ def test_the_first_family_is_on_the_mean_of_tasks_over_common_seeds(tmp_path):
     assert planned(load(written(tmp_path / "none", cells))) == []
     (only,) = planned(load(written(tmp_path / "only", cells, reference="bad", family="by task")))
     assert only.name == "by task"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "endpoint", "mean", "by_task"),
+    [
+        (("accuracy", "accuracy"), "selected", 0.05, (0.05, 0.05)),
+        (("accuracy", "accuracy"), "thresholded", 0.05, (0.05, 0.05)),
+        (("accuracy", "f1_macro"), "selected", 0.01, (0.05, 0.02)),
+        (("accuracy", "f1_macro"), "accuracy", 0.05, (0.05, 0.05)),
+        (("f1_macro", "f1_macro"), "selected", 0.02, (0.02, 0.02)),
+    ],
+)
+def test_each_contrast_has_the_margin_of_its_metric_and_says_it(tmp_path, capsys, metrics, endpoint, mean, by_task):
+    """The mean of tasks too, where they have one metric; of several the default."""
+    margin = {"default": 0.01, "accuracy": 0.05, "f1_macro": 0.02}
+    cells = of_two_tasks(predictions=False)
+    folder = written(tmp_path, cells, reference="bad", margin=margin, endpoints=[endpoint])
+    for file in folder.glob("store/*/result.json"):
+        result = json.loads(file.read_text())
+        result["metric"]["name"] = dict(zip(("t", "u"), metrics, strict=True))[result["task"]]
+        file.write_text(json.dumps(result))
+    families = planned(load(folder))
+    assert [f.margins for f in families] == [(mean, mean), tuple(m for m in by_task for _ in range(2))]
+    for f in families:
+        for c, own in zip(f.contrasts, f.margins, strict=True):
+            same = contrasts.contrast(c.method, c.difference, c.error, c.df, own)
+            assert c.p_equivalent == pytest.approx(same.p_equivalent)
+    show(load(folder))
+    lines = [line for line in capsys.readouterr().out.splitlines() if " on " in line[:9]]
+    assert [f" {m:g} " in line for m, line in zip(families[1].margins, lines, strict=True)] == [True] * 4
 
 
 def with_hard_rows(predictions):

@@ -12,7 +12,9 @@ from loralab.run.bar import clock
 from loralab.study.record import Study
 from loralab.study.statistics import Comparison, PlannedFamily, Summary, comparisons, planned, remarks, summaries
 
-PLANNED = ("method", "difference", "95 % interval", "p", "p equal", "verdict", "could find", "seeds", "collapsed")
+PLANNED = (
+    "method", "difference", "95 % interval", "p", "p equal", "margin", "verdict", "could find", "seeds", "collapsed",
+)  # fmt: skip
 SHOWN = 20  # comparisons; of more, those that differ
 RESULTS = ("method", "mean", "sd", "95 % interval", "seeds", "inflation", "learns", "tuned")
 COMPARED = ("a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "could find")
@@ -47,10 +49,11 @@ def _planned(family: PlannedFamily, study: Study) -> None:
     model, endpoint = Path(family.model).name, "" if family.endpoint == "selected" else f", {family.endpoint}"
     title = f"planned: against {study.compare['reference']}, {family.name}, {model}{endpoint}"
     rows = []
-    for c, seeds, lost in zip(family.contrasts, family.seeds, family.collapsed, strict=True):
+    parts = zip(family.contrasts, family.margins, family.seeds, family.collapsed, strict=True)
+    for c, margin, seeds, lost in parts:
         tests = [f"{p:.3g}" if p == p else "" for p in (c.p_holm, c.p_equivalent_holm)]
-        rows.append((c.method, f"{c.difference:+.3f}", _interval(c.low, c.high), *tests, c.verdict, _number(c.smallest),
-                     str(seeds), str(lost)))  # fmt: skip
+        rows.append((c.method, f"{c.difference:+.3f}", _interval(c.low, c.high), *tests, f"{margin:g}", c.verdict,
+                     _number(c.smallest), str(seeds), str(lost)))  # fmt: skip
     table(title, PLANNED, rows)
     print()
 

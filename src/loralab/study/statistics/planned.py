@@ -67,10 +67,10 @@ def planned(study: Study) -> list[PlannedFamily]:
     for model, tasks in by_model.items():
         for endpoint in compare.get("endpoints", (SELECTED,)):
             pairs = {task: own for task, cells in tasks.items() if (own := _of_task(cells, reference, endpoint))}
+            metrics = {task: metric_of(tasks[task][0].runs[0], endpoint) for task in pairs}
             if compare.get("family", MEAN) == MEAN and pairs:
-                found.append(_on_the_mean(pairs, model, endpoint, compare))
+                found.append(_on_the_mean(pairs, metrics, model, endpoint, compare))
             if pairs:
-                metrics = {task: metric_of(tasks[task][0].runs[0], endpoint) for task in pairs}
                 found.append(_by_task(pairs, metrics, model, endpoint, compare))
     return found
 
@@ -121,11 +121,17 @@ def _paired(cell: Cell, base: Cell, resamples: Resamples, endpoint: str) -> _Pai
 
 
 def _on_the_mean(
-    pairs: Mapping[str, Mapping[str, _Pairs]], model: str, endpoint: str, compare: Mapping[str, Any]
+    pairs: Mapping[str, Mapping[str, _Pairs]],
+    metrics: Mapping[str, str],
+    model: str,
+    endpoint: str,
+    compare: Mapping[str, Any],
 ) -> PlannedFamily:
+    """The margin is that of the metric where all tasks have one, of a mean of several metrics the default."""
     methods = list(dict.fromkeys(method for own in pairs.values() for method in own))
     found = {(method, None): _mean([own.get(method, _Pairs()) for own in pairs.values()]) for method in methods}
-    margins = [margin_of(compare["margin"], endpoint)] * len(methods)
+    several = set(metrics.values())
+    margins = [margin_of(compare["margin"], several.pop() if len(several) == 1 else "default")] * len(methods)
     return _family(MEAN, model, endpoint, found, margins, tuple(pairs), compare["alpha"])
 
 
