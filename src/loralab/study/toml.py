@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralab import options
-from loralab.data import METRICS, tables
+from loralab.data import tables
 from loralab.data.endpoints import PARTS
 from loralab.errors import UserError, hint
+from loralab.objectives import METRICS
 from loralab.recipe import NAMED
 from loralab.run import Settings
 from loralab.study.definition import (
