@@ -195,6 +195,23 @@ def test_a_table_where_none_belongs_and_none_where_one_does(tmp_path, capsys):
     assert "nested too deeply" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "twice"),
+    [
+        (("rte", "o/rte.csv"), "rte"),
+        (("a/b.csv", "c/b.tsv"), "b"),
+        (("sst2", "sst2"), "sst2"),
+        (("own", "own.tsv"), "own"),
+    ],
+)
+def test_tasks_of_flags_have_names_of_their_own(flags, twice):
+    """Two data sets under one name would be one cell."""
+    table = {"tasks": ["rte", {"task": "mine.csv", "name": "own"}], "methods": ["lora"]}
+    with pytest.raises(UserError, match=f"tasks: {twice} named twice"):
+        define(copy.deepcopy(table), "x", Path(), tasks=flags)
+    assert [t.label for t in define(table, "x", Path(), tasks=("o/rte.csv", "own")).tasks] == ["rte", "own"]
+
+
 # ---- settings of methods by their own names --------------------------------------------------------------------------
 
 

@@ -240,9 +240,10 @@ def _tasks(value: Any, wanted: Sequence[str], base: Path, problems: Problems) ->
     problems.different("tasks", [task.label for task in tasks])
     if not wanted:
         return tuple(tasks)
-    problems.different("tasks", list(wanted))
     named = {task.label: task for task in tasks}
-    return tuple(named.get(x, StudyTask(_stem(x), {"task": x})) for x in wanted)
+    chosen = [named.get(x, StudyTask(_stem(x), {"task": x})) for x in wanted]
+    problems.different("tasks", [task.label for task in chosen])
+    return tuple(chosen)
 
 
 def _task(where: str, table: dict[str, Any], base: Path, problems: Problems) -> StudyTask:
