@@ -131,6 +131,19 @@ def test_a_study_that_knows_little_makes_its_page(tmp_path):
     assert rows["dora", "cola"]["collapsed_in_tuning"] == "9"
 
 
+@pytest.mark.parametrize(
+    ("compare", "reference"),
+    [({}, "full"), ({"reference": "dora"}, "dora"), ({"reference": "dora", "against": "vera"}, "vera")],
+)
+def test_verdicts_are_against_the_method_that_the_study_names(study, compare, reference):
+    plain = {key: value for key, value in study.compare.items() if key not in ("reference", "against")}
+    found = findings(replace(study, compare=plain | {"against": None} | compare))
+    assert {r.against for r in found.results} == {reference, None}
+    for r in found.results:
+        assert (r.against is None) == (r.label == reference)
+        assert r.comparison is None or (r.comparison.a, r.comparison.b) == (r.label, reference)
+
+
 def test_an_axis_of_one_contrast_holds_it(found):
     c = found.planned[0].contrasts[0]
     assert reach([(c, 0.01, 0.01, "x")]) >= max(abs(c.low), abs(c.high), 0.01)

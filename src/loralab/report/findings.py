@@ -204,7 +204,8 @@ def findings(study: Study) -> Findings:
     """The results and comparisons of a study."""
     cells = study.cells()
     compared = comparisons(study)
-    reference = study.compare["against"] or next((r for r in REFERENCES if any(k[2] == r for k in cells)), None)
+    usual = next((r for r in REFERENCES if any(k[2] == r for k in cells)), None)
+    reference = study.compare["against"] or study.compare.get("reference") or usual
     results = [_result(cells[s.task, s.model, s.method], s, compared, reference) for s in summaries(study)]
     waiting = [cell for cell in cells.values() if not cell.runs]
     return Findings(study, results, compared, waiting, list(dict.fromkeys(key[2] for key in cells)), planned(study))
