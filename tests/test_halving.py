@@ -15,7 +15,7 @@ from loralab import UserError
 from loralab.run.loop import Loop
 from loralab.study import load
 from loralab.study.bar import StudyBar
-from loralab.study.definition import KEPT
+from loralab.study.definition import KEPT, grid_points
 from loralab.study.halving import EXTENSION, beyond, halving
 from loralab.study.packed import FILE, PREDICTIONS
 from loralab.study.power import power, upper
@@ -23,7 +23,7 @@ from loralab.study.record import Run, ScheduledRun
 from loralab.study.results import as_data, outline
 from loralab.study.run_study import run_study
 from loralab.study.runners import runner
-from loralab.study.schedule import schedule
+from loralab.study.schedule import can_be, cells, schedule
 from loralab.study.search import WORST
 from loralab.study.statistics import planned
 from loralab.study.toml import define
@@ -78,6 +78,31 @@ def test_an_extension_that_is_worse_leaves_the_winner():
     state, _ = carried_on(lambda rate, seed: rate if rate <= 30 else 0.0)
     assert state.chosen == {"lr_times": 30.0}
     assert beyond(POINTS, {"lr_times": 1.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "best", "expected"),
+    [
+        ({"rank": [1, 2, 4]}, 4, [8, 16]), ({"rank": [1, 2, 4]}, 1, []), ({"rank": [4, 8, 16]}, 4, [2, 1]),
+        ({"rank": [8, 9, 10]}, 10, [11, 13]), ({"rank": [2, 3, 4]}, 2, [1]), ({"batch_size": [10, 20, 40]}, 10, [5, 2]),
+        ({"epochs": [2, 3, 4]}, 4, [6, 8]), ({"dropout": [0.2, 0.5, 0.9]}, 0.9, []),
+        ({"dropout": [0.1, 0.2, 0.5]}, 0.1, [0.045, 0.02]), ({"warmup": [0.1, 0.2, 0.4]}, 0.4, [0.8]),
+        ({"lr_times": [1, 2, 4]}, 4, [8.0, 16.0]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_extension_has_values_that_the_setting_can_have(grid, best, expected):
+    """Whole numbers stay whole and differ, and what no run can have is left out: with it the study could not go on."""
+    ((key, values),) = grid.items()
+    table = {"tasks": ["cola"], "methods": ["lora"], "tune": {"search": "halving", **grid}}
+    (cell,) = cells(define(table, "x", Path()))
+    score = {x: -abs(math.log(x / best)) for x in values}
+    asked = grid_points(cell.grid), SEEDS, lambda point, seed: score.get(point[key], -9.0)
+    state = halving(*asked, lambda point: can_be(cell, point))
+    more = [t.tried[key] for t in state.trials if t.rung == EXTENSION and t.seed == 1000]
+    assert more == expected
+    assert [type(x) for x in more] == [type(x) for x in expected]
+    assert state.chosen == {key: best}
 
 
 @pytest.mark.parametrize("place", range(6))
