@@ -113,6 +113,25 @@ def test_the_smallest_difference_has_the_power_it_says(df, alpha):
     assert np.mean(t > limit) == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("df", [1, 2, 3, 11, 100, math.inf])
+def test_the_smallest_difference_of_any_level_is_found_or_not_known(df):
+    """Soon, without a warning, and where it is a number with the power it says: by an integral over the spread."""
+    quantiles = (np.arange(20_000) + 0.5) / 20_000
+    spread = np.ones(1) if math.isinf(df) else np.sqrt(stats.chi2.ppf(quantiles, df) / df)
+    known = []
+    for alpha in (0.05, 1e-3, 1e-5, 1e-8, 1e-10, 1e-12, 1e-15, 1e-16, 1e-17, 1e-30, 1e-100, 1e-300, 5e-324):
+        effect = smallest_difference(1.0, df, alpha)
+        known.append(math.isfinite(effect))
+        assert known[-1] or math.isnan(effect)
+        if known[-1]:
+            power = stats.norm.sf(stats.t.isf(alpha / 2, df) * spread - effect).mean()
+            assert power == pytest.approx(0.8, abs=2e-3), alpha
+    assert known[:2] == [True, True]
+    assert all(known[:5]) or df < 3
+    assert known == sorted(known, reverse=True), "only the smallest levels are not known"
+
+
 def test_equivalence_is_claimed_of_differing_methods_in_at_most_five_of_a_hundred():
     means = (0.01,) * 7  # at the margin
     false = np.mean([any(c.p_equivalent_holm < 0.05 for c in f) for f in families(SPREADS["equal"], means=means)])

@@ -70,10 +70,11 @@ def _power(found: dict[str, Any]) -> str:
     source = f"the upper 80 % bound from {n} differences of finished runs" if n else f"by {found['source']}"
     known = "" if unit else f" (a paired difference over seeds varies by {found['sd']:.3f}, {source})"
     digits = 1 if unit else 3
+    smallest = "none that can be named" if math.isnan(found["smallest"]) else f"{found['smallest']:.{digits}f}{unit}"
     return (
         f"{found['family']}, {Path(found['model']).name}, {found['tests']} test{'s' * (found['tests'] > 1)}, "
         f"{found['seeds']} seeds: can find "
-        f"{found['smallest']:.{digits}f}{unit}, and show equal within {found['margin']:.{digits}f}, "
+        f"{smallest}, and show equal within {found['margin']:.{digits}f}, "
         f"each with 80 % power{known}"
     )
 

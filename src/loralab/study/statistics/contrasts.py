@@ -30,6 +30,7 @@ ENOUGH = 5.0  # right and wrong answers, from which on a share is near enough to
 LEAST = 3  # variances that make a prior: of two it is a guess, and families of two erred in 9 of 100 with 3 seeds
 OUTLYING = 0.3  # simulated from 0.01 to 0.3: the interval of a method that varies most then holds in 0.94 with 5 seeds
 UNBOUNDED = (-math.inf, math.inf)
+HUGE = 3e4  # t, up to which scipy's noncentral t is right; it is off by 0.05 and more from 1e5 on
 FLIPPED = 14  # seeds up to which all patterns of signs are counted; of more as many patterns are drawn
 MIRRORED = {"better": "worse", "worse": "better"}  # verdicts that turn with a difference; others stay
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
@@ -103,18 +104,25 @@ def mirrored(c: Contrast) -> Contrast:
 
 
 def smallest_difference(error: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The true difference that a two-sided test at `alpha` finds with that power (noncentral t)."""
-    limit = float(stats.t.ppf(1 - alpha / 2, df))
+    """The true difference that a two-sided test at `alpha` finds with that power (noncentral t).
+
+    nan where the noncentral t is not known well enough: for so few seeds and so small an alpha that t must be huge.
+    """
+    limit = float(stats.t.isf(alpha / 2, df))
+    if not limit <= HUGE:
+        return math.nan
     if math.isinf(df):
         return error * (limit + float(stats.norm.ppf(power)))
 
     def short(effect: float) -> float:
         return float(stats.nct.sf(limit, df, effect)) - power
 
-    high = limit + 10.0
-    while short(high) < 0:
-        high *= 2
-    return error * float(optimize.brentq(short, 0.0, high))
+    # with chance sqrt(power) the spread is below this quantile, and then t above the limit with at least that chance
+    share = math.sqrt(power)
+    high = limit * math.sqrt(float(stats.chi2.ppf(share, df)) / df) + float(stats.norm.ppf(share))
+    high = max(1.01 * high, 0.1)
+    known = short(0.0) < 0 <= short(high)
+    return error * float(optimize.brentq(short, 0.0, high)) if known else math.nan
 
 
 def moderated(variances: Sequence[float] | Array, df: Sequence[float] | Array) -> tuple[Array, Array]:
