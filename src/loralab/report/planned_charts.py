@@ -177,7 +177,7 @@ def _alive(r: Result) -> list[float]:
 
 def _held_out(run: Run) -> float:
     """The held-out score of a tuning run, in units of its metric."""
-    return upward(str(run.result["metric"]["name"]), score(run.history, run.result))
+    return upward(str(run.result["metric"]["name"]), score(run))
 
 
 def tried(r: Result) -> dict[float, list[Run]]:

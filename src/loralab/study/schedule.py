@@ -141,7 +141,7 @@ def _score(cell: CellSettings, scheduled: ScheduledRun, alive: bool = False) -> 
     run = read_run(cell.store, scheduled)
     if run is None:
         return None
-    return search.WORST if alive and collapses(run) else search.score(run.history, run.result)
+    return search.WORST if alive and collapses(run) else search.score(run)
 
 
 def notes(definition: Definition) -> list[str]:
