@@ -195,6 +195,27 @@ def test_judge_refuses_what_it_cannot_judge(tmp_path, rows, more, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [("a.json", "true"), ("a.json", f"1{'0' * 400}"), ("a.json", "null"), ("a.json", '"high"'), ("a.json", "[1]"),
+     ("a.json", "{}"), ("a.csv", "0.8_1"), ("a.csv", "true"), ("a.csv", "inf"), ("a.csv", "nan"), ("a.csv", "0x1p3")],
+)  # fmt: skip
+def test_a_score_that_is_no_number_is_named(tmp_path, name, cell):
+    rows = [f'{{"who": "lora", "acc": {cell}}}', '{"who": "dora", "acc": 0.5}']
+    text = f"[{', '.join(rows)}]" if name.endswith("json") else f"who,acc\nlora,{cell}\ndora,0.5\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="row 1 has acc .*, no number") as caught:
+        judge(tmp_path / name, "who", "acc", rows=100)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("margin", [1, np.float32(1.0), np.int64(1)])
+def test_a_margin_may_be_any_number(tmp_path, margin):
+    file = file_of(tmp_path, scores_of(times=100))
+    found, same = (judge(file, "who", "acc", "seed", "task", margin=x).families for x in (margin, 1.0))
+    assert [c.p_equivalent for f in found for c in f.contrasts] == [c.p_equivalent for f in same for c in f.contrasts]
+
+
 def test_what_judge_prints_for_machines_is_json(tmp_path, capsys):
     """JSON has no word for nan: what is not known is null."""
     file = file_of(tmp_path, scores_of(keep=lambda m, t, s: m != "vera" or s < 1))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loralab.data import tables
+from loralab.data import checks, tables
 from loralab.data.metrics import LOWER_IS_BETTER
 from loralab.errors import UserError, hint
 from loralab.study.statistics.contrasts import Contrast, mirrored, paired, proportions, signs_agree, with_signs
@@ -254,13 +254,11 @@ def _scores(
     found: Scores = {}
     wrong: list[str] = []
     for place, row in enumerate(table, 1):
-        names = {c: _text(row.get(c)) for c in (method, seed, task) if c is not None}
+        names = {c: _text(row[c]) for c in (method, seed, task) if c is not None}
         try:
-            value = float(row[score])
-        except (KeyError, TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            wrong.append(f"row {place} has {score} {row.get(score)!r}, no number")
+            value = checks.number(row[score])
+        except ValueError:
+            wrong.append(f"row {place} has {score} {checks.shown(row[score])}, no number")
             continue
         if empty := [c for c, name in names.items() if not name]:
             wrong.append(f"row {place} has no {' and no '.join(empty)}")

@@ -179,6 +179,7 @@ def paired(
     tested = [i for i, count in enumerate(counts) if count > 1]
     variances, freedom = moderated([variance(differences[i]) for i in tested], [counts[i] - 1 for i in tested])
     places = {i: place for place, i in enumerate(tested)}
+    margins = np.broadcast_to(np.asarray(margin, dtype=float), len(methods))
     made = []
     for i, method in enumerate(methods):
         mean, error, df = math.nan, math.nan, math.nan
@@ -188,7 +189,7 @@ def paired(
             of_rows, of_seeds = 0.0 if rows is None else rows[i], variances[places[i]] / counts[i]
             error = math.sqrt(of_seeds + of_rows) if of_seeds else math.nan  # the rows alone are surer than seeds allow
             df = float(freedom[places[i]])
-        made.append(contrast(method, mean, error, df, margin if isinstance(margin, float) else margin[i]))
+        made.append(contrast(method, mean, error, df, float(margins[i])))
     limits = [UNBOUNDED] * len(counts) if ranges is None else ranges
     return [_stated(c, n, own) for c, n, own in zip(family(made, alpha, power), counts, limits, strict=True)]
 
