@@ -196,6 +196,23 @@ def test_judge_refuses_what_it_cannot_judge(tmp_path, rows, more, words):
 
 
 @pytest.mark.parametrize(
+    ("head", "cells", "name"),
+    [("{},,", ",,", "a.csv"), ("{},note,note", ",x,y", "a.csv"), (",{}", None, "a.csv"), ("{}\t\t", "\t\t", "a.tsv")],
+    ids=["trailing commas", "two columns of one name", "a nameless index", "trailing tabs"],
+)  # fmt: skip
+def test_columns_that_no_flag_names_may_be_anything(tmp_path, head, cells, name):
+    plain = file_of(tmp_path, scores_of())
+    first, *rows = plain.read_text().splitlines()
+    lines = [head.format(first), *(f"{i},{row}" if cells is None else row + cells for i, row in enumerate(rows))]
+    (tmp_path / name).write_text("\n".join(lines).replace(",", "\t" if name.endswith("tsv") else ","))
+    given = ("who", "acc", "seed", "task")
+    assert judge(tmp_path / name, *given) == judge(plain, *given)
+    (tmp_path / name).write_text("who,acc,acc\nlora,0.1,0.2\n")
+    with pytest.raises(UserError, match="more than one column 'acc'"):
+        judge(tmp_path / name, "who", "acc", rows=10)
+
+
+@pytest.mark.parametrize(
     ("name", "cell"),
     [("a.json", "true"), ("a.json", f"1{'0' * 400}"), ("a.json", "null"), ("a.json", '"high"'), ("a.json", "[1]"),
      ("a.json", "{}"), ("a.csv", "0.8_1"), ("a.csv", "true"), ("a.csv", "inf"), ("a.csv", "nan"), ("a.csv", "0x1p3")],
@@ -251,6 +268,7 @@ def test_one_run_a_method_needs_the_number_of_rows(tmp_path):
     [
         ("a.csv", "who,acc\n", "no rows"),
         ("a.csv", "", "is empty"),
+        ("a.json", "[]", "no rows"),
         ("a.json", "{", "a.json"),
         ("a.jsonl", "[1]\n", "a.jsonl"),
         ("a.txt", "who,acc\nlora,1\n", "ending in"),

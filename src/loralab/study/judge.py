@@ -71,12 +71,10 @@ def judge(
     of test rows behind each score, for results with one run a method; scores are then shares of them. Raises UserError
     for columns that are not there, scores that are no numbers, and results that cannot be tested.
     """
-    table = _read(file)
     columns = {"--method": method, "--score": score, "--seed": seed, "--task": task}
     named = {flag: name for flag, name in columns.items() if name is not None}
     _check(named, margin, alpha)
-    _check_columns(file, table, named)
-    scores = _scores(file, table, method, score, seed, task)
+    scores = _scores(file, _read(file, named), method, score, seed, task)
     methods = list(dict.fromkeys(m for by_method in scores.values() for m in by_method))
     chosen = _reference(methods, reference)
     if len(methods) == 1:
@@ -219,11 +217,15 @@ def _reference(methods: Sequence[str], wanted: str | None) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file; cells of a CSV are texts."""
-    columns = tables.read_all(file)
-    if not any(columns.values()):
+def _read(file: Path, wanted: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of a file with the columns that flags name, and no others; cells of a CSV are texts."""
+    there = tables.names(file)
+    if not there:
         raise UserError(f"{file} has no rows")
+    if wrong := [f"{flag} {name!r}{hint(name, there)}" for flag, name in wanted.items() if name not in there]:
+        listed = ", ".join(map(checks.one_line, filter(None, dict.fromkeys(there))))
+        raise UserError(f"{file} has no column {', '.join(wrong)}: its columns are {listed or 'none'}")
+    columns = tables.read(file, list(wanted.values()))
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -239,13 +241,6 @@ def _check(columns: Mapping[str, str], margin: float, alpha: float) -> None:
         wrong.append(f"--alpha {alpha:g}: expected a number between 0 and 1")
     if wrong:
         raise UserError("; ".join(wrong))
-
-
-def _check_columns(file: Path, table: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    there = list(dict.fromkeys(key for row in table for key in row if key is not None))
-    wrong = [f"{flag} {name!r}{hint(name, there)}" for flag, name in columns.items() if name not in there]
-    if wrong:
-        raise UserError(f"{file} has no column {', '.join(wrong)}: its columns are {', '.join(there)}")
 
 
 def _scores(
