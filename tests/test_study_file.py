@@ -182,6 +182,32 @@ def test_what_a_grid_cannot_be(tmp_path, capsys, tune, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("seeds", "tune", "shared"),
+    [
+        ([0, 1], {"seed": 0, "lr": [1e-3]}, "0"),
+        ([1000, 1001], {"search": "halving", "lr_times": [1, 2, 3]}, "1000, 1001"),
+        ([3, 1001], {"search": "halving", "lr_times": [1, 2, 3]}, "1001"),
+        ([3, 1001], {"lr": [1e-3]}, None),
+        ([0, 1], {"seed": 0}, None),
+    ],
+)
+def test_a_seed_of_tuning_is_none_of_a_reported_run(seeds, tune, shared):
+    """Else the run that won is reported: its luck chose it."""
+    table = {"tasks": ["cola"], "methods": ["lora"], "seeds": seeds, "tune": tune}
+    if shared is None:
+        assert define(table, "x", Path()).seeds == tuple(seeds)
+        return
+    for file, flags in ((table, {}), (table | {"seeds": [7]}, {"seeds": tuple(seeds)})):
+        with pytest.raises(UserError, match=f"seeds: {shared} of tuning too"):
+            define(copy.deepcopy(file), "x", Path(), **flags)
+    own = {"seed": tune["seed"]} if "seed" in tune else {}
+    methods = [{"method": "lora", "tune": {"lr": [1e-3, 2e-3, 3e-3]}}]
+    kept = {key: x for key, x in tune.items() if key == "search"}
+    with pytest.raises(UserError, match=f"seeds: {shared} of tuning too"):
+        define(table | {"methods": methods, "tune": own | kept}, "x", Path())
+
+
 def test_a_table_where_none_belongs_and_none_where_one_does(tmp_path, capsys):
     file = tmp_path / "s.toml"
     file.write_text('tune = 5\ncompare = 6\nprotocol = "x"\ntasks = ["minimal-pairs"]\nmethods = ["lora"]\n')

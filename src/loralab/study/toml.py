@@ -433,6 +433,10 @@ def _check_runs(d: Definition, problems: Problems) -> None:
     for key, named in (("against", d.compare.against), ("reference", d.compare.reference)):
         if named is not None and labels:
             problems.unknown_keys(f"compare {key}", {named: None}, labels)
+    shared = sorted({*d.seeds} & {*d.tune.seeds})
+    if shared and any(d.grid(method) for method in d.methods):
+        which = f"{', '.join(map(str, shared))} of tuning too"
+        problems.add("seeds", f"{which}: a reported run would be chosen by its own luck; give tune another seed")
     for method in d.methods:
         _check_tuning(d, method, problems)
         ranged = any(isinstance(values, dict) for values in d.grid(method).values())
