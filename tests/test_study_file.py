@@ -170,6 +170,7 @@ def test_no_setting_takes_a_value_of_another_type(name):
         ('[tune]\nlr = {low = "1", high = 1}', "tune lr low: '1': expected a number"),
         ("[tune]\nmethod = {low = 1, high = 2}", "the setting is no number"),
         ("[tune]\nseed = 99999999999", "tune seed: 99999999999: expected a whole number, 0 to"),
+        ("[tune]\nseed = 4294967295\nsearch = 'halving'\nlr = [1, 2, 3]", "expected a whole number, 0 to 4294967294"),
         ("[compare]\nmargin = inf", "margin: default=inf"),
     ],
 )

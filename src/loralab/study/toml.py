@@ -379,11 +379,12 @@ def _tune(value: Any, base: Path, problems: Problems) -> Tune:
     known = {key: x for key, x in table.items() if key in GRID}
     kind = typing.get_type_hints(Tune)["search"]
     search = problems.typed("tune search", search, kind, Tune.search)
+    last = LARGEST_SEED - (len(Tune(search=search).seeds) - 1)  # the next rung of halving has the next seed
     return Tune(
         _grid("tune", known, GRID, base, problems),
         search,
         _whole(problems, "tune trials", trials, Tune.trials, 1),
-        _whole(problems, "tune seed", seed, Tune.seed, 0, LARGEST_SEED),
+        _whole(problems, "tune seed", seed, Tune.seed, 0, last),
     )
 
 
