@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 from scipy import stats
 
 from loralab import UserError
@@ -16,6 +17,7 @@ from loralab.run.loop import Loop
 from loralab.study import load
 from loralab.study.bar import StudyBar
 from loralab.study.definition import KEPT, grid_points
+from loralab.study.failures import message
 from loralab.study.halving import EXTENSION, beyond, halving
 from loralab.study.packed import FILE, PREDICTIONS
 from loralab.study.power import power, upper
@@ -122,6 +124,29 @@ def test_where_every_rate_is_out_nothing_is_chosen():
     state, known = carried_on(lambda rate, seed: WORST)
     assert state.stuck
     assert (state.chosen, len(known)) == (None, 6)
+
+
+@pytest.mark.parametrize("failed", [0, 1, 9])
+def test_the_end_of_tuning_without_a_winner_says_what_it_was(tmp_path, failed):
+    """--retry is named where a run failed: where all collapsed it runs nothing again."""
+    folder = synthetic.planned(tmp_path, seeds=2, tasks=("cola",), methods=("lora", "head"))
+    data = json.loads((folder / "study.json").read_text())
+    own = [entry for entry in data["planned"] if entry["method"] == "lora"]
+    for place, entry in enumerate(e for e in own if e["role"] == "tune"):
+        run = folder / "store" / entry["address"]
+        synthetic._edit(run, 0.0, lost=True)
+        if place < failed:
+            (run / "result.json").unlink()
+            (run / "failed.json").write_text(json.dumps({"error": "loss is nan"}))
+    for entry in own:
+        if entry["role"] == "final":
+            entry.update(address=None, settings=None)
+    (folder / "study.json").write_text(json.dumps(data))
+    said = message(load(folder))
+    assert "cola mpnet lora" in said
+    assert ("--retry" in said) == (failed > 0)
+    assert ("every tuning run predicts the same for every row" in said) == (failed == 0)
+    assert ("no tuning run worked" in said) == (failed > 0)
 
 
 # ---- a study ---------------------------------------------------------------------------------------------------------
