@@ -12,7 +12,7 @@ from loralab.disk import size_text
 from loralab.report import multiples
 from loralab.report import numbers as n
 from loralab.report.findings import Cost, Findings, Result, pareto, swept
-from loralab.report.style import INK, MARKERS, MUTED, PAPER, SERIES, figure, styled
+from loralab.report.style import INK, MARKERS, MUTED, PAPER, SERIES, cut, figure, line_name, styled
 from loralab.study import Run
 
 Style = tuple[str, str]  # colour and marker of a method, the same in every picture
@@ -123,7 +123,7 @@ def by_epoch(name: str) -> Draw:
             if grey is not None:
                 ax.plot(epochs, mean, color=grey, lw=0.8, zorder=1)
                 return
-            ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=cut(r.label, 28))
+            ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=line_name(r.label))
             if len(values) > 1:
                 ax.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.16, lw=0)
 
@@ -212,7 +212,7 @@ def _scatter(
         if len(r.seeds) > 1 and named:
             ax.plot([x, x], [r.summary.low, r.summary.high], color=color, lw=1.2, alpha=0.7)
         face = color if on else PAPER
-        name = cut(r.label, 28) if named else None
+        name = line_name(r.label) if named else None
         ax.plot(x, y, marker, color=color, markerfacecolor=face, ls="none", markersize=7.5, label=name)
 
 
@@ -276,11 +276,6 @@ def _bars(
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
-
-
-def cut(text: str, most: int) -> str:
-    """At most so many characters."""
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def metric(results: Sequence[Result]) -> str:
