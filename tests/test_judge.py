@@ -246,6 +246,22 @@ def test_what_judge_prints_for_machines_is_json(tmp_path, capsys):
     assert found["families"][0]["contrasts"][1]["p"] is None
 
 
+STEERS = "\x1b[31mred\x9b2J\x07\r"
+
+
+def test_names_of_a_file_cannot_steer_the_terminal(tmp_path, capsys):
+    """In tables, their titles and the notes below them: they are shown as escapes."""
+    lacks = scores_of(keep=lambda m, t, s: (m, t, s) != ("vera", "b", 1))
+    rows = [{"who": m + STEERS * (m != "lora"), "task": t + STEERS, "seed": s, "acc": x} for m, t, s, x in lacks]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(rows))
+    assert main(["judge", str(file), "--method", "who", "--score", "acc", "--seed", "seed", "--task", "task"]) == 0
+    out = capsys.readouterr().out
+    assert set(filter(lambda c: not c.isprintable(), out)) == {"\n"}
+    assert "dora\\x1b[31mred\\x9b2J\\x07" in re.sub(r"\s", "", out)
+    assert "vera\\x1b[31mred" in out.partition("note: ")[2]
+
+
 def test_rows_beside_seeds_are_said_to_be_of_no_use(tmp_path):
     found = judge(file_of(tmp_path, scores_of()), "who", "acc", "seed", "task", rows=100)
     assert any("--rows is not used" in note for note in found.notes)

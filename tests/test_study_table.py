@@ -274,6 +274,18 @@ def test_each_contrast_has_the_margin_of_its_metric_and_says_it(tmp_path, capsys
     assert [f" {m:g} " in line for m, line in zip(families[1].margins, lines, strict=True)] == [True] * 4
 
 
+def test_names_of_a_study_cannot_steer_the_terminal(tmp_path, capsys):
+    plain = of_two_tasks(predictions=False)
+    cells = {(f"{task}\x1b[31m", m + "\x9b2J" * (m != "bad")): runs for (task, m), runs in plain.items()}
+    folder = written(tmp_path, cells, reference="bad")
+    data = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(data | {"notes": ["a note\x1b[2J"]}))
+    show(load(folder))
+    out = capsys.readouterr().out
+    assert set(filter(lambda c: not c.isprintable(), out)) == {"\n"}
+    assert "a note\\x1b[2J" in out
+
+
 def with_hard_rows(predictions):
     """Runs of two methods on two tasks: some rows are wrong in every seed of a method, some by luck of the seed."""
     random, cells = np.random.default_rng(3), {}

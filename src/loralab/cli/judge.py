@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from loralab.cli.show import Json, as_json, table
+from loralab.cli.show import Json, as_json, say, table
 from loralab.study.judge import ALL, Family, Judgement
 from loralab.study.judge import judge as judged
 from loralab.study.statistics.contrasts import Contrast
@@ -60,7 +60,7 @@ def judge(
     for family in found.families:
         _show(found, family)
     for note in found.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _show(found: Judgement, family: Family) -> None:
@@ -73,7 +73,7 @@ def _show(found: Judgement, family: Family) -> None:
     table(title, heads, [(*_cells(c), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
     if many > MOST:
         print(f"... {many - MOST} more below these; --json lists all")
-    print(_summary(found, family))
+    say(_summary(found, family))
 
 
 def _cells(c: Contrast) -> tuple[str, ...]:

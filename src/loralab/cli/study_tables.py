@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.cli.show import table
+from loralab.cli.show import say, table
 from loralab.disk import size_text
 from loralab.run.bar import clock
 from loralab.study.record import Study
@@ -40,7 +40,7 @@ def show(study: Study) -> None:
     for family in families:
         _planned(family, study)
     for line in remarks(families, study.compare["alpha"]):
-        print(line)
+        say(line)
     _footnotes(study, found)
 
 
@@ -83,7 +83,7 @@ def _states(s: Summary) -> None:
     """What is odd about a cell, in a line of its own."""
     states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: the same for every row"))
     if text := "; ".join(f"{n} {what}" for n, what in states if n):
-        print(f"{s.method}: {text}")
+        say(f"{s.method}: {text}")
 
 
 def _comparison(c: Comparison) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
         print("could find: the smallest true difference that this comparison finds with 80 % power, corrected")
     print("inflation: what choosing the epoch on the reported split would have added")
     for note in study.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _signed(x: float) -> str:
@@ -137,7 +137,7 @@ def show_outline(outline: dict[str, Any]) -> None:
     shared = f" ({outline['shared']} more are shared)" if outline["shared"] else ""
     print(f"{outline['runs']} runs{shared}, {outline['done']} done")
     for found in outline["power"]:
-        print(_power(found))
+        say(_power(found))
     guess = outline["estimate"]
     if guess["guessed"] or guess["planned"]:
         print(f"left: about {clock(guess['seconds'])} of training; peak memory {size_text(guess['peak_bytes'])}")
