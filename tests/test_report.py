@@ -166,6 +166,10 @@ def test_what_holds_no_run_is_refused(tmp_path):
         write(tmp_path)
     with pytest.raises(loralab.UserError, match="no folder"):
         write(tmp_path / "nowhere")
+    for text in ("[1, 2]", "{not json", "5", "\0"):  # of another tool
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(loralab.UserError, match="holds no finished run"):
+            write(tmp_path)
     empty = synthetic.study(tmp_path, seeds=0)
     with pytest.raises(loralab.UserError, match="nothing to report yet"):
         write(empty)

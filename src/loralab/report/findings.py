@@ -61,8 +61,9 @@ def read(folder: Path | str) -> Study:
 
 def _run(file: Path, folder: Path) -> FoundRun | None:
     """The run of a result file, or None: other tools write files of that name too."""
-    result = read_header(file)
-    if not {"task", "model", "method", "seed", "metric"} <= result.keys() or not file.with_name("run.json").is_file():
+    if not file.with_name("run.json").is_file():
+        return None
+    if not {"task", "model", "method", "seed", "metric"} <= read_header(file).keys():
         return None
     return str(file.parent.relative_to(folder)), read_result(file.parent), read_facts(file.parent)
 
