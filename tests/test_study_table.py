@@ -342,12 +342,14 @@ def test_endpoints_are_metrics_of_the_results(tmp_path):
     assert found[2].contrasts[0].difference == pytest.approx(-0.3)  # a comes first, three seeds before lora
 
 
-def test_a_method_without_a_task_has_no_mean_of_tasks_and_the_mean_names_its_tasks(tmp_path):
+def test_a_method_without_a_task_has_no_mean_of_tasks_and_the_mean_names_its_tasks(tmp_path, capsys):
     """A mean of other tasks is no mean that can stand beside the others."""
     cells = of_two_tasks(predictions=False)
     del cells["u", "same"]
     mean, by_task = families = planned(load(written(tmp_path, cells, reference="bad", margin=0.03)))
     assert [c.method for c in by_task.contrasts] == ["good on t", "same on t", "good on u"]
+    show(load(tmp_path))
+    assert "nan" not in capsys.readouterr().out
     told = {c.method: (c.verdict, seeds) for c, seeds in zip(mean.contrasts, mean.seeds, strict=True)}
     assert told["same"] == ("not tested", 0)
     assert told["good"][1] == 4

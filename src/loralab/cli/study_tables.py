@@ -52,7 +52,7 @@ def _planned(family: PlannedFamily, study: Study) -> None:
     parts = zip(family.contrasts, family.margins, family.seeds, family.collapsed, strict=True)
     for c, margin, seeds, lost in parts:
         tests = [f"{p:.3g}" if p == p else "" for p in (c.p_holm, c.p_equivalent_holm)]
-        rows.append((c.method, f"{c.difference:+.3f}", _interval(c.low, c.high), *tests, f"{margin:g}", c.verdict,
+        rows.append((c.method, _signed(c.difference), _interval(c.low, c.high), *tests, f"{margin:g}", c.verdict,
                      _number(c.smallest), str(seeds), str(lost)))  # fmt: skip
     table(title, PLANNED, rows)
     print()
@@ -120,6 +120,10 @@ def _signed(x: float) -> str:
     return "" if math.isnan(x) else f"{x:+.3f}"
 
 
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
 def _number(x: float) -> str:
     return "" if math.isnan(x) else f"{x:.3f}"
 
@@ -134,8 +138,9 @@ def show_outline(outline: dict[str, Any]) -> None:
         for c in outline["cells"]
     ]
     table(f"{outline['name']}: the schedule", ("task", "model", "method", "tuning", "runs", "done"), rows, 3)
-    shared = f" ({outline['shared']} more are shared)" if outline["shared"] else ""
-    print(f"{outline['runs']} runs{shared}, {outline['done']} done")
+    more = outline["shared"]
+    shared = f" ({more} more {'are' if more > 1 else 'is'} shared)" if more else ""
+    print(f"{_runs(outline['runs'])}{shared}, {outline['done']} done")
     for found in outline["power"]:
         say(_power(found))
     guess = outline["estimate"]
@@ -148,4 +153,4 @@ def show_outline(outline: dict[str, Any]) -> None:
     }
     for key, how in known.items():
         if guess[key]:
-            print(f"  {guess[key]} runs {how}")
+            print(f"  {_runs(guess[key])} {how}")
