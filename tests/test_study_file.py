@@ -3,6 +3,7 @@
 import copy
 import datetime
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from loralab.cli import main
 from loralab.recipe import NAMED
 from loralab.run import Settings
 from loralab.study.definition import OF_RUN
-from loralab.study.toml import FREE, HINTS, OF_METHOD, OF_TASK, TOP, converted, define, method_types
+from loralab.study.toml import FREE, HINTS, OF_METHOD, OF_TASK, TOP, converted, define, method_types, read
 
 # ---- wrong types -----------------------------------------------------------------------------------------------------
 
@@ -207,6 +208,31 @@ def test_a_seed_of_tuning_is_none_of_a_reported_run(seeds, tune, shared):
     kept = {key: x for key, x in tune.items() if key == "search"}
     with pytest.raises(UserError, match=f"seeds: {shared} of tuning too"):
         define(table | {"methods": methods, "tune": own | kept}, "x", Path())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("{nope}", "'nope' is not among method, lr"), ("{lr:d}", "Unknown format code"), ("100% {", "Single '{'"),
+     ("a}", "Single '}'"), ("{}", "Replacement index 0"), ("{lr.x}", "no attribute 'x'"), ("{lr[0]}", "subscriptable")],
+)  # fmt: skip
+def test_a_name_that_cannot_be_made_says_why(name, words):
+    table = {"tasks": ["cola"], "methods": [{"method": "lora", "name": name, "lr": 0.1}]}
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        define(table, "x", Path())
+    assert ("is not among" in str(caught.value)) == (name == "{nope}")
+    assert define(table | {"methods": [{"name": "{{{lr}}}", "lr": 0.1}]}, "x", Path()).methods[0].label == "{0.1}"
+
+
+def test_a_study_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "s.toml").write_text('tasks = ["cola"]\nmethods = ["lora"]\n', encoding="utf-8-sig")
+    assert read(tmp_path / "s.toml").tasks[0].label == "cola"
+
+
+def test_a_dry_run_counts_as_people_do(tmp_path, capsys):
+    (tmp_path / "s.toml").write_text('tasks = ["minimal-pairs"]\nmethods = ["head"]\nseeds = [0]\n')
+    for seeds, words in ((["0"], "1 run, 0 done"), (["0", "1"], "2 runs, 0 done")):
+        assert main(["study", str(tmp_path / "s.toml"), "--dry-run", "--seeds", *seeds]) == 0
+        assert words in capsys.readouterr().out
 
 
 def test_a_table_where_none_belongs_and_none_where_one_does(tmp_path, capsys):

@@ -174,7 +174,7 @@ def read(file: Path, **flags: Any) -> Definition:
     Raises UserError, with every problem at once.
     """
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file} is no TOML: {error}") from error
     except RecursionError as error:
@@ -308,8 +308,10 @@ def _each(where: str, table: dict[str, Any], base: Path, problems: Problems) -> 
         default = " ".join([str(chosen.get("method", "lora")), *(f"{key}={x}" for key, x in point.items())])
         try:
             methods.append(StudyMethod(label.format(**chosen) if label else default, chosen, grid))
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        except KeyError as error:
             problems.add(where, f"name={label!r}: {error} is not among {', '.join(chosen)}")
+        except (IndexError, ValueError, AttributeError, TypeError) as error:
+            problems.add(where, f"name={label!r}: {error}; expected settings as {{rank}}, and other braces doubled")
     return methods
 
 
