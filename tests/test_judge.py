@@ -246,6 +246,33 @@ def test_what_judge_prints_for_machines_is_json(tmp_path, capsys):
     assert found["families"][0]["contrasts"][1]["p"] is None
 
 
+@pytest.mark.parametrize("times", [1e-5, 1e-3, 1.0, 100.0, 1e-12])
+def test_numbers_of_any_unit_have_digits(tmp_path, capsys, times):
+    """Two at least of the largest difference: scores in small units were +0.000 everywhere."""
+    file = file_of(tmp_path, [(m, t, s, times * x) for m, t, s, x in scores_of()])
+    given = {"seed": "seed", "task": "task", "margin": 0.01 * times}
+    found = judge(file, "who", "acc", **given)
+    flags = [word for key, x in given.items() for word in (f"--{key}", str(x))]
+    assert main(["judge", str(file), "--method", "who", "--score", "acc", *flags]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    for family, shown in zip(found.families, tables, strict=False):
+        largest = max(family.contrasts, key=lambda c: abs(c.difference))
+        line = next(line for line in shown.splitlines() if line.startswith(largest.method))
+        assert float(line.split()[1]) == pytest.approx(largest.difference, rel=0.05)
+
+
+@pytest.mark.parametrize("task", ["all", "seeds", "mean of tasks"])
+def test_a_task_may_have_any_name_but_that_of_the_mean(tmp_path, capsys, task):
+    file = file_of(tmp_path, [(m, {"a": task}.get(t, t), s, x) for m, t, s, x in scores_of()])
+    if task == "mean of tasks":
+        with pytest.raises(UserError, match="row 1 has the task 'mean of tasks'"):
+            judge(file, "who", "acc", "seed", "task")
+        return
+    assert [f.name for f in judge(file, "who", "acc", "seed", "task").families] == ["mean of tasks", task, "b"]
+    assert main(["judge", str(file), "--method", "who", "--score", "acc", "--seed", "seed", "--task", "task"]) == 0
+    assert f"{task}: 2 methods against lora" in capsys.readouterr().out
+
+
 STEERS = "\x1b[31mred\x9b2J\x07\r"
 
 

@@ -70,23 +70,30 @@ def _show(found: Judgement, family: Family) -> None:
     title = f"\n{named}{many} method{'s' * (many > 1)} against {found.reference}, tested over {found.by}"
     seeds = found.by == "seeds"
     heads = ("method", "differs by", "95 % interval", "p", "Holm", "verdict", *["seeds"] * seeds)
-    table(title, heads, [(*_cells(c), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
+    digits = _digits(family.contrasts)
+    table(title, heads, [(*_cells(c, digits), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
     if many > MOST:
         print(f"... {many - MOST} more below these; --json lists all")
-    say(_summary(found, family))
+    say(_summary(found, family, digits))
 
 
-def _cells(c: Contrast) -> tuple[str, ...]:
-    interval = "" if math.isnan(c.low) else f"{c.low:+.3f} to {c.high:+.3f}"
+def _digits(contrasts: list[Contrast]) -> int:
+    """Decimals of a family: three, or as many as show two digits of its largest difference."""
+    largest = max((abs(c.difference) for c in contrasts), default=0.0)
+    return max(3, 1 - math.floor(math.log10(largest))) if largest > 0 else 3
+
+
+def _cells(c: Contrast, digits: int) -> tuple[str, ...]:
+    interval = "" if math.isnan(c.low) else f"{c.low:+.{digits}f} to {c.high:+.{digits}f}"
     verdict = SHORT.get(c.verdict, c.verdict)
-    return c.method, f"{c.difference:+.3f}", interval, _p(c.p), _p(c.p_holm), verdict
+    return c.method, f"{c.difference:+.{digits}f}", interval, _p(c.p), _p(c.p_holm), verdict
 
 
 def _p(p: float) -> str:
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _summary(found: Judgement, family: Family) -> str:
+def _summary(found: Judgement, family: Family, digits: int) -> str:
     contrasts, tests = family.contrasts, family.corrected_over
     over = f" over {tests} tests, those of all tasks," * (tests > sum(not math.isnan(c.p) for c in contrasts))
     sign, side = (-1, "below") if found.lower_is_better else (1, "above")
@@ -99,6 +106,6 @@ def _summary(found: Judgement, family: Family) -> str:
     smallest = [c.smallest for c in contrasts if not math.isnan(c.smallest)]
     if smallest:
         low, high = min(smallest), max(smallest)
-        reach = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
+        reach = " to ".join(dict.fromkeys([f"{low:.{digits}f}", f"{high:.{digits}f}"]))
         text += f". A true difference of {reach} is found with 80 % power"
     return text + "."

@@ -20,7 +20,7 @@ from loralab.data.metrics import LOWER_IS_BETTER
 from loralab.errors import UserError, hint
 from loralab.study.statistics.contrasts import Contrast, mirrored, paired, proportions, signs_agree, with_signs
 
-MEAN, ALL = "mean of tasks", "all"  # ALL: where no column names tasks
+MEAN, ALL = "mean of tasks", ""  # ALL: where no column names tasks
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,9 @@ def _scores(
             value = checks.number(row[score])
         except ValueError:
             wrong.append(f"row {place} has {score} {checks.shown(row[score])}, no number")
+            continue
+        if task is not None and names[task] == MEAN:
+            wrong.append(f"row {place} has the {task} {MEAN!r}, which is the mean over them here: call it otherwise")
             continue
         if empty := [c for c, name in names.items() if not name]:
             wrong.append(f"row {place} has no {' and no '.join(empty)}")
