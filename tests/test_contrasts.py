@@ -2,6 +2,7 @@
 
 import math
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,22 @@ def test_sign_flips_are_the_permutation_test_of_scipy_corrected(seeds, counted):
          for d in drawn]  # fmt: skip
     assert found == pytest.approx(holm(p), abs=1e-12 if counted else 0.01)
     assert found[0] > 0.05 > found[2]
+
+
+def test_sign_flips_of_thousands_of_seeds_take_little_memory():
+    """The answer is that of all patterns at once, whatever of them is held at a time."""
+    random = np.random.default_rng(1)
+    for n in (16, 3000):
+        d = random.normal(0.02, 0.5, n)
+        tracemalloc.start()
+        (c,) = with_signs(paired(["a"], [d], 0.01), [d], alpha=0.05)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 150e6
+        drawn = np.random.default_rng(0).integers(0, 2, (2**14, n), dtype=np.int64).astype(np.int8)
+        drawn[0] = 0
+        sums = np.abs([(1 - 2 * pattern) @ d for pattern in drawn])
+        assert c.p_signs == pytest.approx(np.mean(sums >= sums[0] * (1 - 1e-9)), abs=1e-9)
 
 
 def test_sign_flips_need_seeds_that_allow_a_result():

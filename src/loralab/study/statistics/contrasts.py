@@ -15,7 +15,7 @@ Where seeds are many enough a second test checks the first: signs of whole seeds
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ LEAST = 3  # variances that make a prior: of two it is a guess, and families of 
 OUTLYING = 0.3  # simulated from 0.01 to 0.3: the interval of a method that varies most then holds in 0.94 with 5 seeds
 UNBOUNDED = (-math.inf, math.inf)
 HUGE = 3e4  # t, up to which scipy's noncentral t is right; it is off by 0.05 and more from 1e5 on
+AT_ONCE = 2**22  # signs held at a time: 32 MB
 FLIPPED = 14  # seeds up to which all patterns of signs are counted; of more as many patterns are drawn
 MIRRORED = {"better": "worse", "worse": "better"}  # verdicts that turn with a difference; others stay
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
@@ -208,14 +209,20 @@ def with_signs(contrasts: Sequence[Contrast], differences: Sequence[Array], alph
 
 
 def _flipped(d: Array) -> float:
-    n = len(d)
-    if n <= FLIPPED:
-        patterns = np.arange(2**n)[:, None] >> np.arange(n) & 1  # (2^n, n), the first has all signs as they are
-    else:
-        patterns = np.random.default_rng(0).integers(0, 2, (2**FLIPPED, n))
-        patterns[0] = 0
-    sums = np.abs((1 - 2 * patterns) @ d)
+    sums = np.concatenate([np.abs((1 - 2 * patterns) @ d) for patterns in _patterns(len(d))])
     return float(np.mean(sums >= sums[0] - 1e-12 * np.abs(d).sum()))
+
+
+def _patterns(n: int) -> Iterator[Array]:
+    """Patterns of signs (some, n) at a time, 1 is flipped: all 2^n of few seeds or 2^FLIPPED drawn ones, none first."""
+    if n <= FLIPPED:
+        yield np.arange(2**n)[:, None] >> np.arange(n) & 1
+        return
+    random, block = np.random.default_rng(0), max(1, AT_ONCE // n)
+    for start in range(0, 2**FLIPPED, block):
+        drawn = random.integers(0, 2, (min(block, 2**FLIPPED - start), n))
+        drawn[0] *= start > 0
+        yield drawn
 
 
 def signs_agree(named: Sequence[tuple[str, Contrast]], alpha: float) -> str | None:
