@@ -273,6 +273,18 @@ def test_a_task_may_have_any_name_but_that_of_the_mean(tmp_path, capsys, task):
     assert f"{task}: 2 methods against lora" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("times", [1.0, 1e5, 1e8])
+def test_differences_that_differ_by_the_rounding_of_scores_do_not_vary(tmp_path, times):
+    """Of scores of 1e5 equal differences had p < 0.001: their rounding was taken for luck of the seeds."""
+    rows = [(m, "a", s, times * 0.1 * s + 0.3 * (m == "dora")) for m in ("lora", "dora") for s in range(1, 6)]
+    assert len({rows[i + 5][3] - rows[i][3] for i in range(5)}) > 1, "rounding differs"
+    (family,) = judge(file_of(tmp_path, rows), "who", "acc", "seed", "task").families
+    assert [c.verdict for c in family.contrasts] == ["not tested"]
+    varied = [(m, t, s, x + 1e-3 * (m == "dora") * s) for m, t, s, x in rows]
+    (family,) = judge(file_of(tmp_path, varied), "who", "acc", "seed", "task").families
+    assert [c.verdict for c in family.contrasts] == ["better"]
+
+
 STEERS = "\x1b[31mred\x9b2J\x07\r"
 
 

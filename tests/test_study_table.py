@@ -286,6 +286,18 @@ def test_names_of_a_study_cannot_steer_the_terminal(tmp_path, capsys):
     assert "a note\\x1b[2J" in out
 
 
+@pytest.mark.parametrize("times", [1.0, 1e5, 1e8])
+def test_equal_differences_of_scores_of_any_size_do_not_vary(tmp_path, times):
+    """What rounding leaves of them is no luck of the seeds; of the mean of tasks neither."""
+    scores = {m: [times * 0.1 * s + 0.3 * (m == "a") for s in range(1, 6)] for m in ("a", "lora")}
+    cells = {(t, m): [(i, x, x, None) for i, x in enumerate(own)] for t in ("t", "u") for m, own in scores.items()}
+    assert np.ptp(np.subtract(scores["a"], scores["lora"])) > 0
+    folder = written(tmp_path, cells, reference="lora")
+    assert {c.p for c in comparisons(load(folder))} == {2.0**-4}, "the test of flipped signs"
+    for family in planned(load(folder)):
+        assert {c.verdict for c in family.contrasts} == {"not tested"}
+
+
 def with_hard_rows(predictions):
     """Runs of two methods on two tasks: some rows are wrong in every seed of a method, some by luck of the seed."""
     random, cells = np.random.default_rng(3), {}

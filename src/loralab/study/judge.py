@@ -19,6 +19,7 @@ from loralab.data import checks, tables
 from loralab.data.metrics import LOWER_IS_BETTER
 from loralab.errors import UserError, hint
 from loralab.study.statistics.contrasts import Contrast, mirrored, paired, proportions, signs_agree, with_signs
+from loralab.study.statistics.estimates import evened
 
 MEAN, ALL = "mean of tasks", ""  # ALL: where no column names tasks
 
@@ -149,7 +150,12 @@ def _differences(
             left.setdefault(f"left out, no seed in common with {reference}", []).append(_named(m, name))
         elif len(seeds) < max(len(by_method[m]), len(base)):
             left.setdefault(f"compared on the seeds that {reference} has too", []).append(_named(m, name))
-    return {m: np.array([by_method[m][s] - base[s] for s in seeds]) for m, seeds in shared.items() if seeds}
+    found = {}
+    for m, seeds in shared.items():
+        own, other = (np.array([scores[s] for s in seeds]) for scores in (by_method[m], base))
+        if seeds:
+            found[m] = evened(own - other, float(np.abs([own, other]).max()))
+    return found
 
 
 def _tested(families: Mapping[str, Mapping[str, NDArray[Any]]], margin: float, alpha: float) -> list[Family]:
