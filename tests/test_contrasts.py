@@ -1,9 +1,8 @@
-"""Planned contrasts: error rates by simulation, moderated variances against limma's equations, and `loralab judge`."""
+"""Planned contrasts: error rates by simulation, moderated variances against limma's equations."""
 
-import json
 import math
-import re
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 import simulation
 
-from loralab.cli import main
-from loralab.errors import UserError
-from loralab.study.judge import judge
 from loralab.study.statistics import contrasts, holm
 from loralab.study.statistics.contrasts import (
     moderated,
@@ -118,6 +114,25 @@ def test_the_smallest_difference_has_the_power_it_says(df, alpha):
     assert np.mean(t > limit) == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("df", [1, 2, 3, 11, 100, math.inf])
+def test_the_smallest_difference_of_any_level_is_found_or_not_known(df):
+    """Soon, without a warning, and where it is a number with the power it says: by an integral over the spread."""
+    quantiles = (np.arange(20_000) + 0.5) / 20_000
+    spread = np.ones(1) if math.isinf(df) else np.sqrt(stats.chi2.ppf(quantiles, df) / df)
+    known = []
+    for alpha in (0.05, 1e-3, 1e-5, 1e-8, 1e-10, 1e-12, 1e-15, 1e-16, 1e-17, 1e-30, 1e-100, 1e-300, 5e-324):
+        effect = smallest_difference(1.0, df, alpha)
+        known.append(math.isfinite(effect))
+        assert known[-1] or math.isnan(effect)
+        if known[-1]:
+            power = stats.norm.sf(stats.t.isf(alpha / 2, df) * spread - effect).mean()
+            assert power == pytest.approx(0.8, abs=2e-3), alpha
+    assert known[:2] == [True, True]
+    assert all(known[:5]) or df < 3
+    assert known == sorted(known, reverse=True), "only the smallest levels are not known"
+
+
 def test_equivalence_is_claimed_of_differing_methods_in_at_most_five_of_a_hundred():
     means = (0.01,) * 7  # at the margin
     false = np.mean([any(c.p_equivalent_holm < 0.05 for c in f) for f in families(SPREADS["equal"], means=means)])
@@ -182,6 +197,22 @@ def test_sign_flips_are_the_permutation_test_of_scipy_corrected(seeds, counted):
     assert found[0] > 0.05 > found[2]
 
 
+def test_sign_flips_of_thousands_of_seeds_take_little_memory():
+    """The answer is that of all patterns at once, whatever of them is held at a time."""
+    random = np.random.default_rng(1)
+    for n in (16, 3000):
+        d = random.normal(0.02, 0.5, n)
+        tracemalloc.start()
+        (c,) = with_signs(paired(["a"], [d], 0.01), [d], alpha=0.05)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 150e6
+        drawn = np.random.default_rng(0).integers(0, 2, (2**14, n), dtype=np.int64).astype(np.int8)
+        drawn[0] = 0
+        sums = np.abs([(1 - 2 * pattern) @ d for pattern in drawn])
+        assert c.p_signs == pytest.approx(np.mean(sums >= sums[0] * (1 - 1e-9)), abs=1e-9)
+
+
 def test_sign_flips_need_seeds_that_allow_a_result():
     """Six seeds have 64 patterns: one contrast can have p 0.031, two not less than 0.063; a seed alone none."""
     d = np.array([0.1, 0.2, 0.15, 0.1, 0.3, 0.2])
@@ -222,7 +253,7 @@ def test_what_sign_flips_say_of_verdicts_is_a_line():
     ("rows", "score", "reference"), [(2, 1.0, 0.0), (100, 1.0, 0.9999), (1000, 0.004, 0.0), (9, 0.5, 0.4)]
 )
 def test_a_share_of_few_right_or_wrong_answers_is_not_tested(rows, score, reference):
-    (c,) = proportions(["a"], [score], reference, rows, margin=0.01)
+    (c,) = proportions(["a"], [score], [reference], rows, margin=0.01)
     assert c.verdict == "not tested"
     assert math.isnan(c.p)
 
@@ -232,7 +263,7 @@ def test_shares_of_rows_err_no_more_than_they_say_where_they_are_tested():
     random, times = np.random.default_rng(8), 3000
     for rows, share in ((20, 0.5), (60, 0.9), (400, 0.98)):
         a, b = random.binomial(rows, share, (2, times)) / rows
-        found = [proportions(["a"], [x], y, rows, margin=0.01)[0] for x, y in zip(a, b, strict=True)]
+        found = [proportions(["a"], [x], [y], rows, margin=0.01)[0] for x, y in zip(a, b, strict=True)]
         tested = [c for c in found if c.verdict != "not tested"]
         assert len(tested) > times / 10
         assert np.mean([c.p < 0.05 for c in tested]) <= 0.065
@@ -240,184 +271,6 @@ def test_shares_of_rows_err_no_more_than_they_say_where_they_are_tested():
 
 
 def test_proportions_are_the_two_sample_test_of_shares():
-    (c,) = proportions(["a"], [0.5262], 0.4784, 1319, margin=0.01)
+    (c,) = proportions(["a"], [0.5262], [0.4784], 1319, margin=0.01)
     table = [[694, 1319 - 694], [631, 1319 - 631]]
     assert c.p == pytest.approx(stats.chi2_contingency(table, correction=False).pvalue, abs=2e-3)
-
-
-# ---- judge -----------------------------------------------------------------------------------------------------------
-
-
-def results(folder, seeds=6, tasks=("cola", "mrpc"), text="csv"):
-    random = np.random.default_rng(2)
-    rows = [
-        {"who": m, "task": t, "seed": s, "acc": round(0.8 + d + 0.01 * s + random.normal(0, 0.002), 4)}
-        for t in tasks
-        for m, d in (("lora", 0.0), ("dora", 0.05), ("vera", -0.05), ("qlora", 0.0))
-        for s in range(seeds)
-    ]
-    file = folder / f"results.{text}"
-    if text == "json":
-        file.write_text(json.dumps(rows))
-    elif text == "jsonl":
-        file.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        comma = "\t" if text == "tsv" else ","
-        file.write_text("\n".join(comma.join(map(str, row)) for row in [rows[0], *(r.values() for r in rows)]))
-    return file
-
-
-@pytest.mark.parametrize("text", ["csv", "tsv", "json", "jsonl"])
-def test_judge_pairs_by_seed_and_task_the_mean_of_tasks_first(tmp_path, text):
-    found = judge(results(tmp_path, text=text), "who", "acc", "seed", "task")
-    assert [f.name for f in found.families] == ["mean of tasks", "cola", "mrpc"]
-    assert found.reference == "lora"
-    for family in found.families:
-        verdicts = {c.method: c.verdict for c in family.contrasts}
-        assert verdicts == {"dora": "better", "vera": "worse", "qlora": "equal within the margin"}
-
-
-def test_judge_prints_a_table_and_json(tmp_path, capsys):
-    argv = ["judge", str(results(tmp_path)), "--method", "who", "--score", "acc", "--seed", "seed", "--task", "task"]
-    assert main(argv) == 0
-    assert "3 methods against lora, tested over seeds" in capsys.readouterr().out
-    assert main([*argv, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["families"][0]["contrasts"][0]["method"] == "dora"
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ({"method": "whom"}, ["no column", "--method 'whom'", "did you mean 'who'", "acc"]),
-        ({"score": "task", "task": None}, ["row 1", "no number"]),
-        ({"seed": None}, ["second score of lora", "--seed"]),
-        ({"reference": "dorra"}, ["--reference 'dorra'", "did you mean 'dora'"]),
-        ({"seed": None, "task": "seed"}, ["second score", "--seed"]),
-    ],
-)
-def test_judge_says_what_is_wrong(tmp_path, more, words):
-    given = {"method": "who", "score": "acc", "seed": "seed", "task": "task", **more}
-    with pytest.raises(UserError) as caught:
-        judge(results(tmp_path), **given)
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
-def scores_of(methods=("lora", "dora", "vera"), tasks=("a", "b"), seeds=5, times=1.0, keep=lambda m, t, s: True):
-    random = np.random.default_rng(6)
-    rows = [(m, t, s) for m in methods for t in tasks for s in range(seeds) if keep(m, t, s)]
-    return [(*row, times * (0.7 + random.normal(0, 0.01))) for row in rows]
-
-
-def file_of(folder, rows):
-    file = folder / "scores.csv"
-    file.write_text("\n".join(",".join(map(str, row)) for row in [("who", "task", "seed", "acc"), *rows]) + "\n")
-    return file
-
-
-NOTED = {  # what does not count, or counts otherwise than a reader may think -> the note and the methods of the mean
-    "a method lacks a task": (
-        scores_of(keep=lambda m, t, s: (m, t) != ("vera", "b")),
-        "not in the mean, without a seed on every task: vera",
-        ["dora"],
-    ),
-    "a method lacks seeds": (
-        scores_of(keep=lambda m, t, s: m != "vera" or s < 3),
-        "compared on the seeds that lora has too: vera (mean of tasks), vera (a), vera (b)",
-        ["dora", "vera"],
-    ),
-    "a method has one seed": (
-        scores_of(keep=lambda m, t, s: m != "vera" or s < 1),
-        "not tested, one seed, or differences that do not vary: vera (mean of tasks), vera (a), vera (b)",
-        ["dora", "vera"],
-    ),
-    "the reference lacks a task": (
-        scores_of(tasks=("a", "b", "c"), keep=lambda m, t, s: (m, t) != ("lora", "b")),
-        "lora has no score on these tasks, which are left out: b",
-        ["dora", "vera"],
-    ),
-    "other seeds": (
-        [(m, t, s + 100 * (m == "vera"), x) for m, t, s, x in scores_of()],
-        "left out, no seed in common with lora: vera (mean of tasks), vera (a), vera (b)",
-        ["dora"],
-    ),
-    "scores in percent": (scores_of(times=100), "the margin of 0.01 is in the same units", ["dora", "vera"]),
-}
-
-
-@pytest.mark.parametrize("case", NOTED)
-def test_judge_says_what_does_not_count(tmp_path, case):
-    rows, note, methods = NOTED[case]
-    found = judge(file_of(tmp_path, rows), "who", "acc", "seed", "task")
-    assert note in "; ".join(found.notes)
-    assert [c.method for c in found.families[0].contrasts] == methods
-    assert all(f.contrasts for f in found.families)
-    plain = judge(file_of(tmp_path, scores_of()), "who", "acc", "seed", "task")
-    assert len(plain.notes) == 1, "nothing to say but the reference"
-
-
-@pytest.mark.parametrize(
-    ("rows", "more", "words"),
-    [
-        (scores_of(), {"margin": -1.0}, "--margin -1"),
-        (scores_of(), {"margin": math.nan}, "--margin nan"),
-        (scores_of(), {"alpha": 2.0}, "--alpha 2"),
-        (scores_of(), {"alpha": math.nan}, "--alpha nan"),
-        (scores_of(), {"seed": "who"}, "--method and --seed are both 'who'"),
-        (scores_of(methods=("lora",)), {}, "one method, lora"),
-        (scores_of(methods=("lora", " ")), {}, "row 11 has no who"),
-        (scores_of(methods=("lora", " lora")), {}, "second score of lora"),
-        ([(m, t, m + str(s), x) for m, t, s, x in scores_of()], {}, "nothing can be compared with lora"),
-        (scores_of(), {"reference": "dora", "task": None, "seed": "task"}, "second score"),
-    ],
-)
-def test_judge_refuses_what_it_cannot_judge(tmp_path, rows, more, words):
-    given = {"method": "who", "score": "acc", "seed": "seed", "task": "task", **more}
-    with pytest.raises(UserError, match=re.escape(words)) as caught:
-        judge(file_of(tmp_path, rows), **given)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_judge_prints_for_machines_is_json(tmp_path, capsys):
-    """JSON has no word for nan: what is not known is null."""
-    file = file_of(tmp_path, scores_of(keep=lambda m, t, s: m != "vera" or s < 1))
-    argv = ["judge", str(file), "--method", "who", "--score", "acc", "--seed", "seed", "--task", "task", "--json"]
-    assert main(argv) == 0
-
-    def refuse(word):
-        raise AssertionError(word)
-
-    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert found["families"][0]["contrasts"][1]["p"] is None
-
-
-def test_rows_beside_seeds_are_said_to_be_of_no_use(tmp_path):
-    found = judge(file_of(tmp_path, scores_of()), "who", "acc", "seed", "task", rows=100)
-    assert any("--rows is not used" in note for note in found.notes)
-
-
-def test_one_run_a_method_needs_the_number_of_rows(tmp_path):
-    file = results(tmp_path, seeds=1, tasks=("cola",))
-    with pytest.raises(UserError, match="--rows"):
-        judge(file, "who", "acc")
-    found = judge(file, "who", "acc", rows=200)
-    assert found.by == "rows"
-    assert {c.verdict for c in found.families[0].contrasts} == {"no difference found"}
-    file.write_text("who,acc\nlora,48\ndora,49\n")
-    with pytest.raises(UserError, match="share of the rows"):
-        judge(file, "who", "acc", rows=200)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("a.csv", "who,acc\n", "no rows"),
-        ("a.csv", "", "is empty"),
-        ("a.json", "{", "a.json"),
-        ("a.jsonl", "[1]\n", "a.jsonl"),
-        ("a.txt", "who,acc\nlora,1\n", "ending in"),
-    ],
-)
-def test_judge_refuses_a_file_that_holds_no_results(tmp_path, name, text, words):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=words):
-        judge(tmp_path / name, "who", "acc", rows=10)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 from scipy import stats
 
 from loralab import UserError
 from loralab.run.loop import Loop
 from loralab.study import load
 from loralab.study.bar import StudyBar
-from loralab.study.definition import KEPT
+from loralab.study.definition import KEPT, grid_points
+from loralab.study.failures import message
 from loralab.study.halving import EXTENSION, beyond, halving
 from loralab.study.packed import FILE, PREDICTIONS
 from loralab.study.power import power, upper
@@ -23,7 +25,7 @@ from loralab.study.record import Run, ScheduledRun
 from loralab.study.results import as_data, outline
 from loralab.study.run_study import run_study
 from loralab.study.runners import runner
-from loralab.study.schedule import schedule
+from loralab.study.schedule import can_be, cells, schedule
 from loralab.study.search import WORST
 from loralab.study.statistics import planned
 from loralab.study.toml import define
@@ -80,6 +82,31 @@ def test_an_extension_that_is_worse_leaves_the_winner():
     assert beyond(POINTS, {"lr_times": 1.0}) == []
 
 
+@pytest.mark.parametrize(
+    ("grid", "best", "expected"),
+    [
+        ({"rank": [1, 2, 4]}, 4, [8, 16]), ({"rank": [1, 2, 4]}, 1, []), ({"rank": [4, 8, 16]}, 4, [2, 1]),
+        ({"rank": [8, 9, 10]}, 10, [11, 13]), ({"rank": [2, 3, 4]}, 2, [1]), ({"batch_size": [10, 20, 40]}, 10, [5, 2]),
+        ({"epochs": [2, 3, 4]}, 4, [6, 8]), ({"dropout": [0.2, 0.5, 0.9]}, 0.9, []),
+        ({"dropout": [0.1, 0.2, 0.5]}, 0.1, [0.045, 0.02]), ({"warmup": [0.1, 0.2, 0.4]}, 0.4, [0.8]),
+        ({"lr_times": [1, 2, 4]}, 4, [8.0, 16.0]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_extension_has_values_that_the_setting_can_have(grid, best, expected):
+    """Whole numbers stay whole and differ, and what no run can have is left out: with it the study could not go on."""
+    ((key, values),) = grid.items()
+    table = {"tasks": ["cola"], "methods": ["lora"], "tune": {"search": "halving", **grid}}
+    (cell,) = cells(define(table, "x", Path()))
+    score = {x: -abs(math.log(x / best)) for x in values}
+    asked = grid_points(cell.grid), SEEDS, lambda point, seed: score.get(point[key], -9.0)
+    state = halving(*asked, lambda point: can_be(cell, point))
+    more = [t.tried[key] for t in state.trials if t.rung == EXTENSION and t.seed == 1000]
+    assert more == expected
+    assert [type(x) for x in more] == [type(x) for x in expected]
+    assert state.chosen == {key: best}
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_a_rate_that_is_out_on_the_first_seed_is_not_tried_on_the_second(place):
     state, known = carried_on(lambda rate, seed: WORST if rate == RATES[place] else -abs(math.log(rate / RATES[place])))
@@ -97,6 +124,29 @@ def test_where_every_rate_is_out_nothing_is_chosen():
     state, known = carried_on(lambda rate, seed: WORST)
     assert state.stuck
     assert (state.chosen, len(known)) == (None, 6)
+
+
+@pytest.mark.parametrize("failed", [0, 1, 9])
+def test_the_end_of_tuning_without_a_winner_says_what_it_was(tmp_path, failed):
+    """--retry is named where a run failed: where all collapsed it runs nothing again."""
+    folder = synthetic.planned(tmp_path, seeds=2, tasks=("cola",), methods=("lora", "head"))
+    data = json.loads((folder / "study.json").read_text())
+    own = [entry for entry in data["planned"] if entry["method"] == "lora"]
+    for place, entry in enumerate(e for e in own if e["role"] == "tune"):
+        run = folder / "store" / entry["address"]
+        synthetic._edit(run, 0.0, lost=True)
+        if place < failed:
+            (run / "result.json").unlink()
+            (run / "failed.json").write_text(json.dumps({"error": "loss is nan"}))
+    for entry in own:
+        if entry["role"] == "final":
+            entry.update(address=None, settings=None)
+    (folder / "study.json").write_text(json.dumps(data))
+    said = message(load(folder))
+    assert "cola mpnet lora" in said
+    assert ("--retry" in said) == (failed > 0)
+    assert ("every tuning run predicts the same for every row" in said) == (failed == 0)
+    assert ("no tuning run worked" in said) == (failed > 0)
 
 
 # ---- a study ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from loralab.cli import main
 from loralab.fast import machine as machine_of
 from loralab.run import Settings, train
 from loralab.study.address import address
-from loralab.study.run_study import question_of
+from loralab.study.run_study import question_of, write
 from loralab.study.schedule import schedule
-from loralab.study.toml import define
+from loralab.study.toml import define, read
 
 
 @pytest.fixture
@@ -127,3 +127,38 @@ def test_auto_is_bfloat16_where_it_is_faster(monkeypatch, units, times, chosen):
     assert len(measured) == (2 if units is AVX else 0)  # once a process, and only where it is not known
     assert machine_of.precision("float32", gpu=False) == torch.float32
     assert machine_of.precision("bfloat16", gpu=False) == torch.bfloat16
+
+
+DAMAGES = {
+    "no list": lambda content: content.update(planned=5),
+    "no runs": lambda content: content.update(planned=[None, 3]),
+    "an address of another type": lambda content: content["planned"][0].update(address=7),
+    "a run without its task": lambda content: content["planned"][0].pop("task"),
+    "tried is no table": lambda content: content["planned"][0].update(tried=[1]),
+    "a dtype of another type": lambda content: content.update(dtype={}),
+    "a definition of another type": lambda content: content.update(definition=[], question="x"),
+    "nothing": lambda content: content.clear(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_study_json_is_said_by_the_command_too(tiny, own, here, machine, capsys, damage):  # noqa: F811
+    """In one line, with what to do, before anything runs: it ended in a traceback."""
+    (here / "x.toml").write_text(toml(tiny, own))
+    folder = here / "runs/studies/x"
+    definition = read(here / "x.toml")
+    write(definition, folder, schedule(definition))
+    content = json.loads((folder / "study.json").read_text())
+    for entry in content["planned"]:
+        (here / "runs/store" / entry["address"]).mkdir(parents=True)
+        (here / "runs/store" / entry["address"] / "result.json").write_text("{}")
+    content.pop("dtype", None)  # as an older version wrote it
+    DAMAGES[damage](content)
+    (folder / "study.json").write_text(json.dumps(content))
+    before = (folder / "study.json").read_bytes()
+    for more in ([], ["--dry-run"]):
+        assert main(["study", "x.toml", *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "study.json is damaged or of another version: " in line
+        assert "remove it, and the same `loralab study` goes on" in line
+    assert (folder / "study.json").read_bytes() == before

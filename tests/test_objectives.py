@@ -29,7 +29,7 @@ from loralab import objectives
 from loralab.cli import main
 from loralab.data.batches import IGNORED, collate, sorted_batches
 from loralab.errors import UserError
-from loralab.objectives import Encoding, ragged, tagging, vocabulary
+from loralab.objectives import Encoding, generation, ragged, tagging, vocabulary
 from loralab.run import Settings, train, train_together
 from loralab.run.setup import prepare
 from loralab.run.tune import tune
@@ -315,6 +315,25 @@ def test_starts_and_policies_take_packed_rows_of_a_language_model(more, bases, f
 def test_a_policy_that_needs_the_models_own_loss_says_where_there_is_none(bases, files, tmp_path):
     with pytest.raises(UserError, match="policy='alora' with objective multiple-choice"):
         train(settings("multiple-choice", bases, files, tmp_path, method="alora"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_study_may_name_every_metric_of_a_task(kind, files):
+    """As an endpoint, with a margin of its own, and as what epochs are selected by."""
+    task = objectives.load(str(files[kind]))
+    metrics = [*task.metrics, *objectives.of(task).metrics(task)]
+    assert metrics
+    compare = {"reference": "lora", "endpoints": list(dict.fromkeys(metrics)), "margin": dict.fromkeys(metrics, 0.5)}
+    table = {"tasks": ["cola"], "methods": ["lora", "head"], "compare": compare}
+    made = define(table, "x", Path())
+    assert made.compare.endpoints == tuple(dict.fromkeys(metrics))
+    assert made.compare.margin.items() >= dict.fromkeys(metrics, 0.5).items()
+
+
+@pytest.mark.parametrize("metric", generation.METRICS)
+def test_a_study_may_name_a_metric_of_written_answers(metric):
+    table = {"tasks": ["cola"], "methods": ["lora"], "compare": {"reference": "lora", "endpoints": [metric]}}
+    assert define(table, "x", Path()).compare.endpoints == (metric,)
 
 
 # ---- steps, time and evaluation within an epoch ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from loralab.errors import UserError
 from loralab.report import write
 from loralab.report.charts import after_epochs, read_once, styles_of
 from loralab.report.findings import findings
@@ -16,7 +17,8 @@ from loralab.report.planned_charts import FAR, _chosen, forest, rates, reach, tr
 from loralab.report.planned_table import contrasts
 from loralab.report.style import styled
 from loralab.study import load
-from loralab.study.record import collapses
+from loralab.study.record import collapses, read_run
+from loralab.study.search import score
 
 TASKS = ("cola", "mrpc", "stsb")
 METHODS = ("lora", "full", "dora", "vera", "head")
@@ -131,10 +133,37 @@ def test_a_study_that_knows_little_makes_its_page(tmp_path):
     assert rows["dora", "cola"]["collapsed_in_tuning"] == "9"
 
 
+@pytest.mark.parametrize(
+    ("compare", "reference"),
+    [({}, "full"), ({"reference": "dora"}, "dora"), ({"reference": "dora", "against": "vera"}, "vera")],
+)
+def test_verdicts_are_against_the_method_that_the_study_names(study, compare, reference):
+    plain = {key: value for key, value in study.compare.items() if key not in ("reference", "against")}
+    found = findings(replace(study, compare=plain | {"against": None} | compare))
+    assert {r.against for r in found.results} == {reference, None}
+    for r in found.results:
+        assert (r.against is None) == (r.label == reference)
+        assert r.comparison is None or (r.comparison.a, r.comparison.b) == (r.label, reference)
+
+
 def test_an_axis_of_one_contrast_holds_it(found):
     c = found.planned[0].contrasts[0]
     assert reach([(c, 0.01, 0.01, "x")]) >= max(abs(c.low), abs(c.high), 0.01)
     assert FAR > 1
+
+
+@pytest.mark.parametrize("lines", [None, [], [1], [1, 3]], ids=["no file", "empty", "cut off", "without the selected"])
+def test_a_tuning_run_without_its_epochs_is_named(tmp_path, lines):
+    """With what to do: the report, and the study that would choose by it, ended in a StopIteration."""
+    folder = synthetic.planned(tmp_path, seeds=2, tasks=("cola",), methods=("lora", "head"))
+    run = load(folder).cells()["cola", "mpnet", "lora"].tuning[1]
+    file = run.folder / "metrics.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    assert run.result["selected_epoch"] == 2
+    file.unlink() if lines is None else file.write_text("".join(rows[epoch - 1] for epoch in lines))
+    for look in (lambda: write(folder, tmp_path / "report"), lambda: score(read_run(run.folder.parent, run.scheduled))):
+        with pytest.raises(UserError, match=f"{run.folder}: metrics.jsonl .* epoch 2: remove the folder"):
+            look()
 
 
 def test_rates_are_drawn_as_they_were_tried(found):

@@ -166,6 +166,10 @@ def test_what_holds_no_run_is_refused(tmp_path):
         write(tmp_path)
     with pytest.raises(loralab.UserError, match="no folder"):
         write(tmp_path / "nowhere")
+    for text in ("[1, 2]", "{not json", "5", "\0"):  # of another tool
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(loralab.UserError, match="holds no finished run"):
+            write(tmp_path)
     empty = synthetic.study(tmp_path, seeds=0)
     with pytest.raises(loralab.UserError, match="nothing to report yet"):
         write(empty)
@@ -371,7 +375,7 @@ def test_a_result_far_below_does_not_press_the_others_together(tmp_path, monkeyp
     monkeypatch.setitem(synthetic.GOOD, "head", head)
     study = synthetic.study(tmp_path, tasks=("mrpc",), methods=("full", "lora", "dora", "head"))
     shown = [r for r in findings.findings(findings.read(study)).results if " " not in r.label]
-    near, far = ch.outliers(shown)
+    near, far = ch.outliers(shown, "f1")
     assert [r.label for r in far] == ["head"] * cut
     assert [r.label for r in near] == ["full", "lora", "dora", "head"][: 4 - cut]
     styles = ch.styles_of([r.label for r in shown])

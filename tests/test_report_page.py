@@ -7,7 +7,7 @@ import pytest
 import synthetic
 
 from loralab.report import charts as ch
-from loralab.report import findings, multiples, page, style, tables
+from loralab.report import findings, multiples, page, published, style, tables
 from loralab.report.tables import to_latex
 
 
@@ -40,6 +40,15 @@ def test_many_rows_of_latex_are_divided_into_tables_of_a_page(rows):
     assert [f"row{i} &" in text for i in range(rows)] == [True] * rows
     assert "A note" in parts[0]
     assert all(f"continued ({i} of {len(parts)})" in part for i, part in enumerate(parts[1:], start=2))
+
+
+def test_a_file_of_published_numbers_may_begin_with_a_byte_order_mark(tmp_path):
+    text = "paper_or_seed,method,model,task,metric,value\nA paper,LoRA,RoBERTa,CoLA,matthews,63.4\n"
+    made = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "p.csv").write_text(text, encoding=encoding)
+        made.append(published.table(tmp_path / "p.csv", ["cola"]).rows)
+    assert made[0] == made[1] != []
 
 
 def test_runs_that_did_not_learn_are_the_first_alarm(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from loralab.cli import main
 from loralab.recipe import NAMED
 from loralab.run import Settings
 from loralab.study.definition import OF_RUN
-from loralab.study.toml import FREE, HINTS, OF_METHOD, OF_TASK, TOP, converted, define, method_types
+from loralab.study.toml import FREE, HINTS, OF_METHOD, OF_TASK, TOP, converted, define, method_types, read
 
 # ---- wrong types -----------------------------------------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ def test_no_setting_takes_a_value_of_another_type(name):
         ('[tune]\nlr = {low = "1", high = 1}', "tune lr low: '1': expected a number"),
         ("[tune]\nmethod = {low = 1, high = 2}", "the setting is no number"),
         ("[tune]\nseed = 99999999999", "tune seed: 99999999999: expected a whole number, 0 to"),
+        ("[tune]\nseed = 4294967295\nsearch = 'halving'\nlr = [1, 2, 3]", "expected a whole number, 0 to 4294967294"),
         ("[compare]\nmargin = inf", "margin: default=inf"),
     ],
 )
@@ -180,6 +182,57 @@ def test_what_a_grid_cannot_be(tmp_path, capsys, tune, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seeds", "tune", "shared"),
+    [
+        ([0, 1], {"seed": 0, "lr": [1e-3]}, "0"),
+        ([1000, 1001], {"search": "halving", "lr_times": [1, 2, 3]}, "1000, 1001"),
+        ([3, 1001], {"search": "halving", "lr_times": [1, 2, 3]}, "1001"),
+        ([3, 1001], {"lr": [1e-3]}, None),
+        ([0, 1], {"seed": 0}, None),
+    ],
+)
+def test_a_seed_of_tuning_is_none_of_a_reported_run(seeds, tune, shared):
+    """Else the run that won is reported: its luck chose it."""
+    table = {"tasks": ["cola"], "methods": ["lora"], "seeds": seeds, "tune": tune}
+    if shared is None:
+        assert define(table, "x", Path()).seeds == tuple(seeds)
+        return
+    for file, flags in ((table, {}), (table | {"seeds": [7]}, {"seeds": tuple(seeds)})):
+        with pytest.raises(UserError, match=f"seeds: {shared} of tuning too"):
+            define(copy.deepcopy(file), "x", Path(), **flags)
+    own = {"seed": tune["seed"]} if "seed" in tune else {}
+    methods = [{"method": "lora", "tune": {"lr": [1e-3, 2e-3, 3e-3]}}]
+    kept = {key: x for key, x in tune.items() if key == "search"}
+    with pytest.raises(UserError, match=f"seeds: {shared} of tuning too"):
+        define(table | {"methods": methods, "tune": own | kept}, "x", Path())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("{nope}", "'nope' is not among method, lr"), ("{lr:d}", "Unknown format code"), ("100% {", "Single '{'"),
+     ("a}", "Single '}'"), ("{}", "Replacement index 0"), ("{lr.x}", "no attribute 'x'"), ("{lr[0]}", "subscriptable")],
+)  # fmt: skip
+def test_a_name_that_cannot_be_made_says_why(name, words):
+    table = {"tasks": ["cola"], "methods": [{"method": "lora", "name": name, "lr": 0.1}]}
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        define(table, "x", Path())
+    assert ("is not among" in str(caught.value)) == (name == "{nope}")
+    assert define(table | {"methods": [{"name": "{{{lr}}}", "lr": 0.1}]}, "x", Path()).methods[0].label == "{0.1}"
+
+
+def test_a_study_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "s.toml").write_text('tasks = ["cola"]\nmethods = ["lora"]\n', encoding="utf-8-sig")
+    assert read(tmp_path / "s.toml").tasks[0].label == "cola"
+
+
+def test_a_dry_run_counts_as_people_do(tmp_path, capsys):
+    (tmp_path / "s.toml").write_text('tasks = ["minimal-pairs"]\nmethods = ["head"]\nseeds = [0]\n')
+    for seeds, words in ((["0"], "1 run, 0 done"), (["0", "1"], "2 runs, 0 done")):
+        assert main(["study", str(tmp_path / "s.toml"), "--dry-run", "--seeds", *seeds]) == 0
+        assert words in capsys.readouterr().out
 
 
 def test_a_table_where_none_belongs_and_none_where_one_does(tmp_path, capsys):
@@ -193,6 +246,23 @@ def test_a_table_where_none_belongs_and_none_where_one_does(tmp_path, capsys):
     file.write_text("a = " + "[" * 5000 + "]" * 5000)
     assert main(["study", str(file), "--dry-run"]) == 2
     assert "nested too deeply" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "twice"),
+    [
+        (("rte", "o/rte.csv"), "rte"),
+        (("a/b.csv", "c/b.tsv"), "b"),
+        (("sst2", "sst2"), "sst2"),
+        (("own", "own.tsv"), "own"),
+    ],
+)
+def test_tasks_of_flags_have_names_of_their_own(flags, twice):
+    """Two data sets under one name would be one cell."""
+    table = {"tasks": ["rte", {"task": "mine.csv", "name": "own"}], "methods": ["lora"]}
+    with pytest.raises(UserError, match=f"tasks: {twice} named twice"):
+        define(copy.deepcopy(table), "x", Path(), tasks=flags)
+    assert [t.label for t in define(table, "x", Path(), tasks=("o/rte.csv", "own")).tasks] == ["rte", "own"]
 
 
 # ---- settings of methods by their own names --------------------------------------------------------------------------

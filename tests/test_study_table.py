@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import stats
 
+from loralab.cli.study_tables import show
 from loralab.data import METRICS
 from loralab.study import ScheduledRun, comparisons, load, summaries
 from loralab.study.run_study import json_of
@@ -42,7 +43,8 @@ def written(folder: Path, cells, against=None, margin=0.02, alpha=0.05, **compar
                 tensors = {"validation/logits": kept[0].astype(np.float32), "validation/labels": kept[1]}
                 save_file(tensors, place / "predictions.safetensors")
             planned.append(json_of(ScheduledRun(task, "tiny", method, seed, "final", {}, address, {})))
-    compare = {"alpha": alpha, "margin": {"default": margin}, "against": against, **compare}
+    margins = margin if isinstance(margin, dict) else {"default": margin}
+    compare = {"alpha": alpha, "margin": margins, "against": against, **compare}
     study = {
         "name": "s",
         "about": "",
@@ -242,6 +244,60 @@ def test_the_first_family_is_on_the_mean_of_tasks_over_common_seeds(tmp_path):
     assert only.name == "by task"
 
 
+@pytest.mark.parametrize(
+    ("metrics", "endpoint", "mean", "by_task"),
+    [
+        (("accuracy", "accuracy"), "selected", 0.05, (0.05, 0.05)),
+        (("accuracy", "accuracy"), "thresholded", 0.05, (0.05, 0.05)),
+        (("accuracy", "f1_macro"), "selected", 0.01, (0.05, 0.02)),
+        (("accuracy", "f1_macro"), "accuracy", 0.05, (0.05, 0.05)),
+        (("f1_macro", "f1_macro"), "selected", 0.02, (0.02, 0.02)),
+    ],
+)
+def test_each_contrast_has_the_margin_of_its_metric_and_says_it(tmp_path, capsys, metrics, endpoint, mean, by_task):
+    """The mean of tasks too, where they have one metric; of several the default."""
+    margin = {"default": 0.01, "accuracy": 0.05, "f1_macro": 0.02}
+    cells = of_two_tasks(predictions=False)
+    folder = written(tmp_path, cells, reference="bad", margin=margin, endpoints=[endpoint])
+    for file in folder.glob("store/*/result.json"):
+        result = json.loads(file.read_text())
+        result["metric"]["name"] = dict(zip(("t", "u"), metrics, strict=True))[result["task"]]
+        file.write_text(json.dumps(result))
+    families = planned(load(folder))
+    assert [f.margins for f in families] == [(mean, mean), tuple(m for m in by_task for _ in range(2))]
+    for f in families:
+        for c, own in zip(f.contrasts, f.margins, strict=True):
+            same = contrasts.contrast(c.method, c.difference, c.error, c.df, own)
+            assert c.p_equivalent == pytest.approx(same.p_equivalent)
+    show(load(folder))
+    lines = [line for line in capsys.readouterr().out.splitlines() if " on " in line[:9]]
+    assert [f" {m:g} " in line for m, line in zip(families[1].margins, lines, strict=True)] == [True] * 4
+
+
+def test_names_of_a_study_cannot_steer_the_terminal(tmp_path, capsys):
+    plain = of_two_tasks(predictions=False)
+    cells = {(f"{task}\x1b[31m", m + "\x9b2J" * (m != "bad")): runs for (task, m), runs in plain.items()}
+    folder = written(tmp_path, cells, reference="bad")
+    data = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(data | {"notes": ["a note\x1b[2J"]}))
+    show(load(folder))
+    out = capsys.readouterr().out
+    assert set(filter(lambda c: not c.isprintable(), out)) == {"\n"}
+    assert "a note\\x1b[2J" in out
+
+
+@pytest.mark.parametrize("times", [1.0, 1e5, 1e8])
+def test_equal_differences_of_scores_of_any_size_do_not_vary(tmp_path, times):
+    """What rounding leaves of them is no luck of the seeds; of the mean of tasks neither."""
+    scores = {m: [times * 0.1 * s + 0.3 * (m == "a") for s in range(1, 6)] for m in ("a", "lora")}
+    cells = {(t, m): [(i, x, x, None) for i, x in enumerate(own)] for t in ("t", "u") for m, own in scores.items()}
+    assert np.ptp(np.subtract(scores["a"], scores["lora"])) > 0
+    folder = written(tmp_path, cells, reference="lora")
+    assert {c.p for c in comparisons(load(folder))} == {2.0**-4}, "the test of flipped signs"
+    for family in planned(load(folder)):
+        assert {c.verdict for c in family.contrasts} == {"not tested"}
+
+
 def with_hard_rows(predictions):
     """Runs of two methods on two tasks: some rows are wrong in every seed of a method, some by luck of the seed."""
     random, cells = np.random.default_rng(3), {}
@@ -298,12 +354,14 @@ def test_endpoints_are_metrics_of_the_results(tmp_path):
     assert found[2].contrasts[0].difference == pytest.approx(-0.3)  # a comes first, three seeds before lora
 
 
-def test_a_method_without_a_task_has_no_mean_of_tasks_and_the_mean_names_its_tasks(tmp_path):
+def test_a_method_without_a_task_has_no_mean_of_tasks_and_the_mean_names_its_tasks(tmp_path, capsys):
     """A mean of other tasks is no mean that can stand beside the others."""
     cells = of_two_tasks(predictions=False)
     del cells["u", "same"]
     mean, by_task = families = planned(load(written(tmp_path, cells, reference="bad", margin=0.03)))
     assert [c.method for c in by_task.contrasts] == ["good on t", "same on t", "good on u"]
+    show(load(tmp_path))
+    assert "nan" not in capsys.readouterr().out
     told = {c.method: (c.verdict, seeds) for c, seeds in zip(mean.contrasts, mean.seeds, strict=True)}
     assert told["same"] == ("not tested", 0)
     assert told["good"][1] == 4

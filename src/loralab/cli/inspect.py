@@ -214,7 +214,7 @@ def _show_facts(folder: Path, file: AdapterFile, data: dict[str, Any]) -> None:
     shown["base"] = f"{data['base'].get('name')}, sha256 {str(file.base.get('sha256') or 'not stored')[:16]}"
     shown["unreached"] = _unreached(file)
     shown["values"], shown["bytes"] = f"{data['values']:,}", size_text(data["bytes"])
-    pairs(str(folder), {key: _printable(value or "none") for key, value in shown.items()})
+    pairs(str(folder), {key: str(value or "none") for key, value in shown.items()})
 
 
 def _unreached(file: AdapterFile) -> str:
@@ -222,11 +222,6 @@ def _unreached(file: AdapterFile) -> str:
     count, base = file.counts.get("unreached", 0), file.counts.get("base", 0)
     share = f", {count / base:.1%} of the base" if base > 0 else ""
     return f"{count:,} values of no linear layer, which no target reaches{share}" if count else ""
-
-
-def _printable(text: str) -> str:
-    """A text of a file as a terminal may show it: what would control the terminal is escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def _changed_settings(recipe: dict[str, Any]) -> dict[str, Any]:

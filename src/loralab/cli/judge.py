@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from loralab.cli.show import Json, as_json, table
+from loralab.cli.show import Json, as_json, say, table
 from loralab.study.judge import ALL, Family, Judgement
 from loralab.study.judge import judge as judged
 from loralab.study.statistics.contrasts import Contrast
@@ -25,6 +25,7 @@ def judge(
     reference: str | None = None,
     margin: float = 0.01,
     alpha: float = 0.05,
+    lower_is_better: bool = False,
     json: Json = False,
 ) -> None:
     """Compare the methods of anybody's results with one of them, corrected for how many there are.
@@ -36,7 +37,7 @@ def judge(
     method: str
         The column that names the method.
     score: str
-        The column with the score; larger is better.
+        The column with the score; larger is better, unless --lower-is-better is given.
     seed: str
         The column of seeds; methods are then compared on the same seeds.
     task: str
@@ -48,50 +49,63 @@ def judge(
     margin: float
         A difference nobody would change method for; within it two methods are equal.
     alpha: float
-        The chance of a false finding in each family of comparisons.
+        The chance of a false finding on the mean of tasks, and once more of one on any task.
+    lower_is_better: bool
+        The score is a loss or an error: a method below the reference is better.
     """
-    found = judged(file, method, score, seed, task, rows, reference, margin, alpha)
+    found = judged(file, method, score, seed, task, rows, reference, margin, alpha, lower_is_better)
     if json:
         as_json(dataclasses.asdict(found))
         return
     for family in found.families:
         _show(found, family)
     for note in found.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _show(found: Judgement, family: Family) -> None:
     named, many = "" if family.name == ALL else f"{family.name}: ", len(family.contrasts)
-    rows = sorted(zip(family.contrasts, family.runs, strict=True), key=lambda row: -row[0].difference)
+    sign = 1 if found.lower_is_better else -1  # the best method first
+    rows = sorted(zip(family.contrasts, family.runs, strict=True), key=lambda row: sign * row[0].difference)
     title = f"\n{named}{many} method{'s' * (many > 1)} against {found.reference}, tested over {found.by}"
     seeds = found.by == "seeds"
     heads = ("method", "differs by", "95 % interval", "p", "Holm", "verdict", *["seeds"] * seeds)
-    table(title, heads, [(*_cells(c), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
+    digits = _digits(family.contrasts)
+    table(title, heads, [(*_cells(c, digits), *[str(runs)] * seeds) for c, runs in rows[:MOST]])
     if many > MOST:
         print(f"... {many - MOST} more below these; --json lists all")
-    print(_summary(found, family.contrasts))
+    say(_summary(found, family, digits))
 
 
-def _cells(c: Contrast) -> tuple[str, ...]:
-    interval = "" if math.isnan(c.low) else f"{c.low:+.3f} to {c.high:+.3f}"
+def _digits(contrasts: list[Contrast]) -> int:
+    """Decimals of a family: three, or as many as show two digits of its largest difference."""
+    largest = max((abs(c.difference) for c in contrasts), default=0.0)
+    return max(3, 1 - math.floor(math.log10(largest))) if largest > 0 else 3
+
+
+def _cells(c: Contrast, digits: int) -> tuple[str, ...]:
+    interval = "" if math.isnan(c.low) else f"{c.low:+.{digits}f} to {c.high:+.{digits}f}"
     verdict = SHORT.get(c.verdict, c.verdict)
-    return c.method, f"{c.difference:+.3f}", interval, _p(c.p), _p(c.p_holm), verdict
+    return c.method, f"{c.difference:+.{digits}f}", interval, _p(c.p), _p(c.p_holm), verdict
 
 
 def _p(p: float) -> str:
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _summary(found: Judgement, contrasts: list[Contrast]) -> str:
-    above = [c for c in contrasts if c.difference > 0]
+def _summary(found: Judgement, family: Family, digits: int) -> str:
+    contrasts, tests = family.contrasts, family.corrected_over
+    over = f" over {tests} tests, those of all tasks," * (tests > sum(not math.isnan(c.p) for c in contrasts))
+    sign, side = (-1, "below") if found.lower_is_better else (1, "above")
+    ahead = [c for c in contrasts if sign * c.difference > 0]
     counts = {v: sum(c.verdict == v for c in contrasts) for v in ("better", "worse", "equal within the margin")}
-    least = min((c.p for c in above if not math.isnan(c.p)), default=math.nan)
-    text = f"{len(above)} of {len(contrasts)} lie{'s' * (len(above) == 1)} above {found.reference}"
+    least = min((c.p for c in ahead if not math.isnan(c.p)), default=math.nan)
+    text = f"{len(ahead)} of {len(contrasts)} lie{'s' * (len(ahead) == 1)} {side} {found.reference}"
     text += "" if math.isnan(least) else f", the smallest p among them is {_p(least)}"
-    text += f"; after Holm's correction {counts['better']} better, {counts['worse']} worse"
+    text += f"; after Holm's correction{over} {counts['better']} better, {counts['worse']} worse"
     smallest = [c.smallest for c in contrasts if not math.isnan(c.smallest)]
     if smallest:
         low, high = min(smallest), max(smallest)
-        reach = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
+        reach = " to ".join(dict.fromkeys([f"{low:.{digits}f}", f"{high:.{digits}f}"]))
         text += f". A true difference of {reach} is found with 80 % power"
     return text + "."

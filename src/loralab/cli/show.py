@@ -20,12 +20,14 @@ Json = Annotated[bool, Parameter(help="Print JSON, for machines.")]
 WIDEST = 1000  # characters of a table
 FOLDED = 12  # characters to which a text may be folded
 NAME = 24  # the same of the first column, which names its row
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what steers a terminal: all but tabs and line ends
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
     """Print a table. The first `texts` columns are text, the others are numbers, which are never wrapped."""
     shown = _plain()
+    columns, rows = [clean(column) for column in columns], [[clean(cell) for cell in row] for row in rows]
     for i, column in enumerate(columns):
         number, widest = i >= texts, max(cell_len(line[i]) for line in (columns, *rows))
         least = widest if number else min(widest, FOLDED if i else NAME)
@@ -43,8 +45,18 @@ def pairs(title: str, data: Mapping[str, str]) -> None:
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
     for key, value in data.items():
-        shown.add_row(key, value)
+        shown.add_row(clean(key), clean(value))
     _print(title, shown)
+
+
+def say(line: str) -> None:
+    """Print a line that may have names from files in it."""
+    print(clean(line))
+
+
+def clean(text: str) -> str:
+    """A text that cannot steer a terminal: control characters are their escapes."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _plain() -> Table:
@@ -59,7 +71,7 @@ def _print(title: str, shown: Table) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     needed = console.measure(shown, options=console.options.update(width=WIDEST)).minimum
     console.width = max(console.width, needed)
-    console.print(title, style="bold", soft_wrap=True)  # a table would wrap its title to its own width
+    console.print(clean(title), style="bold", soft_wrap=True)  # a table would wrap its title to its own width
     console.print(shown)
 
 

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.cli.show import table
+from loralab.cli.show import say, table
 from loralab.disk import size_text
 from loralab.run.bar import clock
 from loralab.study.record import Study
 from loralab.study.statistics import Comparison, PlannedFamily, Summary, comparisons, planned, remarks, summaries
 
-PLANNED = ("method", "difference", "95 % interval", "p", "p equal", "verdict", "could find", "seeds", "collapsed")
+PLANNED = (
+    "method", "difference", "95 % interval", "p", "p equal", "margin", "verdict", "could find", "seeds", "collapsed",
+)  # fmt: skip
 SHOWN = 20  # comparisons; of more, those that differ
 RESULTS = ("method", "mean", "sd", "95 % interval", "seeds", "inflation", "learns", "tuned")
 COMPARED = ("a", "b", "a - b", "95 % interval", "p (Holm)", "verdict", "could find")
@@ -38,7 +40,7 @@ def show(study: Study) -> None:
     for family in families:
         _planned(family, study)
     for line in remarks(families, study.compare["alpha"]):
-        print(line)
+        say(line)
     _footnotes(study, found)
 
 
@@ -47,10 +49,11 @@ def _planned(family: PlannedFamily, study: Study) -> None:
     model, endpoint = Path(family.model).name, "" if family.endpoint == "selected" else f", {family.endpoint}"
     title = f"planned: against {study.compare['reference']}, {family.name}, {model}{endpoint}"
     rows = []
-    for c, seeds, lost in zip(family.contrasts, family.seeds, family.collapsed, strict=True):
+    parts = zip(family.contrasts, family.margins, family.seeds, family.collapsed, strict=True)
+    for c, margin, seeds, lost in parts:
         tests = [f"{p:.3g}" if p == p else "" for p in (c.p_holm, c.p_equivalent_holm)]
-        rows.append((c.method, f"{c.difference:+.3f}", _interval(c.low, c.high), *tests, c.verdict, _number(c.smallest),
-                     str(seeds), str(lost)))  # fmt: skip
+        rows.append((c.method, _signed(c.difference), _interval(c.low, c.high), *tests, f"{margin:g}", c.verdict,
+                     _number(c.smallest), str(seeds), str(lost)))  # fmt: skip
     table(title, PLANNED, rows)
     print()
 
@@ -67,10 +70,11 @@ def _power(found: dict[str, Any]) -> str:
     source = f"the upper 80 % bound from {n} differences of finished runs" if n else f"by {found['source']}"
     known = "" if unit else f" (a paired difference over seeds varies by {found['sd']:.3f}, {source})"
     digits = 1 if unit else 3
+    smallest = "none that can be named" if math.isnan(found["smallest"]) else f"{found['smallest']:.{digits}f}{unit}"
     return (
         f"{found['family']}, {Path(found['model']).name}, {found['tests']} test{'s' * (found['tests'] > 1)}, "
         f"{found['seeds']} seeds: can find "
-        f"{found['smallest']:.{digits}f}{unit}, and show equal within {found['margin']:.{digits}f}, "
+        f"{smallest}, and show equal within {found['margin']:.{digits}f}, "
         f"each with 80 % power{known}"
     )
 
@@ -79,7 +83,7 @@ def _states(s: Summary) -> None:
     """What is odd about a cell, in a line of its own."""
     states = ((s.pending, "to do"), (s.failed, "failed"), (s.unlearnt, "did not learn: the same for every row"))
     if text := "; ".join(f"{n} {what}" for n, what in states if n):
-        print(f"{s.method}: {text}")
+        say(f"{s.method}: {text}")
 
 
 def _comparison(c: Comparison) -> tuple[str, ...]:
@@ -109,11 +113,15 @@ def _footnotes(study: Study, found: Sequence[Comparison]) -> None:
         print("could find: the smallest true difference that this comparison finds with 80 % power, corrected")
     print("inflation: what choosing the epoch on the reported split would have added")
     for note in study.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _signed(x: float) -> str:
     return "" if math.isnan(x) else f"{x:+.3f}"
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def _number(x: float) -> str:
@@ -130,10 +138,11 @@ def show_outline(outline: dict[str, Any]) -> None:
         for c in outline["cells"]
     ]
     table(f"{outline['name']}: the schedule", ("task", "model", "method", "tuning", "runs", "done"), rows, 3)
-    shared = f" ({outline['shared']} more are shared)" if outline["shared"] else ""
-    print(f"{outline['runs']} runs{shared}, {outline['done']} done")
+    more = outline["shared"]
+    shared = f" ({more} more {'are' if more > 1 else 'is'} shared)" if more else ""
+    print(f"{_runs(outline['runs'])}{shared}, {outline['done']} done")
     for found in outline["power"]:
-        print(_power(found))
+        say(_power(found))
     guess = outline["estimate"]
     if guess["guessed"] or guess["planned"]:
         print(f"left: about {clock(guess['seconds'])} of training; peak memory {size_text(guess['peak_bytes'])}")
@@ -144,4 +153,4 @@ def show_outline(outline: dict[str, Any]) -> None:
     }
     for key, how in known.items():
         if guess[key]:
-            print(f"  {guess[key]} runs {how}")
+            print(f"  {_runs(guess[key])} {how}")

@@ -58,8 +58,6 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
 
 def read_all(path: Path) -> Columns:
     """Read every column of a file."""
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path}: a file ending in {', '.join(READERS)} was expected")
     return read(path, names(path))
 
 
@@ -69,6 +67,8 @@ def names(path: Path) -> list[str]:
 
 
 def _open(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: a file ending in {', '.join(READERS)} was expected")
     with readable(path):
         check_file(path)
         present, columns = READERS[path.suffix.lower()](path, wanted)

@@ -10,13 +10,32 @@ from loralab.data import Task, checks, tables
 from loralab.data.own_files import OwnFile
 from loralab.data.reading import USUAL, Reading
 from loralab.errors import UserError, hint
-from loralab.objectives import causal, choice, classification, multi_label, seq2seq, similarity, tagging
+from loralab.objectives import causal, choice, classification, generation, multi_label, seq2seq, similarity, tagging
 from loralab.objectives.objective import Array, Batch, Encoding, Objective, Sums, by_row, ragged
 
-__all__ = ["OBJECTIVES", "Array", "Batch", "Encoding", "Objective", "Sums", "by_row", "find", "load", "of", "ragged"]
+__all__ = [
+    "METRICS",
+    "OBJECTIVES",
+    "Array",
+    "Batch",
+    "Encoding",
+    "Objective",
+    "Sums",
+    "by_row",
+    "find",
+    "load",
+    "of",
+    "ragged",
+]
 
 FILES = (classification, multi_label, tagging, choice, similarity, causal, seq2seq)
 OBJECTIVES: dict[str, Objective] = {file.OBJECTIVE.name: file.OBJECTIVE for file in FILES}
+METRICS = tuple(  # of every kind of task, and of answers that a run wrote
+    dict.fromkeys((
+        *data.METRICS, *multi_label.METRICS, *tagging.METRICS, *similarity.CORRELATIONS, *similarity.RANKS,
+        *causal.LANGUAGE, *generation.METRICS,
+    ))
+)  # fmt: skip
 DEFAULT = "classification"  # of files whose columns --text and --label name
 
 

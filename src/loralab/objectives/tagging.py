@@ -23,6 +23,7 @@ NAME = "tagging"
 COLUMNS = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("text", "entities"))
 WORD = re.compile(r"\w+|[^\w\s]")
 SPAN = re.compile(r"O|[BIESLU](-.+)?")  # tags that mark spans
+METRICS = ("span_f1", "accuracy", "f1_macro")  # of tags that mark spans the first two, of others the last two
 PLAIN = "_"  # type of spans whose tags name none, as seqeval calls it
 Span = tuple[str, int, int]  # type, first word, last word
 
@@ -43,7 +44,7 @@ def read(file: OwnFile) -> Task:
     if file.validation is not None:
         others, unseen = _rows(file, file.validation, words, tags)
         outside = Split(others, _ids(file.validation, names, unseen))
-    metrics = ("span_f1", "accuracy") if spans_are_marked(names) else ("accuracy", "f1_macro")
+    metrics = _metrics(names)
     notes = [f"{len(names)} tags: {', '.join(names[:10])}{', ...' * (len(names) > 10)}"]
     kinds = dict.fromkeys(tag.partition("-")[2] if marked else tag for tag in names for marked in [SPAN.fullmatch(tag)])
     notes += look_alikes([kind for kind in kinds if kind])
@@ -172,6 +173,10 @@ def predict(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == IGNORED, labels, logits.argmax(-1))
 
 
+def _metrics(names: Sequence[str]) -> tuple[str, ...]:
+    return METRICS[:2] if spans_are_marked(names) else METRICS[1:]
+
+
 def spans_are_marked(names: Sequence[str]) -> bool:
     """Tell whether tags mark spans, as B-PER and I-PER do."""
     typed = any("-" in name or name in ("B", "I") for name in names)  # S and O alone may be anything
@@ -197,13 +202,13 @@ def spans(tags: Sequence[str]) -> Iterator[Span]:
 def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     """Return the metrics of tags (rows, t): F1 of whole spans, or of tags where they mark none; and accuracy."""
     names = task.labels or ()
-    metrics = ("span_f1", "accuracy") if spans_are_marked(names) else ("accuracy", "f1_macro")
+    metrics = _metrics(names)
     return scored(sums, metrics, predictions, labels, names)
 
 
 def sums(metric: str, predictions: Array, labels: Array, names: Sequence[str]) -> Sums | None:
     """Return a metric as sums over rows: words or spans that are right, and those found and there."""
-    if metric not in ("accuracy", "span_f1", "f1_macro"):
+    if metric not in METRICS:
         return None
     words, own = labels != IGNORED, predictions[:, : labels.shape[1]]
     if metric == "accuracy":

@@ -69,7 +69,7 @@ def _shared(left: list[int], right: list[int]) -> list[int]:
 def template_of(path: Path) -> str:
     """Read a template file. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--template {path} cannot be read: {problem}") from problem
     if len(text) > CHARACTERS:

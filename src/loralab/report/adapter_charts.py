@@ -6,7 +6,7 @@ from typing import Any
 from loralab import analysis
 from loralab.analysis import Overlap, Spectrum, short
 from loralab.coverage import kind
-from loralab.report.style import INK, SERIES, figure, save, styled
+from loralab.report.style import INK, SERIES, figure, line_name, plain_log, save, styled
 
 __all__ = ["overlaps", "save", "spectra"]
 
@@ -22,11 +22,13 @@ def spectra(found: Sequence[Spectrum]) -> Any:
             color = SERIES[i % len(SERIES)]
             for s in (s for s in found if kind(s.path) == which and s.values):
                 values.plot(range(1, len(s.values) + 1), s.values, color=color, alpha=0.75, lw=1.1)
-            values.plot([], [], color=color, label=which)
+            values.plot([], [], color=color, label=line_name(which))
             rows = [row for row, s in enumerate(found) if kind(s.path) == which]
             shares.barh(rows, [found[row].share * 100 for row in rows], color=color, height=0.75)
         values.set(title="spectrum of every layer's update", xlabel="direction", ylabel="singular value")
-        values.set_xscale("log" if max(len(s.values) for s in found) > 32 else "linear")
+        if max(len(s.values) for s in found) > 32:
+            values.set_xscale("log")
+            plain_log(values.xaxis)
         values.set_ylim(bottom=0)
         values.legend(title="layers", loc="upper right")
         shares.set(title="share of the squared norm", xlabel="%")

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loralab.data.metrics import LOWER_IS_BETTER, upward
 from loralab.disk import size_text
 from loralab.report import multiples
 from loralab.report import numbers as n
 from loralab.report.findings import Cost, Findings, Result, pareto, swept
-from loralab.report.style import INK, MARKERS, MUTED, PAPER, SERIES, figure, styled
+from loralab.report.style import INK, MARKERS, MUTED, PAPER, SERIES, cut, figure, line_name, styled
 from loralab.study import Run
 
 Style = tuple[str, str]  # colour and marker of a method, the same in every picture
@@ -72,13 +73,16 @@ def intervals(results: Sequence[Result], styles: dict[str, Style]) -> Drawing:
         return None
     fig = figure(height=1.15 + 0.34 * len(results))
     ax = fig.subplots()
-    near, far = outliers(results)
+    name = results[0].summary.metric
+    near, far = outliers(results, name)
+    lower = name in LOWER_IS_BETTER
+    arrow, at, beside, side = (">", 0.97, 0.94, "right") if lower else ("<", 0.03, 0.06, "left")  # of what is far off
     for row, r in enumerate(results):
         color, marker = styles[r.label]
         if r in far:
             edge = ax.get_yaxis_transform()
-            ax.plot(0.03, row, "<", color=color, markersize=6, transform=edge)
-            ax.text(0.06, row, n.score(r.summary.mean), va="center", fontsize=8, transform=edge)
+            ax.plot(at, row, arrow, color=color, markersize=6, transform=edge)
+            ax.text(beside, row, n.score(r.summary.mean), va="center", ha=side, fontsize=8, transform=edge)
             continue
         ax.plot(r.cell.scores, [row + 0.27] * len(r.seeds), "|", color=color, markersize=5, markeredgewidth=1)
         if len(r.seeds) > 1:
@@ -88,7 +92,7 @@ def intervals(results: Sequence[Result], styles: dict[str, Style]) -> Drawing:
     name_rows(ax, [r.label for r in results])
     ax.locator_params(axis="x", nbins=4)
     if far:
-        ax.set_xlim(*limits(extent(near), left=0.25))
+        ax.set_xlim(*limits(extent(near), **{side: 0.25}))
     ax.set_xlabel(metric(results))
     bar = "; bar: 95 % interval" if any(np.isfinite(r.summary.low) for r in results) else ""
     meaning = f"Point: mean (hollow: one seed){bar}; ticks: seeds."
@@ -111,7 +115,7 @@ def by_epoch(name: str) -> Draw:
         shown = [r for r in chosen if np.isfinite(histories[r.label][1]).any()]
         if not shown:
             return None
-        near, far = outliers(shown, lambda r: histories[r.label][1][:, -1].tolist())
+        near, far = outliers(shown, name, lambda r: histories[r.label][1][:, -1].tolist())
 
         def line(ax: Any, r: Result, grey: str | None) -> None:
             epochs, values = histories[r.label]
@@ -119,14 +123,14 @@ def by_epoch(name: str) -> Draw:
             if grey is not None:
                 ax.plot(epochs, mean, color=grey, lw=0.8, zorder=1)
                 return
-            ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=cut(r.label, 28))
+            ax.plot(epochs, mean, color=color, marker=marker, markersize=4, label=line_name(r.label))
             if len(values) > 1:
                 ax.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.16, lw=0)
 
         fig, axes, apart = multiples.curves(near, line)
         for ax in axes:
             ax.xaxis.get_major_locator().set_params(integer=True)
-        name_axes(fig, axes, apart, "epoch", n.metric(name))
+        name_axes(fig, axes, apart, "epoch", n.axis(name))
         hidden = off_scale(far, lambda r: float(np.nanmean(histories[r.label][1][:, -1])))
         rows = "held-out rows" if any(map(read_once, (run for r in shown for run in r.cell.runs))) else "validation"
         meaning = f"After each epoch, on {rows}. Line: mean; band: lowest to highest seed."
@@ -180,7 +184,7 @@ def against(key: str) -> Draw:
         fig = figure(height=3.0)
         ax = fig.subplots()
         _scatter(ax, results, points, styles)
-        near, far = outliers(results)
+        near, far = outliers(results, results[0].summary.metric)
         if far:
             ax.set_ylim(*limits(extent(near)))
         _cost_axis(ax, [x for x, _ in points], lambda x: f"{x:.3g} min" if minutes else text(x))
@@ -199,7 +203,7 @@ def _scatter(
     ax: Any, results: Sequence[Result], points: Sequence[tuple[float, float]], styles: dict[str, Style]
 ) -> None:
     """A point a result with its interval, filled if it is on the front, which is a dashed line."""
-    on_front = pareto(points)
+    on_front = pareto([(x, upward(results[0].summary.metric, y)) for x, y in points])
     steps = sorted(point for point, on in zip(points, on_front, strict=True) if on)
     ax.step(*zip(*steps, strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
     for r, (x, y), on in zip(results, points, on_front, strict=True):
@@ -208,7 +212,7 @@ def _scatter(
         if len(r.seeds) > 1 and named:
             ax.plot([x, x], [r.summary.low, r.summary.high], color=color, lw=1.2, alpha=0.7)
         face = color if on else PAPER
-        name = cut(r.label, 28) if named else None
+        name = line_name(r.label) if named else None
         ax.plot(x, y, marker, color=color, markerfacecolor=face, ls="none", markersize=7.5, label=name)
 
 
@@ -274,14 +278,9 @@ def _bars(
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 
-def cut(text: str, most: int) -> str:
-    """At most so many characters."""
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def metric(results: Sequence[Result]) -> str:
-    """The metric of the scores, as people write it."""
-    return n.metric(results[0].summary.metric)
+    """The metric of the scores, as the name of an axis."""
+    return n.axis(results[0].summary.metric)
 
 
 def counted(results: Sequence[Result]) -> str:
@@ -345,7 +344,7 @@ def few(results: Sequence[Result]) -> tuple[list[Result], str]:
     """The results that one picture has lines for, and how they were chosen if there are too many for that."""
     if len(results) <= MANY:
         return list(results), ""
-    best = sorted(results, key=lambda r: r.summary.mean, reverse=True)[:BEST]
+    best = sorted(results, key=lambda r: upward(r.summary.metric, r.summary.mean), reverse=True)[:BEST]
     references = {r.against for r in results}
     chosen = [r for r in results if r in best or r.label in references]
     return chosen, f" The {BEST} best of {len(results)}, and what they are compared with."
@@ -357,14 +356,21 @@ def scores(r: Result) -> list[float]:
 
 
 def outliers(
-    results: Sequence[Result], values: Callable[[Result], Sequence[float]] = scores
+    results: Sequence[Result], name: str, values: Callable[[Result], Sequence[float]] = scores
 ) -> tuple[list[Result], list[Result]]:
-    """(the results to show, the few far below them that are cut off so that the others stay readable)."""
-    by_score = sorted(results, key=lambda r: float(np.nanmax(values(r))))
+    """(the results to show, the few far worse ones that are cut off so that the others stay readable).
+
+    `values` are of the metric `name`.
+    """
+
+    def up(r: Result) -> list[float]:
+        return [upward(name, value) for value in values(r)]
+
+    by_score = sorted(results, key=lambda r: float(np.nanmax(up(r))))
     for k in range(1, (len(results) + 1) // 2):  # fewer than half
         far, near = by_score[:k], by_score[k:]
-        low, high = extent(near, values)
-        if low - max(np.nanmax(values(r)) for r in far) > FAR * (high - low):
+        low, high = extent(near, up)
+        if low - max(np.nanmax(up(r)) for r in far) > FAR * (high - low):
             return [r for r in results if r in near], far
     return list(results), []
 
@@ -375,7 +381,7 @@ def extent(results: Sequence[Result], values: Callable[[Result], Sequence[float]
     return float(np.nanmin(every)), float(np.nanmax(every))
 
 
-def limits(extent: tuple[float, float], left: float = 0.08) -> tuple[float, float]:
-    """Limits of an axis: the extent and a margin, `left` of its width on the lower side."""
+def limits(extent: tuple[float, float], left: float = 0.08, right: float = 0.08) -> tuple[float, float]:
+    """Limits of an axis: the extent and a margin on each side, as shares of its width."""
     width = extent[1] - extent[0] or 0.01
-    return extent[0] - left * width, extent[1] + 0.08 * width
+    return extent[0] - left * width, extent[1] + right * width

@@ -20,6 +20,7 @@ from loralab.run.records import read_facts, read_result
 from loralab.study import Cell, Comparison, Run, ScheduledRun, Study, Summary, comparisons, load, summaries
 from loralab.study.definition import MARGIN, Compare
 from loralab.study.statistics import PlannedFamily, planned
+from loralab.study.statistics.contrasts import MIRRORED
 
 K = TypeVar("K")
 COMPARE = {"alpha": Compare.alpha, "margin": {"default": MARGIN}, "against": Compare.against}
@@ -29,7 +30,6 @@ UNLABELLED = (
     "task", "model", "method", "seed", "data", "validation", "threads", "track", "checkpoint_every", "device",
     "licence",
 )  # fmt: skip
-MIRRORED = {"better": "worse", "worse": "better"}
 COSTS = ("time", "train_s"), ("time", "examples_per_s"), ("memory", "peak_bytes")  # of result.json
 REFERENCES = ("full", "lora")  # what others are compared with where a study does not say
 
@@ -61,8 +61,9 @@ def read(folder: Path | str) -> Study:
 
 def _run(file: Path, folder: Path) -> FoundRun | None:
     """The run of a result file, or None: other tools write files of that name too."""
-    result = read_header(file)
-    if not {"task", "model", "method", "seed", "metric"} <= result.keys() or not file.with_name("run.json").is_file():
+    if not file.with_name("run.json").is_file():
+        return None
+    if not {"task", "model", "method", "seed", "metric"} <= read_header(file).keys():
         return None
     return str(file.parent.relative_to(folder)), read_result(file.parent), read_facts(file.parent)
 
@@ -204,7 +205,8 @@ def findings(study: Study) -> Findings:
     """The results and comparisons of a study."""
     cells = study.cells()
     compared = comparisons(study)
-    reference = study.compare["against"] or next((r for r in REFERENCES if any(k[2] == r for k in cells)), None)
+    usual = next((r for r in REFERENCES if any(k[2] == r for k in cells)), None)
+    reference = study.compare["against"] or study.compare.get("reference") or usual
     results = [_result(cells[s.task, s.model, s.method], s, compared, reference) for s in summaries(study)]
     waiting = [cell for cell in cells.values() if not cell.runs]
     return Findings(study, results, compared, waiting, list(dict.fromkeys(key[2] for key in cells)), planned(study))

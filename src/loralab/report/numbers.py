@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 
+from loralab.data.metrics import LOWER_IS_BETTER
+
 NONE = "–"
 NAMES = {
     "matthews_correlation": "Matthews",
@@ -20,6 +22,11 @@ NAMES = {
 def metric(name: str) -> str:
     """A metric as people write it: matthews_correlation -> Matthews."""
     return NAMES.get(name, name.replace("_", " "))
+
+
+def axis(name: str) -> str:
+    """A metric as the name of an axis, which says where the better end is unless it is up: loss (lower is better)."""
+    return metric(name) + " (lower is better)" * (name in LOWER_IS_BETTER)
 
 
 def score(value: float) -> str:

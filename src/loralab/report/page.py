@@ -21,8 +21,8 @@ SECTIONS = {  # section of a chart -> its title, and a hint to readers
     "scores": ("Scores and learning curves", ""),
     "costs": (
         "Score against cost",
-        "Up is better, left is cheaper. A method is on the Pareto front if no other beats it on one of the two and is "
-        "as good on the other.",
+        "Up is better unless the axis says that lower is, left is cheaper. A method is on the Pareto front if no other "
+        "beats it on one of the two and is as good on the other.",
     ),
     "bars": ("Speed and memory", "Compare only runs of one machine; the table of runs names it."),
     "ranks": ("Rank", ""),

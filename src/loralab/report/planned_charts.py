@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from loralab.data.metrics import best, upward
 from loralab.report import multiples
 from loralab.report import numbers as n
-from loralab.report.charts import FAR, MANY, Chart, Style, cut, extent, limits, name_axes, outliers, styles_of
+from loralab.report.charts import FAR, MANY, Chart, Style, extent, limits, name_axes, outliers, styles_of
 from loralab.report.findings import Findings, Result
-from loralab.report.style import GRID, INK, MUTED, PAPER, figure, styled
+from loralab.report.style import GRID, INK, MUTED, PAPER, cut, figure, line_name, plain_log, styled
 from loralab.study import Run
 from loralab.study.record import collapses
 from loralab.study.search import score
@@ -123,12 +124,13 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
     tuned = [r for r in results if len(tried(r)) > 1]
     if not tuned or len(tuned) > MANY:
         return None
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     dead = [r for r in tuned if not _alive(r)]
     if len(dead) == len(tuned):
         return None
-    near, far = outliers([r for r in tuned if r not in dead], _alive)
+    metric = results[0].summary.metric
+    near, far = outliers([r for r in tuned if r not in dead], metric, _alive)
 
     def line(ax: Any, r: Result, grey: str | None) -> None:
         _rates_of(ax, r, styles[r.label], grey)
@@ -140,9 +142,9 @@ def rates(results: Sequence[Result], styles: dict[str, Style]) -> tuple[str, Any
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(numticks=4, subs=steps))
         ax.xaxis.set_minor_locator(NullLocator())  # its labels would lie on each other
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+        plain_log(ax.xaxis)
         ax.set_ylim(*limits(extent(near, _alive), left=0.14))
-    name_axes(fig, axes, apart, "learning rate", f"{n.metric(results[0].summary.metric)}, held out")
+    name_axes(fig, axes, apart, "learning rate", f"{n.axis(metric)}, held out")
     return _caption(tuned, far, dead), fig
 
 
@@ -162,7 +164,7 @@ def _rates_of(ax: Any, r: Result, style: Style, grey: str | None) -> None:
     if grey is not None:
         ax.plot(list(means), list(means.values()), color=grey, lw=0.8, zorder=1)
         return
-    ax.plot(list(means), list(means.values()), color=color, lw=1.2, label=cut(r.label, 28))
+    ax.plot(list(means), list(means.values()), color=color, lw=1.2, label=line_name(r.label))
     if (chosen := _chosen(r)) in means:
         ring = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.4}
         ax.plot(chosen, means[chosen], "o", color=color, **ring)
@@ -174,7 +176,8 @@ def _alive(r: Result) -> list[float]:
 
 
 def _held_out(run: Run) -> float:
-    return score(run.history, run.result)
+    """The held-out score of a tuning run, in units of its metric."""
+    return upward(str(run.result["metric"]["name"]), score(run))
 
 
 def tried(r: Result) -> dict[float, list[Run]]:
@@ -198,7 +201,7 @@ def best_rate(r: Result) -> float | None:
 
 def _caption(tuned: Sequence[Result], far: Sequence[Result], dead: Sequence[Result]) -> str:
     seeds = sorted({run.seed for r in tuned for run in r.cell.tuning})
-    hidden = "".join(f" Off the scale: {r.label}, {n.score(max(_alive(r)))}." for r in far)
+    hidden = "".join(f" Off the scale: {r.label}, {n.score(best(r.summary.metric, _alive(r)))}." for r in far)
     hidden += "".join(f" Not drawn, as every run collapsed: {r.label}." for r in dead)
     return (
         "Held-out score of every rate that tuning tried. Line: mean over its seeds; ring: the rate that was chosen; "

@@ -77,6 +77,8 @@ def contrasts(f: Findings) -> Table:
                "of no difference, by Holm's method over the family"),
         Column("p equivalent", lambda r: n.chance(r.contrast.p_equivalent_holm), lambda r: r.contrast.p_equivalent_holm,
                "of a difference beyond the margin (TOST), corrected"),
+        Column("margin", lambda r: f"{r.family.margins[r.place]:g}", lambda r: r.family.margins[r.place],
+               "smaller differences do not matter"),
         Column("verdict", lambda r: r.contrast.verdict, mark=lambda r: MARKS[r.contrast.verdict]),
         Column("could find", lambda r: n.score(r.contrast.smallest), lambda r: r.contrast.smallest,
                "the smallest true difference that this contrast finds with 80 % power"),

@@ -63,7 +63,7 @@ def _value(row: dict[str, str]) -> float:
 
 def _read(file: Path) -> list[dict[str, str]]:
     try:
-        with file.open(newline="", encoding="utf-8") as text:
+        with file.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text)
             if missing := [key for key in NEEDED if key not in (reader.fieldnames or ())]:
                 raise UserError(f"--published {file}: no column {', '.join(missing)}; expected {', '.join(NEEDED)}")

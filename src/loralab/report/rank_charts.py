@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from loralab.report.charts import Chart, counted, cut, legend, metric
+from loralab.report.charts import Chart, counted, legend, metric
 from loralab.report.findings import Findings, Point, Result, points
-from loralab.report.style import MARKERS, SERIES, figure, styled
+from loralab.report.style import MARKERS, SERIES, cut, figure, line_name, styled
 from loralab.study.statistics import mean_estimate
 
 ON_LIGHT, ON_DARK = "#0e1116", "#fdfdfd"  # text on the map, whatever the theme
@@ -60,7 +60,7 @@ def _curves(lines: dict[str, Line], ylabel: str) -> Any:
             ranks = sorted(line)
             mean, low, high = zip(*(line[rank] for rank in ranks), strict=True)
             color = SERIES[i % len(SERIES)]
-            ax.plot(ranks, mean, marker=MARKERS[i % len(MARKERS)], color=color, label=cut(label, 28))
+            ax.plot(ranks, mean, marker=MARKERS[i % len(MARKERS)], color=color, label=line_name(label))
             ax.fill_between(ranks, low, high, color=color, alpha=0.14, lw=0)
         every = {rank for line in lines.values() for rank in line}
         ax.set_xscale("log", base=2)

@@ -35,6 +35,7 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "font.size": 9,
     "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
     "legend.fontsize": 8, "lines.linewidth": 1.6, "lines.markersize": 5, "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.fonttype": "none",  # text stays text: it is found, read aloud and set in the page's own letters
 }  # fmt: skip
 
@@ -55,6 +56,24 @@ def figure(width: float = 4.1, height: float = 3.2) -> Any:
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")
+
+
+def cut(text: str, most: int) -> str:
+    """At most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def line_name(text: str) -> str:
+    """The name of a line in a legend; a blank goes before _, as matplotlib leaves names that begin with one out."""
+    return cut(" " * text.startswith("_") + text, 28)
+
+
+def plain_log(axis: Any) -> None:
+    """Numbers at the ticks of a logarithmic axis as they are: matplotlib's own are formulas."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(fig: Any, path: Path) -> None:

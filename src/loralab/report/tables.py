@@ -166,7 +166,7 @@ def _protocol() -> list[Column]:
         Column("selection", lambda r: r.selection + " (optimistic)" * r.optimistic,
                help="the rows on which the epoch was chosen", mark=lambda r: "warn" if r.optimistic else ""),
         Column("best − selected", lambda r: n.signed(r.summary.inflation), lambda r: r.summary.inflation,
-               "how much higher the score is at the best epoch of the reported split"),
+               "score at the best epoch of the reported split, minus the selected one"),
         Column("start", lambda r: r.start, short=False, help="what training started from"),
         Column("tuning runs", lambda r: str(r.summary.tuning), lambda r: r.summary.tuning, short=False),
         Column("unfinished", unfinished, short=False),

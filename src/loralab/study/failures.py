@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loralab.run.folder import FAILED
-from loralab.study.record import Key, Study, failure
+from loralab.study.record import Cell, Key, Study, failure
 
 NUMBER = re.compile(r"\d+")
 BEFORE, AFTER = " failed: ", "; its traceback is in "  # what stands around the reason in a run's own message
@@ -51,16 +51,30 @@ def _without_folder(why: str, address: str) -> str:
 def message(study: Study) -> str | None:
     """Return one line on all that failed or could not run, None if nothing did."""
     found = reasons(study)
-    pending = [" ".join(key) for key, cell in study.cells().items() if cell.pending]
+    pending = {key: cell for key, cell in study.cells().items() if cell.pending}
+    collapsed = [" ".join(key) for key, cell in pending.items() if _collapsed(study, cell)]
+    other = [" ".join(key) for key, cell in pending.items() if not _collapsed(study, cell)]
     parts = []
     if found:
         failed = sum(len(reason.folders) for reason in found)
         head = f"{failed} run{'s' * (failed > 1)} failed: " + "; ".join(map(str, found[:SHOWN]))
         more = f"; and {len(found) - SHOWN} other reasons" if len(found) > SHOWN else ""
         parts.append(f"{head}{more}; each run's own message and traceback are in {_place(study, found)}")
-    if pending:
-        parts.append(f"not run, as no tuning run worked or it could not start: {few(pending)}")
-    return "; ".join([*parts, "--retry runs again what failed"]) if parts else None
+    if other:
+        parts.append(f"not run, as no tuning run worked or it could not start: {few(other)}")
+    if parts:
+        parts.append("--retry runs again what failed")
+    if collapsed:
+        parts.append(
+            f"not run, as every tuning run predicts the same for every row, try other values: {few(collapsed)}"
+        )
+    return "; ".join(parts) or None
+
+
+def _collapsed(study: Study, cell: Cell) -> bool:
+    """Whether tuning ended without a failure and without a run that learned."""
+    failed = any(failure(study.store, s) for s in study.schedule if s.role == "tune" and s.key == cell.key)
+    return not failed and 0 < cell.tuning_collapsed == len(cell.tuning)
 
 
 def _place(study: Study, found: list[Reason]) -> Path:

@@ -18,8 +18,13 @@ Point = Mapping[str, Any]
 Score = Callable[[Point, int], float | None]  # of a point on a seed: held out; WORST if it is out, None if not run yet
 
 
-def halving(points: Sequence[Point], seeds: Sequence[int], score: Score) -> TuningState:
-    """How far the tuning over a grid of one setting is, by the runs there are."""
+def halving(
+    points: Sequence[Point], seeds: Sequence[int], score: Score, allowed: Callable[[Point], bool] = lambda point: True
+) -> TuningState:
+    """How far the tuning over a grid of one setting is, by the runs there are.
+
+    `allowed` says which points beyond the grid a run can have.
+    """
     state, left = TuningState(), list(points)
     for rung, seed in enumerate(seeds):
         state.trials += [Trial(seed, point, str(rung + 1)) for point in left]
@@ -31,7 +36,7 @@ def halving(points: Sequence[Point], seeds: Sequence[int], score: Score) -> Tuni
     if not left:
         state.stuck = True
         return state
-    more = beyond(points, left[0])
+    more = [point for point in beyond(points, left[0]) if allowed(point)]
     state.trials += [Trial(seed, point, EXTENSION) for point in more for seed in seeds]
     left += more
     scores = [_mean(point, seeds, score) for point in left]
@@ -53,7 +58,10 @@ def _best(points: Sequence[Point], scores: Sequence[float | None]) -> list[Point
 
 
 def beyond(points: Sequence[Point], winner: Point) -> list[Point]:
-    """MORE points beyond the edge at which the winner lies, in the grid's mean ratio; none if it is inside."""
+    """At most MORE points beyond the edge at which the winner lies, in the grid's mean ratio; none if it is inside.
+
+    A grid of whole numbers goes on by whole numbers above 0, each once.
+    """
     ((key, value),) = winner.items()
     values = [float(point[key]) for point in points]
     low, high = min(values), max(values)
@@ -61,4 +69,7 @@ def beyond(points: Sequence[Point], winner: Point) -> list[Point]:
     if low < value < high:
         return []
     step = ratio if value == high else 1 / ratio
-    return [{key: float(f"{value * step**i:.2g}")} for i in range(1, MORE + 1)]
+    more = [float(f"{value * step**i:.2g}") for i in range(1, MORE + 1)]
+    if all(type(point[key]) is int for point in points):
+        more = [x for x in dict.fromkeys(map(round, more)) if x > 0 and x not in values]
+    return [{key: x} for x in more]

@@ -1,31 +1,37 @@
 """The planned contrasts of a study, on anybody's results: a table of methods and scores, perhaps of seeds and tasks.
 
 Each method is compared with one reference. With seeds the comparison is paired by seed and task, on the mean of tasks
-first and by task after it; with one run a method, `rows` test rows say what the luck of the rows alone allows.
+first and by task after it, where all tasks are one family. With one run a method, `rows` test rows say what the luck of
+the rows alone allows.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from loralab.data import tables
+from loralab.data import checks, tables
+from loralab.data.metrics import LOWER_IS_BETTER
 from loralab.errors import UserError, hint
-from loralab.study.statistics.contrasts import Contrast, paired, proportions, signs_agree, with_signs
+from loralab.study.statistics.contrasts import Contrast, mirrored, paired, proportions, signs_agree, with_signs
+from loralab.study.statistics.estimates import evened
 
-MEAN, ALL = "mean of tasks", "all"  # ALL: where no column names tasks
+MEAN, ALL = "mean of tasks", ""  # ALL: where no column names tasks
 
 
 @dataclass(frozen=True)
 class Family:
-    """The contrasts of one question."""
+    """The contrasts of one task, or of the mean of tasks."""
 
     name: str  # a task, or the mean of them
     contrasts: list[Contrast]
     runs: list[int]  # of each contrast: the pairs of scores in it
+    corrected_over: int  # tests that Holm's correction counts: those of all tasks together, or of their mean
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,15 @@ class Judgement:
     by: str  # what was resampled or repeated: seeds, or rows
     alpha: float
     margin: float
+    lower_is_better: bool
     families: list[Family]
     notes: list[str]
 
 
 Scores = dict[str, dict[str, dict[str, float]]]  # task -> method -> seed -> score
 Left = dict[str, list[str]]  # why something does not count -> what
+WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")  # of the name of a column: eval_loss, valLoss, WER
+LOWER_WORDS = LOWER_IS_BETTER | {"ppl", "error", "wer", "cer", "mse", "rmse", "mae"}
 SHOWN = 5  # things that a note or an error names
 
 
@@ -55,30 +64,33 @@ def judge(
     reference: str | None = None,
     margin: float = 0.01,
     alpha: float = 0.05,
+    lower_is_better: bool = False,
 ) -> Judgement:
     """Compare the methods of a CSV, TSV, JSON, JSONL or parquet file; the arguments name its columns.
 
-    `rows` is the number of test rows behind each score, for results with one run a method; scores are then shares of
-    them. Raises UserError for columns that are not there, scores that are no numbers, and results that cannot be
-    tested.
+    Differences are those of the scores as they are; with `lower_is_better` one below 0 is better. `rows` is the number
+    of test rows behind each score, for results with one run a method; scores are then shares of them. Raises UserError
+    for columns that are not there, scores that are no numbers, and results that cannot be tested.
     """
-    table = _read(file)
     columns = {"--method": method, "--score": score, "--seed": seed, "--task": task}
     named = {flag: name for flag, name in columns.items() if name is not None}
     _check(named, margin, alpha)
-    _check_columns(file, table, named)
-    scores = _scores(file, table, method, score, seed, task)
+    scores = _scores(file, _read(file, named), method, score, seed, task)
     methods = list(dict.fromkeys(m for by_method in scores.values() for m in by_method))
     chosen = _reference(methods, reference)
     if len(methods) == 1:
         raise UserError(f"{file} has one method, {chosen}: there is nothing to compare it with")
     families, by, notes = _families(file, scores, chosen, rows, margin, alpha)
+    if lower_is_better:
+        families = [replace(f, contrasts=[mirrored(c) for c in f.contrasts]) for f in families]
+    elif told := LOWER_WORDS & {word.lower() for word in WORD.findall(score)}:
+        notes.insert(0, f"{score}: larger is taken for better; if a lower {min(told)} is, say --lower-is-better")
     if reference is None:
         notes.insert(0, f"the reference is {chosen}; another with --reference")
     highest = max(abs(x) for by_method in scores.values() for by_seed in by_method.values() for x in by_seed.values())
     if highest > 1:
         notes.append(f"scores go up to {highest:g}: the margin of {margin:g} is in the same units")
-    return Judgement(chosen, by, alpha, margin, families, notes)
+    return Judgement(chosen, by, alpha, margin, lower_is_better, families, notes)
 
 
 def _families(
@@ -116,20 +128,21 @@ def _families(
 
 
 def _by_seed(scores: Scores, reference: str, margin: float, alpha: float, left: Left) -> list[Family]:
-    """The mean of tasks first, where there are several, then each task."""
+    """The mean of tasks first, where there are several, then each task; the tasks are corrected together."""
     found = []
     if len(scores) > 1:
         means = _mean_of_tasks(scores)
         everywhere = dict.fromkeys(m for by_method in scores.values() for m in by_method)
         if lacking := [m for m in everywhere if m not in means]:
             left["not in the mean, without a seed on every task"] = lacking
-        found.append(_family(MEAN, means, reference, margin, alpha, left))
-    return found + [_family(task, by_method, reference, margin, alpha, left) for task, by_method in scores.items()]
+        found += _tested({MEAN: _differences(MEAN, means, reference, left)}, margin, alpha)
+    return found + _tested({t: _differences(t, own, reference, left) for t, own in scores.items()}, margin, alpha)
 
 
-def _family(
-    name: str, by_method: Mapping[str, Mapping[str, float]], reference: str, margin: float, alpha: float, left: Left
-) -> Family:
+def _differences(
+    name: str, by_method: Mapping[str, Mapping[str, float]], reference: str, left: Left
+) -> dict[str, NDArray[Any]]:
+    """Method -> (seeds,) its differences to the reference, on the seeds that both have."""
     base = by_method.get(reference, {})
     shared = {m: sorted(by_method[m].keys() & base.keys()) for m in by_method if m != reference}
     for m, seeds in shared.items():
@@ -137,10 +150,26 @@ def _family(
             left.setdefault(f"left out, no seed in common with {reference}", []).append(_named(m, name))
         elif len(seeds) < max(len(by_method[m]), len(base)):
             left.setdefault(f"compared on the seeds that {reference} has too", []).append(_named(m, name))
-    others = [m for m, seeds in shared.items() if seeds]
-    differences = [np.array([by_method[m][s] - base[s] for s in shared[m]]) for m in others]
-    made = with_signs(paired(others, differences, margin, alpha), differences, alpha)
-    return Family(name, made, [len(shared[m]) for m in others])
+    found = {}
+    for m, seeds in shared.items():
+        own, other = (np.array([scores[s] for s in seeds]) for scores in (by_method[m], base))
+        if seeds:
+            found[m] = evened(own - other, float(np.abs([own, other]).max()))
+    return found
+
+
+def _tested(families: Mapping[str, Mapping[str, NDArray[Any]]], margin: float, alpha: float) -> list[Family]:
+    """The contrasts of (seeds,) differences, corrected over all of these families together."""
+    names = [m for own in families.values() for m in own]
+    differences = [d for own in families.values() for d in own.values()]
+    made = with_signs(paired(names, differences, margin, alpha), differences, alpha)
+    return _parts(made, {name: [len(d) for d in own.values()] for name, own in families.items()})
+
+
+def _parts(contrasts: Sequence[Contrast], runs: Mapping[str, list[int]]) -> list[Family]:
+    """The families that contrasts which were corrected together belong to, in their order."""
+    rest, tested = iter(contrasts), sum(not math.isnan(c.p) for c in contrasts)
+    return [Family(name, [next(rest) for _ in own], own, tested) for name, own in runs.items()]
 
 
 def _mean_of_tasks(scores: Scores) -> dict[str, dict[str, float]]:
@@ -155,17 +184,16 @@ def _mean_of_tasks(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def _by_rows(scores: Scores, reference: str, rows: int, margin: float, alpha: float) -> list[Family]:
+    """Each task, all corrected together."""
     if rows < 2:
         raise UserError(f"--rows {rows}: expected the number of test rows, 2 or more")
-    found = []
-    for task, by_method in scores.items():
-        single = {m: next(iter(by_seed.values())) for m, by_seed in by_method.items()}
-        if bad := [f"{m} {x:g}" for m, x in single.items() if not 0 <= x <= 1]:
-            raise UserError(f"--rows: a score must be a share of the rows, 0 to 1, not {', '.join(bad[:3])}")
-        others = [m for m in single if m != reference]
-        made = proportions(others, [single[m] for m in others], single[reference], rows, margin, alpha)
-        found.append(Family(task, made, [1] * len(others)))
-    return found
+    single = {task: {m: next(iter(s.values())) for m, s in by_method.items()} for task, by_method in scores.items()}
+    if bad := [f"{m} {x:g}" for own in single.values() for m, x in own.items() if not 0 <= x <= 1]:
+        raise UserError(f"--rows: a score must be a share of the rows, 0 to 1, not {', '.join(bad[:3])}")
+    found = [(m, x, own[reference]) for own in single.values() for m, x in own.items() if m != reference]
+    methods, own_scores, base = [m for m, _, _ in found], [x for _, x, _ in found], [x for _, _, x in found]
+    made = proportions(methods, own_scores, base, rows, margin, alpha)
+    return _parts(made, {task: [1] * (len(own) - 1) for task, own in single.items()})
 
 
 def _named(method: str, family: str) -> str:
@@ -195,11 +223,15 @@ def _reference(methods: Sequence[str], wanted: str | None) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file; cells of a CSV are texts."""
-    columns = tables.read_all(file)
-    if not any(columns.values()):
+def _read(file: Path, wanted: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of a file with the columns that flags name, and no others; cells of a CSV are texts."""
+    there = tables.names(file)
+    if not there:
         raise UserError(f"{file} has no rows")
+    if wrong := [f"{flag} {name!r}{hint(name, there)}" for flag, name in wanted.items() if name not in there]:
+        listed = ", ".join(map(checks.one_line, filter(None, dict.fromkeys(there))))
+        raise UserError(f"{file} has no column {', '.join(wrong)}: its columns are {listed or 'none'}")
+    columns = tables.read(file, list(wanted.values()))
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -217,26 +249,20 @@ def _check(columns: Mapping[str, str], margin: float, alpha: float) -> None:
         raise UserError("; ".join(wrong))
 
 
-def _check_columns(file: Path, table: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    there = list(dict.fromkeys(key for row in table for key in row if key is not None))
-    wrong = [f"{flag} {name!r}{hint(name, there)}" for flag, name in columns.items() if name not in there]
-    if wrong:
-        raise UserError(f"{file} has no column {', '.join(wrong)}: its columns are {', '.join(there)}")
-
-
 def _scores(
     file: Path, table: Sequence[Mapping[str, Any]], method: str, score: str, seed: str | None, task: str | None
 ) -> Scores:
     found: Scores = {}
     wrong: list[str] = []
     for place, row in enumerate(table, 1):
-        names = {c: _text(row.get(c)) for c in (method, seed, task) if c is not None}
+        names = {c: _text(row[c]) for c in (method, seed, task) if c is not None}
         try:
-            value = float(row[score])
-        except (KeyError, TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            wrong.append(f"row {place} has {score} {row.get(score)!r}, no number")
+            value = checks.number(row[score])
+        except ValueError:
+            wrong.append(f"row {place} has {score} {checks.shown(row[score])}, no number")
+            continue
+        if task is not None and names[task] == MEAN:
+            wrong.append(f"row {place} has the {task} {MEAN!r}, which is the mean over them here: call it otherwise")
             continue
         if empty := [c for c, name in names.items() if not name]:
             wrong.append(f"row {place} has no {' and no '.join(empty)}")

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loralab.disk import read_header
 from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.study.address import address
 from loralab.study.definition import Definition
+from loralab.study.record import read_study
 from loralab.study.schedule import CellSettings, cells
 
 NAMES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
@@ -30,9 +30,8 @@ def machine_dtype(definition: Definition) -> str | None:
 
 def check_dtype(definition: Definition, folder: Path) -> None:
     """Raise UserError if runs of the study in `folder` are finished, and `auto` was another dtype there."""
-    file = folder / "study.json"
-    stored = read_header(file) if file.is_file() else {}
-    planned = [entry for entry in stored.get("planned", ()) if isinstance(entry, dict) and entry.get("address")]
+    stored = read_study(folder)
+    planned = [entry for entry in stored.get("planned", ()) if entry["address"]]
     done = [entry for entry in planned if (definition.store / entry["address"] / "result.json").is_file()]
     if not done:
         return

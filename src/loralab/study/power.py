@@ -77,7 +77,7 @@ def _of(family: str, model: str, tests: int, tasks: int, d: Definition, spread: 
     seeds, alpha = len(d.seeds), d.compare.alpha / tests
     error, df = spread.sd / math.sqrt(seeds * tasks), seeds - 1  # tasks have luck of their own
     smallest = smallest_difference(error, df, alpha, POWER)
-    margin = error * float(stats.t.ppf(1 - alpha, df) + stats.t.ppf((1 + POWER) / 2, df))
+    margin = error * float(stats.t.isf(alpha, df) + stats.t.ppf((1 + POWER) / 2, df))
     return Power(family, model, tests, seeds, spread.sd, spread.source, spread.differences, smallest, margin)
 
 

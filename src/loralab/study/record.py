@@ -222,14 +222,7 @@ def load(folder: Path | str) -> Study:
     folder = Path(folder)
     if not (folder / "study.json").is_file():
         raise UserError(f"{folder} holds no study.json: expected the --out of a `loralab study`")
-    data = read_header(folder / "study.json")
-    wrong = part_problems(data, STUDY, optional=("question", "dtype")) or problems(
-        data["compare"]["margin"], dict[str, float], "compare.margin"
-    )
-    for place, entry in enumerate(data["planned"] if not wrong else ()):
-        wrong += part_problems(entry, SCHEDULED, f"planned[{place}]")
-    if wrong:
-        raise UserError(f"{folder / 'study.json'} is damaged or of another version: {'; '.join(wrong[:MOST])}")
+    data = read_study(folder)
     try:
         schedule = tuple(ScheduledRun(**entry) for entry in data.pop("planned"))
         notes = tuple(data.pop("notes"))
@@ -238,6 +231,25 @@ def load(folder: Path | str) -> Study:
         raise UserError(
             f"{folder / 'study.json'}: {error}; it may come from another version: run the study again"
         ) from error
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """What study.json holds, checked; {} where there is none. Raises UserError for one that is damaged."""
+    file = folder / "study.json"
+    if not file.is_file():
+        return {}
+    data = read_header(file)
+    wrong = part_problems(data, STUDY, optional=("question", "dtype")) or problems(
+        data["compare"]["margin"], dict[str, float], "compare.margin"
+    )
+    for place, entry in enumerate(data["planned"] if not wrong else ()):
+        wrong += part_problems(entry, SCHEDULED, f"planned[{place}]")
+    if wrong:
+        raise UserError(
+            f"{file} is damaged or of another version: {'; '.join(wrong[:MOST])}: put it back as it was, or remove it, "
+            "and the same `loralab study` goes on with the runs of its store"
+        )
+    return data
 
 
 def _store(folder: Path, named: str) -> Path:

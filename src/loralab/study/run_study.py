@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loralab.disk import check_output_folder, read_header, write_json
+from loralab.disk import check_output_folder, write_json
 from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.run.folder import FAILED, RunFolder
@@ -20,7 +20,7 @@ from loralab.study.bar import StudyBar
 from loralab.study.definition import Definition
 from loralab.study.machine_dtype import check_dtype, machine_dtype
 from loralab.study.packed import pack
-from loralab.study.record import Role, ScheduledRun, Study, done, failure, load
+from loralab.study.record import Role, ScheduledRun, Study, done, failure, load, read_study
 from loralab.study.runners import Runner
 from loralab.study.schedule import CellSettings, blocks, cells, notes, schedule, tuning
 from loralab.study.search import Pruned
@@ -151,10 +151,9 @@ def question_of(definition: Definition) -> str:
 
 def check_question(definition: Definition, folder: Path) -> None:
     """Raise UserError if a registered study lies in `folder` and asks something else."""
-    file = folder / "study.json"
-    stored = read_header(file).get("question") if file.is_file() else None
-    if stored is not None and stored != question_of(definition):
-        before, now = read_header(file).get("definition", {}), json.loads(json.dumps(json_of(definition)))
+    stored = read_study(folder)
+    if stored.get("question") not in (None, question_of(definition)):
+        before, now = stored["definition"], json.loads(json.dumps(json_of(definition)))
         changes = [key for key in now if key not in NOT_ASKED and before.get(key) != now[key]]
         raise UserError(
             f"{folder} is a registered study, and its question has changed ({', '.join(changes)}): "

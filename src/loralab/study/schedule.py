@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loralab.errors import UserError
 from loralab.run import Settings
 from loralab.run.records import read_history
 from loralab.study import search
@@ -100,11 +101,23 @@ def tuning(cell: CellSettings, run: RunTrial | None = None) -> TuningState:
     points = grid_points(cell.grid)
     if tune.search == "halving":
         return halving(
-            points, tune.seeds, lambda point, seed: _score(cell, cell.scheduled("tune", seed, point), alive=True)
+            points,
+            tune.seeds,
+            lambda point, seed: _score(cell, cell.scheduled("tune", seed, point), alive=True),
+            lambda point: can_be(cell, point),
         )
     return search.best_of_grid(
         points, tune.seed, [_score(cell, cell.scheduled("tune", tune.seed, tried)) for tried in points]
     )
+
+
+def can_be(cell: CellSettings, tried: Mapping[str, Any]) -> bool:
+    """Whether a run can have these settings."""
+    try:
+        cell.settings("tune", cell.definition.tune.seed, tried)
+    except UserError:
+        return False
+    return True
 
 
 def _outcome(cell: CellSettings, trial: Any, tried: Mapping[str, Any], run: RunTrial | None) -> float | Pruned | None:
@@ -128,7 +141,7 @@ def _score(cell: CellSettings, scheduled: ScheduledRun, alive: bool = False) -> 
     run = read_run(cell.store, scheduled)
     if run is None:
         return None
-    return search.WORST if alive and collapses(run) else search.score(run.history, run.result)
+    return search.WORST if alive and collapses(run) else search.score(run)
 
 
 def notes(definition: Definition) -> list[str]:

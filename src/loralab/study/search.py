@@ -12,6 +12,7 @@ from typing import Any
 
 from loralab.data.metrics import upward
 from loralab.errors import UserError
+from loralab.study.record import Run
 
 WORST = float("-inf")  # the score of a run that failed
 RANDOM = 4  # trials before the sampler trusts what it saw; as many before any is pruned
@@ -80,10 +81,20 @@ def search(grid: Mapping[str, Any], trials: int, seed: int, draws: int, outcome:
     return state
 
 
-def score(epochs: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> float:
-    """Score of the selected evaluation on the rows that selected it; more is better."""
-    record, metric = next(row for row in epochs if row["epoch"] == result["selected_epoch"]), result["metric"]["name"]
-    return upward(metric, float((record["held_out"] or record["validation"])[metric]))
+def score(run: Run) -> float:
+    """Score of the selected evaluation on the rows that selected it; more is better.
+
+    Raises UserError for a run whose metrics.jsonl does not have it.
+    """
+    metric, epoch = run.result["metric"]["name"], run.result["selected_epoch"]
+    record = next((row for row in run.history if row["epoch"] == epoch), {})
+    scores = record.get("held_out") or record.get("validation") or {}
+    if metric not in scores:
+        raise UserError(
+            f"{run.folder}: metrics.jsonl is missing or cut off, it has no {metric} of the selected epoch {epoch:g}: "
+            "remove the folder, and the same study runs it again"
+        )
+    return upward(metric, float(scores[metric]))
 
 
 def report(trial: Any, record: Mapping[str, Any], epochs: int) -> None:

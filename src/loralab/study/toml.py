@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralab import options
-from loralab.data import METRICS, tables
+from loralab.data import tables
 from loralab.data.endpoints import PARTS
 from loralab.errors import UserError, hint
+from loralab.objectives import METRICS
 from loralab.recipe import NAMED
 from loralab.run import Settings
 from loralab.study.definition import (
@@ -173,7 +174,7 @@ def read(file: Path, **flags: Any) -> Definition:
     Raises UserError, with every problem at once.
     """
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file} is no TOML: {error}") from error
     except RecursionError as error:
@@ -239,9 +240,10 @@ def _tasks(value: Any, wanted: Sequence[str], base: Path, problems: Problems) ->
     problems.different("tasks", [task.label for task in tasks])
     if not wanted:
         return tuple(tasks)
-    problems.different("tasks", list(wanted))
     named = {task.label: task for task in tasks}
-    return tuple(named.get(x, StudyTask(_stem(x), {"task": x})) for x in wanted)
+    chosen = [named.get(x, StudyTask(_stem(x), {"task": x})) for x in wanted]
+    problems.different("tasks", [task.label for task in chosen])
+    return tuple(chosen)
 
 
 def _task(where: str, table: dict[str, Any], base: Path, problems: Problems) -> StudyTask:
@@ -306,8 +308,10 @@ def _each(where: str, table: dict[str, Any], base: Path, problems: Problems) -> 
         default = " ".join([str(chosen.get("method", "lora")), *(f"{key}={x}" for key, x in point.items())])
         try:
             methods.append(StudyMethod(label.format(**chosen) if label else default, chosen, grid))
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        except KeyError as error:
             problems.add(where, f"name={label!r}: {error} is not among {', '.join(chosen)}")
+        except (IndexError, ValueError, AttributeError, TypeError) as error:
+            problems.add(where, f"name={label!r}: {error}; expected settings as {{rank}}, and other braces doubled")
     return methods
 
 
@@ -377,11 +381,12 @@ def _tune(value: Any, base: Path, problems: Problems) -> Tune:
     known = {key: x for key, x in table.items() if key in GRID}
     kind = typing.get_type_hints(Tune)["search"]
     search = problems.typed("tune search", search, kind, Tune.search)
+    last = LARGEST_SEED - (len(Tune(search=search).seeds) - 1)  # the next rung of halving has the next seed
     return Tune(
         _grid("tune", known, GRID, base, problems),
         search,
         _whole(problems, "tune trials", trials, Tune.trials, 1),
-        _whole(problems, "tune seed", seed, Tune.seed, 0, LARGEST_SEED),
+        _whole(problems, "tune seed", seed, Tune.seed, 0, last),
     )
 
 
@@ -431,6 +436,10 @@ def _check_runs(d: Definition, problems: Problems) -> None:
     for key, named in (("against", d.compare.against), ("reference", d.compare.reference)):
         if named is not None and labels:
             problems.unknown_keys(f"compare {key}", {named: None}, labels)
+    shared = sorted({*d.seeds} & {*d.tune.seeds})
+    if shared and any(d.grid(method) for method in d.methods):
+        which = f"{', '.join(map(str, shared))} of tuning too"
+        problems.add("seeds", f"{which}: a reported run would be chosen by its own luck; give tune another seed")
     for method in d.methods:
         _check_tuning(d, method, problems)
         ranged = any(isinstance(values, dict) for values in d.grid(method).values())

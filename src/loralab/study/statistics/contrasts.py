@@ -15,7 +15,7 @@ Where seeds are many enough a second test checks the first: signs of whole seeds
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,7 +30,10 @@ ENOUGH = 5.0  # right and wrong answers, from which on a share is near enough to
 LEAST = 3  # variances that make a prior: of two it is a guess, and families of two erred in 9 of 100 with 3 seeds
 OUTLYING = 0.3  # simulated from 0.01 to 0.3: the interval of a method that varies most then holds in 0.94 with 5 seeds
 UNBOUNDED = (-math.inf, math.inf)
+HUGE = 3e4  # t, up to which scipy's noncentral t is right; it is off by 0.05 and more from 1e5 on
+AT_ONCE = 2**22  # signs held at a time: 32 MB
 FLIPPED = 14  # seeds up to which all patterns of signs are counted; of more as many patterns are drawn
+MIRRORED = {"better": "worse", "worse": "better"}  # verdicts that turn with a difference; others stay
 Verdict = Literal["better", "worse", "equal within the margin", "no difference found", "not tested"]
 
 
@@ -95,19 +98,32 @@ def _verdict(difference: float, p: float, p_equivalent: float, alpha: float) -> 
     return "equal within the margin" if p_equivalent < alpha else "no difference found"
 
 
+def mirrored(c: Contrast) -> Contrast:
+    """The contrast as a score says it of which less is better: with the other verdict."""
+    verdict: Any = MIRRORED.get(c.verdict, c.verdict)
+    return replace(c, verdict=verdict)
+
+
 def smallest_difference(error: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The true difference that a two-sided test at `alpha` finds with that power (noncentral t)."""
-    limit = float(stats.t.ppf(1 - alpha / 2, df))
+    """The true difference that a two-sided test at `alpha` finds with that power (noncentral t).
+
+    nan where the noncentral t is not known well enough: for so few seeds and so small an alpha that t must be huge.
+    """
+    limit = float(stats.t.isf(alpha / 2, df))
+    if not limit <= HUGE:
+        return math.nan
     if math.isinf(df):
         return error * (limit + float(stats.norm.ppf(power)))
 
     def short(effect: float) -> float:
         return float(stats.nct.sf(limit, df, effect)) - power
 
-    high = limit + 10.0
-    while short(high) < 0:
-        high *= 2
-    return error * float(optimize.brentq(short, 0.0, high))
+    # with chance sqrt(power) the spread is below this quantile, and then t above the limit with at least that chance
+    share = math.sqrt(power)
+    high = limit * math.sqrt(float(stats.chi2.ppf(share, df)) / df) + float(stats.norm.ppf(share))
+    high = max(1.01 * high, 0.1)
+    known = short(0.0) < 0 <= short(high)
+    return error * float(optimize.brentq(short, 0.0, high)) if known else math.nan
 
 
 def moderated(variances: Sequence[float] | Array, df: Sequence[float] | Array) -> tuple[Array, Array]:
@@ -164,6 +180,7 @@ def paired(
     tested = [i for i, count in enumerate(counts) if count > 1]
     variances, freedom = moderated([variance(differences[i]) for i in tested], [counts[i] - 1 for i in tested])
     places = {i: place for place, i in enumerate(tested)}
+    margins = np.broadcast_to(np.asarray(margin, dtype=float), len(methods))
     made = []
     for i, method in enumerate(methods):
         mean, error, df = math.nan, math.nan, math.nan
@@ -173,7 +190,7 @@ def paired(
             of_rows, of_seeds = 0.0 if rows is None else rows[i], variances[places[i]] / counts[i]
             error = math.sqrt(of_seeds + of_rows) if of_seeds else math.nan  # the rows alone are surer than seeds allow
             df = float(freedom[places[i]])
-        made.append(contrast(method, mean, error, df, margin if isinstance(margin, float) else margin[i]))
+        made.append(contrast(method, mean, error, df, float(margins[i])))
     limits = [UNBOUNDED] * len(counts) if ranges is None else ranges
     return [_stated(c, n, own) for c, n, own in zip(family(made, alpha, power), counts, limits, strict=True)]
 
@@ -192,14 +209,20 @@ def with_signs(contrasts: Sequence[Contrast], differences: Sequence[Array], alph
 
 
 def _flipped(d: Array) -> float:
-    n = len(d)
-    if n <= FLIPPED:
-        patterns = np.arange(2**n)[:, None] >> np.arange(n) & 1  # (2^n, n), the first has all signs as they are
-    else:
-        patterns = np.random.default_rng(0).integers(0, 2, (2**FLIPPED, n))
-        patterns[0] = 0
-    sums = np.abs((1 - 2 * patterns) @ d)
+    sums = np.concatenate([np.abs((1 - 2 * patterns) @ d) for patterns in _patterns(len(d))])
     return float(np.mean(sums >= sums[0] - 1e-12 * np.abs(d).sum()))
+
+
+def _patterns(n: int) -> Iterator[Array]:
+    """Patterns of signs (some, n) at a time, 1 is flipped: all 2^n of few seeds or 2^FLIPPED drawn ones, none first."""
+    if n <= FLIPPED:
+        yield np.arange(2**n)[:, None] >> np.arange(n) & 1
+        return
+    random, block = np.random.default_rng(0), max(1, AT_ONCE // n)
+    for start in range(0, 2**FLIPPED, block):
+        drawn = random.integers(0, 2, (min(block, 2**FLIPPED - start), n))
+        drawn[0] *= start > 0
+        yield drawn
 
 
 def signs_agree(named: Sequence[tuple[str, Contrast]], alpha: float) -> str | None:
@@ -225,15 +248,20 @@ def _stated(c: Contrast, seeds: int, limits: tuple[float, float]) -> Contrast:
 
 
 def proportions(
-    methods: Sequence[str], scores: Sequence[float], reference: float, rows: int, margin: float, alpha: float = 0.05
+    methods: Sequence[str],
+    scores: Sequence[float],
+    references: Sequence[float],
+    rows: int,
+    margin: float,
+    alpha: float = 0.05,
 ) -> list[Contrast]:
-    """The family of contrasts of one score each, a share of `rows` test rows, against the reference's score.
+    """The family of contrasts of one score each, a share of `rows` test rows, against the reference's on those rows.
 
     Only the luck of the rows is tested: with one run of a method nothing is known of the luck of its seed. Of fewer
     than ENOUGH right or wrong answers no test is made, as the normal distribution is then too narrow (Cochran, 1954).
     """
     made = []
-    for method, score in zip(methods, scores, strict=True):
+    for method, score, reference in zip(methods, scores, references, strict=True):
         pooled = (score + reference) / 2
         few = min(pooled, 1 - pooled) * rows < ENOUGH
         error = math.nan if few else math.sqrt(2 * pooled * (1 - pooled) / rows)

@@ -96,6 +96,13 @@ def variance(values: Array) -> float:
     return 0.0 if _equal(values) else float(values.var(ddof=1))
 
 
+def evened(differences: Array, largest: float) -> Array:
+    """Differences (seeds,) of scores up to `largest`; those that differ by the rounding of the scores alone are one."""
+    if len(differences) and np.ptp(differences) <= ROUNDING * largest:
+        return np.full(len(differences), differences.mean())
+    return differences
+
+
 def shared_variance(replicates: Array) -> float:
     """Mean covariance of different columns of (times, seeds), not below 0: what the rows do to all seeds alike."""
     if all(_equal(column) for column in replicates.T):

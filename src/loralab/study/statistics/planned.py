@@ -17,7 +17,7 @@ import numpy as np
 from loralab.study.record import Cell, Study, collapses
 from loralab.study.statistics.contrasts import Contrast, paired, signs_agree, with_signs
 from loralab.study.statistics.endpoint import SELECTED, metric_of, value
-from loralab.study.statistics.estimates import shared_variance
+from loralab.study.statistics.estimates import evened, shared_variance
 from loralab.study.statistics.resample import RANGES, UNBOUNDED
 from loralab.study.statistics.table import Resamples, margin_of, places
 
@@ -46,6 +46,7 @@ class _Pairs:
     """One method against the reference on one task: what enters a contrast."""
 
     differences: dict[int, float] = field(default_factory=dict)  # seed -> method - reference
+    largest: float = 0.0  # of the scores that they are of
     range: tuple[float, float] = UNBOUNDED  # the values that a difference can have
     rows: float = 0.0  # variance that the rows bring to every seed alike
     known: bool = False  # whether that is known, from predictions
@@ -67,10 +68,10 @@ def planned(study: Study) -> list[PlannedFamily]:
     for model, tasks in by_model.items():
         for endpoint in compare.get("endpoints", (SELECTED,)):
             pairs = {task: own for task, cells in tasks.items() if (own := _of_task(cells, reference, endpoint))}
+            metrics = {task: metric_of(tasks[task][0].runs[0], endpoint) for task in pairs}
             if compare.get("family", MEAN) == MEAN and pairs:
-                found.append(_on_the_mean(pairs, model, endpoint, compare))
+                found.append(_on_the_mean(pairs, metrics, model, endpoint, compare))
             if pairs:
-                metrics = {task: metric_of(tasks[task][0].runs[0], endpoint) for task in pairs}
                 found.append(_by_task(pairs, metrics, model, endpoint, compare))
     return found
 
@@ -109,7 +110,9 @@ def _paired(cell: Cell, base: Cell, resamples: Resamples, endpoint: str) -> _Pai
     scores = {s: (value(good[s], endpoint), value(good_base[s], endpoint)) for s in seeds}
     seeds = [s for s in seeds if None not in scores[s]]
     low, high = RANGES.get(metric_of(base.runs[0], endpoint), UNBOUNDED)
-    pairs = _Pairs({s: scores[s][0] - scores[s][1] for s in seeds}, (low - high, high - low))  # type: ignore[operator]
+    largest = max((abs(x) for s in seeds for x in scores[s]), default=0.0)  # type: ignore[arg-type]
+    differences = {s: scores[s][0] - scores[s][1] for s in seeds}  # type: ignore[operator]
+    pairs = _Pairs(differences, largest, (low - high, high - low))
     pairs.collapsed = len(cell.runs) - len(good) + len(base.runs) - len(good_base)
     pairs.same = [good[s].folder for s in seeds] == [good_base[s].folder for s in seeds]
     if len(seeds) > 1:
@@ -121,11 +124,17 @@ def _paired(cell: Cell, base: Cell, resamples: Resamples, endpoint: str) -> _Pai
 
 
 def _on_the_mean(
-    pairs: Mapping[str, Mapping[str, _Pairs]], model: str, endpoint: str, compare: Mapping[str, Any]
+    pairs: Mapping[str, Mapping[str, _Pairs]],
+    metrics: Mapping[str, str],
+    model: str,
+    endpoint: str,
+    compare: Mapping[str, Any],
 ) -> PlannedFamily:
+    """The margin is that of the metric where all tasks have one, of a mean of several metrics the default."""
     methods = list(dict.fromkeys(method for own in pairs.values() for method in own))
     found = {(method, None): _mean([own.get(method, _Pairs()) for own in pairs.values()]) for method in methods}
-    margins = [margin_of(compare["margin"], endpoint)] * len(methods)
+    several = set(metrics.values())
+    margins = [margin_of(compare["margin"], several.pop() if len(several) == 1 else "default")] * len(methods)
     return _family(MEAN, model, endpoint, found, margins, tuple(pairs), compare["alpha"])
 
 
@@ -135,6 +144,7 @@ def _mean(own: Sequence[_Pairs]) -> _Pairs:
     low, high = (float(np.mean([p.range[end] for p in own])) for end in (0, 1))
     return _Pairs(
         {s: float(np.mean([p.differences[s] for p in own])) for s in seeds},
+        max(p.largest for p in own),
         (low, high),
         sum(p.rows for p in own) / len(own) ** 2,
         all(p.known for p in own),
@@ -161,8 +171,8 @@ def _family(
 ) -> PlannedFamily:  # fmt: skip
     names = [method if task is None else f"{method} on {task}" for method, task in found]
     own = list(found.values())
-    differences, ranges = [np.array(list(p.differences.values())) for p in own], [p.range for p in own]
-    rows = [p.rows for p in own]
+    differences = [evened(np.array(list(p.differences.values())), p.largest) for p in own]
+    rows, ranges = [p.rows for p in own], [p.range for p in own]
     tested = [d[:1] if p.same else d for d, p in zip(differences, own, strict=True)]  # of one seed nothing is tested
     made = with_signs(paired(names, tested, margins, alpha, rows=rows, ranges=ranges), tested, alpha)
     of_seeds = tuple(math.sqrt(max(c.error**2 - part, 0.0)) for c, part in zip(made, rows, strict=True))

@@ -15,7 +15,7 @@ from loralab.data.metrics import upward
 from loralab.study.record import Array, Cell, Predictions, Run, Study, collapses, number
 from loralab.study.statistics.contrasts import smallest_difference
 from loralab.study.statistics.endpoint import SELECTED, metric_of, rows_of, sums_of
-from loralab.study.statistics.estimates import MeanEstimate, holm, mcnemar, mean_estimate, within
+from loralab.study.statistics.estimates import MeanEstimate, evened, holm, mcnemar, mean_estimate, within
 from loralab.study.statistics.resample import RANGES, UNBOUNDED, by_rows, resampled
 
 TIMES = 10_000  # resamples: the standard error of a variance of rows is then 1.4 % of it
@@ -218,7 +218,8 @@ def _compared(a: Cell, b: Cell, resamples: Resamples, margin: float, level: floa
 
 def _paired(metric: str, a: list[Run], b: list[Run], resamples: Resamples) -> tuple[MeanEstimate, tuple[float, ...]]:
     """The difference of runs of the same seeds, and McNemar's p of each seed."""
-    difference = np.array([x.selected - y.selected for x, y in zip(a, b, strict=True)])
+    of_a, of_b = (np.array([run.selected for run in runs]) for runs in (a, b))
+    difference = evened(of_a - of_b, float(np.abs([of_a, of_b]).max()))
     scores = resamples.of([*a, *b])
     if scores is None:
         return mean_estimate(difference), ()
