@@ -65,16 +65,15 @@ def message(study: Study) -> str | None:
     if parts:
         parts.append("--retry runs again what failed")
     if collapsed:
-        parts.append(
-            f"not run, as every tuning run predicts the same for every row, try other values: {few(collapsed)}"
-        )
+        why = "every value that was tried gives the same for every row on a seed of tuning, try others"
+        parts.append(f"not run, as {why}: {few(collapsed)}")
     return "; ".join(parts) or None
 
 
 def _collapsed(study: Study, cell: Cell) -> bool:
-    """Whether tuning ended without a failure and without a run that learned."""
+    """Whether tuning ended without a failure, and without a value whose runs all learned."""
     failed = any(failure(study.store, s) for s in study.schedule if s.role == "tune" and s.key == cell.key)
-    return not failed and 0 < cell.tuning_collapsed == len(cell.tuning)
+    return not failed and cell.tuning_collapsed > 0
 
 
 def _place(study: Study, found: list[Reason]) -> Path:
