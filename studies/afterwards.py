@@ -96,7 +96,8 @@ def show(title: str, contrasts: Iterable[Contrast]) -> None:
     for c in contrasts:
         interval = "" if math.isnan(c.low) else f"{c.low:+.3f} to {c.high:+.3f}"  # two seeds have none
         numbers = ["" if math.isnan(x) else f"{x:.3f}" for x in (c.p, c.p_holm, c.p_equivalent_holm, c.smallest)]
-        print(f"| {c.method} | {c.difference:+.4f} | {interval} | {' | '.join(numbers)} |")
+        difference = "" if math.isnan(c.difference) else f"{c.difference:+.4f}"  # a method without a seed on all tasks
+        print(f"| {c.method} | {difference} | {interval} | {' | '.join(numbers)} |")
     print()
 
 

@@ -29,6 +29,7 @@ SECTIONS = {  # heading of the page -> the studies whose numbers stand under it
     "### Ranks, each at its own rate": ("ranks",),
     "### Rows cut at 128 or at 256 tokens": ("tokens",),
     "## cs4782": ("cs4782", "cornell-grid", "osnabrueck", "osnabrueck-ranks"),
+    "### Delta-LoRA, each wait at its own rate": ("delta",),
     "### A base in 4 bits, at its own rate": ("double-quantization",),
     "## osnabrueck": ("osnabrueck", "osnabrueck-ranks"),
 }
