@@ -28,11 +28,14 @@ class LayerCall(NamedTuple):
 
 
 class Frozen:
-    """The frozen weights of modules as a forward pass read them; the backward pass reads them again."""
+    """The frozen weights of modules as a forward pass read them; the backward pass reads them again.
+
+    Buffers are looked at for their place alone: DistributedDataParallel writes them anew, as they are, at each forward.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.read = [
-            (module, key, held, t.detach(), None if t.is_inference() else t._version)
+            (module, key, held, t.detach(), None if held is module._buffers or t.is_inference() else t._version)
             for module in modules
             for held in (module._parameters, module._buffers)
             for key, t in held.items()
