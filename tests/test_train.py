@@ -163,9 +163,10 @@ def calm(tiny: Path, tmp_path: Path) -> Path:
 
 def test_two_processes_give_the_numbers_of_one(tiny, own, tmp_path):
     model = calm(tiny, tmp_path)
-    one = train(settings(model, own, tmp_path / "one"))
+    one = train(settings(model, own, tmp_path / "one", dtype="float32"))  # auto is measured, in each process
     s = settings(model, own, tmp_path / "two")
-    flags = ["--task", s.task, "--model", s.model, "--text", "sentence", "--label", "label", "--out", str(s.out)]
+    flags = ["--dtype", "float32"]
+    flags += ["--task", s.task, "--model", s.model, "--text", "sentence", "--label", "label", "--out", str(s.out)]
     flags += ["--lr", "0.02", "--epochs", "2", "--batch-size", "20", "--rank", "3", "--max-length", "32"]
     train_on_two_processes(flags)
     two = json.loads((tmp_path / "two/result.json").read_text())
