@@ -175,7 +175,10 @@ def _no_block(model: nn.Module) -> str | None:
 
 def _put_block(model: nn.Module) -> None:
     for layer in layers_of(model):
-        put(layer, Block(layer, LAYERS[type(layer).__name__], _active(model)))
+        block = Block(layer, LAYERS[type(layer).__name__], _active(model))
+        put(layer, block)
+        if layer.__dict__.get(FAST) is block:  # else a forward of somebody else stays
+            block.read_structure(moves=True)
 
 
 def _block(layer: nn.Module, model: nn.Module) -> Block:

@@ -30,7 +30,7 @@ from loralab.fast.encoder_layer import LayerModules
 from loralab.fast.joined import by_product
 from loralab.fast.masks import has_own_streams
 from loralab.fast.pre_norm_layer import PreNormModules
-from loralab.fast.shared import Frozen, LayerCall, autocasts, no_autocast
+from loralab.fast.shared import LayerCall, ReadWeights, autocasts, no_autocast
 from loralab.layer import FAST, Adapted, has_own_forward
 from loralab.stores.float import Float
 from loralab.stores.quantized import Quantized
@@ -96,7 +96,8 @@ class Block:
     def __init__(self, layer: nn.Module, find: Find, active: Active) -> None:
         self.layer, self.find, self.active = layer, find, active
         self.obstacle: Obstacle | None = None  # in the last call, and not in every one
-        self._read_structure(moves=True)
+        self.seen: list[_Seen] = []  # of a layer that is not read yet
+        self._found = False
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward returns for these arguments; hidden_states (b, t, d)."""
@@ -140,9 +141,8 @@ class Block:
 
     def _in_one(self, x: Tensor, mask: Tensor | None, given: list[Any]) -> Tensor:
         m, products = self.modules, self.products
-        wants_gradient = torch.is_grad_enabled()
-        frozen = Frozen(self.inner) if wants_gradient else None
-        call = LayerCall(m, products, m.dropout, self.active.streams, wants_gradient, frozen)
+        read = ReadWeights(self.inner) if torch.is_grad_enabled() else None
+        call = LayerCall(m, products, m.dropout, self.active.streams, read)
         if not call.wants_gradient and not self.active.drawn:
             joined = [product.active_update(self.active, x.dtype) for product in products]
             return m.compute(call, x, mask, given, joined)
@@ -168,7 +168,7 @@ class Block:
 
     # ---- what the layer consists of ------------------------------------------------------------------------------
 
-    def _read_structure(self, moves: bool) -> None:
+    def read_structure(self, moves: bool) -> None:
         """Find the modules again, as at the start and whenever one was replaced; `moves` lays weights side by side."""
         self.misfit: Obstacle | None = None
         self.inner = _inner(self.layer)
@@ -205,7 +205,7 @@ class Block:
             return Obstacle("has a forward of its own", self.layer) if has_own_forward(self.layer) else OFF
         if not self.seen or any(seen.changed() for seen in self.seen) or changed(self.called):
             # weights that FSDP gathered for this pass are not to be moved
-            self._read_structure(moves=not (distributed.is_available() and distributed.is_initialized()))
+            self.read_structure(moves=not (distributed.is_available() and distributed.is_initialized()))
         return self._obstacle_in_structure(learning)
 
     def _obstacle_in_structure(self, learning: bool) -> Obstacle | None:
@@ -251,8 +251,6 @@ class Block:
         keywords = getattr(vars(self.layer).get("_gradient_checkpointing_func"), "keywords", {})
         if learning and keywords.get("context_fn") is not None:
             return Obstacle("checkpointing chooses what it keeps (context_fn)")
-        if forward_ad._current_level >= 0:
-            return Obstacle("derivatives are taken forward (torch.autograd.forward_ad)")
         for layer in self.modules.linear:
             if isinstance(layer, Adapted):
                 for name in self.active.names:
@@ -330,6 +328,8 @@ def _traced() -> str | None:
         return "torch.compile or torch.func traces the model"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces the model"
+    if forward_ad._current_level >= 0:
+        return "derivatives are taken forward (torch.autograd.forward_ad)"
     if torch._C._len_torch_function_stack():
         for mode in _get_current_function_mode_stack():
             if type(mode) is not DeviceContext:

@@ -23,18 +23,22 @@ class LayerCall(NamedTuple):
     products: Any  # of its linear layers, each a JoinedLinear
     dropout: tuple[float, ...]  # probabilities now
     streams: Sequence[Stream]
-    wants_gradient: bool
-    frozen: "Frozen | None"  # what the backward pass reads again, None where there is none
+    read: "ReadWeights | None"  # what the backward pass reads again, None where no gradient is wanted
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether there will be a backward pass."""
+        return self.read is not None
 
 
-class Frozen:
+class ReadWeights:
     """The frozen weights of modules as a forward pass read them; the backward pass reads them again.
 
     Buffers are looked at for their place alone: DistributedDataParallel writes them anew, as they are, at each forward.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.read = [
+        self.weights = [
             (module, key, held, t.detach(), None if held is module._buffers or t.is_inference() else t._version)
             for module in modules
             for held in (module._parameters, module._buffers)
@@ -44,7 +48,7 @@ class Frozen:
 
     def check(self) -> None:
         """Raise UserError where a weight was edited or replaced since."""
-        for module, key, held, seen, version in self.read:
+        for module, key, held, seen, version in self.weights:
             now = held.get(key)
             if now is None or _place(now) != _place(seen) or (version is not None and now._version != version):
                 raise UserError(
@@ -72,8 +76,7 @@ def backward_of(run: Callable[[Any, Tensor], tuple[Any, ...]]) -> Any:
 
     def outside(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         refuse_more_than_a_gradient(grad)
-        if ctx.call.frozen is not None:
-            ctx.call.frozen.check()
+        ctx.call.read.check()
         with no_autocast(grad.device.type):
             return run(ctx, grad)
 

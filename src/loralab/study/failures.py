@@ -51,9 +51,10 @@ def _without_folder(why: str, address: str) -> str:
 def message(study: Study) -> str | None:
     """Return one line on all that failed or could not run, None if nothing did."""
     found = reasons(study)
-    pending = {key: cell for key, cell in study.cells().items() if cell.pending}
-    collapsed = [" ".join(key) for key, cell in pending.items() if _collapsed(study, cell)]
-    other = [" ".join(key) for key, cell in pending.items() if not _collapsed(study, cell)]
+    collapsed, other = list[str](), list[str]()
+    for key, cell in study.cells().items():
+        if cell.pending:
+            (collapsed if _collapsed(study, cell) else other).append(" ".join(key))
     parts = []
     if found:
         failed = sum(len(reason.folders) for reason in found)
