@@ -213,7 +213,8 @@ def test_a_seed_of_tuning_is_none_of_a_reported_run(seeds, tune, shared):
 @pytest.mark.parametrize(
     ("name", "words"),
     [("{nope}", "'nope' is not among method, lr"), ("{lr:d}", "Unknown format code"), ("100% {", "Single '{'"),
-     ("a}", "Single '}'"), ("{}", "Replacement index 0"), ("{lr.x}", "no attribute 'x'"), ("{lr[0]}", "subscriptable")],
+     ("a}", "Single '}'"), ("{}", "Replacement index 0"), ("{lr.x}", "{lr.x} is no setting"),
+     ("{lr[0]}", "{lr[0]} is no setting"), ("{lr:>9999999999}", "not a short one"), ("{lr:{lr}}", "not a short one")],
 )  # fmt: skip
 def test_a_name_that_cannot_be_made_says_why(name, words):
     table = {"tasks": ["cola"], "methods": [{"method": "lora", "name": name, "lr": 0.1}]}

@@ -17,7 +17,7 @@ from cyclopts.exceptions import CoercionError, MissingArgumentError, UnknownComm
 from loralab.cli import early
 from loralab.cli.headings import Headed
 from loralab.cli.wording import kind, spelled
-from loralab.errors import UserError, hint, near
+from loralab.errors import UserError, hint, near, printable
 
 COMMANDS = {  # name -> (help, example); loralab.cli.NAME:NAME is imported when it is called
     "demo": (
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (UserError, CycloptsError, OSError) as error:
         message = spelled(_message(error, words), words[0] if words else "")
-        print(f"loralab: {' '.join(message.split())}", file=sys.stderr)
+        print(f"loralab: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"loralab: stopped{STOPPED.get(words[0], '') if words else ''}", file=sys.stderr)

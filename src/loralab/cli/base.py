@@ -1,6 +1,5 @@
 """A base and the adapter of a folder on it, for the commands that need both."""
 
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from loralab import adapters
 from loralab.adapters import Adapters
+from loralab.cli.show import note
 from loralab.data import tables
 from loralab.errors import UserError
 from loralab.files import AdapterFile, FolderNote
@@ -19,8 +19,8 @@ def read(folder: Path, name: str | None = None) -> AdapterFile:
     """Read an adapter folder and print its notes; `name` replaces the adapter's own. Raises UserError."""
     warnings.simplefilter("ignore", FolderNote)  # its notes are printed here
     file = adapters.read(folder)
-    for note in file.notes:
-        print(f"note: {folder}: {note}", file=sys.stderr)
+    for text in file.notes:
+        note(f"{folder}: {text}")
     return replace(file, name=name or file.name, notes=())
 
 
@@ -32,11 +32,7 @@ def load(
     Raises UserError for what does not fit, and with `whole` where a part of the head would be random.
     """
     file = read(folder, name)
-    return on_base(model, file, folder, name, whole, _say, device)
-
-
-def _say(note: str) -> None:
-    print(f"note: {note}", file=sys.stderr)
+    return on_base(model, file, folder, name, whole, note, device)
 
 
 def check_counts(**counts: int | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from loralab.bench import Bench, Case, EpochCase, MixedCase, tables
 from loralab.bench.cases import DTYPES, LAYERS, LENGTHS, RANKS, epochs, grid, growth, mixed_case
@@ -21,6 +21,7 @@ from loralab.cli.show import Json, as_json, table
 from loralab.disk import check_output_folder, write_json, write_text
 from loralab.errors import UserError
 from loralab.fast.machine import fast_bfloat16
+from loralab.run.bar import Plain
 
 EPOCHS = 3  # repeats of --epoch at most: an epoch is long, and averages over hundreds of steps by itself
 REPEATS, REPEATS_MIXED = 7, 15
@@ -224,8 +225,8 @@ def _roofline(run: Bench, case: Case) -> dict[str, Any]:
 def _bar(run: Bench, title: str, turns: int) -> Iterator[None]:
     """A bar on stderr. It moves between turns only, so that drawing it takes no time from one."""
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("turns, left"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False)
+    columns = (Plain(), BarColumn(), MofNCompleteColumn(), "turns, left", TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
     task = bar.add_task(title, total=turns)
 
     def done() -> None:

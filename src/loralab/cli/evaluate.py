@@ -1,13 +1,12 @@
 """`loralab evaluate`: the metrics of an adapter on rows with labels, overall and for each class or type."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loralab import objectives
 from loralab.cli import base
-from loralab.cli.show import Json, as_json, table
+from loralab.cli.show import Json, as_json, note, table
 from loralab.cli.show_learned import show
 from loralab.data import Split, Task, tables
 from loralab.data.batches import Rows, cut_at
@@ -117,8 +116,8 @@ def evaluate(
     if json:
         as_json(result)
         return
-    for note in (*found.notes, *rows.notes, *rows.cut()):
-        print(f"note: {note}", file=sys.stderr)
+    for line in (*found.notes, *rows.notes, *rows.cut()):
+        note(line)
     table(
         f"{adapter} on {found.name}: {len(rows)} rows",
         ("metric", "value"),
@@ -126,7 +125,7 @@ def evaluate(
     )
     show(what)
     for name in what.get("lost", []):
-        print(f"warning: {name!r} is found in no row, and {adapter} was trained to find it", file=sys.stderr)
+        note(f"{name!r} is found in no row, and {adapter} was trained to find it", "warning")
 
 
 def _task(

@@ -1,10 +1,10 @@
 """`loralab export`: an adapter in the layout other tools read."""
 
-import sys
 from pathlib import Path
 
 from loralab import gguf_format, peft_write
 from loralab.cli import base as bases
+from loralab.cli.show import note
 from loralab.disk import check_output_folder
 from loralab.model_names import hub_name
 
@@ -35,5 +35,5 @@ def export(
     adapters.export(out, layout="gguf" if gguf else "peft", base_name=called)
     print(f"exported to {out / gguf_format.ADAPTER if gguf else out}")
     print(f"base: {called}, sha256 of its tensors {adapters.base_sha256}")
-    for note in [] if gguf else peft_write.vllm_notes(out):
-        print(f"note: {note}", file=sys.stderr)
+    for text in [] if gguf else peft_write.vllm_notes(out):
+        note(text)

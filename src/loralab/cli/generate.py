@@ -1,6 +1,5 @@
 """`loralab generate`: a language model writes answers, with one adapter, several side by side, or one a row."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from torch import nn
 from loralab import models
 from loralab.cli import base
 from loralab.cli.predict import refuse
-from loralab.cli.show import Json, as_bytes, pairs
+from loralab.cli.show import Json, as_bytes, note, pairs
 from loralab.data import chats, checks, tables
 from loralab.errors import UserError
 from loralab.objectives import OBJECTIVES
@@ -234,7 +233,7 @@ def _note_plain(generator: Generator, prompts: Sequence[Prompt]) -> None:
     texts = any(not isinstance(row, UserError) and not chats.is_chat(row) for row in prompts)
     decoder = generator.task_type == "CAUSAL_LM"  # an encoder-decoder has no chats
     if decoder and texts and not generator.as_it_is and not generator.shows_chats():
-        print("note: the tokenizer has no chat template, so prompts are taken as they are", file=sys.stderr)
+        note("the tokenizer has no chat template, so prompts are taken as they are")
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -319,7 +318,7 @@ def _talk(generator: Generator, name: str) -> None:
                 asked = (*said, ("user", line))
                 said = (*asked, ("assistant", _said(generator, asked, name)))
         except UserError as problem:
-            print(f"loralab: {' '.join(str(problem).split())}", file=sys.stderr)
+            note(" ".join(str(problem).split()), "loralab")
 
 
 def _said(generator: Generator, asked: chats.Row, name: str) -> str:

@@ -1,6 +1,5 @@
 """`loralab inspect`: what an adapter folder holds, and what it learned."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from loralab.adapters import read
 from loralab.analysis import TOP, Layer, Overlap, Spectrum, short
 from loralab.cli import base
 from loralab.cli.plan import show_layers
-from loralab.cli.show import Json, as_json, folder_size, number, pairs, table
+from loralab.cli.show import Json, as_json, folder_size, note, number, pairs, table
 from loralab.coverage import summary
 from loralab.disk import read_json, size_text
 from loralab.errors import UserError
@@ -122,7 +121,7 @@ def _updates_or_note(folder: Path, model: str | None) -> dict[str, Layer]:
     except UserError as error:
         if model is not None:
             raise
-        print(f"note: {error}", file=sys.stderr)
+        note(error)
         return {}
 
 

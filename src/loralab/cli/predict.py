@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.cli import base
-from loralab.cli.show import Json, as_bytes
+from loralab.cli.show import Json, as_bytes, note
 from loralab.data import chats, checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
@@ -107,8 +107,8 @@ def predict(
         answers = _each_alone(requests, folders, **how, **decoding)
     refuse(input, answers, keep_going)
     added = _columns(input, list(columns), answers, prefix, keep_going)
-    for note in reading.notes():
-        print(f"note: {note}", file=sys.stderr)
+    for line in reading.notes():
+        note(line)
     _deliver({**_numbered(columns, len(requests), prefix), **added}, input, out, json)
     used, took = len({request.adapter for request in requests}), time.perf_counter() - before
     done = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((len(requests), "row"), (used, "adapter")))
@@ -177,7 +177,7 @@ def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
     listed = "; ".join(f"{counted(rows)}: {what}" for what, rows in faults.items())
     if not keep_going:
         raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
-    print(f"note: no answer for {listed}", file=sys.stderr)
+    note(f"no answer for {listed}")
 
 
 def _numbered(columns: tables.Columns, rows: int, prefix: str) -> tables.Columns:

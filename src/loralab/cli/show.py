@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,11 @@ def pairs(title: str, data: Mapping[str, str]) -> None:
 def say(line: str) -> None:
     """Print a line that may have names from files in it."""
     print(clean(line))
+
+
+def note(text: object, kind: str = "note") -> None:
+    """Print a note on stderr; it may quote names from files."""
+    print(f"{kind}: {clean(str(text))}", file=sys.stderr)
 
 
 def clean(text: str) -> str:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from loralab.cli.show import Json, as_bytes, as_json, pairs, table
+from loralab.cli.show import Json, as_bytes, as_json, clean, pairs, table
 from loralab.cli.show_learned import show
 from loralab.cli.wording import spelled
 from loralab.data.batches import IGNORED, Rows
@@ -140,7 +140,7 @@ def _show_rows(rows: Rows, tokenizer: Any, count: int) -> None:
         labels = rows.columns["labels"][place] if "labels" in rows.columns else [IGNORED] * len(ids)
         text = Text(f"row {place // rows.sequences + 1}: ", style="bold")
         for taken, group in groupby(zip(ids, labels, strict=False), key=lambda pair: pair[1] != IGNORED):
-            part = tokenizer.decode([i for i, _ in group], skip_special_tokens=False)
+            part = clean(tokenizer.decode([i for i, _ in group], skip_special_tokens=False))
             part = f"«{part}»" if taken and not console.is_terminal else part
             text.append(part, style="bold green" if taken else "dim")
         if "labels" not in rows.columns:

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
+
+from loralab.errors import printable
 
 
 class Reporter(Protocol):
@@ -31,6 +33,17 @@ class Silent:
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None: ...
     def say(self, text: str) -> None: ...
     def stop(self) -> None: ...
+
+
+class Plain(ProgressColumn):
+    """A text of a task as it is: a name may have brackets, which rich would read as markup, or steer a terminal."""
+
+    def __init__(self, field: str = "") -> None:
+        super().__init__()
+        self.field = field
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(str(task.fields[self.field] if self.field else task.description)))
 
 
 class _Rate(ProgressColumn):
@@ -69,9 +82,9 @@ class Bar:
         self.pulse = Pulse(self.console)
 
     def start(self, label: str, rows: int, done: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TextColumn("left"))
-        loss = TextColumn("{task.fields[loss]}")  # nothing before the first step
-        self.bar = Progress(*columns, TimeRemainingColumn(), loss, console=self.console, transient=True)
+        columns = (Plain(), BarColumn(), MofNCompleteColumn(), _Rate(), "left", TimeRemainingColumn())
+        loss = Plain("loss")  # nothing before the first step
+        self.bar = Progress(*columns, loss, console=self.console, transient=True)
         self.bar.add_task(label, total=rows, completed=done, loss="")
         if self.console.is_terminal:
             self.bar.start()
@@ -89,7 +102,7 @@ class Bar:
         self.say(named(of, epoch_line(record, epochs, metric)))
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
 
     def stop(self) -> None:
         if self.bar is not None and self.console.is_terminal:  # one that never started would print an empty line

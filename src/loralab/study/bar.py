@@ -4,10 +4,11 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
+from loralab.errors import printable
 from loralab.run import Settings
-from loralab.run.bar import Pulse, clock
+from loralab.run.bar import Plain, Pulse, clock
 from loralab.study import search
 
 
@@ -16,8 +17,7 @@ class StudyBar:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
-        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.bar = Progress(Plain(), BarColumn(), Plain("status"), console=self.console, transient=True)
         self.study_line = self.bar.add_task("study", total=1, status="")
         self.run_line = self.bar.add_task("", total=1, status="", visible=False)
         self.started = time.monotonic()
@@ -51,7 +51,7 @@ class StudyBar:
         self._update()
         label, width = self.labels.get(settings.folder.name, ""), len(str(self.runs))
         place = f"[{self.done_runs:{width}d}/{self.runs}]"
-        self.console.print(f"{place} {label}  {described(outcome)}", soft_wrap=True, markup=False)
+        self._line(f"{place} {label}  {described(outcome)}")
 
     def _update(self, of_run: float = 0.0) -> None:
         done = self.rows_done + of_run
@@ -84,7 +84,10 @@ class StudyBar:
         if self.pulse.due():
             place = f": {done:.0f} of {rows:.0f} rows{more}" if rows else ""
             study = self.bar.tasks[self.study_line].fields["status"]
-            self.console.print(f"{study}; {what}{place}", soft_wrap=True, markup=False)
+            self._line(f"{study}; {what}{place}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
 
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         """No line, as a run has one at its end; but here a search decides whether the run goes on."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from loralab import options
@@ -52,6 +53,7 @@ TOP = (
     "protocol", "tune", "compare",
 )  # fmt: skip
 LARGEST_SEED = 2**32 - 1  # numpy's
+LONGEST_FORM = 6  # characters of the format of a setting in a name
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", Path: "a path"}
 
 
@@ -307,12 +309,22 @@ def _each(where: str, table: dict[str, Any], base: Path, problems: Problems) -> 
         chosen = {**settings, **point}
         default = " ".join([str(chosen.get("method", "lora")), *(f"{key}={x}" for key, x in point.items())])
         try:
-            methods.append(StudyMethod(label.format(**chosen) if label else default, chosen, grid))
+            methods.append(StudyMethod(_filled(label, chosen) if label else default, chosen, grid))
         except KeyError as error:
             problems.add(where, f"name={label!r}: {error} is not among {', '.join(chosen)}")
         except (IndexError, ValueError, AttributeError, TypeError) as error:
             problems.add(where, f"name={label!r}: {error}; expected settings as {{rank}}, and other braces doubled")
     return methods
+
+
+def _filled(label: str, chosen: Mapping[str, Any]) -> str:
+    """The name with settings in the places of {rank} or {lr:g}; what str.format raises, or ValueError."""
+    for _, field, form, _ in Formatter().parse(label):
+        if field and not field.isidentifier():
+            raise ValueError(f"{{{field}}} is no setting")
+        if form and ("{" in form or len(form) > LONGEST_FORM):  # a width of ten digits would fill the memory
+            raise ValueError(f"the format {form!r} is not a short one such as g or .3f")
+    return label.format(**chosen)
 
 
 def _grid(where: str, value: Any, allowed: Collection[str], base: Path, problems: Problems) -> dict[str, Any]:
