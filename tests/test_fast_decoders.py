@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import loralab
-from loralab.fast import decoder_layer, prepare
+from loralab.fast import prepare, rotary
 from loralab.fast.decoders import NORMS
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
@@ -241,7 +241,7 @@ def test_long_rows_go_through_torchs_attention(exact):
         model, adapters = adapted()
         if quick:
             prepare(model)
-        results.append(pass_through(model, adapters, batch(rows=1, tokens=decoder_layer.LONGEST + 1, padded=False)))
+        results.append(pass_through(model, adapters, batch(rows=1, tokens=rotary.LONGEST + 1, padded=False)))
     same(*results)
     assert "tokens" in layers_of(model)[0].__dict__["forward"].why_plain().text
 

@@ -14,7 +14,7 @@ from transformers import AlbertConfig, AutoModelForSequenceClassification, Moder
 from transformers.models.modernbert import modeling_modernbert
 
 import loralab
-from loralab.fast import pre_norm_layer, prepare
+from loralab.fast import prepare, rotary
 from loralab.fast.layers import layers_of
 from loralab.recipe import NAMED
 
@@ -214,7 +214,7 @@ def test_backward_keeps_less_than_the_layer_itself():
 
 
 def test_long_rows_go_through_torchs_attention(monkeypatch):
-    monkeypatch.setattr(pre_norm_layer, "LONGEST", 8)
+    monkeypatch.setattr(rotary, "LONGEST", 8)
     results = []
     for quick in (False, True):
         model, adapters = adapted("modernbert")

@@ -10,7 +10,7 @@ value heads are never repeated: the query heads of a group are rows of one produ
 updates, not methods. Whether a layer may be computed here is decided in block.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
+from loralab.fast.rotary import RotaryModules, rotate, rotate_back
 from loralab.fast.shared import LayerCall, backward_of, blank_rows, dropout_of, softmax
-
-LONGEST = 512  # tokens of a row: what is kept of the scores grows with their square, and torch's attention keeps none
 
 aten = torch.ops.aten
 
@@ -87,7 +86,7 @@ class DecoderProducts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecoderModules:
+class DecoderModules(RotaryModules):
     """The modules of one layer, whatever the architecture calls them."""
 
     q: nn.Module
@@ -106,18 +105,12 @@ class DecoderModules:
     q_norm: Norm | None = None  # over each head
     k_norm: Norm | None = None
     returns_tuple: bool = False
-    reads: ClassVar[tuple[str, ...]] = ("position_embeddings",)  # arguments of a call beside the input and the mask
     causal: ClassVar[bool] = True  # whether a token sees those before it alone where no mask is given
 
     @property
     def linear(self) -> tuple[nn.Module, ...]:
         """The seven linear layers, in the order of their updates."""
         return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
-
-    @property
-    def attention_p(self) -> float:
-        """The probability that attention dropout has now."""
-        return float(self.attention.attention_dropout) if self.attention.training else 0.0
 
     @property
     def dropout(self) -> tuple[float, ...]:
@@ -137,20 +130,6 @@ class DecoderModules:
         """The products of the layer's modules."""
         joined = (self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,)
         return DecoderProducts(*map(JoinedLinear, joined))
-
-    def given(self, told: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-        """What a call gives beside the mask: cos and sin (b or 1, t, head)."""
-        return tuple(told.get("position_embeddings") or (None, None))
-
-    def misfit(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> str | None:
-        """Why these inputs are not computed here, None if they are."""
-        if given[0] is None:
-            return "no rotary embeddings are given"
-        if x.shape[1] > LONGEST:
-            return f"rows of {x.shape[1]} tokens: above {LONGEST} torch's attention, which keeps no scores, takes less"
-        if mask is not None and (mask.ndim != 4 or mask.shape[-2] != x.shape[1]):
-            return f"a mask of shape {tuple(mask.shape)} is given"
-        return None
 
     def compute(
         self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], joined: Sequence[Any]
@@ -241,18 +220,6 @@ def _activation(m: DecoderModules) -> Activation:
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + [-x2, x1] sin for x (b, t, heads, dh) = [x1, x2] and cos, sin (b or 1, t, 1, dh)."""
-    a, z = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((-z, a), -1), sin)
-
-
-def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of x in `rotate`."""
-    a, z = (dy * sin).chunk(2, -1)
-    return torch.addcmul(torch.cat((z, -a), -1), dy, cos)
 
 
 def _heads(qkv: Tensor, call: LayerCall, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:

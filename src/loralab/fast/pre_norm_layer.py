@@ -8,14 +8,13 @@ in backward from their inputs. Like encoder_layer.py it knows updates, not metho
 may be computed here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from loralab.fast.decoder_layer import LONGEST, rotate, rotate_back
 from loralab.fast.encoder_parts import (
     add_masked,
     attention,
@@ -28,6 +27,7 @@ from loralab.fast.encoder_parts import (
     probability,
 )
 from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
+from loralab.fast.rotary import RotaryModules, rotate, rotate_back
 from loralab.fast.shared import LayerCall, backward_of
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class PreNormProducts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PreNormModules:
+class PreNormModules(RotaryModules):
     """The modules of one layer, whatever the architecture calls them."""
 
     qkv: nn.Module
@@ -60,18 +60,12 @@ class PreNormModules:
     down_dropout: nn.Dropout | None
     approximate: str  # of GELU: "none" or "tanh"
     returns_tuple: bool = False
-    reads: ClassVar[tuple[str, ...]] = ("position_embeddings",)  # arguments of a call beside the input and the mask
     causal: ClassVar[bool] = False  # whether a token sees those before it alone where no mask is given
 
     @property
     def linear(self) -> tuple[nn.Module, ...]:
         """The four linear layers, in the order of their updates."""
         return self.qkv, self.o, self.gate_up, self.down
-
-    @property
-    def attention_p(self) -> float:
-        """The probability that attention dropout has now."""
-        return float(self.attention.attention_dropout) if self.attention.training else 0.0
 
     @property
     def dropout(self) -> tuple[float, float, float]:
@@ -92,20 +86,6 @@ class PreNormModules:
     def products(self) -> PreNormProducts:
         """The products of the layer's modules."""
         return PreNormProducts(*(JoinedLinear([module]) for module in self.linear))
-
-    def given(self, told: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-        """What a call gives beside the mask: cos and sin (b or 1, t, head)."""
-        return tuple(told.get("position_embeddings") or (None, None))
-
-    def misfit(self, x: Tensor, mask: Tensor | None, given: tuple[Tensor | None, ...]) -> str | None:
-        """Why these inputs are not computed here, None if they are."""
-        if given[0] is None:
-            return "no rotary embeddings are given"
-        if x.shape[1] > LONGEST:
-            return f"rows of {x.shape[1]} tokens: above {LONGEST} torch's attention, which keeps no scores, takes less"
-        if mask is not None and mask.ndim != 4:
-            return f"a mask of shape {tuple(mask.shape)} is given"
-        return None
 
     def compute(
         self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], joined: Sequence[Any]
