@@ -10,6 +10,7 @@ from statistics import mean
 
 from loralab.recipe import recipe
 from loralab.study import Cell, Study, load
+from loralab.study.search import score
 
 HEAD = "head"
 CLEAR = 0.02  # of a metric, above the head alone
@@ -22,19 +23,15 @@ def search(study: Study) -> None:
     print("| method | " + "rate: score | " * most + "default | validation |")
     print("| --- | " + "---: | " * most + "---: | ---: |")
     for key, cell in cells.items():
-        tried = {run.scheduled.address: held_out(run.result, run.history) for run in cell.tuning}
+        tried = {run.scheduled.address: score(run) for run in cell.tuning}
         best = max(tried.values(), default=None)
         row = []
         for p in points[key]:
-            score = tried.get(p.address)
-            shown = "fails" if score is None else f"**{score:.3f}**" if score == best else f"{score:.3f}"
+            found = tried.get(p.address)
+            shown = "fails" if found is None else f"**{found:.3f}**" if found == best else f"{found:.3f}"
             row.append(f"{p.tried['lr']:g}: {shown}")
         row += [""] * (most - len(row))
         print(f"| {key[2]} | {' | '.join(row)} | {recipe(key[2]).lr:g} | {score_text(cell, cells)} |")
-
-
-def held_out(result: dict, history: list[dict]) -> float:
-    return float(history[result["selected_epoch"] - 1]["held_out"][result["metric"]["name"]])
 
 
 def checks(studies: list[Study]) -> None:
@@ -57,7 +54,7 @@ def score_text(cell: Cell | None, cells: dict) -> str:
 
 def accuracy_or_score(cell: Cell) -> float:
     """Accuracy where the task has it: of MRPC's rows one class for all has an F1 of 0.812. Else the score."""
-    return mean(run.result["metrics"].get("accuracy", score) for run, score in zip(cell.runs, cell.scores, strict=True))
+    return mean(run.result["metrics"].get("accuracy", of) for run, of in zip(cell.runs, cell.scores, strict=True))
 
 
 if __name__ == "__main__":

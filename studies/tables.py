@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from rates import held_out
 
 from loralab.study import Cell, load
+from loralab.study.search import score
 
 Row = tuple[str, list[str]]  # label of the method, what it has
 
@@ -67,7 +67,7 @@ def tuning(own: list[Cell]) -> tuple[str, list[str], Iterator[Row]]:
     tuned = [cell for cell in own if cell.tuning]
 
     def row(cell: Cell) -> list[str]:
-        return [f"{point(run.scheduled.tried)}: {held_out(run.result, run.history):.3f}" for run in cell.tuning]
+        return [f"{point(run.scheduled.tried)}: {score(run):.3f}" for run in cell.tuning]
 
     most = max((len(cell.tuning) for cell in tuned), default=0)
     return "held out", [f"try {i + 1}" for i in range(most)], ((cell.key[2], row(cell)) for cell in tuned)

@@ -9,6 +9,7 @@ import torch
 import zoo
 from archs import build, shake
 from test_laws import ADAPTED, adapted
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import loralab
 from loralab import analysis
@@ -270,3 +271,29 @@ def test_a_stack_of_experts_is_a_matrix_of_blocks(tmp_path):
         assert float(shared.writes[i - 1, j - 1]) == pytest.approx(sum(phi) / n, abs=1e-4)
         phi = [slow_phi(Vh[e].T, Yh[e].T, i, j) for e in range(n)]
         assert float(shared.reads[i - 1, j - 1]) == pytest.approx(sum(phi) / n, abs=1e-4)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_single_tokens_are_shown_too(tie, tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                    intermediate_size=24, tie_word_embeddings=tie)
+    )  # fmt: skip
+    adapters = loralab.attach(model, "lora", name="a", rank=2, tokens=[3, 7], targets="attention-qv")
+    shake(adapters, "a", 4)
+    adapters.save(tmp_path)
+    found = updates(tmp_path)
+    assert ("lm_head" in found) is tie
+    token = found["model.embed_tokens"].update
+    torch.testing.assert_close(token.matrix(), adapters.layers["model.embed_tokens"].lower("a").matrix())
+    assert [s.path for s in spectra(found)] == list(found)
+
+
+def test_a_weight_of_zeros_amplifies_nothing():
+    """Its part along a direction is 0, and so is that of random ones: neither ratio is a number."""
+    plain = Layer(update(3), torch.zeros(N_OUT, N_IN))
+    (found,) = spectra({"q": plain})
+    assert (found.amplification, found.along) == (None, None)
+    (there,) = spectra({"q": Layer(update(3), random(N_OUT, N_IN, seed=8).float())})
+    assert there.amplification > 0
+    assert there.along > 0

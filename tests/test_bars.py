@@ -61,6 +61,7 @@ def test_a_study_and_its_runs_are_shown_by_their_names(written, name, tmp_path):
     bar.finished(settings, ValueError(name), 10)
     bar.close()
     text = shown(written)
-    assert f"{NAMES[name]}  failed: {NAMES[name]}" in text and f"on {NAMES[name]}" in text
+    assert f"{NAMES[name]}  failed: {NAMES[name]}" in text
+    assert f"on {NAMES[name]}" in text
     assert f"study {NAMES[name]}" in text or not bar.console.is_terminal
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)

@@ -159,6 +159,17 @@ def test_masks_drop_what_they_say_and_know_no_order(p, dtype):
     assert abs((flat[1:] * flat[:-1]).mean()) / (p * (1 - p)) < 5 / math.sqrt(n) + 2e-4  # nor one mask of the next
 
 
+@pytest.mark.parametrize("p", [0.05, 0.01, 1 / 256, 0.003, 0.001])
+def test_masks_of_a_small_p_drop_as_little_as_they_say(p):
+    """Below 1/256 a mask drops all that one byte says, or nothing."""
+    torch.manual_seed(3)
+    drawn = torch.stack([masks.mask(torch.empty(61, 53), p) for _ in range(400)])  # (masks, 61, 53)
+    kept = (drawn != 0).float().mean((1, 2))  # (masks,)
+    assert abs(kept.mean() - (1 - p)) < 5 * (math.sqrt(p / drawn.numel()) + 1 / 256 / math.sqrt(400))
+    assert kept.min() > 1 - p - 1 / 256 - 5 * math.sqrt((p + 1 / 256) / drawn[0].numel())
+    assert abs(drawn.mean((1, 2)) - 1).max() < 6 * math.sqrt((p + 1 / 256) / drawn[0].numel())
+
+
 def test_masks_repeat_with_torchs_seed_and_pass_gradients():
     x = torch.randn(7, 11, requires_grad=True)
     torch.manual_seed(4)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import loralab
 from loralab import kinds
 from loralab.adapters import TieNote
+from loralab.methods.starts import STARTS
 from loralab.read_past import read_by
 
 
@@ -610,3 +611,60 @@ def test_tokens_that_cannot_be_are_refused():
             loralab.attach(resized(True), **given)
     with pytest.raises(loralab.UserError, match="names no embedding"):
         loralab.attach(Around(nn.Linear(8, 8)), rank=2, tokens=[1])
+
+
+START_NEEDS = {"eva": {"batches": True}, "lora-ga": {"batches": True}, "loftq": {"store": "nf4"}}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("start", STARTS)
+def test_single_tokens_go_with_every_start(start, tie):
+    """A start is for A and B: the vectors of tokens begin as the base has them."""
+    ids = torch.randint(3, 61, (3, 7))
+    needs = dict(START_NEEDS.get(start, {}))
+    if needs.pop("batches", False):
+        needs["batches"] = [{"input_ids": ids, "labels": ids}]
+    model = resized(tie)
+    before = model(ids).logits
+    handle = loralab.attach(
+        model, "lora", name="a", rank=4, start=start, targets=["q_proj"], tokens=[61, 63, 62], **needs
+    )
+    assert handle.state()["model.embed_tokens.D"].abs().max() == 0
+    if not needs.get("store"):
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 1, 0, 1], [1, 1, 1, 0, 1], [0, 0, 1, 1]])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("method", ["lora", "miss", "vera", "dora"])
+def test_rows_of_adapters_with_single_tokens_are_the_rows_alone(method, ids, grad):
+    model, x = resized(True), torch.randint(55, 64, (len(ids), 7))
+    handle = loralab.attach(model, method, name="a", rank=2, targets=["q_proj"], tokens=[61, 63])
+    handle.add("b", method, rank=2, targets=["q_proj"], tokens=[61, 63], seed=3)
+    for seed, name in enumerate("ab"):
+        moved(handle, name, seed + 5)
+    alone = []
+    for row, i in zip(x, ids, strict=True):
+        with handle.use("ab"[i]):
+            alone.append(model(row[None]).logits[0])
+    with torch.set_grad_enabled(grad), handle.use(["a", "b"], ids=ids):
+        torch.testing.assert_close(model(x).logits, torch.stack(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "vera"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key", LAYERS)
+def test_a_layer_of_a_base_in_half_the_bits_answers_and_learns_in_them(key, dtype, method):
+    torch.manual_seed(3)
+    layer, x = (make() for make in LAYERS[key])
+    model = Around(layer).to(dtype)
+    handle = loralab.attach(model, method, name="a", targets=["layer"], rank=2)
+    moved(handle, "a")
+    y = model(x.to(dtype) if x.is_floating_point() else x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    grads = [t.grad for t in handle.state().values() if t.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+    assert max(g.abs().max() for g in grads) > 0
+    wide = handle.merge("a", dtype="float32").float()(x)
+    torch.testing.assert_close(y.float(), wide, rtol=0, atol=0.05 * wide.abs().max().item())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,11 +29,16 @@ from loralab import models as named_models
 from loralab import objectives
 from loralab.cli import main
 from loralab.data.batches import IGNORED, collate, sorted_batches
+from loralab.data.metrics import upward
 from loralab.errors import UserError
 from loralab.objectives import Encoding, generation, ragged, tagging, vocabulary
 from loralab.run import Settings, train, train_together
-from loralab.run.setup import prepare
+from loralab.run.estimate import EstimateSettings, estimate
+from loralab.run.fit import fit
+from loralab.run.setup import prepare, selected_by
 from loralab.run.tune import tune
+from loralab.study import estimate as study_estimate
+from loralab.study import search
 from loralab.study.bar import StudyBar
 from loralab.study.run_study import run_study
 from loralab.study.runners import runner
@@ -802,3 +808,63 @@ def test_every_objective_tells_one_answer_for_all_rows_from_answers():
             collapsed = objectives.OBJECTIVES[name].collapsed
             assert collapsed(same, given), name
             assert not collapsed(others, given), name
+
+
+# ---- the metric that selects -----------------------------------------------------------------------------------------
+
+
+def told_optuna(record: dict, metric: str) -> float:
+    """What a trial is told of an epoch."""
+    values = []
+    trial = SimpleNamespace(report=lambda value, epoch: values.append(value), should_prune=lambda: False)
+    search.report(trial, {**record, "epoch": 1}, 1, metric)
+    return values[0]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CAUSAL or kind == "completion"])
+def test_the_metric_that_selects_changes_no_score_and_is_the_one_reported(kind, bases, files, tmp_path):
+    usual = prepare(settings(kind, bases, files, tmp_path / "usual", max_steps=1, epochs=1))
+    results = [train(usual.settings)]
+    for metric in usual.task.metrics:
+        s = dataclasses.replace(usual.settings, select_by=metric, out=tmp_path / metric)
+        results.append(train(s))
+        assert results[-1]["metric"]["name"] == metric
+        record = history(s.folder)[-1]
+        scores = record["held_out"] or record["validation"]
+        assert told_optuna(record, metric) == upward(metric, scores[metric])
+        task = selected_by(usual.task, metric)
+        assert task.metrics[0] == metric
+        assert usual.objective.whole(task) == usual.objective.whole(usual.task)
+    assert all(result["metrics"] == results[0]["metrics"] for result in results)
+
+
+def test_runs_of_one_process_select_each_by_its_own_metric(bases, files, tmp_path):
+    metrics = ("accuracy", "f1_macro", None, "matthews_correlation")
+    many = [settings("classification", bases, files, tmp_path / str(m), select_by=m, epochs=1) for m in metrics]
+    outcomes = train_together(many)
+    assert [o["metric"]["name"] for o in outcomes] == [m or outcomes[2]["metric"]["name"] for m in metrics]
+    assert len({o["metric"]["name"] for o in outcomes}) == 3
+
+
+# ---- the memory of a step --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_a_step_of_every_objective_can_be_estimated(name, outputs, bases):
+    base = bases[{"causal": "llama", "seq2seq": "t5"}.get(name, "bert")]
+    sizes = {"batch_size": 6, "max_length": 16, "dtype": "float32", "rank": 3}
+    peaks = [
+        estimate(EstimateSettings(model=str(base), objective=name, labels=outputs, **sizes | more)).peak
+        for more in ({}, {"batch_size": 1}, {"batch_size": 24})
+    ]
+    assert peaks[1] < peaks[0] < peaks[2]
+
+
+@pytest.mark.parametrize("kind", ["multiple-choice", "multi-label", "triplets", "tagging"])
+def test_a_study_and_a_run_that_is_to_fit_estimate_the_same_step(kind, bases, files, tmp_path):
+    s = settings(kind, bases, files, tmp_path / "run", train_rows=60)
+    tried = fit(s, 10**10)
+    assert [rung.parts for rung in tried] == [1]
+    assert study_estimate.estimate_run(s).peak_bytes == pytest.approx(tried[0].estimate.peak, rel=0.02)

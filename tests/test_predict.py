@@ -1,5 +1,6 @@
 """Rows of many adapters in one batch are the rows alone: in the library, from a pool, on the command line."""
 
+import copy
 import csv
 import json
 import random
@@ -338,13 +339,18 @@ def test_every_fault_of_every_row_and_the_good_rows_answered(tiny, folders, pred
         Request("pets", ("the dog",)),
         Request("pets", ("a \ud83d dog",)),
         Request("pets", (7,)),
+        Request("pets", ("a cat", "sees", "the dog")),
+        Request("pets", ("a new199",)),
     ]
     predictor = predictor(given=given)
+    predictor.tokenizer = copy.deepcopy(predictor.tokenizer)
+    predictor.tokenizer.add_tokens([f"new{i}" for i in range(200)])  # the model has no embedding of the last
     shutil.rmtree(given["size"])
     answers = predictor.answer(asked)
     messages = {1: "no adapter 'nobody'", 2: "wants the base", 3: "size is no adapter folder", 4: "no text",
             5: "no text", 6: "another base", 7: "no text", 9: "half of a surrogate pair",
-            10: "number instead of text"}  # fmt: skip
+            10: "number instead of text", 11: "3 texts: give one or two",
+            12: "a token that the model does not know"}  # fmt: skip
     for i, answer in enumerate(answers):
         assert isinstance(answer, loralab.UserError) == (i in messages), i
         assert messages.get(i, "") in str(answer)

@@ -6,6 +6,7 @@ a correct method fails here once in a thousand choices of the seed.
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -283,3 +284,13 @@ def test_resamples_keep_the_classes_and_their_rows():
     labels, always_one = np.array([0, 1, 1, 1, 0, 1, 1]), np.tile([0.0, 1.0], (7, 1))
     scores = resampled("accuracy", [always_one], labels, 50, np.random.default_rng(0))
     assert set(scores[:, 0]) == {5 / 7}  # the share of a class is no chance
+
+
+def test_resamples_of_many_classes_need_little_memory():
+    """Counts are kept by class, not by pair of classes."""
+    tracemalloc.start()
+    labels, logits = split(150, runs=4, rows=600)
+    resampled("f1_macro", logits, labels, 50, np.random.default_rng(0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6

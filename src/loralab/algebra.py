@@ -141,12 +141,12 @@ def lowered(file: AdapterFile, label: Path | str) -> Iterator[tuple[str, Update]
     if file.recipe.learn_base == "all":
         raise UserError(f"{label}: it trained the base in place, so its update is known only over it: give --model")
     of_share: dict[str, dict[str, Tensor]] = {}  # what layers share is kept under the first of them
-    shared = () if file.recipe.factors is None else file.recipe.factors.shared
     for path in file.paths:
         start = f"{path}."
         p = {key.removeprefix(start): t for key, t in file.tensors.items() if key.rpartition(".")[0] == path}
         share = None if file.recipe.ranks is None else file.recipe.ranks.layers[path].share
         if share is not None:
+            shared = file.recipe.at(path).factors.shared  # type: ignore[union-attr]  # it has a rank map
             p |= of_share.setdefault(share, {role: p[role] for role in shared if role in p})
         factors: Any = file.recipe.factors
         if not file.recipe.low_rank or factors.constants([(1, 1)]):  # what is drawn over the sizes of the base

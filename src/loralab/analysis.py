@@ -124,12 +124,16 @@ def similarity(X: Tensor, Y: Tensor) -> Tensor:
     return both / torch.minimum(i[:, None], j)
 
 
-def amplification(blocks: Sequence[tuple[Directions, Tensor]]) -> tuple[float, float]:
-    """(|D| / |U^T W V|, |U^T W V| over that of random directions), of the directions given in W (out, in) of each."""
+def amplification(blocks: Sequence[tuple[Directions, Tensor]]) -> tuple[float | None, float | None]:
+    """(|D| / |U^T W V|, |U^T W V| over that of random directions), of the directions given in W (out, in) of each.
+
+    What would be divided by 0, as where W is zero, is None.
+    """
     wide = [(d, W.double()) for d, W in blocks]
     along = math.hypot(*(float((d.U.mT @ W @ d.V).norm()) for d, W in wide))
     random = math.hypot(*(len(d.s) * float(W.norm()) / math.sqrt(W.numel()) for d, W in wide))
-    return math.hypot(*(float(d.s.norm()) for d, _ in blocks)) / along, along / random
+    norm = math.hypot(*(float(d.s.norm()) for d, _ in blocks))
+    return norm / along if along else None, along / random if random else None
 
 
 def spectra(layers: Mapping[str, Layer], top: int = TOP) -> list[Spectrum]:

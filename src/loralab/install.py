@@ -295,8 +295,7 @@ class Starts:
 
 def add_layers(handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, seen: Seen | None) -> None:
     """Wrap what is not wrapped yet and give each layer its tensors; `seen=None` leaves out a computed start."""
-    factors, start = spec.recipe.factors, spec.recipe.start
-    if factors is None:
+    if spec.recipe.factors is None:
         return
     constants = Constants(handle.constants(spec))
     given, places = Starts(spec.recipe), all_paths(handle.model)
@@ -317,7 +316,7 @@ def add_layers(handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Ge
                 handle.model.set_submodule(place, layer)
         layer = handle.layers[path]
         at = spec.recipe.at(path)
-        tensors = _started(start, at.factors, W, layer.base, generator, seen, path)
+        tensors = _started(at.start, at.factors, W, layer.base, generator, seen, path)
         layer.add(name, at, given.of(path, {role: t.to(layer.device) for role, t in tensors.items()}), constants)
 
 

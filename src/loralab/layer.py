@@ -392,7 +392,8 @@ class AdaptedHead(nn.Module):
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
         back = x.dtype if x.is_floating_point() else next(self.base.parameters()).dtype  # an embedding takes integers
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(next(self.copy_of(names[0]).parameters()).dtype)  # the backbone may compute in fewer bits
+            own = next(self.copy_of(names[0]).parameters(), x)  # a module without parameters takes what comes
+            x = x.to(own.dtype)  # the backbone may compute in fewer bits
         out = self.copy_of(names[0])(x, *args, **kwargs) if ids is None else self._by_row(x, names, ids, args, kwargs)
         return out.to(back) if self.same_dtype and isinstance(out, Tensor) else out
 

@@ -121,7 +121,8 @@ class Recipe:
             A = p["gates"].unsqueeze(-1) * A
         if "A0" in p:
             A, B = torch.cat([A, p["A0"]], -2), torch.cat([B, -p["B0"]], -1)  # (..., 2r, in), (..., out, 2r)
-        return Update(A, B)
+        lead = max(A.shape[:-2], B.shape[:-2], key=len)  # a side that the adapters have in common has no axis of them
+        return Update(A.expand(*lead, *A.shape[-2:]), B.expand(*lead, *B.shape[-2:]))
 
     def at(self, path: str) -> "Recipe":
         """The recipe of one layer, at the rank that the map gives it."""
@@ -217,7 +218,8 @@ def recipe(method: "str | Recipe", **settings: Any) -> Recipe:
     if isinstance(settings.get("train"), str):
         settings["train"] = (settings["train"],)
     of_recipe = {f.name for f in dataclasses.fields(Recipe)}
-    of_factors = set() if base.factors is None else {f.name for f in dataclasses.fields(base.factors)}
+    given = settings.get("factors", base.factors)
+    of_factors = {f.name for f in dataclasses.fields(given)} if isinstance(given, Factors) else set()
     if unknown := sorted(set(settings) - of_recipe - of_factors):
         known = sorted(of_recipe | of_factors)
         subject = f"method {method!r}" if isinstance(method, str) else "this recipe"
@@ -266,7 +268,9 @@ def check(r: Recipe) -> Recipe:
         problems.append(f"dropout={r.dropout}: expected 0 <= dropout < 1")
     if not 0 < r.lr < math.inf or not 0 < r.lr_ratio < math.inf:
         problems.append(f"lr={r.lr}, lr_ratio={r.lr_ratio}: expected both above 0")
-    shared = (r.policy in POLICIES and POLICIES[r.policy].shares) or bool(getattr(r.ranks, "shares", None))
+    shared = (r.policy in POLICIES and POLICIES[r.policy].shares) or any(
+        layer.share and not layer.tokens for layer in getattr(r.ranks, "layers", {}).values()
+    )
     problems += starts.problems(r.start, r.factors, r.store, shared)
     problems += policies.problems(r.policy, r.factors, r.gain, r.start, r.store)
     if r.learn_base and r.store:
@@ -351,7 +355,7 @@ def _map_problems(factors: Factors, r: Recipe) -> list[str]:
         return []
     if wrong := rank_problems(factors, ranks):
         return wrong if r.ranks is not None else [f"policy={r.policy!r} makes {problem}" for problem in wrong]
-    at_rank = {layer.rank: sized(factors, layer) for layer in ranks.adapted.values()}
+    at_rank = {layer.rank: sized(factors, layer) for layer in ranks.adapted.values() if layer.tokens is None}
     wrong = [problem for f in at_rank.values() for problem in starts.problems(r.start, f, r.store)]
     if starts.added(r.start) and any(layer.gates for layer in ranks.adapted.values()):
         wrong.append(f"start={r.start!r} with gates: A0 and B0, which the start subtracts, have no gates")

@@ -39,7 +39,8 @@ def start_data(
         return {}
     if batches is None:
         raise UserError(f"start={start!r} looks at data: pass batches=[...], each what model(**batch) takes")
-    ranks: dict[str, int] = {path: recipe.at(path).factors.rank for path in paths}  # type: ignore[union-attr]
+    own = {path: recipe.at(path) for path in paths}
+    ranks: dict[str, int] = {path: r.factors.rank for path, r in own.items() if r.start == start}  # type: ignore
     with handle.use(None):
         return LOOKS[what](handle, batches, ranks, loss)
 

@@ -88,6 +88,9 @@ class BadRows(UserError):
         super().__init__(message)
         self.path, self.rows = path, rows
 
+    def __reduce__(self) -> Any:
+        return BadRows, (str(self), self.path, self.rows)  # a worker's error comes back by pickle
+
     def advised(self, advice: str) -> "BadRows":
         """Return the same error with one more thing to do about it, where rows are all that is wrong."""
         return BadRows(f"{self}, {advice}", self.path, self.rows) if str(self).endswith(MEND) else self

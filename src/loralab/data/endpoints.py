@@ -82,10 +82,11 @@ def best_threshold(metric: str, logits: Array, labels: Array) -> float:
     cuts, place = np.unique(margin, return_inverse=True)
     of_label = [np.bincount(place, weights=labels == label, minlength=len(cuts)) for label in (0, 1)]
     below = np.stack([np.concatenate([[0.0], counts.cumsum()]) for counts in of_label], axis=1)  # (cuts + 1, label)
-    counts = np.stack([below, below[-1] - below], axis=2)  # (cuts + 1, label, prediction)
+    right = np.stack([below[:, 0], (below[-1] - below)[:, 1]], axis=1)  # (cuts + 1, class)
+    said = np.stack([below.sum(1), (below[-1] - below).sum(1)], axis=1)
     middle = (cuts[1:] + cuts[:-1]) / 2
     thresholds = np.concatenate([[cuts[0] - 1.0], middle, [cuts[-1] + 1.0]])
-    scores = COUNTS[metric](counts)
+    scores = COUNTS[metric](right, np.broadcast_to(below[-1], right.shape), said)
     if cuts[0] <= 0 < cuts[-1]:  # 0 itself, which argmax takes: it may lie anywhere between two cuts
         between = int(np.searchsorted(cuts, 0.0, side="right"))
         thresholds[between] = 0.0

@@ -12,7 +12,7 @@ than the CPU torch draws the masks, from one generator a device that each mask s
 import math
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int])
     bits = torch.empty(2, half, dtype=torch.int16)  # compared by the high byte of each: first the high, then the low
     bits[0] = _words(seed, half, like)
     torch.bitwise_left_shift(bits[0], 8, out=bits[1])
-    bits.lt_((below - 128) * 256)  # 1 where the value is kept
+    bits.le_((below - 128) * 256 - 1)  # 1 where the value is kept
     bits = bits.view(-1)[:count].view(shape)
     scale = torch.tensor(256 / below, dtype=like.dtype)
     if like.element_size() == 2:  # the bits of the scale, times 0 or 1: no pass over the values for a cast
@@ -100,7 +100,7 @@ def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int])
     return bits.to(like.dtype).mul_(scale)
 
 
-@cache
+@lru_cache(maxsize=64)  # threads come and go
 def _generator(device: torch.device, thread: int) -> torch.Generator:
     """The one generator of a device in a thread, seeded anew for each mask: to make one costs more than to draw."""
     return torch.Generator(device)

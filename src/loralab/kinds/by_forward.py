@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from loralab.update import Dense, Update, gained, merged
+from loralab.update import Dense, Update, each, gained, merged
 
 TOLERANCE = 1e-3  # of the largest output; a forward that is not linear is off by far more
 
@@ -78,6 +78,8 @@ class ByForward(nn.Module):
 
     def times(self, u: Update | Dense, *args: Any, **kwargs: Any) -> Tensor:
         """B A x of the layer's input."""
+        if args and args[0].is_floating_point():
+            u = each(lambda t: t.to(args[0].dtype), u)
         if isinstance(u, Dense):
             return self.call(self.as_weight(u.D), None, *args, **kwargs)
         z = self.call(self.as_weight(u.A), None, *args, **kwargs)

@@ -122,7 +122,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
 
 def predict(logits: Tensor, labels: Tensor) -> Tensor:
     """Return (rows, choices): the score of each choice, -inf where there is none; logits (rows, choices, 1)."""
-    scores = logits.squeeze(-1)
+    scores = logits.reshape(len(labels), -1)
     absent = torch.arange(scores.shape[1], device=scores.device) >= labels[:, 1:]  # (rows, choices)
     return scores.masked_fill(absent, float("-inf"))
 
@@ -189,5 +189,6 @@ OBJECTIVE = Objective(
     sure=sure,
     wrong=wrong,
     told=told,
+    blank=lambda sequences, outputs: torch.tensor([[0, sequences]]),  # one row with as many choices
     collapsed=lambda scores, labels: bool((scores.argmax(1) == scores.argmax(1)[0]).all()),
 )

@@ -225,4 +225,5 @@ OBJECTIVE = Objective(
     wrong=wrong,
     told=told,
     takes=("label_map",),
+    blank=torch.zeros,
 )

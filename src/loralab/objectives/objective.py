@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -40,6 +41,11 @@ class Sums(NamedTuple):
 def ask_texts(*cells: Any) -> tuple[tuple[Any, ...], Any]:
     """Return the texts of a row, with a label that stands for none."""
     return checks.texts(*cells), 0
+
+
+def blank_labels(rows: int, outputs: int) -> Tensor:
+    """Return a label a row (rows,), a class or a number."""
+    return torch.zeros(rows, dtype=torch.long if outputs > 1 else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class Objective:
     """Names of the head's outputs."""
     collapsed: Callable[[Array, Array], bool] = lambda predictions, labels: False
     """Predictions and labels (rows, ...) -> whether all rows are predicted the same, so that nothing was learned."""
+    blank: Callable[[int, int], Tensor] = blank_labels
+    """Sequences of a batch and outputs of the head -> labels of its rows, for a step whose values do not matter."""
     whole: Callable[[Task], bool] = lambda task: False
     """Whether the loss compares the rows of a step, so that a step cannot be divided."""
     threshold: Callable[[str, Array, Array], float | None] = lambda metric, predictions, labels: None

@@ -23,6 +23,7 @@ from loralab.errors import UserError
 from loralab.objectives.objective import Array, Batch, Encoding, Objective, Sums, mean_of, scored
 
 NAME = "similarity"
+AT_ONCE = 1024  # rows whose cosines with all others are held at a time
 ROUNDING = 1e-5  # cosines that differ by less are equal: batches round the same text otherwise
 TEMPERATURE = 0.05  # of cosines that are compared; that of sentence-transformers' MultipleNegativesRankingLoss
 SCORED = (("sentence1", "sentence2", "score"), ("text1", "text2", "score"))
@@ -113,7 +114,7 @@ def predict(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 def score(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     """Return correlations with the score; of triplets the share that is right; of pairs the rank of the positive."""
-    if task.metrics == CORRELATIONS:
+    if set(task.metrics) == set(CORRELATIONS):
         return {"spearman": spearman(predictions, labels), "pearson": pearson(predictions, labels)}
     return scored(sums, task.metrics, predictions, labels)
 
@@ -141,7 +142,7 @@ def wrong(task: Task, predictions: Array, labels: Array) -> Array:
 
     Of pairs: how many positives of other rows are nearer than the row's own.
     """
-    if task.metrics == CORRELATIONS:
+    if set(task.metrics) == set(CORRELATIONS):
         return np.asarray(np.abs(predictions[:, 0] - labels))
     if task.metrics == ("accuracy",):
         return np.asarray(np.maximum(predictions[:, 1] - predictions[:, 0], 0))
@@ -150,8 +151,13 @@ def wrong(task: Task, predictions: Array, labels: Array) -> Array:
 
 def _nearer(predictions: Array) -> Array:
     """Return (rows,): how many positives are nearer to a row's anchor than its own; the same text is as near."""
-    cosines = predictions[:, 0] @ predictions[:, 1].T  # (rows, rows)
-    return np.asarray((cosines > np.diagonal(cosines)[:, None] + ROUNDING).sum(1))
+    anchors, positives = predictions[:, 0], predictions[:, 1]  # (rows, d)
+    found = []
+    for start in range(0, len(anchors), AT_ONCE):
+        cosines = anchors[start : start + AT_ONCE] @ positives.T  # (some, rows)
+        own = cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))]  # (some,)
+        found.append((cosines > own[:, None] + ROUNDING).sum(1))
+    return np.concatenate(found)
 
 
 def told(task: Task, row: tuple[Any, ...], label: Any, prediction: Array) -> tuple[str, str]:
@@ -194,5 +200,5 @@ OBJECTIVE = Objective(
     sums=sums,
     wrong=wrong,
     told=told,
-    whole=lambda task: task.metrics == RANKS,
+    whole=lambda task: set(task.metrics) == set(RANKS),
 )

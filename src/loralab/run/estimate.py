@@ -9,7 +9,7 @@ and go. The highest sum is the peak of a step: weights and optimizer, what is sa
 
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import finalize
 
@@ -28,7 +28,7 @@ from loralab.fast import heap
 from loralab.optimizers import adamw
 from loralab.recipe import Recipe
 from loralab.run.memory import Layers, by_layer, held, ledger, saved_by_layer, tensor_bytes
-from loralab.run.settings import StepSettings
+from loralab.run.settings import Settings, StepSettings
 from loralab.run.setup import check_length, recompute
 from loralab.run.step import apply_gradients, forward_loss
 from loralab.stores import keep
@@ -41,12 +41,27 @@ STEPS = 10**9  # of the run, for methods whose schedule depends on its length; t
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateSettings(StepSettings):
-    """The settings that decide the memory of a step; weights are not loaded. `batch_size` is rows of a forward pass."""
+    """The settings that decide the memory of a step; weights are not loaded. `batch_size` is of a forward pass."""
 
     labels: int = 2
     """Outputs of a new head."""
     objective: str = "classification"
     """Kind of task, which decides the model class and the loss."""
+
+    @classmethod
+    def of_run(cls, settings: Settings, labels: int, objective: str, rows: int, width: int) -> "EstimateSettings":
+        """Those of a step of a run with `rows` sequences of `width` tokens in a forward pass."""
+        return cls(
+            **{f.name: getattr(settings, f.name) for f in fields(StepSettings)}
+            | {
+                "batch_size": rows,
+                "max_length": width,
+                "speed": "off" if settings.speed == "compile" else settings.speed,
+                "dtype": str(settings.precision).removeprefix("torch."),
+            },
+            labels=labels,
+            objective=objective,
+        )
 
     def recipe(self) -> Recipe:
         """Make the recipe as a run begins with it. Raises UserError."""
@@ -168,7 +183,7 @@ class BlankStep:
 
     def __call__(self, settings: EstimateSettings) -> None:
         ids = torch.ones(settings.batch_size, settings.max_length, dtype=torch.long)  # (b, t)
-        labels = torch.zeros(settings.batch_size, dtype=torch.long if settings.labels > 1 else torch.float32)
+        labels = self.objective.blank(settings.batch_size, settings.labels)  # (rows, ...)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # some padding, as in a run
         batch = {"input_ids": ids, "attention_mask": mask}

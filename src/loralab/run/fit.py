@@ -11,7 +11,7 @@ backward.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loralab import objectives
@@ -20,7 +20,7 @@ from loralab.disk import size_text
 from loralab.errors import UserError
 from loralab.run.estimate import Estimate, EstimateSettings, estimate
 from loralab.run.records import read_facts
-from loralab.run.settings import Settings, StepSettings
+from loralab.run.settings import Settings
 from loralab.run.setup import task_of, training_rows
 
 WAYS: tuple[dict[str, Any], ...] = (  # changes beside the number of parts, in the order in which they are tried
@@ -108,18 +108,10 @@ def fit(settings: Settings, room: int) -> list[Rung]:
     """
     task = task_of(settings)
     rows, _ = training_rows(settings)
-    step = EstimateSettings(
-        **{f.name: getattr(settings, f.name) for f in fields(StepSettings)}
-        | {
-            "batch_size": -(-settings.batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
-            "max_length": min(batch_width(int(rows.lengths.max())), rows.max_length),
-            "speed": "off" if settings.speed == "compile" else settings.speed,
-            "dtype": str(settings.precision).removeprefix("torch."),
-        },
-        labels=task.num_outputs,
-        objective=task.objective,
-    )
-    divisible = not objectives.of(task).whole(task)
+    objective, widest = objectives.of(task), min(batch_width(int(rows.lengths.max())), rows.max_length)
+    mine = -(-settings.batch_size // int(os.environ.get("WORLD_SIZE", "1")))  # rows of this process
+    step = EstimateSettings.of_run(settings, objective.outputs(task) or 1, task.objective, mine, widest)
+    divisible = not objective.whole(task)
     tried = list(ladder(step, room, settings.accumulate, rows.sequences, divisible))
     if tried[-1].fits:
         return tried

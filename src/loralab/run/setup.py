@@ -177,7 +177,7 @@ def _check_same_base(model: Any, settings: Settings, cache: dict[Any, Any]) -> N
 
 
 def _task(settings: Settings, cache: dict[Any, Any]) -> Task:
-    key = settings.only(SOURCE)
+    key = settings.only((*SOURCE, "select_by"))
     if key not in cache:
         cache[key] = task_of(settings)
     return cache[key]  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from loralab.data.batches import (
     tokenized,
     unwatched,
 )
-from loralab.data.checks import texts
+from loralab.data.checks import BadRows, texts
 from loralab.errors import UserError
 from loralab.serve.loading import present, shared, torch_device
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool, adapter_folders
@@ -95,6 +95,8 @@ class Predictor:
             faults.append(f"no adapter {request.adapter!r}")
         elif not request.texts:
             faults.append("no text")
+        elif len(request.texts) > 2:
+            faults.append(f"{len(request.texts)} texts: give one or two")
         elif adapter.sha256 not in (None, self.pool.base_sha256):
             here = f"the sha256 of this one begins {self.pool.base_sha256[:12]}"
             faults.append(f"adapter {request.adapter!r} was trained on another base ({here}); {adapter.wanted}")
@@ -107,19 +109,26 @@ class Predictor:
         faults = [self.fault(request) for request in requests]
         answers: list[Any] = [None if fault is None else UserError(fault) for fault in faults]
         good = [i for i, fault in enumerate(faults) if fault is None]
+        tokens = self._encoded(requests, good)
+        try:
+            check_vocabulary("the input", tokens, good, self.pool.any_model)
+        except BadRows as bad:
+            for i, fault in bad.rows.items():
+                answers[i] = UserError(fault)
+            good = [i for i in good if i not in bad.rows]
+            tokens = self._encoded(requests, good)
         if good:
-            tokens = self._encoded([requests[i]._replace(texts=texts(*requests[i].texts)) for i in good])
             folders = [self.adapters[requests[i].adapter].folder for i in good]
-            check_vocabulary("the input", tokens, [i + 1 for i in good], self.pool.any_model)
             for batch in self._batches(tokens, folders):
                 for j, answer in self._answered(batch, tokens, folders):
                     answers[good[j]] = answer
                 done(len(batch))
         return answers
 
-    def _encoded(self, requests: Sequence[Request]) -> Rows:
-        """Tokenize requests of one text and of two, each cut where its adapter learned, in the order given."""
-        columns: dict[str, list[Any]] = {}
+    def _encoded(self, given: Sequence[Request], good: Sequence[int]) -> Rows:
+        """Tokenize the good ones of the requests given, in their order; each is cut where its adapter learned."""
+        requests = [given[i]._replace(texts=texts(*given[i].texts)) for i in good]
+        columns: dict[str, list[Any]] = {"input_ids": [None] * len(requests)}
         kinds = [(len(request.texts), self._most(request)) for request in requests]
         for kind in sorted(set(kinds)):
             mine = [i for i, other in enumerate(kinds) if other == kind]
@@ -128,7 +137,7 @@ class Predictor:
                 whole = columns.setdefault(key, [None] * len(requests))
                 for i, value in zip(mine, column, strict=True):
                     whole[i] = value
-        return Rows(columns, torch.zeros(len(requests)), (), max(most for _, most in kinds))
+        return Rows(columns, torch.zeros(len(requests)), (), max((most for _, most in kinds), default=0))
 
     def _most(self, request: Request) -> int:
         """Return the tokens after which a request is cut."""

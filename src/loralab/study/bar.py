@@ -92,7 +92,7 @@ class StudyBar:
     def epoch(self, record: dict[str, Any], epochs: int, metric: str, of: str) -> None:
         """No line, as a run has one at its end; but here a search decides whether the run goes on."""
         if self.trial is not None:
-            search.report(self.trial, record, epochs)
+            search.report(self.trial, record, epochs, metric)
 
     def say(self, text: str) -> None:
         """Nothing: notes are in run.json, and warnings in the line of the finished run."""

@@ -56,6 +56,7 @@ class EpochRows:
     labels: int  # outputs of the head
     mean: float  # tokens that batches are padded to
     widest: int
+    sequences: int  # of a row
 
 
 def estimate(left: Sequence[tuple[Key, Settings]], finished: Iterable[Run]) -> StudyEstimate:
@@ -94,18 +95,14 @@ def estimate_run(s: Settings) -> RunEstimate | None:
     if not is_here(s):
         return None
     rows = _rows(s.only(OF_ROWS))
-    batch = -(-s.batch_size // s.accumulate)
-    speed = "off" if s.speed == "compile" else s.speed
-    step = EstimateSettings(
-        model=s.model, targets=s.targets, exclude=s.exclude, batch_size=batch, max_length=rows.widest,
-        labels=rows.labels, dtype=s.dtype, speed=speed, objective=rows.objective,
-    )  # fmt: skip
+    batch = -(-s.batch_size // s.accumulate) * rows.sequences
+    step = EstimateSettings.of_run(s, rows.labels, rows.objective, batch, rows.widest)
     try:
         found = estimate_step(step, s.recipe())
     except UserError:
         return None
-    a_row = found.products / batch * rows.mean / rows.widest  # products are nearly linear in the length
-    operations = a_row * (s.epochs * (rows.train + EVALUATION * rows.evaluated) + EVALUATION * rows.once)
+    of_row = rows.sequences * found.products / batch * rows.mean / rows.widest  # nearly linear in the length
+    operations = of_row * (s.epochs * (rows.train + EVALUATION * rows.evaluated) + EVALUATION * rows.once)
     return RunEstimate(operations / (REACHED * _rate(s.precision)), found.peak)
 
 
@@ -125,5 +122,12 @@ def _rows(s: Settings) -> EpochRows:
     reported = sum(len(found[name]) for name in task.validation)
     evaluated, once = (held_out, reported) if s.reads_validation_once else (held_out + reported, 0)
     return EpochRows(
-        task.objective, len(train), evaluated, once, task.num_outputs, sum(widths) / len(widths), max(widths)
+        objective=task.objective,
+        train=len(train),
+        evaluated=evaluated,
+        once=once,
+        labels=objectives.of(task).outputs(task) or 1,
+        mean=sum(widths) / len(widths),
+        widest=max(widths),
+        sequences=tokens.sequences,
     )

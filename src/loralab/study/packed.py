@@ -23,6 +23,7 @@ FILE = "predictions.safetensors.gz"
 PREDICTIONS = "predictions.safetensors"  # of a run
 LARGEST = 2**31  # bytes of the file, unpacked
 LABELS = "labels"  # prefix of what runs share
+EXACT = 2048  # up to here float16 has every whole number
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Packed:
             raise UserError(f"{file} cannot be read ({error}): bring it back from a copy, or remove it") from error
 
     def of(self, address: str) -> dict[str, Tensor]:
-        """SPLIT/logits and SPLIT/labels of a run, as its own file had them, with logits rounded to float16."""
+        """SPLIT/logits and SPLIT/labels of a run, as its own file had them, with logits rounded as `pack` does."""
         found: dict[str, Tensor] = {}
         for key, tensor in self.tensors.items():
             owner, _, rest = key.partition("/")
@@ -68,7 +69,7 @@ def pack(folder: Path, store: Path, reported: Iterable[str], tuning: Iterable[st
         for key, tensor in read_tensors(file).items():
             split, _, what = key.rpartition("/")
             if what == "logits":
-                tensors[f"{address}/{split}/logits"] = tensor.half()
+                tensors[f"{address}/{split}/logits"] = _narrow(tensor)
             else:
                 name = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
                 tensors[f"{address}/{split}/{name}"] = torch.empty(0)
@@ -80,3 +81,8 @@ def pack(folder: Path, store: Path, reported: Iterable[str], tuning: Iterable[st
         file.unlink()
     for address in tuning:
         (store / address / PREDICTIONS).unlink(missing_ok=True)
+
+
+def _narrow(predictions: Tensor) -> Tensor:
+    """Predictions in float16; those with numbers that it would change by more than a half, as counts, as they are."""
+    return predictions if predictions.abs().nan_to_num(posinf=0).max() > EXACT else predictions.half()

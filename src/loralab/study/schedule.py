@@ -126,7 +126,7 @@ def _outcome(cell: CellSettings, trial: Any, tried: Mapping[str, Any], run: RunT
     scheduled, settings = cell.scheduled("tune", seed, tried), cell.settings("tune", seed, tried)
     try:
         for record in read_history(settings.folder):
-            search.report(trial, record, settings.epochs)
+            search.report(trial, record, settings.epochs, settings.select_by)
         if run is not None and _score(cell, scheduled) is None:
             run(settings, trial, scheduled)
     except Pruned as pruned:

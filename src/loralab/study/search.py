@@ -97,12 +97,15 @@ def score(run: Run) -> float:
     return upward(metric, float(scores[metric]))
 
 
-def report(trial: Any, record: Mapping[str, Any], epochs: int) -> None:
-    """Report an epoch to its trial. Raises Pruned if the run is not worth going on."""
+def report(trial: Any, record: Mapping[str, Any], epochs: int, metric: str | None = None) -> None:
+    """Report an epoch to its trial by the metric that selects, by default the first of its task.
+
+    Raises Pruned if the run is not worth going on.
+    """
     scores = record["held_out"] or record["validation"]
-    metric, value = next(iter(scores.items()))  # the first metric is the one that selects
+    metric = metric or next(iter(scores))
     if record["epoch"] == int(record["epoch"]):
-        trial.report(upward(metric, value), int(record["epoch"]))
+        trial.report(upward(metric, scores[metric]), int(record["epoch"]))
     if record["epoch"] < epochs and trial.should_prune():
         raise Pruned
 

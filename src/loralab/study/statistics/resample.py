@@ -1,9 +1,9 @@
 """Scores on resampled validation rows: the stratified bootstrap (Efron and Tibshirani, 1993), for many runs at once.
 
 A resample is a weight for every row. Each metric is a function of weighted sums, so all scores of all resamples are
-one product: counts of (label, prediction) for classes, moments for correlations. Rows that no run tells apart have
-one weight together (multinomial), which makes 40,000 rows a few hundred patterns. Strata are the labels, so every
-resample has the classes of the split. Spearman's ranks are those of the whole split.
+products: counts by class, moments for correlations. Rows that no run tells apart have one weight together
+(multinomial), which makes 40,000 rows a few hundred patterns. Strata are the labels, so every resample has the classes
+of the split. Spearman's ranks are those of the whole split.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,14 +92,14 @@ def _drawn(counts: Array, times: int, generator: Generator) -> Array:
 
 def _of_classes(metric: str, patterns: Array, classes: int) -> Callable[[Array], Array]:
     """Weights (times, patterns) -> scores (times, runs); a pattern is a label and a prediction of each run."""
-    label, predicted = patterns[:, :1], patterns[:, 1:]  # (patterns, 1), (patterns, runs)
-    runs = predicted.shape[1]
-    cells = np.eye(classes * classes)[label * classes + predicted]  # (patterns, runs, classes^2)
-    flat = cells.reshape(len(patterns), -1)
+    one_hot = np.eye(classes)
+    label = one_hot[patterns[:, 0]]  # (patterns, classes)
+    of_run = [(label * predicted, predicted) for predicted in map(one_hot.__getitem__, patterns[:, 1:].T)]
 
     def score(weights: Array) -> Array:
-        counts = (weights @ flat).reshape(-1, classes, classes)  # (times * runs, label, prediction)
-        return COUNTS[metric](counts).reshape(-1, runs)
+        true = weights @ label  # (times, classes)
+        scores = [COUNTS[metric](weights @ right, true, weights @ said) for right, said in of_run]
+        return np.stack(scores, axis=1)
 
     return score
 
