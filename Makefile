@@ -105,7 +105,7 @@ gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU 
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --data $(GLUE) --out runs/gpu/toy
 
 # without rte-from-mnli, which needs an adapter that it says how to make
-STUDIES    ?= $(addprefix studies/,ratios.toml newer.toml ten-epochs.toml drop.toml)
+STUDIES    ?= $(addprefix studies/,newer.toml ten-epochs.toml drop.toml)
 SECONDS    ?= 500
 
 gpu-studies: .whl/pack  ## on a machine with a GPU: STUDIES one after another for SECONDS; the same command goes on
