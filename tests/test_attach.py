@@ -1,6 +1,7 @@
 """Targets of every architecture, and what users get wrong."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -292,3 +293,37 @@ def test_a_model_with_adapters_of_peft_is_refused(how, tmp_path):
             put()
     if how in ("wrapped", "vera"):
         loralab.attach(model.unload(), "lora")
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("where", ["add_layers", "add_heads"])
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(where, second, monkeypatch):
+    """Whatever raises there: a decomposition of a weight that is not finite, Ctrl-C, no memory."""
+    model = build("bert")
+    handle = loralab.attach(model, "dora", name="first", head=True) if second else None
+    tree, before = [(path, type(m)) for path, m in model.named_modules()], dict(model.named_parameters())
+    learns, out = {key: p.requires_grad for key, p in before.items()}, model(**rows()).logits
+    count, target = 0, "_started" if where == "add_layers" else "own_copy"
+    own = getattr(loralab.install, target)
+
+    def fails(*args, **more):
+        nonlocal count
+        count += 1
+        if count == (4 if where == "add_layers" else 1):
+            raise KeyboardInterrupt
+        return own(*args, **more)
+
+    monkeypatch.setattr(loralab.install, target, fails)
+    put = (lambda *how, **more: handle.add("second", *how, **more)) if second else partial(loralab.attach, model)
+    with pytest.raises(KeyboardInterrupt):
+        put("lora", rank=2, head=True)
+    monkeypatch.undo()
+    assert [(path, type(m)) for path, m in model.named_modules()] == tree
+    after = dict(model.named_parameters())
+    assert all(after[key] is p for key, p in before.items())
+    assert after.keys() == before.keys()
+    assert {key: p.requires_grad for key, p in after.items()} == learns
+    torch.testing.assert_close(model(**rows()).logits, out, rtol=0, atol=0)
+    added = handle or loralab.attach(model, "lora", name="first", rank=2, head=True)
+    added.add("second", "lora", rank=2, head=True)
+    assert added.names == ["first", "second"]

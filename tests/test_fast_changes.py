@@ -8,6 +8,7 @@ import copy
 from contextlib import nullcontext
 
 import pytest
+import test_fast_decoders as decoders
 import torch
 from archs import build, drop_as_blocks, rows, shake
 from test_fast import ENCODERS, adapted, double, same
@@ -523,7 +524,7 @@ def test_a_model_held_in_bfloat16_merges_into_one_that_runs():
     assert not choices.autocast
     expected = model(**rows()).logits
     merged = adapters.merge()
-    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}  # as the model was before
     torch.testing.assert_close(merged(**rows()).logits.float(), expected.float(), rtol=0, atol=0.15)
 
 
@@ -562,3 +563,26 @@ def test_enable_rounds_what_is_frozen_where_bfloat16_is_wanted_and_says_what_aut
 def test_enable_refuses_an_unknown_dtype_with_the_known_ones():
     with pytest.raises(loralab.UserError, match="expected one of auto, bfloat16, float32"):
         enable(build("bert"), "float16x")
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("store", [None, "nf4"])
+def test_leaving_after_a_base_was_rounded_keeps_the_update_and_the_dtype(kind, store):
+    """A small update is lost in a sum of bfloat16: the merged model has the dtype that the user's model had."""
+    model = {"bert": build, "llama": decoders.build}[kind](kind)
+    adapters = loralab.attach(model, "lora", name="a", rank=3, alpha=5.0, targets="all-linear", store=store)
+    shake(adapters, "a")
+    with torch.no_grad():
+        for _, t in adapters.tensors("a").values():
+            t.mul_(0.02)
+    path = next(iter(adapters.layers))
+    adapters.fast("bfloat16", quiet=True)
+    assert {t.dtype for t in adapters.layers[path].base.parameters() if t.is_floating_point()} <= {torch.bfloat16}
+    base, update = adapters.layers[path].base.dense().float(), adapters.layers[path].lower("a").matrix()
+    merged = adapters.merge()
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    torch.testing.assert_close(merged.get_submodule(path).weight, base + update, rtol=0, atol=1e-6)
+    assert adapters.merge(dtype="bfloat16").get_submodule(path).weight.dtype == torch.bfloat16
+    adapters.detach()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.get_submodule(path).weight.dtype == torch.float32

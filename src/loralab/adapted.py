@@ -80,6 +80,7 @@ class AdaptedModel:
         self._base_keys = [key for key in self.learned if not under(key, outside)]
         self._base_size = sum(model.get_parameter(key).numel() for key in self._base_keys)
         self._sha256: str | None = None
+        self.rounded_from: torch.dtype | None = None  # what the frozen tensors were before a fast path rounded them
 
     @property
     def names(self) -> list[str]:

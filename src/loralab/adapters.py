@@ -179,8 +179,14 @@ class Adapters(AdaptedModel):
         if not self.specs:
             self.model.requires_grad_(False)
         generator = Generator().manual_seed(seed)
-        install.add_layers(self, spec, name, generator, seen)
-        install.add_heads(self, spec, name, generator, heads_of)
+        try:
+            install.add_layers(self, spec, name, generator, seen)
+            install.add_heads(self, spec, name, generator, heads_of)
+        except BaseException:  # a decomposition that does not converge, no memory, Ctrl-C
+            install.take_back(self, name)
+            if not self.specs:
+                self.unwrap()
+            raise
         install.open_base(self, spec)
         self.specs[name] = spec
         if r.factors is not None and r.factors.stepped:
@@ -312,13 +318,13 @@ class Adapters(AdaptedModel):
     def merge(self, name: str | None = None, dtype: torch.dtype | str | None = None) -> nn.Module:
         """A plain model with new tensors that acts like the adapted one; this model is left as it is.
 
-        The update is added in float32 and the sum kept in the dtype of the model, or the whole model in `dtype`:
-        float32, bfloat16 or float16. The head and the labels are the adapter's. A quantized base is dequantized first;
-        a merge into fewer bits is refused, as it rounds the update away (`loralab.analysis.merge_errors` measures it).
-        Weights that were tied to an adapted one are tied no longer.
+        The update is added in float32 and the sum kept in the dtype of the model, which is that from before `fast`
+        rounded it, or the whole model in `dtype`: float32, bfloat16 or float16. The head and the labels are the
+        adapter's. A quantized base is dequantized first; a merge into fewer bits is refused, as it rounds the update
+        away (`loralab.analysis.merge_errors` measures it). Weights that were tied to an adapted one are tied no longer.
         Raises UserError for another dtype, and for an adapter with values that are not finite.
         """
-        name, wanted = self.only(name), None if dtype is None else merge_dtype(dtype)
+        name, wanted = self.only(name), self.rounded_from if dtype is None else merge_dtype(dtype)
         self.check_undivided("merge")
         self._check_finite(name)
         held = [t for m in self.model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
@@ -387,13 +393,15 @@ class Adapters(AdaptedModel):
     def detach(self) -> None:
         """Give the model its original module tree and bits back; the adapters are gone, and this handle with them.
 
-        What was stored in fewer bits stays rounded: it comes back dequantized, in the dtype of the model.
+        What was stored in fewer bits, or rounded by `fast`, stays rounded: it comes back in the dtype of the model.
         Raises UserError for a base that was trained in place as a whole.
         """
         self.check_attached()
         for spec in self.specs.values():
             install.give_base_back(self, spec)
         self.unwrap()
+        if self.rounded_from is not None:
+            self.model.to(self.rounded_from)
 
     def unwrap(self, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         """Put plain layers back: with the update of `name` merged in, or None for the base alone."""

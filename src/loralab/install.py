@@ -376,6 +376,16 @@ def add_heads(
         handle.heads[path].copies[name] = own
 
 
+def take_back(handle: AdaptedModel, name: str) -> None:
+    """Forget an adapter that was put in as far as an error let it."""
+    for layer in handle.layers.values():
+        if name in layer.recipes:
+            layer.remove(name)
+    for head in handle.heads.values():
+        if name in head.copies:
+            del head.copies[name]
+
+
 def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
     """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do."""
     for key in spec.base_names:

@@ -108,9 +108,12 @@ def round_frozen(model: nn.Module, store: str) -> None:
     if handle is not None:
         _ = handle.base_sha256  # taken while the base still has its own bits
     own = _of_adapters(handle)
-    for p in model.parameters():
-        if id(p) not in own and p.dtype in FLOATS and not p.requires_grad:  # float8 holds codes
-            p.data = p.data.to(DTYPES[store])
+    frozen = [p for p in model.parameters() if id(p) not in own and p.dtype in FLOATS and not p.requires_grad]
+    before = {p.dtype for p in frozen}  # float8, which holds codes, is none of them
+    if handle is not None and len(before) == 1 and before != {DTYPES[store]}:
+        handle.rounded_from = before.pop()
+    for p in frozen:
+        p.data = p.data.to(DTYPES[store])
     for layer in model.modules():
         if isinstance(layer, Adapted):
             layer.dtype = DTYPES[store]

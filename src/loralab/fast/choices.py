@@ -46,7 +46,7 @@ class Choices(Sequence[Choice]):
         width = max(len(choice.piece) for choice in self.fixed)
         lines = [f"{c.piece:{width}}  {'on ' if c.used else 'off'}  {c.reason}" for c in self._now()]
         if self.store is not None:
-            lines.append(f"{'store':{width}}  on   frozen tensors are kept in {self.store}, what learns stays as it is")
+            lines.append(f"{'store':{width}}  on   frozen tensors are rounded to {self.store}, what learns is not")
         if self.autocast:
             lines.append(f"{'store':{width}}  off  run the model under torch.autocast(..., torch.bfloat16)")
         return "\n".join(lines)
