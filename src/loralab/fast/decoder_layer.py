@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
+from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved
 from loralab.fast.rotary import RotaryModules, rotate, rotate_back
-from loralab.fast.shared import LayerCall, backward_of, blank_rows, dropout_of, softmax
+from loralab.fast.shared import LayerCall, blank_rows, dropout_of, softmax
 
 aten = torch.ops.aten
 
@@ -124,7 +124,11 @@ class DecoderModules(RotaryModules):
 
     def activate(self, u: Tensor) -> Tensor:
         """What the activation gives."""
-        return _activation(self).forward(u)
+        return self._act.forward(u)
+
+    @property
+    def _act(self) -> Activation:
+        return ACTIVATIONS[type(self.activation).__name__]
 
     def products(self) -> DecoderProducts:
         """The products of the layer's modules."""
@@ -132,91 +136,63 @@ class DecoderModules(RotaryModules):
         return DecoderProducts(*map(JoinedLinear, joined))
 
     def compute(
-        self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], joined: Sequence[Any]
-    ) -> Tensor:
-        """The output alone."""
-        return compute(call, x, mask, given[0], given[1], joined)[0]
+        self,
+        call: LayerCall,
+        x: Tensor,
+        mask: Tensor | None,
+        given: Sequence[Tensor],
+        joined: Sequence[JoinedUpdate | None],
+        learns: Sequence[bool],
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
+        """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product."""
+        b, t, d = x.shape
+        products, (cos, sin) = call.products, given
+        x = x.reshape(b * t, d)  # (n, d), n = b t
+        rstd1 = self.norm1.rstd(x)  # (n, 1)
+        qkv, of_qkv = products.qkv.forward(self.norm1.forward(x, rstd1), joined[0])  # (n, (heads + 2 kv) dh)
+        # q (b kv, g t, dh), k and v (b kv, t, dh)
+        q, k, v, *of_norms = _heads(qkv.view(b, t, -1, self.head), call, cos, sin)
+        c, s, dropped = _attention(q, k, v, mask, b, call)  # c (n, heads dh), s (b kv, g t, t)
+        o, of_o = products.o.forward(c, joined[1])  # (n, d)
+        h = o.add_(x)  # (n, d)
+        rstd2 = self.norm2.rstd(h)  # (n, 1)
+        uw, of_gate_up = products.gate_up.forward(self.norm2.forward(h, rstd2), joined[2])  # (n, 2 inner)
+        u, w = uw.chunk(2, -1)  # (n, inner)
+        out, of_down = products.down.forward(self.activate(u).mul_(w), joined[3])  # (n, d)
+        saved = (x, rstd1, q, k, v, *of_norms, s, dropped, c if learns[1] else None, h, rstd2, uw)
+        return aten._unsafe_view(out.add_(h), (b, t, d)), saved, [of_qkv, of_o, of_gate_up, of_down]
 
-    def apply(
-        self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], flat: Sequence[Tensor | None]
-    ) -> Tensor:
-        """The output as one node of autograd."""
-        return DecoderLayer.apply(call, x, mask, *given, *flat)  # type: ignore[no-untyped-call, no-any-return]
-
-
-# ---- the layer -------------------------------------------------------------------------------------------------------
-
-
-def compute(
-    call: LayerCall, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, joined: Sequence[JoinedUpdate | None]
-) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
-    """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product."""
-    b, t, d = x.shape
-    m, products = call.modules, call.products
-    x = x.reshape(b * t, d)  # (n, d), n = b t
-    rstd1 = m.norm1.rstd(x)  # (n, 1)
-    qkv, of_qkv = products.qkv.forward(m.norm1.forward(x, rstd1), joined[0])  # (n, (heads + 2 kv) dh)
-    q, k, v, *of_norms = _heads(qkv.view(b, t, -1, m.head), call, cos, sin)  # q (b kv, g t, dh), k and v (b kv, t, dh)
-    c, s, dropped = _attention(q, k, v, mask, b, call)  # c (n, heads dh), s (b kv, g t, t)
-    o, of_o = products.o.forward(c, joined[1])  # (n, d)
-    h = o.add_(x)  # (n, d)
-    rstd2 = m.norm2.rstd(h)  # (n, 1)
-    uw, of_gate_up = products.gate_up.forward(m.norm2.forward(h, rstd2), joined[2])  # (n, 2 inner)
-    u, w = uw.chunk(2, -1)  # (n, inner)
-    out, of_down = products.down.forward(_activation(m).forward(u).mul_(w), joined[3])  # (n, d)
-    saved = (x, rstd1, q, k, v, *of_norms, s, dropped, c, h, rstd2, uw)
-    return aten._unsafe_view(out.add_(h), (b, t, d)), saved, [of_qkv, of_o, of_gate_up, of_down]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors  # read once: checkpointing recomputes them for the first reader and no other
-    cos, sin, flat, saved = tensors[0], tensors[1], tensors[2:23], tensors[23:]
-    x, rstd1, q, k, v, q_in, k_in, s, dropped, c, h, rstd2, uw = saved[:13]
-    of_qkv, of_o, of_gate_up, of_down = (Saved(*saved[13 + 5 * i : 18 + 5 * i]) for i in range(4))
-    call, (b, t, d) = ctx.call, ctx.shape
-    m, products, act, learns = call.modules, call.products, _activation(call.modules), ctx.learns
-    u_qkv, u_o, u_gate_up, u_down = by_product(flat, products)
-    u, w = uw.chunk(2, -1)  # (n, inner)
-    dout = grad.reshape(b * t, d)  # (n, d), of h too, by the residual
-    of_u = act.forward(u)  # (n, inner)
-    dg, of7 = products.down.backward(dout, of_u * w if learns[3] else None, u_down, of_down, True)  # (n, inner)
-    duw = torch.empty_like(uw)
-    torch.mul(dg, of_u, out=duw[:, w.shape[1] :])
-    duw[:, : w.shape[1]] = act.backward(dg.mul_(w), u)
-    n2 = m.norm2.forward(h, rstd2) if learns[2] else None  # (n, d)
-    dn2, of56 = products.gate_up.backward(duw, n2, u_gate_up, of_gate_up, True)
-    dh = m.norm2.backward(dn2, h, rstd2).add_(dout)  # (n, d), of x too
-    dc, of4 = products.o.backward(dh, c, u_o, of_o, True)  # (n, heads dh)
-    dqkv = _attention_backward(dc, q, k, v, q_in, k_in, s, dropped, cos, sin, call, (b, t))
-    n1 = m.norm1.forward(x, rstd1) if learns[0] else None  # (n, d)
-    dn1, of123 = products.qkv.backward(dqkv, n1, u_qkv, of_qkv, ctx.needs_input_grad[1])
-    dx = None if dn1 is None else m.norm1.backward(dn1, x, rstd1).add_(dh).view(b, t, d)
-    return None, dx, None, None, None, *of123, *of4, *of56, *of7
-
-
-class DecoderLayer(torch.autograd.Function):
-    """`compute` with its backward pass. Inputs: call, x, mask, cos, sin, then A, B and gain of the seven layers."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, *flat: Tensor
-    ) -> Tensor:
-        updates = by_product(flat, call.products)
-        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
-        out, saved, of_products = compute(call, x, mask, cos, sin, joined)
-        ctx.call, ctx.shape = call, x.shape
-        learns = [ctx.needs_input_grad[5 + 3 * i] for i in range(7)]  # A of each: only its gradient needs the input
-        ctx.learns = any(learns[:3]), learns[3], any(learns[4:6]), learns[6]
-        if not ctx.learns[1]:
-            saved = (*saved[:9], None, *saved[10:])  # the input of o
-        ctx.save_for_backward(cos, sin, *flat, *saved, *(t for of_one in of_products for t in of_one))
-        return out
-
-    backward = backward_of(_backward)
-
-
-def _activation(m: DecoderModules) -> Activation:
-    return ACTIVATIONS[type(m.activation).__name__]
+    def backward(
+        self,
+        call: LayerCall,
+        grad: Tensor,
+        given: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        updates: Sequence[Any],
+        of_products: Sequence[Saved],
+        learns: Sequence[bool],
+        to_x: bool,
+    ) -> tuple[Tensor | None, tuple[Any, ...]]:
+        """The gradients of x and of each product's updates."""
+        x, rstd1, q, k, v, q_in, k_in, s, dropped, c, h, rstd2, uw = saved
+        of_qkv, of_o, of_gate_up, of_down = of_products
+        (u_qkv, u_o, u_gate_up, u_down), products, (cos, sin), (b, t, d) = updates, call.products, given, grad.shape
+        u, w = uw.chunk(2, -1)  # (n, inner)
+        dout = grad.reshape(b * t, d)  # (n, d), of h too, by the residual
+        of_u = self._act.forward(u)  # (n, inner)
+        dg, of7 = products.down.backward(dout, of_u * w if learns[3] else None, u_down, of_down, True)  # (n, inner)
+        duw = torch.empty_like(uw)
+        torch.mul(dg, of_u, out=duw[:, w.shape[1] :])
+        duw[:, : w.shape[1]] = self._act.backward(dg.mul_(w), u)
+        n2 = self.norm2.forward(h, rstd2) if learns[2] else None  # (n, d)
+        dn2, of56 = products.gate_up.backward(duw, n2, u_gate_up, of_gate_up, True)
+        dh = self.norm2.backward(dn2, h, rstd2).add_(dout)  # (n, d), of x too
+        dc, of4 = products.o.backward(dh, c, u_o, of_o, True)  # (n, heads dh)
+        dqkv = _attention_backward(dc, q, k, v, q_in, k_in, s, dropped, cos, sin, call, (b, t))
+        n1 = self.norm1.forward(x, rstd1) if learns[0] else None  # (n, d)
+        dn1, of123 = products.qkv.backward(dqkv, n1, u_qkv, of_qkv, to_x)
+        dx = None if dn1 is None else self.norm1.backward(dn1, x, rstd1).add_(dh).view(b, t, d)
+        return dx, (of123, of4, of56, of7)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ methods. Whether a layer may be computed here is decided in block.py.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,10 +27,19 @@ from loralab.fast.encoder_parts import (
     norm_backward,
     probability,
 )
-from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved, by_product
-from loralab.fast.shared import LayerCall, backward_of
+from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved
+from loralab.fast.shared import LayerCall
 
 aten = torch.ops.aten
+
+
+class LayerProducts(NamedTuple):
+    """The linear layers of one layer as four products."""
+
+    qkv: JoinedLinear
+    o: JoinedLinear
+    up: JoinedLinear
+    down: JoinedLinear
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class LayerModules:
         """What the activation gives."""
         return aten.gelu(u, approximate=self.approximate)  # type: ignore[no-any-return]
 
-    def products(self) -> "LayerProducts":
+    def products(self) -> LayerProducts:
         """The products of the layer's modules."""
         return LayerProducts(*map(JoinedLinear, ((self.q, self.k, self.v), (self.o,), (self.up,), (self.down,))))
 
@@ -100,98 +110,65 @@ class LayerModules:
         return None
 
     def compute(
-        self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], joined: Sequence[Any]
-    ) -> Tensor:
-        """The output alone."""
-        return compute(call, x, mask, given[0], joined)[0]
+        self,
+        call: LayerCall,
+        x: Tensor,
+        mask: Tensor | None,
+        given: Sequence[Tensor],
+        joined: Sequence[JoinedUpdate | None],
+        learns: Sequence[bool],
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
+        """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product.
 
-    def apply(
-        self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Sequence[Tensor], flat: Sequence[Tensor | None]
-    ) -> Tensor:
-        """The output as one node of autograd."""
-        return EncoderLayer.apply(call, x, mask, *given, *flat)  # type: ignore[no-untyped-call, no-any-return]
+        The tensors: the inputs of the four products, then q k v, weights and mask of attention, and for each LayerNorm
+        its input, the dropout mask before it, mean and 1 / std; the input of GELU lies between the two.
+        """
+        b, t, d = x.shape
+        products = call.products
+        x = x.reshape(b * t, d)  # (n, d), n = b t
+        qkv, of_qkv = products.qkv.forward(x, joined[0])  # (n, 3 d)
+        qkv = qkv.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
+        by_products = call.wants_gradient or bool(call.dropout[0])
+        attend = partial(attention, call=call) if by_products else fused_attention
+        c, *of_attention = attend(qkv, self.scale, mask, given[0])
+        c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
+        o, of_o = products.o.forward(c, joined[1])  # (n, d)
+        mask_o = dropout_mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
+        o = add_masked(x, o, mask_o)
+        y, *of_norm1 = layer_norm(o, self.norm1)  # (n, d)
+        u, of_up = products.up.forward(y, joined[2])  # (n, inner)
+        g = aten.gelu(u, approximate=self.approximate)  # (n, inner)
+        w, of_down = products.down.forward(g, joined[3])  # (n, d)
+        mask_down = dropout_mask(w, call.dropout[2], (b, t, d), call)  # (n, d)
+        w = add_masked(y, w, mask_down)
+        out, *of_norm2 = layer_norm(w, self.norm2)  # (n, d)
+        inputs = [t if learned else None for t, learned in zip((x, c, y, g), learns, strict=True)]
+        saved = (*inputs, *of_attention, o, mask_o, *of_norm1, u, w, mask_down, *of_norm2)
+        return aten._unsafe_view(out, (b, t, d)), saved, [of_qkv, of_o, of_up, of_down]
 
-
-class LayerProducts(NamedTuple):
-    """The linear layers of one layer as four products."""
-
-    qkv: JoinedLinear
-    o: JoinedLinear
-    up: JoinedLinear
-    down: JoinedLinear
-
-
-def compute(
-    call: LayerCall,
-    x: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    joined: Sequence[JoinedUpdate | None],
-) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
-    """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product.
-
-    The tensors: the inputs of the four products, then q k v, weights and mask of attention, and for each LayerNorm
-    its input, the dropout mask before it, mean and 1 / std; the input of GELU lies between the two.
-    """
-    b, t, d = x.shape
-    m, products = call.modules, call.products
-    x = x.reshape(b * t, d)  # (n, d), n = b t
-    qkv, of_qkv = products.qkv.forward(x, joined[0])  # (n, 3 d)
-    qkv = qkv.view(b, t, 3, m.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
-    by_products = call.wants_gradient or bool(call.dropout[0])
-    c, *of_attention = (
-        attention(qkv, m.scale, mask, bias, call) if by_products else fused_attention(qkv, m.scale, mask, bias)
-    )
-    c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
-    o, of_o = products.o.forward(c, joined[1])  # (n, d)
-    mask_o = dropout_mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
-    o = add_masked(x, o, mask_o)
-    y, *of_norm1 = layer_norm(o, m.norm1)  # (n, d)
-    u, of_up = products.up.forward(y, joined[2])  # (n, inner)
-    g = aten.gelu(u, approximate=m.approximate)  # (n, inner)
-    w, of_down = products.down.forward(g, joined[3])  # (n, d)
-    mask_down = dropout_mask(w, call.dropout[2], (b, t, d), call)  # (n, d)
-    w = add_masked(y, w, mask_down)
-    out, *of_norm2 = layer_norm(w, m.norm2)  # (n, d)
-    saved = (x, c, y, g, *of_attention, o, mask_o, *of_norm1, u, w, mask_down, *of_norm2)
-    return aten._unsafe_view(out, (b, t, d)), saved, [of_qkv, of_o, of_up, of_down]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors  # read once: checkpointing recomputes them for the first reader and no other
-    flat, saved = tensors[:18], tensors[18:]
-    x, c, y, g, qkv, s, mask_s, o, mask_o, mean1, rstd1, u, w, mask_down, mean2, rstd2 = saved[:16]
-    of_qkv, of_o, of_up, of_down = (Saved(*saved[16 + 5 * i : 21 + 5 * i]) for i in range(4))
-    call, (b, t, d), (u_qkv, u_o, u_up, u_down) = ctx.call, ctx.shape, by_product(flat, ctx.call.products)
-    m, products, to_x = call.modules, call.products, ctx.needs_input_grad[1]
-    dw = norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, m.norm2)  # (n, d), of y too, by the residual
-    dg, of6 = products.down.backward(masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
-    du = aten.gelu_backward(dg, u, approximate=m.approximate)  # (n, inner)
-    dy, of5 = products.up.backward(du, y, u_up, of_up, True)  # (n, d)
-    do = norm_backward(dy.add_(dw), o, mean1, rstd1, m.norm1)  # (n, d), of x too
-    dc, of4 = products.o.backward(masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
-    dqkv = attention_backward(dc, qkv, m.scale, s, mask_s, b)  # (3, b heads, t, dh)
-    dqkv = dqkv.view(3, b, m.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
-    dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
-    dx = None if dx is None else dx.add_(do).view(b, t, d)
-    return None, dx, None, None, *of123, *of4, *of5, *of6
-
-
-class EncoderLayer(torch.autograd.Function):
-    """`compute` with its backward pass. Inputs: call, x, mask, bias, then A, B and gain of the six linear layers."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, call: LayerCall, x: Tensor, mask: Tensor | None, bias: Tensor | None, *flat: Tensor
-    ) -> Tensor:
-        updates = by_product(flat, call.products)
-        joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
-        out, (x_in, c, y, g, *saved), of_products = compute(call, x, mask, bias, joined)
-        learns = [ctx.needs_input_grad[4 + 3 * i] for i in range(6)]  # A of each: only its gradient needs the input
-        wanted = (any(learns[:3]), *learns[3:])
-        inputs = [t if learned else None for t, learned in zip((x_in, c, y, g), wanted, strict=True)]
-        ctx.call, ctx.shape = call, x.shape
-        ctx.save_for_backward(*flat, *inputs, *saved, *(t for of_one in of_products for t in of_one))
-        return out
-
-    backward = backward_of(_backward)
+    def backward(
+        self,
+        call: LayerCall,
+        grad: Tensor,
+        given: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        updates: Sequence[Any],
+        of_products: Sequence[Saved],
+        learns: Sequence[bool],
+        to_x: bool,
+    ) -> tuple[Tensor | None, tuple[Any, ...]]:
+        """The gradients of x and of each product's updates."""
+        x, c, y, g, qkv, s, mask_s, o, mask_o, mean1, rstd1, u, w, mask_down, mean2, rstd2 = saved
+        of_qkv, of_o, of_up, of_down = of_products
+        (u_qkv, u_o, u_up, u_down), products, (b, t, d) = updates, call.products, grad.shape
+        dw = norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, self.norm2)  # (n, d), of y too, by the residual
+        dg, of6 = products.down.backward(masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
+        du = aten.gelu_backward(dg, u, approximate=self.approximate)  # (n, inner)
+        dy, of5 = products.up.backward(du, y, u_up, of_up, True)  # (n, d)
+        do = norm_backward(dy.add_(dw), o, mean1, rstd1, self.norm1)  # (n, d), of x too
+        dc, of4 = products.o.backward(masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
+        dqkv = attention_backward(dc, qkv, self.scale, s, mask_s, b)  # (3, b heads, t, dh)
+        dqkv = dqkv.view(3, b, self.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
+        dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
+        dx = None if dx is None else dx.add_(do).view(b, t, d)
+        return dx, (of123, of4, of5, of6)

@@ -1,7 +1,7 @@
 """What layers that are computed in one, of encoders and decoders, have in common."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ SHORT = 48  # tokens up to which softmax by exp and sum beats torch's, whose row
 class LayerCall(NamedTuple):
     """One forward of one layer: its modules, and what holds for this forward alone."""
 
-    modules: Any  # LayerModules of an encoder or DecoderModules
+    modules: Any  # what function.py says: those of an encoder or a decoder
     products: Any  # of its linear layers, each a JoinedLinear
     dropout: tuple[float, ...]  # probabilities now
     streams: Sequence[Stream]
@@ -69,18 +69,6 @@ def autocasts(device: str) -> bool:
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Turn autocast off where it is on: tensors have the dtype they are to be computed in."""
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-
-
-def backward_of(run: Callable[[Any, Tensor], tuple[Any, ...]]) -> Any:
-    """The backward pass of an autograd function, which is that of its forward: once, and outside autocast."""
-
-    def outside(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        refuse_more_than_a_gradient(grad)
-        ctx.call.read.check()
-        with no_autocast(grad.device.type):
-            return run(ctx, grad)
-
-    return staticmethod(outside)
 
 
 def refuse_more_than_a_gradient(grad: Tensor) -> None:
