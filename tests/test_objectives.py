@@ -1,5 +1,6 @@
 """Objectives: the laws that a run of every kind of task keeps, and what each kind computes, against slow oracles."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -14,20 +15,24 @@ from sklearn import metrics as sklearn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
-    BertModel,
+    GPT2Config,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     T5Config,
+    XLNetConfig,
 )
 
 import loralab
 from loralab import models as named_models
 from loralab import objectives
 from loralab.cli import main
-from loralab.data.batches import IGNORED, collate, sorted_batches
+from loralab.data.batches import IGNORED, LONGEST, collate, cut_at, longest, sorted_batches
 from loralab.errors import UserError
 from loralab.objectives import Encoding, generation, ragged, tagging, vocabulary
 from loralab.run import Settings, train, train_together
@@ -114,39 +119,45 @@ SOME = ("multi-label", "tagging", "multiple-choice", "similarity", "chat", "seq2
 DIVIDED = [kind for kind in KINDS if kind != "pairs"]  # the others' steps cannot be divided
 
 
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
+T5 = {"d_model": 24, "d_kv": 7, "d_ff": 37, "num_layers": 2, "num_heads": 3, "dropout_rate": 0}
+BASES = {  # kind -> class of transformers, and a config without dropout
+    "bert": (
+        AutoModel,
+        BertConfig(**SIZES, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+    ),
+    "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=1, max_position_embeddings=64)),
+    "t5": (AutoModelForSeq2SeqLM, T5Config(**T5)),
+}
+
+
+def made_base(folder: Path, kind: str, model_class, config, **changed) -> Path:
+    """A model folder, its weights random; the tokenizer marks the ends of a text as BERT's or T5's does, or not."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "<user>", "<assistant>", "<system>"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "bert":
+        words.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    if kind == "t5":
+        words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 4)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **(names | changed))
+    tokenizer.chat_template = TEMPLATE if kind == "llama" else None
+    tokenizer.save_pretrained(folder)
+    config.vocab_size, config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 31, 0, 4, 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_class.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """A model folder of each architecture, without dropout, its weights random."""
     root = tmp_path_factory.mktemp("bases")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "<user>", "<assistant>", "<system>"]
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
-    configs = {
-        "bert": BertConfig(
-            vocab_size=31, **sizes, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0
-        ),
-        "llama": LlamaConfig(vocab_size=31, **sizes, num_key_value_heads=1, max_position_embeddings=64),
-        "t5": T5Config(vocab_size=31, d_model=24, d_kv=7, d_ff=37, num_layers=2, num_heads=3, dropout_rate=0),
-    }
-    classes = {"bert": BertModel, "llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
-    for kind, config in configs.items():
-        words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        if kind == "bert":
-            words.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-            )
-        if kind == "t5":
-            words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 4)])
-        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
-        tokenizer.chat_template = TEMPLATE if kind == "llama" else None
-        tokenizer.save_pretrained(root / kind)
-        config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 4, 0
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            make = getattr(classes[kind], "from_config", classes[kind])
-            make(config).save_pretrained(root / kind)
-    return {kind: root / kind for kind in configs}
+    return {kind: made_base(root / kind, kind, *copy.deepcopy(base)) for kind, base in BASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +276,74 @@ def test_a_saved_adapter_predicts_what_the_run_did(kind, bases, files, tmp_path)
     np.testing.assert_allclose(found, kept["validation/logits"].numpy(), atol=2e-4)
     scores = objective.score(run.task, found, rows.labels.numpy())
     assert scores == pytest.approx(result["metrics"], abs=1e-3)
+
+
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 37, "n_positions": 64}
+OPT = {"hidden_size": 24, "ffn_dim": 37, "num_hidden_layers": 2, "num_attention_heads": 3, "word_embed_proj_dim": 24}
+BART = {"d_model": 24, "max_position_embeddings": 64, "dropout": 0} | {
+    f"{part}_{name}": size
+    for part in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 3), ("ffn_dim", 37))
+}
+XLNET = {"d_model": 24, "n_layer": 2, "n_head": 3, "d_inner": 37, "dropout": 0}
+SIDED = {  # name -> its base, and the kinds of rows that it is tried with
+    "gpt2": ("llama", AutoModelForCausalLM, GPT2Config(**GPT2, bos_token_id=4), ("completion", "chat")),
+    "opt": ("llama", AutoModelForCausalLM, OPTConfig(**OPT, max_position_embeddings=64, dropout=0), ("text",)),
+    "gpt2 without a head": (
+        "llama",
+        AutoModel,
+        GPT2Config(**GPT2, bos_token_id=4),
+        ("classification", "multi-label", "multiple-choice", "similarity", "tagging"),
+    ),
+    "bert": ("bert", *BASES["bert"], ("classification", "tagging", "triplets")),
+    "t5": ("t5", *BASES["t5"], ("seq2seq",)),
+    "bart": ("t5", AutoModelForSeq2SeqLM, BartConfig(**BART), ("seq2seq",)),
+    "xlnet": ("t5", AutoModel, XLNetConfig(**XLNET), ("tagging", "similarity")),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", SIDED)
+def test_the_loss_of_a_row_does_not_depend_on_the_rows_beside_it(name, side, files, tmp_path):
+    """Whichever side a tokenizer pads on: left padding moved absolute positions, and the words of tags."""
+    kind, model_class, config, tasks = SIDED[name]
+    base = made_base(tmp_path / "base", kind, model_class, copy.deepcopy(config), padding_side=side)
+    for task in tasks:
+        run = prepare(settings(task, {MODEL.get(task, "bert"): base}, files, tmp_path / task))
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+
+        def made(chosen, run=run):
+            batch = collate(run.train, chosen, run.tokenizer, torch.device("cpu"))
+            with torch.no_grad():
+                outputs = objectives.by_row(run.objective.forward(run.model, batch), len(chosen))
+            labels = batch.get("labels", run.train.labels[chosen])
+            return run.objective.loss(outputs, labels), run.objective.predict(outputs, labels).numpy()
+
+        chosen = list(range(16))
+        assert len(set(run.train.lengths[chosen])) > 1
+        whole, predictions = made(chosen)
+        torch.testing.assert_close(whole, torch.cat([made([i])[0] for i in chosen]), rtol=1e-4, atol=1e-4)
+        if task == "tagging":  # a row's tags stand where its labels do
+            truth = run.train.labels[chosen].numpy()[:, : predictions.shape[1]]
+            assert ((predictions == IGNORED)[:, : truth.shape[1]] == (truth == IGNORED)).all()
+
+
+def test_a_head_that_reads_padding_is_refused(files, tmp_path):
+    """XLNet's reads the last token of a batch: what it said of a short row depended on the rows beside it."""
+    base = made_base(tmp_path / "base", "t5", *copy.deepcopy(SIDED["xlnet"][1:3]))
+    with pytest.raises(UserError, match="its head reads the last token"):
+        prepare(settings("classification", {"bert": base}, files, tmp_path / "run"))
+
+
+def test_a_model_that_sets_no_limit_takes_rows_of_any_length(files, tmp_path):
+    """XLNet's config has -1 where others have the most tokens that a model takes."""
+    base = made_base(tmp_path / "base", "t5", *copy.deepcopy(SIDED["xlnet"][1:3]))
+    train(settings("tagging", {"bert": base}, files, tmp_path / "run", epochs=1))
+    model = AutoModel.from_pretrained(base)
+    assert longest(model) is None
+    assert (cut_at(700, model), cut_at(None, model)) == (700, LONGEST)
 
 
 def test_a_step_whose_rows_are_each_others_negatives_is_not_divided(bases, files, tmp_path):

@@ -259,6 +259,11 @@ def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     objective = objectives.of(task)
     head = (objective.task_type, objective.outputs(task), torch.float32, settings.seed, settings.attention)
     model, tokenizer = models.fresh(settings.model, *head)
+    if any(getattr(module, "summary_type", None) in ("last", "mean") for module in model.modules()):
+        raise UserError(
+            f"{settings.model}: its head reads the last token of a batch, or the mean of all, which in a short row is "
+            "padding: choose another objective, or a model whose head reads the row alone"
+        )
     objective.begin(model, task)
     objective.prepare(model)
     return model, tokenizer
