@@ -554,6 +554,34 @@ def test_words_are_cut_into_tokens_and_the_first_has_the_tag(minilm):
     assert rows.columns["labels"][0] == expected
 
 
+def test_predictions_of_other_tokens_than_the_labels_are_refused():
+    """As where one of the two is padded on the left: each word had the tag of another."""
+    tags = np.array([[IGNORED, 0, 1, IGNORED], [1, 0, 1, 0]])
+    task = objectives.data.Task("t", ("a", "b"), ("accuracy",), None, {}, "", objective="tagging")
+    moved = np.array([[IGNORED, IGNORED, 0, 1], [1, 0, 1, 0]])
+    assert tagging.score(task, tags, tags)["accuracy"] == 1
+    for what in (tagging.score, tagging.confusion, tagging.wrong, tagging.parts):
+        with pytest.raises(ValueError, match="predictions of other tokens"):
+            what(task, moved, tags)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "tagging", "similarity", "seq2seq"])
+def test_a_row_is_cut_at_its_end(kind, side, files, tmp_path):
+    """Whichever side the tokenizer cuts: answers gave the tags of the last words to the first."""
+    name = MODEL.get(kind, "bert")
+    base = made_base(tmp_path / "base", name, *copy.deepcopy(BASES[name]), truncation_side=side)
+    task, tokenizer = objectives.load(str(files[kind])), named_models.tokenizer(str(base))
+    whole, cut = (objectives.of(task).encode(task, task.train, tokenizer, Encoding(most, False)) for most in (40, 5))
+    for long, short in zip(whole.columns["input_ids"], cut.columns["input_ids"], strict=True):
+        assert short[:-1] == long[: len(short) - 1]
+    assert tokenizer.truncation_side == side
+    if kind == "tagging":
+        for row, tags, found in zip(task.train.texts, task.train.labels, cut.labels.numpy(), strict=True):
+            names = [task.labels[tag] for tag in tags]
+            assert tagging.answer(task, row, found)["tags"] == [*names[:3], *[None] * (len(row) - 3)]
+
+
 # ---- what a user runs afterwards -------------------------------------------------------------------------------------
 
 

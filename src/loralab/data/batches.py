@@ -1,6 +1,7 @@
 """Rows as token ids, and batches of rows of similar length, so that little of a batch is padding."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -130,8 +131,15 @@ def tokenized(
     """
     parts = [list(column) for column in zip(*texts, strict=True)]
     free = tokenizer(*parts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-    columns = dict(tokenizer(*parts, truncation=True, max_length=max_length, verbose=False))
+    columns = dict(cutting_at_end(tokenizer)(*parts, truncation=True, max_length=max_length, verbose=False))
     return columns, [len(ids) for ids in free]
+
+
+def cutting_at_end(tokenizer: Any) -> Any:
+    """Return a tokenizer that cuts rows at the end, whichever side its folder names; the given one stays as it is."""
+    other = copy(tokenizer)
+    other.truncation_side = "right"
+    return other
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
