@@ -582,6 +582,27 @@ def test_a_row_is_cut_at_its_end(kind, side, files, tmp_path):
             assert tagging.answer(task, row, found)["tags"] == [*names[:3], *[None] * (len(row) - 3)]
 
 
+ENDED = {"t5": [[9, 13, 4], [4]], "llama": [[9, 13, 4], [4]], "bert": [[2, 9, 13, 3, 4], [2, 3, 4]]}
+
+
+@pytest.mark.parametrize("ends", ENDED)
+def test_a_target_ends_with_the_end_token_and_counts(ends, tmp_path):
+    """Where the tokenizer added none a model did not learn to stop, and a target of no tokens weighed nothing."""
+    base = made_base(tmp_path / "base", ends, *copy.deepcopy(BASES["t5"]))
+    tokenizer, encode = named_models.tokenizer(str(base)), objectives.OBJECTIVES["seq2seq"].encode
+    task = objectives.data.Task("t", None, ("loss",), None, {}, "", objective="seq2seq")
+    split = objectives.data.Split([("the cat", "a dog"), ("the cat", "")], [None, None])
+    rows = encode(task, split, tokenizer, Encoding(40, True))
+    assert rows.columns["labels"] == ENDED[ends]
+    assert rows.weights.tolist() == [len(ids) for ids in ENDED[ends]]
+    tokenizer.eos_token = None
+    if ends == "llama":
+        with pytest.raises(UserError, match="no end-of-text token"):
+            encode(task, split, tokenizer, Encoding(40, True))
+    else:  # it ends texts in its own way
+        assert encode(task, split, tokenizer, Encoding(40, True)).columns["labels"][0][-1] == {"t5": 4, "bert": 3}[ends]
+
+
 # ---- what a user runs afterwards -------------------------------------------------------------------------------------
 
 
