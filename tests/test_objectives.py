@@ -20,8 +20,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    BloomConfig,
+    Gemma2Config,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     T5Config,
@@ -379,6 +385,42 @@ def test_a_packed_run_is_the_run_up_to_rounding_and_others_refuse_to_pack(bases,
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
     with pytest.raises(UserError, match="--pack"):
         train(settings("tagging", bases, files, tmp_path / "other", pack=True))
+
+
+HEADS = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 64}
+STATES = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}
+PACKED = {  # name -> a config, and whether rows of up to 40 tokens can be packed
+    "gpt2": (GPT2Config(**GPT2, bos_token_id=4), True),
+    "a window that no row reaches": (MistralConfig(**HEADS, sliding_window=48), True),
+    "a window": (MistralConfig(**HEADS, sliding_window=8), False),
+    "a window in some layers": (Gemma2Config(**HEADS, head_dim=8, sliding_window=8), False),
+    "positions from the mask": (BloomConfig(hidden_size=24, n_layer=2, n_head=3), False),
+    "a state": (Mamba2Config(**STATES, num_heads=6, head_dim=8, n_groups=1, chunk_size=8, bos_token_id=4), False),
+    "a state that knows no mask of pairs": (MambaConfig(**STATES), False),
+    "a convolution": (Lfm2Config(**HEADS, layer_types=["conv", "full_attention"], initializer_range=0.3), False),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_model_packs_rows_as_they_are_alone_or_refuses_to(name, files, tmp_path):
+    config, able = PACKED[name]
+    base = made_base(tmp_path / "base", "llama", AutoModelForCausalLM, copy.deepcopy(config))
+    s = settings("chat", {"llama": base}, files, tmp_path / "run", pack=True)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    if not able:
+        with pytest.raises(UserError, match=r"--pack: .* was tried with rows of 21, 17, 17 tokens in a pass, .*leave"):
+            prepare(s)
+        assert torch.equal(before, torch.random.get_rng_state())
+        return
+    run, chosen = prepare(s), list(range(17))
+    assert torch.equal(before, torch.random.get_rng_state())
+    with torch.no_grad():
+        packed, alone = (
+            run.objective.forward(run.model, collate(rows, chosen, run.tokenizer, torch.device("cpu")))
+            for rows in (run.train, dataclasses.replace(run.train, packed=False))
+        )
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
