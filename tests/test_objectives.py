@@ -352,6 +352,14 @@ def test_a_model_that_sets_no_limit_takes_rows_of_any_length(files, tmp_path):
     assert (cut_at(700, model), cut_at(None, model)) == (700, LONGEST)
 
 
+@pytest.mark.parametrize("name", ["xlnet", "bert"])
+def test_a_model_that_reads_what_it_is_to_predict_is_refused(name, files, tmp_path):
+    """transformers gives one to a causal model's class: it learned to copy the next token."""
+    base = made_base(tmp_path / "base", "llama", AutoModelForCausalLM, copy.deepcopy(SIDED[name][2]))
+    with pytest.raises(UserError, match="depends on the tokens after it"):
+        prepare(settings("chat", {"llama": base}, files, tmp_path / "run"))
+
+
 def test_a_step_whose_rows_are_each_others_negatives_is_not_divided(bases, files, tmp_path):
     with pytest.raises(UserError, match="cannot be divided"):
         train(settings("pairs", bases, files, tmp_path, accumulate=2))

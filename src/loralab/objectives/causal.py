@@ -138,6 +138,24 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
 # ---- loss and metrics ------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def prepare(model: Any) -> None:
+    """Look at a plain model before adapters are attached. Raises UserError for one that reads what it is to predict."""
+    vocabulary.prepare(model)
+    ids = torch.tensor([[1, 1, 1], [1, 1, 2]], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0].float()
+    if (logits[0] - logits[1]).abs().max() > max(1e-5, _rounding(model)) * (logits.max() - logits.min()):
+        raise UserError(
+            f"{type(model).__name__}: what it says of a token depends on the tokens after it, so it is not causal: "
+            "choose another, or for a BERT one whose config has is_decoder"
+        )
+
+
+def _rounding(model: nn.Module) -> float:
+    """Return a share of a result by which rounding may change it: four steps of the coarsest numbers of a model."""
+    return 4 * max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+
+
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Return (rows, 3): the negative log-likelihood of the learned tokens, their number, the right ones.
 
@@ -184,13 +202,12 @@ def check_pack(name: str, model: nn.Module, rows: Rows, tokenizer: Any) -> None:
         raise UserError(
             f"{tried}, which it cannot take ({type(problem).__name__}: {first}): leave --pack out"
         ) from problem
-    rounding = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    near = max(1e-3, 4 * rounding) * (alone.max() - alone.min()) + 1e-5 * alone.max()
+    near = max(1e-3, _rounding(model)) * (alone.max() - alone.min()) + 1e-5 * alone.max()
     worst = int((packed - alone).abs().argmax())
     if not (packed - alone).abs()[worst] <= near:  # also where one is nan
         raise UserError(
-            f"{tried}, and a token has the loss {packed[worst]:.5g} packed but {alone[worst]:.5g} in its row alone: layers "
-            "of the model read other rows, or more of a row than they did; leave --pack out"
+            f"{tried}, and a token has the loss {packed[worst]:.5g} packed but {alone[worst]:.5g} in its row alone: "
+            "layers of the model read other rows, or more of a row than they did; leave --pack out"
         )
 
 
@@ -263,7 +280,7 @@ OBJECTIVE = Objective(
     ask=ask,
     answer=answer,
     predict=predict,
-    prepare=vocabulary.prepare,
+    prepare=prepare,
     names=lambda task: (),
     of=of,
     takes=("template", "loss_on", "pack"),
