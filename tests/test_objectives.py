@@ -1,5 +1,6 @@
 """Objectives: the laws that a run of every kind of task keeps, and what each kind computes, against slow oracles."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -15,20 +16,30 @@ from sklearn import metrics as sklearn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
-    BertModel,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    Lfm2Config,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     T5Config,
+    XLNetConfig,
 )
 
 import loralab
 from loralab import models as named_models
 from loralab import objectives
 from loralab.cli import main
-from loralab.data.batches import IGNORED, collate, sorted_batches
+from loralab.data.batches import IGNORED, LONGEST, collate, cut_at, longest, sorted_batches
 from loralab.data.metrics import upward
 from loralab.errors import UserError
 from loralab.objectives import Encoding, generation, ragged, tagging, vocabulary
@@ -120,39 +131,45 @@ SOME = ("multi-label", "tagging", "multiple-choice", "similarity", "chat", "seq2
 DIVIDED = [kind for kind in KINDS if kind != "pairs"]  # the others' steps cannot be divided
 
 
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
+T5 = {"d_model": 24, "d_kv": 7, "d_ff": 37, "num_layers": 2, "num_heads": 3, "dropout_rate": 0}
+BASES = {  # kind -> class of transformers, and a config without dropout
+    "bert": (
+        AutoModel,
+        BertConfig(**SIZES, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+    ),
+    "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=1, max_position_embeddings=64)),
+    "t5": (AutoModelForSeq2SeqLM, T5Config(**T5)),
+}
+
+
+def made_base(folder: Path, kind: str, model_class, config, **changed) -> Path:
+    """A model folder, its weights random; the tokenizer marks the ends of a text as BERT's or T5's does, or not."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "<user>", "<assistant>", "<system>"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "bert":
+        words.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    if kind == "t5":
+        words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 4)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **(names | changed))
+    tokenizer.chat_template = TEMPLATE if kind == "llama" else None
+    tokenizer.save_pretrained(folder)
+    config.vocab_size, config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 31, 0, 4, 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_class.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """A model folder of each architecture, without dropout, its weights random."""
     root = tmp_path_factory.mktemp("bases")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "<user>", "<assistant>", "<system>"]
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
-    configs = {
-        "bert": BertConfig(
-            vocab_size=31, **sizes, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0
-        ),
-        "llama": LlamaConfig(vocab_size=31, **sizes, num_key_value_heads=1, max_position_embeddings=64),
-        "t5": T5Config(vocab_size=31, d_model=24, d_kv=7, d_ff=37, num_layers=2, num_heads=3, dropout_rate=0),
-    }
-    classes = {"bert": BertModel, "llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
-    for kind, config in configs.items():
-        words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        if kind == "bert":
-            words.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-            )
-        if kind == "t5":
-            words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 4)])
-        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
-        tokenizer.chat_template = TEMPLATE if kind == "llama" else None
-        tokenizer.save_pretrained(root / kind)
-        config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 4, 0
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            make = getattr(classes[kind], "from_config", classes[kind])
-            make(config).save_pretrained(root / kind)
-    return {kind: root / kind for kind in configs}
+    return {kind: made_base(root / kind, kind, *copy.deepcopy(base)) for kind, base in BASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +290,82 @@ def test_a_saved_adapter_predicts_what_the_run_did(kind, bases, files, tmp_path)
     assert scores == pytest.approx(result["metrics"], abs=1e-3)
 
 
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 37, "n_positions": 64}
+OPT = {"hidden_size": 24, "ffn_dim": 37, "num_hidden_layers": 2, "num_attention_heads": 3, "word_embed_proj_dim": 24}
+BART = {"d_model": 24, "max_position_embeddings": 64, "dropout": 0} | {
+    f"{part}_{name}": size
+    for part in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 3), ("ffn_dim", 37))
+}
+XLNET = {"d_model": 24, "n_layer": 2, "n_head": 3, "d_inner": 37, "dropout": 0}
+SIDED = {  # name -> its base, and the kinds of rows that it is tried with
+    "gpt2": ("llama", AutoModelForCausalLM, GPT2Config(**GPT2, bos_token_id=4), ("completion", "chat")),
+    "opt": ("llama", AutoModelForCausalLM, OPTConfig(**OPT, max_position_embeddings=64, dropout=0), ("text",)),
+    "gpt2 without a head": (
+        "llama",
+        AutoModel,
+        GPT2Config(**GPT2, bos_token_id=4),
+        ("classification", "multi-label", "multiple-choice", "similarity", "tagging"),
+    ),
+    "bert": ("bert", *BASES["bert"], ("classification", "tagging", "triplets")),
+    "t5": ("t5", *BASES["t5"], ("seq2seq",)),
+    "bart": ("t5", AutoModelForSeq2SeqLM, BartConfig(**BART), ("seq2seq",)),
+    "xlnet": ("t5", AutoModel, XLNetConfig(**XLNET), ("tagging", "similarity")),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", SIDED)
+def test_the_loss_of_a_row_does_not_depend_on_the_rows_beside_it(name, side, files, tmp_path):
+    """Whichever side a tokenizer pads on: left padding moved absolute positions, and the words of tags."""
+    kind, model_class, config, tasks = SIDED[name]
+    base = made_base(tmp_path / "base", kind, model_class, copy.deepcopy(config), padding_side=side)
+    for task in tasks:
+        run = prepare(settings(task, {MODEL.get(task, "bert"): base}, files, tmp_path / task))
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+
+        def made(chosen, run=run):
+            batch = collate(run.train, chosen, run.tokenizer, torch.device("cpu"))
+            with torch.no_grad():
+                outputs = objectives.by_row(run.objective.forward(run.model, batch), len(chosen))
+            labels = batch.get("labels", run.train.labels[chosen])
+            return run.objective.loss(outputs, labels), run.objective.predict(outputs, labels).numpy()
+
+        chosen = list(range(16))
+        assert len(set(run.train.lengths[chosen])) > 1
+        whole, predictions = made(chosen)
+        torch.testing.assert_close(whole, torch.cat([made([i])[0] for i in chosen]), rtol=1e-4, atol=1e-4)
+        if task == "tagging":  # a row's tags stand where its labels do
+            truth = run.train.labels[chosen].numpy()[:, : predictions.shape[1]]
+            assert ((predictions == IGNORED)[:, : truth.shape[1]] == (truth == IGNORED)).all()
+
+
+def test_a_head_that_reads_padding_is_refused(files, tmp_path):
+    """XLNet's reads the last token of a batch: what it said of a short row depended on the rows beside it."""
+    base = made_base(tmp_path / "base", "t5", *copy.deepcopy(SIDED["xlnet"][1:3]))
+    with pytest.raises(UserError, match="its head reads the last token"):
+        prepare(settings("classification", {"bert": base}, files, tmp_path / "run"))
+
+
+def test_a_model_that_sets_no_limit_takes_rows_of_any_length(files, tmp_path):
+    """XLNet's config has -1 where others have the most tokens that a model takes."""
+    base = made_base(tmp_path / "base", "t5", *copy.deepcopy(SIDED["xlnet"][1:3]))
+    train(settings("tagging", {"bert": base}, files, tmp_path / "run", epochs=1))
+    model = AutoModel.from_pretrained(base)
+    assert longest(model) is None
+    assert (cut_at(700, model), cut_at(None, model)) == (700, LONGEST)
+
+
+@pytest.mark.parametrize("name", ["xlnet", "bert"])
+def test_a_model_that_reads_what_it_is_to_predict_is_refused(name, files, tmp_path):
+    """transformers gives one to a causal model's class: it learned to copy the next token."""
+    base = made_base(tmp_path / "base", "llama", AutoModelForCausalLM, copy.deepcopy(SIDED[name][2]))
+    with pytest.raises(UserError, match="depends on the tokens after it"):
+        prepare(settings("chat", {"llama": base}, files, tmp_path / "run"))
+
+
 def test_a_step_whose_rows_are_each_others_negatives_is_not_divided(bases, files, tmp_path):
     with pytest.raises(UserError, match="cannot be divided"):
         train(settings("pairs", bases, files, tmp_path, accumulate=2))
@@ -306,6 +399,42 @@ def test_a_packed_run_is_the_run_up_to_rounding_and_others_refuse_to_pack(bases,
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
     with pytest.raises(UserError, match="--pack"):
         train(settings("tagging", bases, files, tmp_path / "other", pack=True))
+
+
+HEADS = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 64}
+STATES = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}
+PACKED = {  # name -> a config, and whether rows of up to 40 tokens can be packed
+    "gpt2": (GPT2Config(**GPT2, bos_token_id=4), True),
+    "a window that no row reaches": (MistralConfig(**HEADS, sliding_window=48), True),
+    "a window": (MistralConfig(**HEADS, sliding_window=8), False),
+    "a window in some layers": (Gemma2Config(**HEADS, head_dim=8, sliding_window=8), False),
+    "positions from the mask": (BloomConfig(hidden_size=24, n_layer=2, n_head=3), False),
+    "a state": (Mamba2Config(**STATES, num_heads=6, head_dim=8, n_groups=1, chunk_size=8, bos_token_id=4), False),
+    "a state that knows no mask of pairs": (MambaConfig(**STATES), False),
+    "a convolution": (Lfm2Config(**HEADS, layer_types=["conv", "full_attention"], initializer_range=0.3), False),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_model_packs_rows_as_they_are_alone_or_refuses_to(name, files, tmp_path):
+    config, able = PACKED[name]
+    base = made_base(tmp_path / "base", "llama", AutoModelForCausalLM, copy.deepcopy(config))
+    s = settings("chat", {"llama": base}, files, tmp_path / "run", pack=True)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    if not able:
+        with pytest.raises(UserError, match=r"--pack: .* was tried with rows of 21, 17, 17 tokens in a pass, .*leave"):
+            prepare(s)
+        assert torch.equal(before, torch.random.get_rng_state())
+        return
+    run, chosen = prepare(s), list(range(17))
+    assert torch.equal(before, torch.random.get_rng_state())
+    with torch.no_grad():
+        packed, alone = (
+            run.objective.forward(run.model, collate(rows, chosen, run.tokenizer, torch.device("cpu")))
+            for rows in (run.train, dataclasses.replace(run.train, packed=False))
+        )
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -479,6 +608,55 @@ def test_words_are_cut_into_tokens_and_the_first_has_the_tag(minilm):
         before = word
     assert rows.columns["input_ids"][0] == pieces["input_ids"]
     assert rows.columns["labels"][0] == expected
+
+
+def test_predictions_of_other_tokens_than_the_labels_are_refused():
+    """As where one of the two is padded on the left: each word had the tag of another."""
+    tags = np.array([[IGNORED, 0, 1, IGNORED], [1, 0, 1, 0]])
+    task = objectives.data.Task("t", ("a", "b"), ("accuracy",), None, {}, "", objective="tagging")
+    moved = np.array([[IGNORED, IGNORED, 0, 1], [1, 0, 1, 0]])
+    assert tagging.score(task, tags, tags)["accuracy"] == 1
+    for what in (tagging.score, tagging.confusion, tagging.wrong, tagging.parts):
+        with pytest.raises(ValueError, match="predictions of other tokens"):
+            what(task, moved, tags)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "tagging", "similarity", "seq2seq"])
+def test_a_row_is_cut_at_its_end(kind, side, files, tmp_path):
+    """Whichever side the tokenizer cuts: answers gave the tags of the last words to the first."""
+    name = MODEL.get(kind, "bert")
+    base = made_base(tmp_path / "base", name, *copy.deepcopy(BASES[name]), truncation_side=side)
+    task, tokenizer = objectives.load(str(files[kind])), named_models.tokenizer(str(base))
+    whole, cut = (objectives.of(task).encode(task, task.train, tokenizer, Encoding(most, False)) for most in (40, 5))
+    for long, short in zip(whole.columns["input_ids"], cut.columns["input_ids"], strict=True):
+        assert short[:-1] == long[: len(short) - 1]
+    assert tokenizer.truncation_side == side
+    if kind == "tagging":
+        for row, tags, found in zip(task.train.texts, task.train.labels, cut.labels.numpy(), strict=True):
+            names = [task.labels[tag] for tag in tags]
+            assert tagging.answer(task, row, found)["tags"] == [*names[:3], *[None] * (len(row) - 3)]
+
+
+ENDED = {"t5": [[9, 13, 4], [4]], "llama": [[9, 13, 4], [4]], "bert": [[2, 9, 13, 3, 4], [2, 3, 4]]}
+
+
+@pytest.mark.parametrize("ends", ENDED)
+def test_a_target_ends_with_the_end_token_and_counts(ends, tmp_path):
+    """Where the tokenizer added none a model did not learn to stop, and a target of no tokens weighed nothing."""
+    base = made_base(tmp_path / "base", ends, *copy.deepcopy(BASES["t5"]))
+    tokenizer, encode = named_models.tokenizer(str(base)), objectives.OBJECTIVES["seq2seq"].encode
+    task = objectives.data.Task("t", None, ("loss",), None, {}, "", objective="seq2seq")
+    split = objectives.data.Split([("the cat", "a dog"), ("the cat", "")], [None, None])
+    rows = encode(task, split, tokenizer, Encoding(40, True))
+    assert rows.columns["labels"] == ENDED[ends]
+    assert rows.weights.tolist() == [len(ids) for ids in ENDED[ends]]
+    tokenizer.eos_token = None
+    if ends == "llama":
+        with pytest.raises(UserError, match="no end-of-text token"):
+            encode(task, split, tokenizer, Encoding(40, True))
+    else:  # it ends texts in its own way
+        assert encode(task, split, tokenizer, Encoding(40, True)).columns["labels"][0][-1] == {"t5": 4, "bert": 3}[ends]
 
 
 # ---- what a user runs afterwards -------------------------------------------------------------------------------------

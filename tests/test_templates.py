@@ -1,12 +1,14 @@
 """Chats as tokens: which characters of five public chat templates are learned, written out by hand."""
 
+import copy
+
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loralab.data.batches import IGNORED
 from loralab.errors import UserError
-from loralab.objectives import templates
+from loralab.objectives import generation, templates
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -95,6 +97,25 @@ def test_prompt_and_completion_are_one_text_whose_end_is_learned(letters):
     text = templates.tokens(("four",), letters, {})
     assert text.labels == text.ids
     assert text.learned == 4  # nothing predicts the first
+
+
+@pytest.mark.parametrize("ends", ["", " <end>", " <|end|>"])
+@pytest.mark.parametrize("begins", ["", "<|user|> "])
+@pytest.mark.parametrize("prompt", ["2+2=", "2+2=<end>", "2+2=<|end|>"])
+def test_an_answer_is_written_after_the_tokens_that_it_is_learned_after(prompt, begins, ends, letters):
+    """Also with a tokenizer that ends a text: answers were written after its end token."""
+    tokenizer = copy.deepcopy(letters)
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<end>", "<|end|>", "<|user|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begins}$A{ends}", special_tokens=special
+    )
+    learned = templates.tokens((prompt, "four"), tokenizer, {})
+    before = [i for i, label in zip(learned.ids, learned.labels, strict=True) if label == IGNORED]
+    assert generation.prompt_ids((prompt,), tokenizer) == before
+    assert tokenizer.decode(before) == begins.strip() + prompt
+    answer = [i for i in learned.labels if i != IGNORED]
+    assert answer[-1] == tokenizer.eos_token_id
+    assert answer.count(tokenizer.eos_token_id) == 1
 
 
 BAD = {

@@ -114,7 +114,7 @@ def _decoder(settings: Settings, json: bool) -> None:
     handle, tokenizer = base.load(settings.model, settings.folder / "adapter")
     task = setup.task_of(settings)
     split = setup.reported(task, settings)
-    asked = written.questions(task, split, "json", len(split), handle.model, tokenizer)
+    asked = written.questions(task, split, "json", len(split), handle.model, tokenizer, settings.max_length)
     who = {"base": None, settings.method: handle.names[0]}
     with rows_bar("answers", len(who) * len(asked)) as done:
         texts = {name: written.answers(handle, adapter, asked, tokenizer, done=done) for name, adapter in who.items()}

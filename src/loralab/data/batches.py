@@ -1,6 +1,7 @@
 """Rows as token ids, and batches of rows of similar length, so that little of a batch is padding."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,7 +77,7 @@ def longest(model: Any) -> int | None:
     position after it, so the model takes fewer tokens than its table has rows.
     """
     config_limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    if config_limit is None:
+    if config_limit is None or config_limit < 1:  # XLNet's is -1: its positions are relative
         return None
     limit = config_limit
     words = model.get_input_embeddings()
@@ -130,8 +131,15 @@ def tokenized(
     """
     parts = [list(column) for column in zip(*texts, strict=True)]
     free = tokenizer(*parts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-    columns = dict(tokenizer(*parts, truncation=True, max_length=max_length, verbose=False))
+    columns = dict(cutting_at_end(tokenizer)(*parts, truncation=True, max_length=max_length, verbose=False))
     return columns, [len(ids) for ids in free]
+
+
+def cutting_at_end(tokenizer: Any) -> Any:
+    """Return a tokenizer that cuts rows at the end, whichever side its folder names; the given one stays as it is."""
+    other = copy(tokenizer)
+    other.truncation_side = "right"
+    return other
 
 
 def collate(rows: Rows, chosen: Sequence[int], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
@@ -144,7 +152,8 @@ def collate_together(
 ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
     """Return the chosen rows of K runs: tensors (K b, t) in K equal parts, and the (b, t) of each part alone.
 
-    b counts sequences. Short ones are padded; a part with fewer than the largest repeats its first.
+    b counts sequences. A part with fewer than the largest repeats its first. Short ones are padded on the right,
+    whichever side the tokenizer names: then a token has the position that it has alone, and its label stays with it.
     """
     if parts[0][0].packed:
         ((rows, chosen),) = parts
@@ -161,17 +170,17 @@ def collate_together(
         for key, column in picked.items():
             column += [rows.columns[key][i] for i in filled]
     labels = picked.pop("labels", None)
-    batch = tokenizer.pad(picked, padding="max_length", max_length=t, return_tensors="pt", verbose=False)
+    how = {"padding": "max_length", "max_length": t, "padding_side": "right"}
+    batch = tokenizer.pad(picked, **how, return_tensors="pt", verbose=False)
     if labels is not None:
         wide = t if max(map(len, labels)) <= t else batch_width(max(map(len, labels)))  # a target may be longer
-        batch["labels"] = _padded_labels(labels, wide, tokenizer.padding_side)
+        batch["labels"] = _padded_labels(labels, wide)
     return {key: tensor.to(device) for key, tensor in batch.items()}, sizes
 
 
-def _padded_labels(labels: list[list[int]], t: int, side: str) -> Tensor:
+def _padded_labels(labels: list[list[int]], t: int) -> Tensor:
     """Return the labels of tokens as (sequences, t), IGNORED where there is padding."""
-    spare = [[IGNORED] * (t - len(ids)) for ids in labels]
-    return torch.tensor([s + ids if side == "left" else ids + s for ids, s in zip(labels, spare, strict=True)])
+    return torch.tensor([ids + [IGNORED] * (t - len(ids)) for ids in labels])
 
 
 def pack(rows: Rows, chosen: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.data import METRICS, Split, Task, chats, checks, own_files, tables
-from loralab.data.batches import IGNORED, Rows
+from loralab.data.batches import IGNORED, Rows, collate
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
 from loralab.errors import UserError
@@ -138,20 +138,77 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
 # ---- loss and metrics ------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def prepare(model: Any) -> None:
+    """Look at a plain model before adapters are attached. Raises UserError for one that reads what it is to predict."""
+    vocabulary.prepare(model)
+    ids = torch.tensor([[1, 1, 1], [1, 1, 2]], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0].float()
+    if (logits[0] - logits[1]).abs().max() > max(1e-5, _rounding(model)) * (logits.max() - logits.min()):
+        raise UserError(
+            f"{type(model).__name__}: what it says of a token depends on the tokens after it, so it is not causal: "
+            "choose another, or for a BERT one whose config has is_decoder"
+        )
+
+
+def _rounding(model: nn.Module) -> float:
+    """Return a share of a result by which rounding may change it: four steps of the coarsest numbers of a model."""
+    return 4 * max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+
+
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Return (rows, 3): the negative log-likelihood of the learned tokens, their number, the right ones.
 
     A row is a sequence, or a part of one where the batch is packed.
     """
-    inputs = {key: t for key, t in batch.items() if key not in ("labels", "rows")}
-    labels = batch["labels"][:, 1:]  # (sequences, t - 1): what each token but the last predicts
-    learned = labels != IGNORED
-    sequences, places = learned.nonzero().unbind(1)  # (learned tokens,)
-    nll, right = vocabulary.likelihoods(model, inputs, (sequences, places), labels[sequences, places])
-    of_row = batch["rows"][sequences, places + 1] if "rows" in batch else sequences  # (learned tokens,)
-    rows = int(batch["rows"].max()) + 1 if "rows" in batch else len(labels)
+    nll, right, of_row = by_token(model, batch)
+    rows = int(batch["rows"].max()) + 1 if "rows" in batch else len(batch["labels"])
     columns = torch.stack([nll, torch.ones_like(nll), right.to(nll.dtype)], 1)  # (learned tokens, 3)
     return nll.new_zeros(rows, 3).index_add(0, of_row, columns)
+
+
+def by_token(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each learned token its negative log-likelihood, whether it is right, and its row; (learned tokens,)."""
+    inputs = {key: t for key, t in batch.items() if key not in ("labels", "rows")}
+    labels = batch["labels"][:, 1:]  # (sequences, t - 1): what each token but the last predicts
+    sequences, places = (labels != IGNORED).nonzero().unbind(1)  # (learned tokens,)
+    nll, right = vocabulary.likelihoods(model, inputs, (sequences, places), labels[sequences, places])
+    of_row = batch["rows"][sequences, places + 1] if "rows" in batch else sequences  # (learned tokens,)
+    return nll, right, of_row
+
+
+@torch.no_grad()
+def check_pack(name: str, model: nn.Module, rows: Rows, tokenizer: Any) -> None:
+    """Raise UserError for a model, in evaluation mode, whose packed rows are not as they are alone.
+
+    A mask tells rows apart, and some layers read more than it lets them: states, convolutions, and a window of their
+    own that the mask replaces. The longest row and the two shortest are tried.
+    """
+    plain = replace(rows, packed=False, columns={**rows.columns, "labels": rows.columns["input_ids"]})
+    order = np.argsort(-rows.lengths, kind="stable").tolist()
+    chosen = [*order[:1], *order[1:][-2:]]
+    tried = f"--pack: {name} was tried with rows of {', '.join(str(rows.lengths[i]) for i in chosen)} tokens in a pass"
+
+    def losses(rows: Rows, chosen: list[int]) -> Tensor:
+        nll, _, of_row = by_token(model, collate(rows, chosen, tokenizer, torch.device("cpu")))
+        return nll[of_row.argsort(stable=True)]  # (tokens that are predicted,), row by row
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            alone = torch.cat([losses(plain, [i]) for i in chosen])
+            packed = losses(replace(plain, packed=True), chosen)
+    except Exception as problem:  # of many types, where a model cannot take the mask
+        first = str(problem).strip().partition("\n")[0]
+        raise UserError(
+            f"{tried}, which it cannot take ({type(problem).__name__}: {first}): leave --pack out"
+        ) from problem
+    near = max(1e-3, _rounding(model)) * (alone.max() - alone.min()) + 1e-5 * alone.max()
+    worst = int((packed - alone).abs().argmax())
+    if not (packed - alone).abs()[worst] <= near:  # also where one is nan
+        raise UserError(
+            f"{tried}, and a token has the loss {packed[worst]:.5g} packed but {alone[worst]:.5g} in its row alone: "
+            "layers of the model read other rows, or more of a row than they did; leave --pack out"
+        )
 
 
 def loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -223,7 +280,7 @@ OBJECTIVE = Objective(
     ask=ask,
     answer=answer,
     predict=predict,
-    prepare=vocabulary.prepare,
+    prepare=prepare,
     names=lambda task: (),
     of=of,
     takes=("template", "loss_on", "pack"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import chats
-from loralab.data.batches import Done, batch_width, longest, sorted_batches, unknown_tokens, unwatched
+from loralab.data.batches import Done, batch_width, longest, sorted_batches, tokenized, unknown_tokens, unwatched
 from loralab.errors import UserError
 from loralab.objectives import templates
 
@@ -107,18 +107,21 @@ def _flag(name: str) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(
-    prompt: chats.Row, tokenizer: Any, template: str | None = None, max_length: int | None = None
-) -> list[int]:
-    """Return the tokens of a prompt: of a chat through the template, where the assistant is about to speak.
+def prompt_ids(prompt: chats.Row, tokenizer: Any, template: str | None = None) -> list[int]:
+    """Return the tokens of a decoder's prompt: of a chat through the template, where the assistant is about to speak.
 
-    A text is cut after `max_length` tokens. Raises UserError for a chat that the template cannot show.
+    Raises UserError for a chat that the template cannot show.
     """
     if not chats.is_chat(prompt):
-        cut = max_length is not None
-        return list(tokenizer(prompt[0], truncation=cut, max_length=max_length, verbose=False)["input_ids"])
+        return templates.to_be_continued(prompt[0], tokenizer)
     text = templates.before_answer(prompt, tokenizer, template)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def source_ids(source: chats.Row, tokenizer: Any, max_length: int) -> list[int]:
+    """Return the tokens of what an encoder-decoder reads, cut as in training."""
+    columns, _ = tokenized([source], tokenizer, max_length)
+    return list(columns["input_ids"][0])
 
 
 def check_length(ids: Sequence[int], model: Any, decoding: Decoding) -> None:

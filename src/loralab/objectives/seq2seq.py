@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import IGNORED, Rows, tokenized
 from loralab.data.own_files import OwnFile, divided
+from loralab.objectives import templates
 from loralab.objectives.causal import LANGUAGE, loss, score, wrong
 from loralab.objectives.objective import Batch, Encoding, Objective
 
@@ -36,9 +37,15 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Split:
 
 
 def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
-    """Tokenize source and target; each is cut at the maximal length, and a row counts by its target's tokens."""
+    """Tokenize source and target; each is cut at the maximal length, and a row counts by its target's tokens.
+
+    A target ends with the end token. Raises UserError where the tokenizer has none, and ends no text by itself.
+    """
     columns, uncut = tokenized([row[:1] for row in split.texts], tokenizer, how.max_length)
-    free = tokenizer(text_target=[row[1] for row in split.texts], verbose=False)["input_ids"]
+    found = tokenizer(text_target=[row[1] for row in split.texts], **templates.PARTED)
+    free, masks = found["input_ids"], found["special_tokens_mask"]
+    if tokenizer.eos_token_id is not None or not all(added[-1:] == [1] for added in masks):  # BERT's end is its [SEP]
+        free = [templates.with_end(ids, added, tokenizer) for ids, added in zip(free, masks, strict=True)]
     targets = [ids[: how.max_length] for ids in free]
     weights = torch.tensor([len(ids) for ids in targets])  # (rows,)
     notes = [f"{short} targets are longer than {how.max_length} tokens and were cut"] if (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralab.data import Split, Task, checks, tables
-from loralab.data.batches import IGNORED, Rows
+from loralab.data.batches import IGNORED, Rows, cutting_at_end
 from loralab.data.labels import look_alikes
 from loralab.data.own_files import OwnFile, divided
 from loralab.errors import UserError
@@ -137,7 +137,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
         words[:] = [word if i in there else tokenizer.unk_token or "." for i, word in enumerate(words)]
     texts = [" ".join(words) for words in rows]
     free = tokenizer(texts, verbose=False)["input_ids"]
-    made = tokenizer(texts, truncation=True, max_length=how.max_length, **read)
+    made = cutting_at_end(tokenizer)(texts, truncation=True, max_length=how.max_length, **read)
     labels = []
     for words, tags, places in zip(rows, split.labels, made.pop("offset_mapping"), strict=True):
         row = [IGNORED] * len(places)
@@ -210,7 +210,7 @@ def sums(metric: str, predictions: Array, labels: Array, names: Sequence[str]) -
     """Return a metric as sums over rows: words or spans that are right, and those found and there."""
     if metric not in METRICS:
         return None
-    words, own = labels != IGNORED, predictions[:, : labels.shape[1]]
+    words, own = labels != IGNORED, _beside(labels, predictions)
     if metric == "accuracy":
         return Sums(np.stack([((own == labels) & words).sum(1), words.sum(1)], axis=1).astype(np.float64), share)
     if metric == "span_f1":
@@ -222,9 +222,17 @@ def sums(metric: str, predictions: Array, labels: Array, names: Sequence[str]) -
     return Sums(np.concatenate(counts, axis=1).astype(np.float64), mean_f1)
 
 
+def _beside(labels: Array, predictions: Array) -> Array:
+    """Return the predictions (rows, t) of the tokens that labels (rows, t) are of. Raises ValueError for others."""
+    own = predictions[:, : labels.shape[1]]
+    if ((own == IGNORED) & (labels != IGNORED)).any():
+        raise ValueError("predictions of other tokens than the labels: a word has a label and no prediction")
+    return own
+
+
 def tags_of(names: Sequence[str], predictions: Array, labels: Array) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the tags that the words of each row are given, and the right ones."""
-    for found, truth in zip(predictions, labels, strict=True):
+    for found, truth in zip(_beside(labels, predictions), labels, strict=True):
         places = np.flatnonzero(truth != IGNORED)
         yield [names[int(tag)] for tag in found[places]], [names[int(tag)] for tag in truth[places]]
 
@@ -262,13 +270,13 @@ def confusion(task: Task, predictions: Array, labels: Array) -> Array:
     """Return counts (tag, prediction) over words."""
     assert task.labels is not None
     n, words = len(task.labels), labels != IGNORED
-    pairs = labels[words].astype(int) * n + predictions[:, : labels.shape[1]][words].astype(int)
+    pairs = labels[words].astype(int) * n + _beside(labels, predictions)[words].astype(int)
     return np.bincount(pairs, minlength=n * n).reshape(n, n)
 
 
 def wrong(task: Task, predictions: Array, labels: Array) -> Array:
     """Return (rows,): how many words have a wrong tag."""
-    return np.asarray(((predictions[:, : labels.shape[1]] != labels) & (labels != IGNORED)).sum(1))
+    return np.asarray(((_beside(labels, predictions) != labels) & (labels != IGNORED)).sum(1))
 
 
 def told(task: Task, row: tuple[Any, ...], label: Any, tags: Array) -> tuple[str, str]:

@@ -6,7 +6,7 @@ template's own marks, or else from the template itself: the text of all messages
 the text of the whole chat.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 
 MARK = "{% generation"  # by which a template marks what the assistant says
+PARTED = {"return_special_tokens_mask": True, "verbose": False}  # tell the tokens of a text from added ones
 CHARACTERS = 100_000  # most of a template file
 
 
@@ -49,15 +50,38 @@ def tokens(row: chats.Row, tokenizer: Any, options: Mapping[str, Any]) -> Tokens
 
 def _completion(prompt: str, answer: str, tokenizer: Any, learn_all: bool) -> Tokens:
     """Tokenize prompt and answer together, so that the text reads as a model would meet it; the end token is added."""
-    ids: list[int] = list(tokenizer(prompt + answer, verbose=False)["input_ids"])
+    found = tokenizer(prompt + answer, **PARTED)
+    ids = with_end(found["input_ids"], found["special_tokens_mask"], tokenizer)
+    before = 0 if learn_all or not prompt else len(_shared(to_be_continued(prompt, tokenizer), ids))
+    return Tokens(ids, [IGNORED] * before + ids[before:])
+
+
+def to_be_continued(prompt: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a prompt, without those that a tokenizer adds at the end of a text: the answer follows."""
+    found = tokenizer(prompt, **PARTED)
+    ids: list[int] = list(found["input_ids"])
+    return ids[: len(ids) - _added_at_end(found["special_tokens_mask"])]
+
+
+def with_end(ids: Sequence[int], added: Sequence[int], tokenizer: Any) -> list[int]:
+    """Return the tokens of a text that a model learns to write, which end with the end token.
+
+    `added` has 1 for tokens that the tokenizer added: the end token may be among those at the end. Raises UserError
+    where there is none.
+    """
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(
             "the tokenizer has no end-of-text token, so a model could not learn to stop: set one and save it"
         )
-    ids += [end] * (ids[-1:] != [end])
-    before = 0 if learn_all else len(_shared(list(tokenizer(prompt, verbose=False)["input_ids"]), ids)) if prompt else 0
-    return Tokens(ids, [IGNORED] * before + ids[before:])
+    ending = ids[len(ids) - max(1, _added_at_end(added)) :]
+    return [*ids, *[end] * (end not in ending)]
+
+
+def _added_at_end(added: Sequence[int]) -> int:
+    """Return how many tokens a tokenizer added after those of a text; 0 where the text has none."""
+    last = max((i for i, by_tokenizer in enumerate(added) if not by_tokenizer), default=len(added) - 1)
+    return len(added) - 1 - last
 
 
 def _shared(left: list[int], right: list[int]) -> list[int]:

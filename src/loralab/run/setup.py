@@ -22,7 +22,7 @@ from loralab.errors import UserError, hint
 from loralab.fast.code import ATTENTIONS
 from loralab.fast.layers import layers_of
 from loralab.methods.starts import looks_at
-from loralab.objectives import Encoding, Objective, classification
+from loralab.objectives import Encoding, Objective, causal, classification
 from loralab.objectives.templates import template_of
 from loralab.run import policies, written
 from loralab.run.settings import REPORTED_ROWS, SOURCE, Settings, StepSettings
@@ -247,6 +247,8 @@ def _rows(
                 problems.append(f"{name} of {bad}")
         if problems:
             raise UserError("; ".join(problems))
+        if settings.pack:
+            causal.check_pack(settings.model, model, rows["train"], tokenizer)
         told = dict.fromkeys(note for r in rows.values() for note in r.notes)
         cut = [note for name, r in rows.items() for note in r.cut(name)]
         cache[key] = rows, [*task.notes, *sizes, *told, *cut]
@@ -259,6 +261,11 @@ def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     objective = objectives.of(task)
     head = (objective.task_type, objective.outputs(task), torch.float32, settings.seed, settings.attention)
     model, tokenizer = models.fresh(settings.model, *head)
+    if any(getattr(module, "summary_type", None) in ("last", "mean") for module in model.modules()):
+        raise UserError(
+            f"{settings.model}: its head reads the last token of a batch, or the mean of all, which in a short row is "
+            "padding: choose another objective, or a model whose head reads the row alone"
+        )
     objective.begin(model, task)
     objective.prepare(model)
     return model, tokenizer

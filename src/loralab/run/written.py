@@ -31,7 +31,7 @@ def questions(
     most: int,
     model: Any,
     tokenizer: Any,
-    max_length: int | None = None,
+    max_length: int,
 ) -> list[Question]:
     """Return what is asked for a metric: at most so many rows of a split, drawn by the data's hash.
 
@@ -46,13 +46,17 @@ def questions(
         raise UserError(f"--generate-metric {metric}: {task.name} has no answers to write, leave it out")
     if most < len(split):
         split = split.take(data.sample(split, task.sha256, False, most))
-    cut = max_length if model.config.is_encoder_decoder else None
+
+    def ids(prompt: tuple[Any, ...]) -> list[int]:
+        if model.config.is_encoder_decoder:
+            return generation.source_ids(prompt, tokenizer, max_length)
+        return generation.prompt_ids(prompt, tokenizer, task.options.get("template"))
 
     def question(row: tuple[Any, ...]) -> Question:
         prompt, wanted = of_row(row)
         if metric == "json" and not _is_json(wanted):
             raise UserError(f"--generate-metric json: the answer {wanted[:40]!r} is no JSON: choose exact")
-        return Question(generation.prompt_ids(prompt, tokenizer, task.options.get("template"), cut), wanted)
+        return Question(ids(prompt), wanted)
 
     made = checks.each(task.name, split.rows, split.texts, question)
     generation.METRICS[metric](made[0].wanted, made[0].wanted)

@@ -51,7 +51,7 @@ def _source(prompt: chats.Row, known: Saved | None, model: Any, tokenizer: Any) 
     if chats.is_chat(prompt):
         raise UserError("a chat for an encoder-decoder, which reads one text: give the text")
     most = cut_at(None if known is None else known.max_length, model)
-    ids = generation.prompt_ids(prompt, tokenizer, max_length=most)
+    ids = generation.source_ids(prompt, tokenizer, most)
     if fault := unknown_tokens(ids, model):
         raise UserError(fault)
     return ids
