@@ -233,7 +233,7 @@ def test_a_run_that_ends_at_one_answer_for_all_rows_says_so(tiny, own, tmp_path,
     values = np.random.default_rng(5).normal(size=len(texts))  # no text tells its value
     noise = tmp_path / "noise.csv"
     noise.write_text("sentence,label\n" + "".join(f"{t},{v:.3f}\n" for t, v in zip(texts, values, strict=True)))
-    result = train(settings(tiny, own | {"noise": noise}, tmp_path / "r", kind, lr=1e-9, epochs=1))
+    result = train(settings(tiny, own | {"noise": noise}, tmp_path / "r", kind, lr=1e-9, epochs=1, dtype="float32"))
     assert result["collapsed"]
     assert result["collapsed_held_out"]
     assert len(result["warnings"]) == 1
