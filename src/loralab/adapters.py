@@ -159,28 +159,29 @@ class Adapters(AdaptedModel):
         batches: Iterable[Mapping[str, Any]] | None = None,
         loss: Loss | None = None,
         filled: bool = False,
-        heads_of: nn.Module | None = None,
+        plain: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         """Add a fresh adapter beside the others; `use` or `activate` activates it. Arguments as in `attach`.
 
         One that trains the base in place is active at once. `filled=True` leaves out a start that is computed, because
-        a file gives the tensors. The head is a copy of that of `heads_of`, a plain model of this kind, by default of
-        the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
+        a file gives the tensors. `plain` is this model as it was before any adapter, perhaps with another head: the head
+        of the adapter is a copy of that one's, and a start looks at data through it; by default both are of the base
+        that is here. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
         seed = checked(seed, int, "seed")
         spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
-        seen = None if filled else start_data(self, r, spec.paths, batches, loss)
+        seen = None if filled else start_data(self, r, spec.paths, batches, loss, plain)
         if r.store or spec.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
         if not self.specs:
             self.model.requires_grad_(False)
         generator = Generator().manual_seed(seed)
         install.add_layers(self, spec, name, generator, seen)
-        install.add_heads(self, spec, name, generator, heads_of)
+        install.add_heads(self, spec, name, generator, plain)
         install.open_base(self, spec)
         self.specs[name] = spec
         if r.factors is not None and r.factors.stepped:

@@ -357,9 +357,9 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def add_heads(
-    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, heads_of: nn.Module | None
+    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, plain: nn.Module | None
 ) -> None:
-    """Give the adapter its own copy of each head, of that in `heads_of` if it is given."""
+    """Give the adapter its own copy of each head, of that in `plain` if it is given."""
     old = len(handle.labels.names)
     all_of_it = set(head_of(handle.model))
     for path in spec.heads:
@@ -370,10 +370,10 @@ def add_heads(
         # the end of a model may answer in float32, but what other modules follow must not
         last = path in all_of_it and all_of_it <= set(spec.heads)
         handle.heads[path].same_dtype = handle.heads[path].same_dtype or not last
-        if heads_of is None:
+        if plain is None:
             own = own_copy(handle.heads[path].base, old, len(spec.labels) or old, generator)
         else:
-            own = own_copy(heads_of.get_submodule(path), old, old, generator)
+            own = own_copy(plain.get_submodule(path), old, old, generator)
         handle.heads[path].copies[name] = own
 
 
