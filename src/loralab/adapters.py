@@ -132,7 +132,7 @@ class Adapters(AdaptedModel):
             setattr(self.model, HANDLE, self)
             if loaded.open_whole(self.model):
                 warnings.warn(loaded.WHOLE, loaded.WholeNote, stacklevel=4)
-            self.on_model = self.model.register_forward_pre_hook(self.before_forward)
+            self.on_model = self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
             self.on_load = [
                 self.model.register_load_state_dict_pre_hook(self.before_load),
                 self.model.register_load_state_dict_post_hook(self.after_load),
