@@ -73,6 +73,7 @@ class AdaptedModel:
         self.labels = Labels.of(model)  # of the plain model
         self._shown = self.labels.names  # those that the model's config was given last
         self.before: dict[str, Tensor] = {}  # copies of base tensors that learn in place, unless all do
+        self.held: dict[nn.Module, Any] = {}  # module with running statistics -> the hook that holds it
         self.detached = False
         self.synchronized: tuple[str, ...] | None = None  # adapters for DistributedDataParallel; None: the active one
         self._ignored = frozenset(getattr(model, IGNORED, ()))

@@ -165,9 +165,8 @@ class Adapters(AdaptedModel):
         """Add a fresh adapter beside the others; `use` or `activate` activates it. Arguments as in `attach`.
 
         One that trains the base in place is active at once. `filled=True` leaves out a start that is computed, because
-        a file gives the tensors. `plain` is this model as it was before any adapter, perhaps with another head: the head
-        of the adapter is a copy of that one's, and a start looks at data through it; by default both are of the base
-        that is here. Raises UserError, with nothing changed, for what cannot be added.
+        a file gives the tensors. `plain` is this model before any adapter, perhaps with another head: its head is
+        copied, and a start looks at data through it. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
         seed = checked(seed, int, "seed")
@@ -402,6 +401,7 @@ class Adapters(AdaptedModel):
         if self.on_model is not None:
             for hook in (self.on_model, *self.on_load):
                 hook.remove()
+        install.let_statistics_move(self)
         put_back(self.model)
         there = {id(p) for p in self.model.parameters()}
         for experts in [m for m in self.model.modules() if isinstance(m, AdaptedExperts)]:

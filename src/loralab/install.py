@@ -1,6 +1,7 @@
 """Install an adapter on a model: everything that can be wrong is checked first, then layers and heads are put in."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,11 @@ from loralab.stores.float import Float
 from loralab.targets import ALL, Targets, all_paths, cover, layer_at, paths_to, shape_of
 
 TIE = "tie_word_embeddings"  # the flag of a config
+
+
+class StatisticsNote(UserWarning):
+    """Modules of the base that would follow their inputs in training are held."""
+
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -378,7 +384,12 @@ def add_heads(
 
 
 def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
-    """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do."""
+    """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do.
+
+    Unless all do, statistics that the model keeps of its inputs stay as they are.
+    """
+    if spec.recipe.learn_base != "all":
+        hold_statistics(handle)
     for key in spec.base_names:
         tensor = base_tensor(handle.model, key).requires_grad_(True)
         if spec.recipe.learn_base != "all":
@@ -392,6 +403,38 @@ def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
             raise UserError("this adapter trained the whole base in place: load the model anew instead")
         with torch.no_grad():
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
+
+
+def hold_statistics(handle: AdaptedModel) -> None:
+    """Keep modules with running statistics in evaluation mode: those are of the base, and no file of an adapter.
+
+    Those in copies of a head are held too. Warns of the first of them.
+    """
+    with_statistics = [m for m in handle.model.modules() if isinstance(m._buffers.get("running_mean"), Tensor)]
+    if with_statistics and not handle.held:
+        path = next(path for path, module in handle.model.named_modules() if module is with_statistics[0])
+        warnings.warn(
+            f"{path} and other modules with running statistics ({len(with_statistics)}) stay in evaluation mode while "
+            "adapters are on the model: what they keep is of the base, which no file of an adapter holds",
+            StatisticsNote,
+            stacklevel=4,
+        )
+    for module in with_statistics:
+        if module not in handle.held:
+            handle.held[module] = module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _: Any) -> None:
+    if module.training:
+        module.training = False
+
+
+def let_statistics_move(handle: AdaptedModel) -> None:
+    """The inverse of `hold_statistics`; the modules are in the mode of the model."""
+    for module, hook in handle.held.items():
+        hook.remove()
+        module.training = handle.model.training
+    handle.held.clear()
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
