@@ -359,6 +359,19 @@ def test_stacks_of_experts(method, tmp_path):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_the_gains_of_a_stack_are_vectors_to_an_optimizer():
+    """With an axis of experts in front they had the shape of a matrix, and weight decay."""
+    handle = loralab.attach(mixture(), "dora", rank=2, targets=["q_proj", "gate_up_proj"])
+    for grouping in ("roles", "peft"):
+        groups = handle.parameter_groups(1e-3, 0.1, grouping=grouping)
+        gains = [group for group in groups if group["role"] == "m"]
+        assert len(gains) == 1
+        assert {t.ndim for t in gains[0]["params"]} == {1, 2}
+        matrices = [group["weight_decay"] for group in groups if group["role"] in "AB"]
+        assert set(matrices) == {0.1}
+    assert [group["weight_decay"] for group in handle.parameter_groups(1e-3, 0.1) if group["role"] == "m"] == [0.0]
+
+
 def test_experts_are_those_of_peft():
     """PEFT adapts a parameter: A is (experts * r, in), B (out, r * experts) with the experts last."""
     model, plain, ids = mixture(), mixture(), torch.randint(3, 60, (3, 5))
