@@ -32,9 +32,11 @@ class PreconditionedLoRA(LoRA):
         for path, p in {id(p["B"]): (path, p) for path, p in layers.items()}.values():  # of layers that share B, one
             if p["B"].grad is not None:
                 A, g = p["A"].detach(), p["B"].grad.detach()
-                A = whole(A)  # (r, in)
+                A = whole(A).to(
+                    torch.promote_types(A.dtype, torch.float32)
+                )  # (r, in); torch solves nothing in fewer bits
                 g = g.to_local() if hasattr(g, "to_local") else g  # (out, r), or the rows that are here
                 if g.shape[-1] != len(A):
                     raise UserError(f"{self.kind}: B is divided by columns, {tuple(g.shape)}: let FSDP divide its rows")
                 gram = A @ A.mT + self.delta * torch.eye(len(A), dtype=A.dtype, device=A.device)  # (r, r)
-                g.copy_(torch.linalg.solve(gram, g, left=False) / own[path].scaling ** 2)  # type: ignore[attr-defined]
+                g.copy_(torch.linalg.solve(gram, g.to(A.dtype), left=False) / own[path].scaling ** 2)  # type: ignore[attr-defined]
