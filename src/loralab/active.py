@@ -26,8 +26,8 @@ COMPILED = (
     "uncompiled there, or give each thread a copy"
 )
 ROWS_FIRST = (
-    "adapters of several rows need a model whose layers have the rows of a batch first; where tokens come first, call it "
-    "once for each adapter"
+    "rows of several adapters need a model whose layers have the rows of a batch first; where tokens come first, call "
+    "it once for each adapter"
 )
 
 

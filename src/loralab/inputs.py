@@ -6,6 +6,7 @@ begins with them (Paischer et al., 2024).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,18 +66,17 @@ def each_input(
     def keep(_: nn.Module, __: Any, out: Any) -> None:
         states[:] = [out if isinstance(out, Tensor) else out[0]]
 
+    def look(source: Tensor | None, target: Tensor | None, turned: frozenset[str], path: str, x: Tensor) -> None:
+        reads = id(layers[path]) in inside or any(x.data_ptr() == t.data_ptr() for t in states)
+        see(path, real_tokens(x, source if reads else target, path in turned))
+
     hook = None if encoder is None else encoder.register_forward_hook(keep)
     try:
         for batch in batches:
             source, target = batch.get("attention_mask"), _target_mask(batch)
-            if turned is None and any(mask is not None and mask.shape == mask.mT.shape for mask in (source, target)):
+            if turned is None and any(mask is not None and _is_square(mask) for mask in (source, target)):
                 turned = _turned(model, batch, layers)
-
-            def look(path: str, x: Tensor, source: Tensor | None = source, target: Tensor | None = target) -> None:
-                reads = id(layers[path]) in inside or any(x.data_ptr() == t.data_ptr() for t in states)
-                see(path, real_tokens(x, source if reads else target, path in (turned or ())))
-
-            with _watching(layers, look):
+            with _watching(layers, partial(look, source, target, turned or frozenset())):
                 model(**batch)
     finally:
         if hook is not None:
@@ -105,7 +105,7 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of a transformers model that has a decoder too."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return None
-    encoder: nn.Module = model.get_encoder()
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
     return None if encoder is model else encoder
 
 
@@ -119,6 +119,10 @@ def _target_mask(batch: Mapping[str, Any]) -> Tensor | None:
         return labels != IGNORED
     own = any(batch.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
     return None if own else batch.get("attention_mask")
+
+
+def _is_square(mask: Tensor) -> bool:
+    return mask.ndim == 2 and mask.shape[0] == mask.shape[1] > 1
 
 
 def _turned(model: nn.Module, batch: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> frozenset[str]:
@@ -139,7 +143,7 @@ def real_tokens(x: Tensor, mask: Tensor | None, turned: bool = False) -> Tensor:
     flat, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     if mask is None:
         return flat
-    if shape == mask.mT.shape and (turned or shape != mask.shape):
+    if mask.ndim == 2 and shape == mask.mT.shape and (turned or shape != mask.shape):
         mask = mask.mT
     if shape in (mask.shape, (mask.numel(),)):
         return flat[mask.bool().flatten()]

@@ -91,8 +91,8 @@ def spec_of(
     in_place = _in_place(r, [key for key in handle.learned if not under(key, heads)])
     if r.learn_base is not None and not in_place:
         raise UserError(
-            f"train={r.train}: {type(handle.model).__name__} has no parameter called {r.learn_base} outside of the head, "
-            "so nothing of the base would learn: choose another method, or 'head' for the head alone"
+            f"train={r.train}: {type(handle.model).__name__} has no parameter called {r.learn_base} outside of the "
+            "head, so nothing of the base would learn: choose another method, or 'head' for the head alone"
         )
     return AdapterSpec(r, coverage, heads, tuple(labels) or handle.labels.names, in_place)
 
