@@ -150,7 +150,8 @@ def lorafa_optimizer():
     moment = next(v["exp_avg_B"] for v in optimizer.state.values() if "exp_avg_B" in v) / 0.1
     ours = {"A": p["A"], "B": nn.Parameter(B.detach().clone())}
     ours["B"].grad = grad.clone()
-    PreconditionedLoRA(rank=RANK, alpha=float(ALPHA)).before_step({"0": ours}, None)
+    factors = PreconditionedLoRA(rank=RANK, alpha=float(ALPHA))
+    factors.before_step({"0": ours}, None, {"0": factors})
     exact = grad.double() @ torch.linalg.inv((p["A"] @ p["A"].T).double()) / (ALPHA / RANK) ** 2
     size = exact.norm()
     assert (ours["B"].grad - exact).norm() / size < 1e-5

@@ -93,7 +93,7 @@ def literal_run(kind, every):
             optimizer.zero_grad()
         updates = [Recipe(factors=factors).lower(p, None) for p in layers.values()]
         (sum((i + 1) * x @ u.A.T @ u.B.T for i, u in enumerate(updates)) - y).pow(2).mean().backward()
-        factors.before_step(layers, None)
+        factors.before_step(layers, None, {})
         dense = [7.0 / (RANK + 1e-5) * B @ torch.diag(E) @ A for A, E, B in theirs]
         ((sum((i + 1) * x @ W.T for i, W in enumerate(dense)) - y).pow(2).mean() + slow.penalty()).backward()
         for optimizer in optimizers:
@@ -188,7 +188,7 @@ def test_the_penalty_is_added_once_per_step_and_alone_where_the_loss_gives_nothi
     expected = torch.autograd.grad(loss, [A, B])
     B.grad = torch.ones_like(B)
     p = {"A": A, "B": B, "E": nn.Parameter(tensor(RANK, seed=3))}
-    factors.before_step({"one": p, "shared": p}, None)
+    factors.before_step({"one": p, "shared": p}, None, {})
     torch.testing.assert_close(A.grad, expected[0])
     torch.testing.assert_close(B.grad, 1 + expected[1])
 

@@ -6,8 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import zoo
 from archs import CONFIGS, build, check_mixed, rows, shake
 from torch import nn
+from transformers import DynamicCache, FSMTConfig, FSMTForConditionalGeneration
 
 import loralab
 from loralab import adapted
@@ -60,6 +62,50 @@ def test_mixed_rows_on_every_architecture(kind):
     adapters.add("b", "lora", rank=2, targets="attention-qv", head=True, labels=["x", "y"])
     shake(adapters, "a"), shake(adapters, "b", seed=5)
     check_mixed(model, adapters, "ab", torch.tensor([1, 0, 1, 1, 0]))  # b has two labels, a has three
+
+
+def square(model, names, rows_and_tokens=4, **given):
+    """The outputs of a batch of as many rows as tokens, of adapters in turn."""
+    ids = torch.randint(3, 90, (rows_and_tokens,) * 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), loralab.adapters.of(model).use(names, [i % len(names) for i in range(len(ids))]):
+        return model(input_ids=ids, **given).logits
+
+
+def fsmt():
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37}
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "max_position_embeddings": 64}
+    vocabularies = {"langs": ["a", "b"], "src_vocab_size": 101, "tgt_vocab_size": 101}
+    return FSMTForConditionalGeneration(FSMTConfig(**sizes, **heads, **vocabularies)).eval()
+
+
+@pytest.mark.parametrize("make", [partial(zoo.build, "xlnet"), fsmt])
+def test_rows_of_several_adapters_are_refused_where_tokens_come_first(make):
+    """Layers of (t, rows, in) took the adapters of rows for those of tokens where both sizes are one."""
+    model = make()
+    adapters = loralab.attach(model, "lora", name="a", rank=2)
+    adapters.add("b", rank=2)
+    with pytest.raises(loralab.UserError, match="puts tokens before rows: .* call it once for each adapter"):
+        square(model, ["a", "b"])
+    refused = pytest.raises(loralab.UserError, match="input of 7 rows, .* call it once for each adapter")
+    with refused, adapters.use(["a", "b"], [0, 1, 0]):
+        model(input_ids=torch.full((3, 7), 5))
+
+
+def test_the_order_of_rows_and_tokens_is_asked_once_and_leaves_no_trace():
+    model = build("gpt2").train()
+    adapters = loralab.attach(model, "lora", name="a", rank=2)
+    adapters.add("b", rank=2)
+    shake(adapters, "a"), shake(adapters, "b")
+    calls, state = [], torch.get_rng_state()
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    cache = DynamicCache()
+    first = square(model, ["a", "b"], past_key_values=cache)
+    assert cache.get_seq_length() == 4  # of the batch, and no row more
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(square(model, ["a", "b"]), first)
+    assert len(calls) == 3  # once more, in the first
+    assert model.training
 
 
 def test_coverage_tells_what_matched_and_what_was_left():

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from loralab import UserError, adapters
+import loralab
+from loralab import LayerRank, RankMap, UserError, adapters
 from loralab.cli import main
 from loralab.files import inside
+from loralab.models import pretrained
 from loralab.run import Settings, train
 from loralab.run.setup import prepare, prepare_together
+from loralab.run.start import begin_from
 from loralab.run.tune import tune
 from loralab.study.address import address
 from loralab.study.toml import define
+
+QUERY, VALUE = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "value"))
 
 
 def settings(tiny, own, out=None, **given):
@@ -87,7 +92,7 @@ def test_no_step_from_an_adapter_gives_its_score_again(trained, tiny, own, tmp_p
     ("given", "told"),
     [
         ({"rank": 4, "alpha": 64 / 3}, "other shapes"),
-        ({"alpha": 5.0}, "its scaling alpha / r is"),
+        ({"alpha": 5.0}, "its alpha is 16.0, that of the run 5.0"),
         ({"method": "dora"}, "its gain is False"),
         ({"method": "vera", "rank": None}, "its method is lora"),
         ({"targets": "attention"}, "the run has no"),
@@ -98,6 +103,45 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, tiny, own, given, told
         prepare(settings(tiny, own, from_adapter=trained / "lora/adapter", **given))
     with pytest.raises(UserError, match="holds no adapter"):
         address(settings(tiny, own, from_adapter=trained))
+
+
+SAME_TENSORS = {  # settings of an adapter -> others of a run, under which its tensors are another update
+    "ia3": ({"inputs": ("value",)}, {}),
+    "delta-lora": ({"rank": 3, "follow": 1.0}, {"rank": 3, "follow": 9.0}),
+    "superlora": ({"rank": 3, "projection": "fastfood"}, {"rank": 3}),
+    "vera": ({"projection_seed": 1}, {}),
+    "oft": ({"block": 8}, {"block": 8, "terms": 3}),
+    "lora": tuple({"ranks": RankMap({QUERY: LayerRank(3, alpha=a), VALUE: 0})} for a in (4.0, 64.0)),
+}
+SAME_UPDATE = {  # as above, where they are the same update
+    "lora": ({"rank": 4, "alpha": 8.0}, {"rank": 4, "alpha": 4.0, "stabilized": True}),
+    "delta-lora": ({"rank": 3, "wait": 1}, {"rank": 3, "wait": 5}),
+    "adalora": ({"rank": 3, "total_steps": 30}, {"rank": 3, "total_steps": 90, "orthogonality": 0.1}),
+    "ia3": ({"inputs": ("value",)}, {"inputs": ("self.value",)}),
+    "oft": ({"block": 24}, {"block": 23}),
+}
+
+
+def begun(tiny, folder, method, first, then):
+    """A fresh adapter of settings `then`, begun from a saved one of settings `first`."""
+    for i, given in enumerate((first, then)):
+        adapters = loralab.attach(pretrained(str(tiny), "SEQ_CLS", 2).model, method, targets=[QUERY, VALUE], **given)
+        if i == 0:
+            adapters.save(folder)
+    return begin_from(adapters, "default", folder)
+
+
+@pytest.mark.parametrize("method", SAME_TENSORS)
+def test_settings_under_which_the_tensors_are_another_update_are_refused(tiny, tmp_path, method):
+    first, then = SAME_TENSORS[method]
+    with pytest.raises(UserError, match="its .* is .*, that of the run .*give the run the method and settings"):
+        begun(tiny, tmp_path, method, first, then)
+    assert "starts from" in begun(tiny, tmp_path / "same", method, first, first)
+
+
+@pytest.mark.parametrize("method", SAME_UPDATE)
+def test_settings_that_have_no_part_in_the_update_may_differ(tiny, tmp_path, method):
+    assert "starts from" in begun(tiny, tmp_path, method, *SAME_UPDATE[method])
 
 
 def test_the_address_has_the_adapter_and_not_its_place(trained, tiny, own, tmp_path):

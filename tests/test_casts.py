@@ -6,11 +6,13 @@ import weakref
 
 import pytest
 import torch
-from archs import CONFIGS, build, rows
+from archs import CONFIGS, build, rows, shake
 from test_silent import LABELS, adapted, logits
 
 import loralab
 from loralab.adapters import of
+from loralab.methods import starts
+from loralab.recipe import NAMED
 
 # ---- casts -----------------------------------------------------------------------------------------------------------
 
@@ -49,6 +51,51 @@ def test_merge_after_a_cast_is_the_adapted_model_in_that_dtype(method, cast, whe
     adapters.detach()
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert logits(model).isfinite().all()
+
+
+CAST_METHODS = {
+    name: {"rank": 3} if "rank" in vars(row.factors) else {}
+    for name, (row, _) in NAMED.items()
+    if row.factors is not None and row.store is None and not starts.looks_at(row.start)
+} | {"adalora": {"rank": 3, "total_steps": 9}, "lora-drop": {"policy": None}, "alora": {"policy": None}}
+
+CASES = [
+    *CAST_METHODS.items(),
+    *((name, given | {"gain": True}) for name, given in CAST_METHODS.items() if NAMED[name][0].factors.gains),
+    ("oft", {"terms": 5}),
+]
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "double"])
+@pytest.mark.parametrize(("method", "given"), CASES, ids=[f"{m}-{'-'.join(given)}" for m, given in CASES])
+def test_every_method_answers_alone_beside_others_and_steps_after_a_cast(method, given, cast):
+    change, dtype, _ = CASTS[cast]
+    bound = 1e-4 if cast == "double" else 0.3  # what was before the cast is of float32
+    model = build("bert")
+    adapters = loralab.attach(model, method, name="a", **given)
+    adapters.add("dense", "oft")
+    adapters.add("low", "lora", rank=2)
+    for name in adapters.names:
+        shake(adapters, name)
+    names = {"a": None, "dense": None, "low": None}
+    for name in names:
+        with adapters.use(name):
+            names[name] = logits(model)
+    change(model)
+    with adapters.use(["a", "dense", "low"], [0, 1, 2, 0, 1]):
+        mixed = logits(model)
+    for name, rows_of in {"a": [0, 3], "dense": [1, 4], "low": [2]}.items():
+        size = max(1.0, names[name].abs().max().item())
+        with adapters.use(name):
+            torch.testing.assert_close(logits(model).float(), names[name].float(), rtol=0, atol=bound * size)
+        expected = names[name][rows_of].float()
+        torch.testing.assert_close(mixed[rows_of].float(), expected, rtol=0, atol=bound * size)
+    assert mixed.dtype == dtype
+    adapters.activate("a")
+    optimizer = torch.optim.SGD(adapters.parameter_groups(lr=1e-6))
+    model.train()(**rows(), labels=LABELS).loss.backward()
+    optimizer.step()
+    assert all(t.isfinite().all() for t in adapters.state("a").values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -24,8 +24,8 @@ from transformers import (
 
 import loralab
 from loralab import LayerRank, RankMap, UserError, gguf_format
-from loralab.adapters import TieNote
 from loralab.gguf_format import Layout
+from loralab.merging import TieNote
 from loralab.model_names import find
 from loralab.models import gguf_file, pretrained
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import loralab
 from loralab import kinds
-from loralab.adapters import TieNote
+from loralab.merging import TieNote
 from loralab.methods.starts import STARTS
 from loralab.read_past import read_by
 
@@ -358,6 +358,19 @@ def test_stacks_of_experts(method, tmp_path):
     handle.detach()
     assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
     assert torch.equal(model(ids).logits, before)
+
+
+def test_the_gains_of_a_stack_are_vectors_to_an_optimizer():
+    """With an axis of experts in front they had the shape of a matrix, and weight decay."""
+    handle = loralab.attach(mixture(), "dora", rank=2, targets=["q_proj", "gate_up_proj"])
+    for grouping in ("roles", "peft"):
+        groups = handle.parameter_groups(1e-3, 0.1, grouping=grouping)
+        gains = [group for group in groups if group["role"] == "m"]
+        assert len(gains) == 1
+        assert {t.ndim for t in gains[0]["params"]} == {1, 2}
+        matrices = [group["weight_decay"] for group in groups if group["role"] in "AB"]
+        assert set(matrices) == {0.1}
+    assert [group["weight_decay"] for group in handle.parameter_groups(1e-3, 0.1) if group["role"] == "m"] == [0.0]
 
 
 def test_experts_are_those_of_peft():

@@ -252,6 +252,15 @@ def test_bitfit_trains_every_bias_and_gives_them_back():
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
 
 
+def test_bitfit_of_a_model_without_biases_says_what_it_looked_for():
+    """It trained the head alone, or nothing, and called that bitfit."""
+    for head in (True, False):
+        model = build("llama")
+        with pytest.raises(loralab.UserError, match="LlamaForSequenceClassification has no parameter called bias"):
+            loralab.attach(model, "bitfit", head=head)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("method", "given", "lr"),
     [

@@ -503,11 +503,13 @@ def test_a_time_that_is_none_is_refused(text):
 
 
 @pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("learns", [True, False, "bias"])
 def test_likelihoods_are_those_of_all_logits(bases, plain, learns, monkeypatch):
     monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * 31 * 5)  # five tokens at a time
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    model.lm_head.weight.requires_grad_(learns)
+    model.lm_head.weight.requires_grad_(learns is True)
+    if learns == "bias":  # of bitfit, over a frozen weight: it had no gradient
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 31))
     if plain:
         vocabulary.prepare(model)
         assert vocabulary._PLAIN[model]

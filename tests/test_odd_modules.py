@@ -1,9 +1,11 @@
 """Modules that are not plain (shared, hooked, pruned, wrapped, tied): adapted exactly, or refused with a reason."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import transformers
 from archs import CONFIGS, build, rows, shake
 from test_silent import LABELS, adapted, logits, settings
 from torch import nn
@@ -11,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import loralab
 from loralab.fast import prepare
+from loralab.install import StatisticsNote
 
 # ---- modules that are not plain --------------------------------------------------------------------------------------
 
@@ -148,6 +151,52 @@ def test_offloaded_layers_are_refused_and_placed_ones_follow():
 def compiled_block(model):
     model.bert.encoder.layer[1] = torch.compile(model.bert.encoder.layer[1], backend="eager")
     return model
+
+
+def with_statistics():
+    """A model with running statistics in the base, and a head."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=3))
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_running_statistics_are_the_bases_and_move_with_full_fine_tuning_alone(method, tmp_path):
+    """They are in no file of an adapter, so a loaded adapter answered something else than the trained one."""
+    torch.manual_seed(1)
+    images, labels = 2 * torch.randn(8, 3, 32, 32) + 1, torch.randint(0, 3, (8,))
+    model = with_statistics()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        given = {"rank": 2, "targets": ["convolution"]} if method == "lora" else {}
+        adapters = loralab.attach(model, method, head=True, **given)
+    notes = [note for note in told if note.category is StatisticsNote]
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(lr=1e-2))
+    for _ in range(3):
+        model.train()(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if method == "full":
+        assert not notes
+        assert any("running" in key and not torch.equal(t, before[key]) for key, t in model.state_dict().items())
+        return
+    assert len(notes) == 1
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=images).logits
+        adapters.save(tmp_path)
+        other = with_statistics()
+        loralab.load(other, tmp_path)
+        assert torch.equal(other.eval()(pixel_values=images).logits, expected)
+    again = copy.deepcopy(model).train()
+    again(pixel_values=images)
+    loralab.adapters.of(again).detach()
+    model.train()
+    adapters.detach()
+    for plain in (model, again):
+        assert all(torch.equal(t, before[key]) for key, t in plain.state_dict().items())
+        assert all(module.training for module in plain.modules())
+        assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
 @pytest.mark.parametrize(

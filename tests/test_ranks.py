@@ -239,6 +239,25 @@ def test_methods_with_work_in_each_step_take_shares(method):
             assert torch.equal(p["Bk"], p["B"])  # during the wait the snapshot follows
 
 
+def test_a_step_divides_by_the_scaling_of_the_layer_and_a_share_has_one():
+    ranks = RankMap({Q0: LayerRank(3, alpha=4.0), Q1: LayerRank(3, alpha=64.0), V0: 3, V1: 0, UP0: 0, UP1: 0})
+    model, adapters = adapted("lora-fa-precond", ranks, rank=3, alpha=5.0)
+    move(adapters)
+    optimizer = torch.optim.SGD(adapters.parameter_groups(lr=1e3))
+    model.train()(**rows(), labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
+    layers = {path: adapters.layers[path].roles("a") for path in (Q0, Q1, V0)}
+    before = {path: (p["B"].detach().clone(), p["B"].grad.clone()) for path, p in layers.items()}
+    optimizer.step()
+    for path, alpha in ((Q0, 4.0), (Q1, 64.0), (V0, 5.0)):
+        (B, grad), A = before[path], layers[path]["A"].detach()
+        expected = -1e3 * grad @ torch.linalg.inv(A @ A.T) / (alpha / 3) ** 2
+        moved = layers[path]["B"].detach() - B
+        assert (moved - expected).abs().max() < 1e-2 * expected.abs().max()
+    shared = {path: LayerRank(3, share="q", alpha=alpha) for path, alpha in ((Q0, 4.0), (Q1, 64.0))}
+    with pytest.raises(UserError, match=r"share 'q' with PreconditionedLoRA: alpha 4.0 and 64.0"):
+        adapted("lora-fa-precond", RankMap({**shared, V0: 0, V1: 0, UP0: 0, UP1: 0}), rank=3)
+
+
 OWN = RankMap({Q0: 4, Q1: 2, V0: 2, V1: 6, UP0: 0, UP1: 4})  # even, as an orthogonal start wants it
 
 

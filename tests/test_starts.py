@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from archs import build, labelled, rows, shake
 from torch import Generator, nn
 
@@ -12,7 +13,7 @@ import loralab
 from loralab import UserError
 from loralab.adapters import read
 from loralab.gradients import weight_gradients
-from loralab.inputs import observe
+from loralab.inputs import each_input, observe
 from loralab.methods import starts
 from loralab.methods.lora import LoRA
 from loralab.methods.starts import STARTS, begin, blank
@@ -237,6 +238,65 @@ def test_a_pooler_and_a_decoder_are_seen_too():
     }
     _, adapters = attached("eva", "gpt2", targets="all-linear")
     assert all(layer.roles("a")["A"].norm(dim=1).allclose(torch.ones(4)) for layer in adapters.layers.values())
+
+
+def seen_tokens(model, batch, path):
+    """Which tokens of a layer's input count as real, as the layer gets them: True or False for each vector."""
+    seen, inputs, layer = [], [], model.get_submodule(path)
+    with torch.no_grad():
+        each_input(model, [batch], {path: layer}, lambda _, x: seen.append(x))
+        handle = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+        model(**batch)
+        handle.remove()
+    vectors = torch.cat(seen)
+    return [(x.unsqueeze(-2) == vectors).all(-1).any(-1) for x in inputs]
+
+
+def masked(count, tokens, real):
+    """Random ids and a mask (count, tokens) with so many real tokens in each row."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.stack([torch.arange(tokens) < n for n in real])
+    return torch.randint(3, 90, (count, tokens), generator=generator), mask
+
+
+def test_an_encoder_and_a_decoder_have_a_mask_each():
+    """The sizes are equal, so that no shape tells the two masks apart; keys and values of the encoder have its mask."""
+    model = zoo.build("t5").eval()
+    (ids, source), (labels, target) = masked(3, 6, (2, 6, 4)), masked(3, 6, (6, 3, 1))
+    batch = {"input_ids": ids, "attention_mask": source, "labels": labels.where(target, -100)}
+    attention = "decoder.block.0.layer.{}.{}.{}"
+    for path, mask in (
+        ("encoder.block.1.layer.0.SelfAttention.q", source),
+        (attention.format(0, "SelfAttention", "q"), target),
+        (attention.format(1, "EncDecAttention", "q"), target),
+        (attention.format(1, "EncDecAttention", "k"), source),
+    ):
+        assert torch.equal(seen_tokens(model, batch, path)[0], mask), path
+    given = {**batch, "labels": labels, "decoder_attention_mask": target.long()}
+    path = attention.format(0, "SelfAttention", "v")
+    assert torch.equal(seen_tokens(model, given, path)[0], target)
+
+
+@pytest.mark.parametrize("size", [5, 4])
+def test_tokens_first_and_rows_first_are_told_apart(size):
+    """XLNet's layers get inputs (t, rows, in), also where both sizes are equal."""
+    model = zoo.build("xlnet").eval()
+    ids, mask = masked(4, size, (3, 4, 1, 4))
+    batch = {"input_ids": ids, "attention_mask": mask.float()}
+    assert torch.equal(seen_tokens(model, batch, "transformer.layer.0.ff.layer_1")[0], mask.mT)
+
+
+def test_relative_positions_are_no_tokens():
+    """As many as tokens in all: shared projections of DeBERTa get 16 of them."""
+    ids, mask = masked(4, 4, (3, 4, 1, 4))
+    tokens, positions = seen_tokens(
+        build("deberta-v2"),
+        {"input_ids": ids, "attention_mask": mask},
+        "deberta.encoder.layer.0.attention.self.query_proj",
+    )
+    assert torch.equal(tokens, mask)
+    assert positions.numel() == mask.numel()
+    assert not positions.any()
 
 
 def test_eva_needs_data_and_enough_of_it():

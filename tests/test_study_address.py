@@ -67,6 +67,12 @@ def test_a_method_that_computes_something_else_has_a_revision_in_its_addresses(t
     assert address(base) != before
 
 
+def test_a_start_that_computes_something_else_has_a_revision_in_its_addresses(tiny, own):
+    base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny))
+    assert "start_revision" not in content(base)["recipe"]
+    assert content(dataclasses.replace(base, method="lora-ga"))["recipe"]["start_revision"] == 2
+
+
 # ---- stored runs -----------------------------------------------------------------------------------------------------
 
 

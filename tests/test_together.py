@@ -17,6 +17,7 @@ from loralab.fast import masks
 from loralab.run import RunFailed, Settings, sharing, train, train_together
 from loralab.run import loop as loop_module
 from loralab.run.bar import Bar
+from loralab.run.setup import prepare_together
 from loralab.run.sharing import alone, grouped
 from loralab.run.state import RunState
 
@@ -110,6 +111,19 @@ def test_methods_share_a_pass(tiny, own, tmp_path, store):
     many = [plain(tiny, own, method=method, seed=i % 3, store=store) for i, method in enumerate(methods)]
     many += [plain(tiny, own, method=method, rank=None, store=store, **rank[method]) for method in rank]
     check_as_alone([m for m in many if not alone(Settings(**m))], tmp_path)
+
+
+def test_a_start_that_looks_at_gradients_is_that_of_the_run_alone(tiny, own, tmp_path):
+    """Gradients depend on the head, which is another one for each seed and task."""
+    first = settings(tiny, own, tmp_path / "a")
+    many = [first, *(dataclasses.replace(first, method="lora-ga", seed=seed) for seed in (0, 3))]
+    many.append(settings(tiny, own, tmp_path / "b", "value", method="lora-ga", seed=3))
+    assert [len(group.runs) for group in grouped(many)] == [len(many)]
+    for run in prepare_together(many):
+        single = prepare_together([run.settings])[0]
+        expected = single.adapters.state(single.name)
+        for key, t in run.adapters.state(run.name).items():
+            torch.testing.assert_close(t, expected[key], rtol=0, atol=0, msg=key)
 
 
 def test_heads_share_passes(tiny, own, tmp_path):

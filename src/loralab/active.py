@@ -25,6 +25,10 @@ COMPILED = (
     "a model that is compiled by torch.compile cannot use different adapters in several threads: call the model "
     "uncompiled there, or give each thread a copy"
 )
+ROWS_FIRST = (
+    "rows of several adapters need a model whose layers have the rows of a batch first; where tokens come first, call "
+    "it once for each adapter"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class InUse:
     equal_parts: bool = False  # the rows are in as many equal parts as there are names, in their order
     streams: tuple[Stream, ...] = ()  # one per name where runs share a batch in equal parts; else torch's generator
     chosen: Mapping[str, Any] = field(default_factory=dict)  # adapter -> the rank to evaluate it at (see `Factors.at`)
+    first_axes: list[int] | None = None  # where layers write the first axis of their inputs, if that is asked
     removed: str | None = None  # the default adapter that was removed: nothing may answer until another is active
 
 
@@ -118,13 +123,15 @@ class Active:
                 "adapters.activate(name) instead, or use DistributedDataParallel"
             )
         state = self.state
+        if state.first_axes is not None:
+            state.first_axes.append(rows)
         if state.removed is not None:
             raise UserError(
                 f"adapter {state.removed!r} was active and is removed: call adapters.activate(name), or "
                 "adapters.activate(None) for the base"
             )
         if state.ids is not None and rows != len(state.ids):
-            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(state.ids)} rows")
+            raise UserError(f"input of {rows} rows, but ids name an adapter for {len(state.ids)} rows: {ROWS_FIRST}")
 
     def check_compiled(self) -> None:
         """Raise UserError if a compiled forward pass would not see what is in use in this thread."""
@@ -201,6 +208,16 @@ def row_ids(ids: Tensor | Sequence[int], count: int) -> Tensor:
 def in_equal_parts(ids: Tensor, count: int) -> bool:
     """Whether the rows are `count` equal blocks, block i of adapter i."""
     return len(ids) % count == 0 and torch.equal(ids, torch.arange(count).repeat_interleave(len(ids) // count))
+
+
+def first_row(value: Any, rows: int) -> Any:
+    """What a forward pass of the first row alone takes in the place of `value`, which is given for that many rows.
+
+    Objects, such as a cache of keys that the pass would write to, and what has one axis only are left out (None).
+    """
+    if isinstance(value, Tensor):
+        return None if value.ndim < 2 else value[:1] if len(value) == rows else value
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------

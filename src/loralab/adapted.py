@@ -18,7 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from loralab import cache
-from loralab.active import Active, follow_checkpoints, in_equal_parts, row_ids
+from loralab.active import ROWS_FIRST, Active, first_row, follow_checkpoints, in_equal_parts, row_ids
 from loralab.coverage import Coverage
 from loralab.errors import UserError, check_once
 from loralab.experts import AdaptedStack
@@ -73,6 +73,7 @@ class AdaptedModel:
         self.labels = Labels.of(model)  # of the plain model
         self._shown = self.labels.names  # those that the model's config was given last
         self.before: dict[str, Tensor] = {}  # copies of base tensors that learn in place, unless all do
+        self.held: dict[nn.Module, Any] = {}  # module with running statistics -> the hook that holds it
         self.detached = False
         self.synchronized: tuple[str, ...] | None = None  # adapters for DistributedDataParallel; None: the active one
         self._ignored = frozenset(getattr(model, IGNORED, ()))
@@ -81,6 +82,7 @@ class AdaptedModel:
         self._base_size = sum(model.get_parameter(key).numel() for key in self._base_keys)
         self._sha256: str | None = None
         self.rounded_from: torch.dtype | None = None  # what the frozen tensors were before a fast path rounded them
+        self._rows_first = False  # whether layers are known to get inputs (rows, ...)
 
     @property
     def names(self) -> list[str]:
@@ -220,15 +222,39 @@ class AdaptedModel:
             out += [f"{path}.copies.{name}.{key}" for key, _ in self.heads[path].copies[name].named_parameters()]
         return out
 
-    def before_forward(self, *_: Any) -> None:
+    def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Check what is in use before a forward pass of the model, and let its labels follow (a hook of the model)."""
         if torch.compiler.is_compiling():
             torch._dynamo.disable(self.active.check_compiled)()  # runs at each call, outside of the graph
             return
         self._follow_labels()
+        if self.active.ids is not None and not self._rows_first:
+            self._check_rows_first(len(self.active.ids), args, kwargs)
         wrapper = DistributedDataParallel._get_active_ddp_module() if torch.is_grad_enabled() else None
         if wrapper is not None and self.model.training:
             self._check_synchronized(wrapper)
+
+    def _check_rows_first(self, rows: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise UserError where layers get inputs (t, rows, in): as many rows as tokens would hide it from `ids`.
+
+        Where a batch is square, the model is called with its first row alone, on the base and without its hooks. What
+        it cannot do without the rest of its inputs, or where FSDP has divided it, stays unknown.
+        """
+        square = any(isinstance(t, Tensor) and t.shape[:2] == (rows, rows) for t in (*args, *kwargs.values()))
+        if not square or rows == 1 or self.divided:
+            return
+        first_axes: list[int] = []
+        devices = sorted({t.device.index for t in self.model.parameters() if t.device.type == "cuda"})
+        one = [first_row(value, rows) for value in args], {key: first_row(v, rows) for key, v in kwargs.items()}
+        base = self.active.changed(names=(), ids=None, streams=(), first_axes=first_axes)
+        with base, torch.no_grad(), torch.random.fork_rng(devices):
+            try:
+                self.model.forward(*one[0], **one[1])
+            except Exception:
+                return
+        if rows in first_axes:
+            raise UserError(f"{type(self.model).__name__} puts tokens before rows: {ROWS_FIRST}")
+        self._rows_first = True
 
     def _check_synchronized(self, wrapper: DistributedDataParallel) -> None:
         """Raise UserError if an adapter in use is not one whose gradients the wrapper averages."""

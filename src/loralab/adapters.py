@@ -23,6 +23,7 @@ from loralab.gradients import Loss
 from loralab.hooks import StepHooks
 from loralab.kinds import loaded
 from loralab.layer import put_back
+from loralab.merging import TieNote, merge_dtype
 from loralab.methods import starts
 from loralab.methods.base import whole
 from loralab.optimizers import grouped, watch
@@ -35,11 +36,6 @@ from loralab.start_data import start_data
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
 
 OWN = ("save_pretrained", "push_to_hub")  # methods of a model that its handle stands in for
-MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class TieNote(UserWarning):
-    """Weights that were one are two in a merged model."""
 
 
 def attach(
@@ -132,7 +128,7 @@ class Adapters(AdaptedModel):
             setattr(self.model, HANDLE, self)
             if loaded.open_whole(self.model):
                 warnings.warn(loaded.WHOLE, loaded.WholeNote, stacklevel=4)
-            self.on_model = self.model.register_forward_pre_hook(self.before_forward)
+            self.on_model = self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
             self.on_load = [
                 self.model.register_load_state_dict_pre_hook(self.before_load),
                 self.model.register_load_state_dict_post_hook(self.after_load),
@@ -159,34 +155,29 @@ class Adapters(AdaptedModel):
         batches: Iterable[Mapping[str, Any]] | None = None,
         loss: Loss | None = None,
         filled: bool = False,
-        heads_of: nn.Module | None = None,
+        plain: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         """Add a fresh adapter beside the others; `use` or `activate` activates it. Arguments as in `attach`.
 
         One that trains the base in place is active at once. `filled=True` leaves out a start that is computed, because
-        a file gives the tensors. The head is a copy of that of `heads_of`, a plain model of this kind, by default of
-        the one that this model had. Raises UserError, with nothing changed, for what cannot be added.
+        a file gives the tensors. `plain` is this model before any adapter, perhaps with another head: its head is
+        copied, and a start looks at data through it. Raises UserError, with nothing changed, for what cannot be added.
         """
         self.check_attached()
         seed = checked(seed, int, "seed")
         spec = install.spec_of(self, name, method, settings, targets, head, labels, exclude, tokens)
         r, coverage = spec.recipe, spec.coverage
         in_vain = None if coverage is None or filled else meant_in_vain(coverage, self.model, targets)
-        seen = None if filled else start_data(self, r, spec.paths, batches, loss)
+        seen = None if filled else start_data(self, r, spec.paths, batches, loss, plain)
         if r.store or spec.base_names:
             _ = self.base_sha256  # taken while the base still has its own bits
         if not self.specs:
             self.model.requires_grad_(False)
         generator = Generator().manual_seed(seed)
-        try:
+        with install.taken_back_on_error(self, name):
             install.add_layers(self, spec, name, generator, seen)
-            install.add_heads(self, spec, name, generator, heads_of)
-        except BaseException:  # a decomposition that does not converge, no memory, Ctrl-C
-            install.take_back(self, name)
-            if not self.specs:
-                self.unwrap()
-            raise
+            install.add_heads(self, spec, name, generator, plain)
         install.open_base(self, spec)
         self.specs[name] = spec
         if r.factors is not None and r.factors.stepped:
@@ -409,6 +400,7 @@ class Adapters(AdaptedModel):
         if self.on_model is not None:
             for hook in (self.on_model, *self.on_load):
                 hook.remove()
+        install.let_statistics_move(self)
         put_back(self.model)
         there = {id(p) for p in self.model.parameters()}
         for experts in [m for m in self.model.modules() if isinstance(m, AdaptedExperts)]:
@@ -444,17 +436,6 @@ class Adapters(AdaptedModel):
         for state in (self.specs, self.layers, self.heads):
             state.clear()
         self.active.activate(None)
-
-
-def merge_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype of a name or dtype; raises UserError for what an update cannot be merged into."""
-    found = MERGE_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in MERGE_DTYPES.values():
-        raise UserError(
-            f"merge into {dtype}: choose one of {', '.join(MERGE_DTYPES)}; fewer bits would round most of the update "
-            "away, so keep the adapter beside a quantized base, or quantize the merged model anew and measure it"
-        )
-    return found
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters import MERGE_DTYPES, Adapters, load, read
+from loralab.adapters import Adapters, load, read
 from loralab.algebra import lowered, singular
 from loralab.coverage import kind, summary
 from loralab.errors import UserError
 from loralab.inputs import evaluating
 from loralab.kinds import is_product, keep
+from loralab.merging import MERGE_DTYPES
 from loralab.update import Dense, Update, each
 
 TOP = 8  # directions to compare by default: the usual rank

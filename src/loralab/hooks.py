@@ -191,7 +191,7 @@ class StepHooks:
                 self.marks.pop(name, None)
                 continue
             self._refuse(name, optimizer, held)
-            before = self.factors(name).before_step(self.layers(name), self.drawn[name])
+            before = self.factors(name).before_step(self.layers(name), self.drawn[name], self.own(name))
             self.current[name] = (optimizer, before)
 
     def _refuse(self, name: str, optimizer: torch.optim.Optimizer, held: list[bool]) -> None:
@@ -257,6 +257,11 @@ class StepHooks:
         factors = self.handle.specs[name].recipe.factors
         assert factors is not None
         return factors
+
+    def own(self, name: str) -> dict[str, Factors]:
+        """Path -> the method of an adapter in that layer."""
+        layers = {path: self.handle.layers[path] for path in self.handle.specs[name].paths}
+        return {path: layer.recipes[name].factors for path, layer in layers.items()}  # type: ignore[misc]
 
     def learned(self, name: str) -> list[Tensor]:
         """The tensors of its layers that learn; without the head, which may have an optimizer of its own."""

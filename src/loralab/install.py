@@ -1,7 +1,9 @@
 """Install an adapter on a model: everything that can be wrong is checked first, then layers and heads are put in."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +31,11 @@ from loralab.stores.float import Float
 from loralab.targets import ALL, Targets, all_paths, cover, layer_at, paths_to, shape_of
 
 TIE = "tie_word_embeddings"  # the flag of a config
+
+
+class StatisticsNote(UserWarning):
+    """Modules of the base that would follow their inputs in training are held."""
+
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
@@ -83,6 +90,11 @@ def spec_of(
     if not heads and coverage is None and r.learn_base is None:
         raise UserError(f"method {method!r} learns nothing but the head: pass head=True")
     in_place = _in_place(r, [key for key in handle.learned if not under(key, heads)])
+    if r.learn_base is not None and not in_place:
+        raise UserError(
+            f"train={r.train}: {type(handle.model).__name__} has no parameter called {r.learn_base} outside of the "
+            "head, so nothing of the base would learn: choose another method, or 'head' for the head alone"
+        )
     return AdapterSpec(r, coverage, heads, tuple(labels) or handle.labels.names, in_place)
 
 
@@ -356,9 +368,9 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def add_heads(
-    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, heads_of: nn.Module | None
+    handle: AdaptedModel, spec: AdapterSpec, name: str, generator: Generator, plain: nn.Module | None
 ) -> None:
-    """Give the adapter its own copy of each head, of that in `heads_of` if it is given."""
+    """Give the adapter its own copy of each head, of that in `plain` if it is given."""
     old = len(handle.labels.names)
     all_of_it = set(head_of(handle.model))
     for path in spec.heads:
@@ -369,25 +381,37 @@ def add_heads(
         # the end of a model may answer in float32, but what other modules follow must not
         last = path in all_of_it and all_of_it <= set(spec.heads)
         handle.heads[path].same_dtype = handle.heads[path].same_dtype or not last
-        if heads_of is None:
+        if plain is None:
             own = own_copy(handle.heads[path].base, old, len(spec.labels) or old, generator)
         else:
-            own = own_copy(heads_of.get_submodule(path), old, old, generator)
+            own = own_copy(plain.get_submodule(path), old, old, generator)
         handle.heads[path].copies[name] = own
 
 
-def take_back(handle: AdaptedModel, name: str) -> None:
-    """Forget an adapter that was put in as far as an error let it."""
-    for layer in handle.layers.values():
-        if name in layer.recipes:
-            layer.remove(name)
-    for head in handle.heads.values():
-        if name in head.copies:
-            del head.copies[name]
+@contextmanager
+def taken_back_on_error(handle: Any, name: str) -> Iterator[None]:
+    """Forget an adapter that the block puts in, where an error stops it: no memory, an SVD that fails, Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for layer in handle.layers.values():
+            if name in layer.recipes:
+                layer.remove(name)
+        for head in handle.heads.values():
+            if name in head.copies:
+                del head.copies[name]
+        if not handle.specs:
+            handle.unwrap()
+        raise
 
 
 def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
-    """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do."""
+    """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do.
+
+    Unless all do, statistics that the model keeps of its inputs stay as they are.
+    """
+    if spec.recipe.learn_base != "all":
+        hold_statistics(handle)
     for key in spec.base_names:
         tensor = base_tensor(handle.model, key).requires_grad_(True)
         if spec.recipe.learn_base != "all":
@@ -401,6 +425,38 @@ def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
             raise UserError("this adapter trained the whole base in place: load the model anew instead")
         with torch.no_grad():
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
+
+
+def hold_statistics(handle: AdaptedModel) -> None:
+    """Keep modules with running statistics in evaluation mode: those are of the base, and no file of an adapter.
+
+    Those in copies of a head are held too. Warns of the first of them.
+    """
+    with_statistics = [m for m in handle.model.modules() if isinstance(m._buffers.get("running_mean"), Tensor)]
+    if with_statistics and not handle.held:
+        path = next(path for path, module in handle.model.named_modules() if module is with_statistics[0])
+        warnings.warn(
+            f"{path} and other modules with running statistics ({len(with_statistics)}) stay in evaluation mode while "
+            "adapters are on the model: what they keep is of the base, which no file of an adapter holds",
+            StatisticsNote,
+            stacklevel=4,
+        )
+    for module in with_statistics:
+        if module not in handle.held:
+            handle.held[module] = module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _: Any) -> None:
+    if module.training:
+        module.training = False
+
+
+def let_statistics_move(handle: AdaptedModel) -> None:
+    """The inverse of `hold_statistics`; the modules are in the mode of the model."""
+    for module, hook in handle.held.items():
+        hook.remove()
+        module.training = handle.model.training
+    handle.held.clear()
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -26,14 +26,19 @@ class Kind(NamedTuple):
     decays: bool  # whether weight decay applies
 
 
+def is_vector(role: str, t: Tensor) -> bool:
+    """Whether a tensor of a layer is a vector; the gains m of a stack of experts (n, out) are n of them."""
+    return t.ndim == 1 or role == "m"
+
+
 def by_role(key: str, role: str, t: Tensor) -> Kind:
     """Learn B faster; no weight decay on vectors."""
-    return Kind(role, t.ndim > 1)
+    return Kind(role, not is_vector(role, t))
 
 
 def as_peft(key: str, role: str, t: Tensor) -> Kind:
     """Learn B and every vector faster, a gain and the bias of a head too; no weight decay on biases."""
-    return Kind("B" if role == "B" or t.ndim == 1 else "A", key.rpartition(".")[2] != "bias")
+    return Kind("B" if role == "B" or is_vector(role, t) else "A", key.rpartition(".")[2] != "bias")
 
 
 GROUPINGS: dict[str, Callable[[str, str, Tensor], Kind]] = {"roles": by_role, "peft": as_peft}

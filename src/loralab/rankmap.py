@@ -215,6 +215,8 @@ def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
         wrong[f"shares with {name}: it has no A and B of its own, its roles are {', '.join(factors.roles)}"] = None
     elif shared and type(factors).memory is not Factors.memory:
         wrong[f"shares with {name}: it decides layer by layer, so each needs its own A and B"] = None
+    if factors.one_alpha and (both := _other_alphas(layers)):
+        wrong[f"share {both[0].share!r} with {name}: alpha {both[0].alpha} and {both[1].alpha}; expected one"] = None
     if any(layer.gates for layer in layers) and (type(factors).lower is not LoRA.lower or "gates" in factors.roles):
         wrong[f"gates with {name}: only s B A, one gate for a row of A, takes gates from a map"] = None
     if any(layer.alpha is not None for layer in layers) and not hasattr(factors, "alpha"):
@@ -222,6 +224,14 @@ def problems(factors: Factors, ranks: RankMap | None) -> list[str]:
     for k in sorted({layer.rank for layer in layers}):
         wrong |= dict.fromkeys(replace(factors, rank=k).problems())  # type: ignore[call-arg]
     return list(wrong)
+
+
+def _other_alphas(layers: Iterable[LayerRank]) -> tuple[LayerRank, LayerRank] | None:
+    """Two layers of one share whose alphas are not the same, if there are such."""
+    first: dict[str, LayerRank] = {}
+    shared = [layer for layer in layers if layer.share is not None]
+    pairs = ((first.setdefault(str(layer.share), layer), layer) for layer in shared)
+    return next((pair for pair in pairs if pair[0].alpha != pair[1].alpha), None)
 
 
 def _one_rank(factors: Factors) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralab.adapted import AdaptedModel
 from loralab.errors import UserError
@@ -18,10 +18,16 @@ Seen = Mapping[str, InputDirections | Tensor]  # path -> what a start looked at
 
 
 def start_data(
-    handle: AdaptedModel, recipe: Recipe, paths: Sequence[str], batches: Batches | None, loss: Loss | None
+    handle: AdaptedModel,
+    recipe: Recipe,
+    paths: Sequence[str],
+    batches: Batches | None,
+    loss: Loss | None,
+    plain: nn.Module | None = None,
 ) -> Seen:
     """Path -> what the start of a recipe needs to see of a layer; empty for a start that needs nothing.
 
+    It looks through `plain`, the model as it was before any adapter, if it is given: gradients depend on its head.
     Raises UserError, before a layer is touched, if the start cannot see what it needs: batches, or the weight itself;
     and in torch.inference_mode().
     """
@@ -42,25 +48,25 @@ def start_data(
     own = {path: recipe.at(path) for path in paths}
     ranks: dict[str, int] = {path: r.factors.rank for path, r in own.items() if r.start == start}  # type: ignore
     with handle.use(None):
-        return LOOKS[what](handle, batches, ranks, loss)
+        return LOOKS[what](handle.model if plain is None else plain, batches, ranks, loss)
 
 
-def _inputs(handle: AdaptedModel, batches: Batches, ranks: Mapping[str, int], _: Loss | None) -> Seen:
-    return observe(handle.model, batches, ranks)
+def _inputs(model: nn.Module, batches: Batches, ranks: Mapping[str, int], _: Loss | None) -> Seen:
+    return observe(model, batches, ranks)
 
 
-def _gradients(handle: AdaptedModel, batches: Batches, ranks: Mapping[str, int], loss: Loss | None) -> Seen:
+def _gradients(model: nn.Module, batches: Batches, ranks: Mapping[str, int], loss: Loss | None) -> Seen:
     for path, rank in ranks.items():
-        sides = shape_of(layer_at(handle.model, path))
+        sides = shape_of(layer_at(model, path))
         if 2 * rank > min(sides):
             raise UserError(
                 f"rank {rank} for {path}: the start takes {2 * rank} directions of its gradient, which has "
                 f"{min(sides)}; give a lower rank"
             )
-    return weight_gradients(handle.model, batches, list(ranks), loss or own_loss)
+    return weight_gradients(model, batches, list(ranks), loss or own_loss)
 
 
-LOOKS: dict[str, Callable[[AdaptedModel, Any, Mapping[str, int], Loss | None], Seen]] = {
+LOOKS: dict[str, Callable[[nn.Module, Any, Mapping[str, int], Loss | None], Seen]] = {
     "inputs": _inputs,
     "gradients": _gradients,
 }

@@ -9,11 +9,11 @@ from transformers.utils import logging
 
 from loralab import gguf_format, models
 from loralab.adapted import base_tensor
-from loralab.adapters import merge_dtype
 from loralab.analysis import merge_errors
 from loralab.cli import base
 from loralab.disk import check_output_folder, new_folder
 from loralab.errors import UserError
+from loralab.merging import merge_dtype
 
 PROBE = ["The cat that the dogs chase sleeps.", "A longer line, so that the rows differ in length and in words."]
 

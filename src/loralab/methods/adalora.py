@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, empty, zeros
 
 from loralab.errors import UserError
-from loralab.methods.base import Roles, divided_as, not_whole, whole
+from loralab.methods.base import Factors, Roles, divided_as, not_whole, whole
 from loralab.methods.lora import LoRA
 
 FEW_CHOICES = 10  # steps with a choice of gates, below which a run says so
@@ -140,7 +140,7 @@ class AdaLoRA(LoRA):
                 "before it has seen which matter: train 3 steps or more"
             )
 
-    def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
+    def before_step(self, layers: Mapping[str, Roles], drawn: Any, own: Mapping[str, Factors]) -> None:
         """Add the penalty's gradient: that of |P P^T - I| is 2 (P P^T - I) P / |P P^T - I|."""
         learned = {id(p[role]): (role, p[role]) for p in layers.values() for role in "AB" if p[role].requires_grad}
         for role, t in learned.values() if self.orthogonality else []:

@@ -41,6 +41,7 @@ class Factors:
     drops: ClassVar[bool] = True  # whether the method allows dropout on x
     gains: ClassVar[bool] = True  # whether the method allows a gain on its output
     stepped: ClassVar[bool] = False  # whether `draw`, `before_step` and `after_step` must run in training
+    one_alpha: ClassVar[bool] = False  # whether all layers of a share need one alpha
     counter: ClassVar[str | None] = None  # role that counts optimizer steps; the step hooks keep it
     shared: ClassVar[tuple[str, ...]] = ()  # roles that the layers of a share hold in common; none: no shares allowed
     revision: ClassVar[int] = 1  # raised when a default changes its meaning; addresses of runs carry it above 1
@@ -134,8 +135,11 @@ class Factors:
             raise UserError(f"rank={rank}: this adapter was trained for ranks {least} to {most}, choose one of them")
         return rank
 
-    def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
-        """Run before the optimizer's step, with gradients present; the result goes to `after_step` as `before`."""
+    def before_step(self, layers: Mapping[str, Roles], drawn: Any, own: Mapping[str, "Factors"]) -> Any:
+        """Run before the optimizer's step, with gradients present; the result goes to `after_step` as `before`.
+
+        `own` is path -> the method in that layer, whose alpha a rank map may have changed.
+        """
         return None
 
     def after_step(self, layers: Mapping[str, Roles], drawn: Any, before: Any, step: int) -> None:

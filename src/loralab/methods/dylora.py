@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from loralab.errors import UserError
-from loralab.methods.base import Roles
+from loralab.methods.base import Factors, Roles
 from loralab.methods.lora import LoRA
 
 ENOUGH_DRAWS = 10  # steps of a rank below which a run says how few it has
@@ -68,7 +68,7 @@ class DyLoRA(LoRA):
     def ranks(self) -> Sequence[int]:
         return range(self.minimum, self.rank + 1)
 
-    def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> Any:
+    def before_step(self, layers: Mapping[str, Roles], drawn: Any, own: Mapping[str, Factors]) -> Any:
         if not self.frozen or drawn is None:
             return None
         return {path: (p["A"].detach().clone(), p["B"].detach().clone()) for path, p in layers.items()}

@@ -35,7 +35,7 @@ class MiSS(Factors):
         return {"D": torch.zeros(self.rank, out_features)}
 
     def lower(self, p: Roles, drawn: Any = None) -> tuple[Tensor, Tensor]:
-        return p["S"], p["D"].mT  # (r, in), (..., out, r)
+        return p["S"].to(p["D"].dtype), p["D"].mT  # (r, in), (..., out, r)
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, int]:
         return {"D": self.rank * out_features}

@@ -47,7 +47,8 @@ class OFT(Factors):
 
     def dense(self, p: Roles, out_features: int, in_features: int, drawn: Any = None) -> Tensor:
         k = nearest_divisor(in_features, self.block, 2)
-        turn = self._turn(skew(p["Q"], k))  # (..., blocks, k, k)
+        wide = torch.promote_types(p["Q"].dtype, torch.float32)  # torch solves nothing in fewer bits
+        turn = self._turn(skew(p["Q"].to(wide), k)).to(p["Q"].dtype)  # (..., blocks, k, k)
         W = p["W"].to(turn.dtype).unflatten(-1, (-1, k)).movedim(-2, -3)  # (blocks, out, k)
         D: Tensor = (W @ turn).movedim(-3, -2).flatten(-2)  # (..., out, in)
         return D

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from loralab.errors import UserError
-from loralab.methods.base import Roles, whole
+from loralab.methods.base import Factors, Roles, whole
 from loralab.methods.lora import LoRA
 
 
@@ -23,17 +23,20 @@ class PreconditionedLoRA(LoRA):
     kind: ClassVar[str] = "lora-fa-precond"
     learn: ClassVar[tuple[str, ...]] = ("B",)
     stepped: ClassVar[bool] = True
+    one_alpha: ClassVar[bool] = True  # s of a layer divides the gradient of its B
 
     def problems(self) -> list[str]:
         return super().problems() + ([] if self.delta >= 0 else [f"delta={self.delta!r}: expected 0 or more"])
 
-    def before_step(self, layers: Mapping[str, Roles], drawn: Any) -> None:
-        for p in {id(p["B"]): p for p in layers.values()}.values():  # layers may share one B: scaled once
+    def before_step(self, layers: Mapping[str, Roles], drawn: Any, own: Mapping[str, Factors]) -> None:
+        for path, p in {id(p["B"]): (path, p) for path, p in layers.items()}.values():  # of layers that share B, one
             if p["B"].grad is not None:
                 A, g = p["A"].detach(), p["B"].grad.detach()
-                A = whole(A)  # (r, in)
+                A = whole(A).to(
+                    torch.promote_types(A.dtype, torch.float32)
+                )  # (r, in); torch solves nothing in fewer bits
                 g = g.to_local() if hasattr(g, "to_local") else g  # (out, r), or the rows that are here
                 if g.shape[-1] != len(A):
                     raise UserError(f"{self.kind}: B is divided by columns, {tuple(g.shape)}: let FSDP divide its rows")
                 gram = A @ A.mT + self.delta * torch.eye(len(A), dtype=A.dtype, device=A.device)  # (r, r)
-                g.copy_(torch.linalg.solve(gram, g, left=False) / self.scaling**2)
+                g.copy_(torch.linalg.solve(gram, g.to(A.dtype), left=False) / own[path].scaling ** 2)  # type: ignore[attr-defined]

@@ -59,6 +59,7 @@ class Start:
     subtracted: bool = False  # s B A is not zero, and A0, B0 take it away
     per_layer: bool = False  # made from the layer's weight or inputs, so layers cannot share A and B
     sees: Literal["inputs", "gradients"] | None = None  # what of a layer it looks at, on batches of data
+    revision: int = 1  # raised when it computes something else; addresses of runs carry it above 1
 
 
 def gaussian(g: LayerInfo) -> tuple[Tensor, Tensor]:
@@ -114,6 +115,7 @@ def lora_ga(g: LayerInfo) -> tuple[Tensor, Tensor]:
     return size * (Vh * sign)[: g.rank], size * (U * sign.mT)[:, g.rank : 2 * g.rank]  # (r, in), (out, r)
 
 
+# revision 1 of lora-ga: a run that shared a model with others took the gradients with the head of the first of them
 STARTS: dict[str, Start] = {
     "kaiming": Start(None),
     "gaussian": Start(gaussian),
@@ -123,7 +125,7 @@ STARTS: dict[str, Start] = {
     "olora": Start(olora, zero=False, subtracted=True, per_layer=True),
     "loftq": Start(loftq, zero=False, per_layer=True),
     "eva": Start(eva, per_layer=True, sees="inputs"),
-    "lora-ga": Start(lora_ga, zero=False, subtracted=True, per_layer=True, sees="gradients"),
+    "lora-ga": Start(lora_ga, zero=False, subtracted=True, per_layer=True, sees="gradients", revision=2),
 }
 
 
@@ -152,6 +154,11 @@ def added(start: str) -> tuple[str, ...]:
 def looks_at(start: str) -> str | None:
     """What of a layer a start looks at, on batches of data: its inputs, its gradients, or nothing."""
     return STARTS[start].sees if start in STARTS else None
+
+
+def revision(start: str) -> int:
+    """The revision of a start, 1 for one that computes what it always did."""
+    return STARTS[start].revision if start in STARTS else 1
 
 
 def looks_at_layer(start: str) -> bool:

@@ -72,7 +72,7 @@ def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Te
     pieces = zip(hidden.split(size), wanted.split(size), strict=True)
     if not torch.is_grad_enabled():
         found = [_of_logits(head(h), y) for h, y in pieces]
-    elif head.weight.requires_grad:
+    elif any(p.requires_grad for p in head.parameters()):
         found = [checkpoint(_of_layer, head, h, y, use_reentrant=False) for h, y in pieces]
     else:
         frozen: Any = Frozen.apply

@@ -128,7 +128,7 @@ def _prepare(settings: Settings, name: str, shared: Adapters | None, cache: dict
     if shared is None:
         shared = attach(model, recipe, name=name, **start_data(), **options)
     else:
-        shared.add(name, recipe, heads_of=model if objective.new_head else None, **start_data(), **options)
+        shared.add(name, recipe, plain=model, **start_data(), **options)
     if settings.from_adapter is not None:
         notes.append(begin_from(shared, name, settings.from_adapter))
     notes += [] if plan is None else [policies.note(recipe)]

@@ -8,7 +8,7 @@ not matter either, what is in them does.
 
 The tables below say by which key and from which default each setting counts. They are apart from the names and the
 defaults in the code, which may change: an address of an older version stays what it was. A method that computes
-something else than before has a `revision` above 1, which is a part of its addresses.
+something else than before, or a start that does, has a `revision` above 1, which is a part of its addresses.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from typing import Any
 from loralab import models
 from loralab.data import glue
 from loralab.disk import sha256
+from loralab.methods import starts
 from loralab.recipe import FACTORS, Recipe, to_json
 from loralab.run import Settings
 from loralab.run.settings import LEARNED, NOT_RESULT, SOURCE
@@ -175,7 +176,9 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     values = to_json(recipe)
     values.pop("factors")
     factors = None if recipe.factors is None else {"kind": recipe.factors.kind, **_factors(recipe.factors)}
-    return {"factors": factors, **_changed(values, RECIPE, to_json(Recipe()))}
+    revised = starts.revision(recipe.start)
+    started = {} if revised == 1 else {"start_revision": revised}
+    return {"factors": factors, **_changed(values, RECIPE, to_json(Recipe())), **started}
 
 
 def _factors(factors: Any) -> dict[str, Any]:
