@@ -131,8 +131,22 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
     labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
     notes = (lost,) if len(kept) < len(cut) else ()
+    if how.train and task.labels is None and chats.is_chat(split.texts[0]):
+        notes += _unended(split, tokenizer, task.options)
     packed = how.train and how.pack
     return Rows(columns, labels, uncut, how.max_length, len(cut[kept[0]]), weights, notes, packed, tuple(kept))
+
+
+def _unended(split: Split, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the note on chats that do not teach where an answer ends, if that is so."""
+    if templates.end_of(split.texts, tokenizer, options) is not None:
+        return ()
+    end = tokenizer.eos_token
+    return (
+        "no special token is learned where the assistant's turns end, so the model does not learn to stop and writes "
+        f"on to --max-new-tokens: give a --template that has the end token {f'{end!r} ' * bool(end)}there, within "
+        "{% generation %} where it has these marks",
+    )
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------

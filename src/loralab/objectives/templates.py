@@ -6,7 +6,7 @@ template's own marks, or else from the template itself: the text of all messages
 the text of the whole chat.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,24 @@ def tokens(row: chats.Row, tokenizer: Any, options: Mapping[str, Any]) -> Tokens
     if loss_on == "assistant" or (loss_on == "completion" and len(row) == 1):
         raise UserError(f"--loss-on {loss_on}: these rows have no {loss_on}, leave the flag out or choose all")
     return _completion("" if len(row) == 1 else row[0], row[-1], tokenizer, learn_all=loss_on == "all")
+
+
+def end_of(rows: Sequence[chats.Row], tokenizer: Any, options: Mapping[str, Any]) -> int | None:
+    """Return the special token that ends an answer, as the chats among the rows teach it; None where they teach none.
+
+    That is the first one after the last words that are learned of a chat: a template may write more behind it.
+    """
+    chat = next(filter(chats.is_chat, rows), None)
+    if chat is None:
+        return None
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    end = None
+    for label in reversed([label for label in tokens(chat, tokenizer, options).labels if label != IGNORED]):
+        if label in special:
+            end = label
+        elif tokenizer.decode([label]).strip():
+            break
+    return end
 
 
 def _completion(prompt: str, answer: str, tokenizer: Any, learn_all: bool) -> Tokens:

@@ -85,8 +85,8 @@ class Pipeline:
             except (UserError, ValueError) as fault:
                 found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
         with self.adapters.caching():
-            model, asked = self.adapters.model, list(prompts.values())
-            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size, done)
+            model, asked, ends = self.adapters.model, list(prompts.values()), self.known.ends(self.tokenizer)
+            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size, ends, done)
         for i, (text, *_) in zip(prompts, texts, strict=True):
             found[i] = {"answer": text}
         return found
