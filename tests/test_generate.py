@@ -208,10 +208,9 @@ def test_an_adapter_of_chats_asks_and_ends_as_it_learned(base, column, tmp_path,
     words.add_special_tokens({"additional_special_tokens": ["<system>"]})
     own = shutil.copytree(base, tmp_path / "own")
     words.save_pretrained(own)
-    s = Settings(task=str(tmp_path / "rows.jsonl"), model=str(own), out=tmp_path / "run", epochs=60, lr=0.02, batch_size=8,
-                 rank=5, max_length=24, dtype="float32", template=tmp_path / "t.jinja", selection="last",
-                 generate_metric="exact")  # fmt: skip
-    result = train(s)
+    how = {"epochs": 60, "lr": 0.02, "batch_size": 8, "rank": 5, "max_length": 24, "dtype": "float32"}
+    how |= {"template": tmp_path / "t.jinja", "selection": "last", "generate_metric": "exact"}
+    result = train(Settings(task=str(tmp_path / "rows.jsonl"), model=str(own), out=tmp_path / "run", **how))
     assert result["metrics"]["exact"] == 1
     folder = tmp_path / "run/adapter"
     known = json.loads((folder / "task.json").read_text())
@@ -244,7 +243,7 @@ def copy_without(folder: Path, root: Path) -> Path:
 
 
 def test_draws_of_batches_go_on(base, folders):
-    """Equal prompts get answers of their own, whatever their batches, and so does each call; a new start repeats all."""
+    """Equal prompts get answers of their own in every batch and every call; a new start repeats them all."""
     asked, way = [Request("A", ("the cat sees",))] * 12, Decoding(max_new_tokens=9, temperature=2.0, seed=3)
     found = {}
     for batch_size in (1, 5, 12):

@@ -41,7 +41,7 @@ class Decoding:
     num_return_sequences: int = 1
     """Answers to each prompt."""
     seed: int = 0
-    """Seed of sampling."""
+    """Seed of sampling: it decides all answers of one process, in their order."""
     stop: tuple[str, ...] = ()
     """Texts after which an answer ends."""
 
@@ -74,6 +74,10 @@ class Decoding:
     def samples(self) -> bool:
         """Whether tokens are drawn."""
         return any(value is not None for value in (self.temperature, self.top_p, self.top_k))
+
+    def random(self) -> torch.Generator:
+        """Return what seeds the batches of sampled answers, one after the other."""
+        return torch.Generator().manual_seed(self.seed)
 
     @property
     def copies(self) -> int:
@@ -148,14 +152,16 @@ def answers(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
+    random: torch.Generator,
     ends: Sequence[int] = (),
     streamer: Any = None,
 ) -> list[list[str]]:
     """Return the answers to each prompt of a batch, `num_return_sequences` of each.
 
     Rows are repeated by beams and by answers, each next to itself, as `repeat_interleave` does; so must be the ids of
-    adapters in use. The caller says what is cached. `ends` are tokens that end an answer besides those of the model,
-    `streamer` is transformers', for one prompt.
+    adapters in use. The caller says what is cached. `random` is `decoding.random()`, the same for all batches, so that
+    equal prompts of two batches are answered by draws of their own. `ends` are tokens that end an answer besides those
+    of the model, `streamer` is transformers', for one prompt.
     """
     apart = bool(model.config.is_encoder_decoder)
     ids, mask = _padded(prompts, tokenizer.pad_token_id, left=not apart)  # (rows, t)
@@ -164,7 +170,7 @@ def answers(
     stops = [_stops(tokenizer, width, decoding.stop)] if decoding.stop else None
     with torch.random.fork_rng(enabled=decoding.samples):
         if decoding.samples:
-            torch.manual_seed(decoding.seed)
+            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=random)))
         whole = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -184,17 +190,18 @@ def in_batches(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
+    random: torch.Generator,
     ends: Sequence[int] = (),
     done: Done = unwatched,
 ) -> list[list[str]]:
     """Return the answers to each prompt, in order; prompts of like length share batches.
 
-    `ends` is as above; `done` is called with the number of rows of every batch that is answered.
+    `random` and `ends` are as above; `done` is called with the number of rows of every batch that is answered.
     """
     found: list[list[str]] = [[]] * len(prompts)
     for chosen in sorted_batches(list(map(len, prompts)), batch_size):
         asked = [prompts[i] for i in chosen]
-        for i, texts in zip(chosen, answers(model, tokenizer, asked, decoding, ends), strict=True):
+        for i, texts in zip(chosen, answers(model, tokenizer, asked, decoding, random, ends), strict=True):
             found[i] = texts
         done(len(chosen))
     return found

@@ -96,7 +96,8 @@ def answers(
     prompts, decoding = [question.ids for question in asked], _decoding(asked, tokenizer)
     adapters.model.eval()
     with adapters.use(name, rank=rank), adapters.caching():
-        found = generation.in_batches(adapters.model, tokenizer, prompts, decoding, AT_ONCE, asked[0].ends, done)
+        how = (decoding, AT_ONCE, decoding.random(), asked[0].ends, done)
+        found = generation.in_batches(adapters.model, tokenizer, prompts, *how)
     return [text for (text,) in found]
 
 

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from loralab import objectives
 from loralab.cache import Scope, caching
 from loralab.data import chats
@@ -62,6 +64,11 @@ class Generator:
     def ends(self) -> dict[str, tuple[int, ...]]:
         """Name -> the tokens that end its answers, besides those of the model."""
         return {name: () if known is None else known.ends(self.tokenizer) for name, known in self.known.items()}
+
+    @cached_property
+    def random(self) -> torch.Generator:
+        """What sampled answers are drawn by; every call goes on with it."""
+        return self.decoding.random()
 
     def fault(self, request: Request) -> str | None:
         """Say what is wrong with a request, as far as that is known without loading its adapter; None if nothing."""
@@ -143,9 +150,7 @@ class Generator:
                     texts = self._write(self.pool.models[kind], used, asked, ends, streamer)
                     yield from zip(rows, texts, strict=True)
 
-    def _parts(
-        self, rows: list[int], folders: Mapping[int, Path], requests: Sequence[Request]
-    ) -> Iterable[list[int]]:
+    def _parts(self, rows: list[int], folders: Mapping[int, Path], requests: Sequence[Request]) -> Iterable[list[int]]:
         """Divide rows that cannot share a batch: those with other end tokens, and with beams, which repeat the rows of
         a decoder alone, those of other adapters."""
         apart = self.decoding.copies > 1 and self.task_type != "CAUSAL_LM"
@@ -171,4 +176,4 @@ class Generator:
         streamer: Any,
     ) -> list[list[str]]:
         with used, caching(self.scope):
-            return generation.answers(model, self.tokenizer, asked, self.decoding, ends, streamer)
+            return generation.answers(model, self.tokenizer, asked, self.decoding, self.random, ends, streamer)

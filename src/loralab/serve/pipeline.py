@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loralab import adapters, objectives
 from loralab.adapters import Adapters
@@ -36,6 +39,11 @@ class Pipeline:
     """Tokens after which a row is cut, in place of those of its training."""
     decoding: Decoding = field(default_factory=Decoding)
     """How texts are written, for an adapter that writes."""
+
+    @cached_property
+    def random(self) -> torch.Generator:
+        """What sampled answers are drawn by; every call goes on with it."""
+        return self.decoding.random()
 
     def __call__(self, rows: Any) -> Any:
         """Answer rows: a list of answers, in order; of one text or one dict its answer alone.
@@ -86,7 +94,8 @@ class Pipeline:
                 found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
         with self.adapters.caching():
             model, asked, ends = self.adapters.model, list(prompts.values()), self.known.ends(self.tokenizer)
-            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size, ends, done)
+            how = (self.decoding, self.batch_size, self.random, ends, done)
+            texts = generation.in_batches(model, self.tokenizer, asked, *how)
         for i, (text, *_) in zip(prompts, texts, strict=True):
             found[i] = {"answer": text}
         return found
