@@ -46,6 +46,11 @@ class Saved:
         return OBJECTIVES[self.objective].writes(self.labels)
 
     @property
+    def template(self) -> str | None:
+        """The chat template that it was trained with, where that is not the tokenizer's."""
+        return self.options.get("template")
+
+    @property
     def takes_texts(self) -> bool:
         """Whether a text to answer is given as it is, as the rows of its training were."""
         return self.labels is not None or (self.columns in TEXTS if self.chats is None else not self.chats)

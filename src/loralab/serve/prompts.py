@@ -42,7 +42,7 @@ def prompt_tokens(
 
 def template_of(known: Saved | None, given: str | None = None) -> str | None:
     """Return the chat template that is given, or the one an adapter was trained with; None: the tokenizer's."""
-    return given or (None if known is None else known.options.get("template"))
+    return given or (None if known is None else known.template)
 
 
 def _source(prompt: chats.Row, known: Saved | None, model: Any, tokenizer: Any) -> list[int]:
