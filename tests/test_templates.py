@@ -112,7 +112,19 @@ def test_prompt_and_completion_are_one_text_whose_end_is_learned(letters):
     assert text.learned == 4  # nothing predicts the first
 
 
+@pytest.mark.parametrize("mark", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%+ generation +%}"])
+def test_every_spelling_of_the_mark_counts(mark, letters):
+    """The template forgets what the assistant said before, so only its marks can say what is learned."""
+    template = "{% for m in messages %}{% if loop.last %}" + mark + "{{ m['content'] }}|{% endgeneration %}{% endif %}"
+    found = templates.tokens(CHAT, letters, {"template": template + "{% endfor %}"})
+    assert letters.decode([label for label in found.labels if label != IGNORED]) == "Nine of ten|"
+
+
 BAD = {
+    "marks nothing": (
+        "{% for m in messages %}{{ m['content'] }}|{% generation %}{% endgeneration %}{% endfor %}",
+        "nothing of this chat lies within them",
+    ),
     "forgets": (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}|{% endif %}{% endfor %}",
         "changes earlier messages",

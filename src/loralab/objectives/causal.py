@@ -48,6 +48,9 @@ def read(file: OwnFile) -> Task:
     rows = _rows(file.train, form)
     outside = None if file.validation is None else _rows(file.validation, form)
     notes = [f"rows are read as {'+'.join(form.columns)}"]
+    if form.columns == ("text",) and (unread := sorted(there - {*form.columns})):
+        which = ", ".join(map(checks.shown, unread))
+        notes.append(f"{which} are not read: --text and --label make a classification of a column of labels")
     return divided(file, rows, outside, None, LANGUAGE, notes, NAME, form.columns)
 
 
@@ -130,7 +133,7 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     uncut = [len(piece.ids) for row in pieces for piece in row]
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
     labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
-    notes = (lost,) if len(kept) < len(cut) else ()
+    notes: tuple[str, ...] = (lost,) if len(kept) < len(cut) else ()
     if how.train and task.labels is None and chats.is_chat(split.texts[0]):
         notes += _unended(split, tokenizer, task.options)
     packed = how.train and how.pack

@@ -6,6 +6,7 @@ template's own marks, or else from the template itself: the text of all messages
 the text of the whole chat.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from loralab.data import chats
 from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 
-MARK = "{% generation"  # by which a template marks what the assistant says
+MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # by which a template marks what the assistant says
 CHARACTERS = 100_000  # most of a template file
 
 
@@ -115,7 +116,7 @@ def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> To
     ids, places = list(found["input_ids"]), found["offset_mapping"]
     if loss_on == "all":
         spans = [(0, len(whole))]
-    elif MARK in template:
+    elif MARK.search(template):
         return _marked(tokenizer, template, messages, loss_on)
     else:
         spans = _spans(tokenizer, template, messages, whole, ids, places)
@@ -131,6 +132,11 @@ def _marked(tokenizer: Any, template: str, messages: Any, loss_on: str) -> Token
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if 1 not in mask:
+        raise UserError(
+            "the chat template has {% generation %} marks, and nothing of this chat lies within them: mark what the "
+            "assistant says, or take the marks out"
+        )
     if loss_on == "completion" and 0 in mask[::-1][mask[::-1].index(1) if 1 in mask else 0 :]:
         last = len(mask) - 1 - mask[::-1].index(1)
         first = next((i + 1 for i in range(last, -1, -1) if not mask[i]), 0)

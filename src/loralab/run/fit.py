@@ -107,7 +107,7 @@ def fit(settings: Settings, room: int) -> list[Rung]:
     fits.
     """
     task = task_of(settings)
-    rows, _ = training_rows(settings)
+    rows, *_ = training_rows(settings)
     step = EstimateSettings(
         **{f.name: getattr(settings, f.name) for f in fields(StepSettings)}
         | {
