@@ -272,9 +272,7 @@ def _read_as(s: Settings, task: Task) -> str:
     if s.objective or s.text or s.label or task.reading is None:
         return ""
     columns = ", ".join(task.columns)
-    return (
-        f" ({task.name} is read as {task.objective} because of {columns}: --text and --label, or --objective, say more)"
-    )
+    return f" ({task.name} is read as {task.objective} by its columns {columns}: --text and --label say otherwise)"
 
 
 def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[str]]:
