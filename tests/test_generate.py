@@ -194,6 +194,71 @@ def test_how_a_prompt_is_read_follows_the_training(base, folders, tmp_path):
         (folders["A"] / "task.json").unlink()
 
 
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_an_adapter_of_chats_asks_and_ends_as_it_learned(base, column, tmp_path, capsys):
+    """A text is a turn of the user where the rows were chats, whatever the columns are called, and an answer ends with
+    the token that was learned behind answers, though the tokenizer's end token is another; both are in task.json."""
+    template = TEMPLATE.replace("</s>", "<system>")
+    (tmp_path / "t.jinja").write_text(template)
+    turns = [[{"role": "user", "content": f"the {w}"}, {"role": "assistant", "content": "a cat"}] for w in WORDS]
+    rows = {"messages": turns} if column == "messages" else {"prompt": [t[:1] for t in turns], "completion": [
+        t[1:] for t in turns]}  # fmt: skip
+    tables.write(rows, tmp_path / "rows.jsonl")
+    words = loralab_base(base)[1]
+    words.add_special_tokens({"additional_special_tokens": ["<system>"]})
+    own = shutil.copytree(base, tmp_path / "own")
+    words.save_pretrained(own)
+    how = {"epochs": 60, "lr": 0.02, "batch_size": 8, "rank": 5, "max_length": 24, "dtype": "float32"}
+    how |= {"template": tmp_path / "t.jinja", "selection": "last", "generate_metric": "exact"}
+    result = train(Settings(task=str(tmp_path / "rows.jsonl"), model=str(own), out=tmp_path / "run", **how))
+    assert result["metrics"]["exact"] == 1
+    folder = tmp_path / "run/adapter"
+    known = json.loads((folder / "task.json").read_text())
+    assert (known["chats"], known["end"]) == (True, "<system>")
+    ask = loralab.pipeline(folder, str(own), max_new_tokens=20)
+    end, asked = words.convert_tokens_to_ids("<system>"), f"<user> the {WORDS[0]} <system> <assistant>"
+    assert ask._prompt((f"the {WORDS[0]}",)) == words(asked)["input_ids"]
+    assert ask(f"the {WORDS[0]}") == {"answer": "a cat"}
+    flags = ["--adapters", f"new={folder}", "--model", own, "--max-new-tokens", 20]
+    assert run(capsys, "generate", *flags, "--prompt", f"the {WORDS[0]}")[:2] == (0, "a cat\n")
+    maker = Generator(ask_pool(own), words, adapter_folders([f"new={folder}", f"old={copy_without(folder, tmp_path)}"]),
+                      Decoding(max_new_tokens=20), template=template)  # fmt: skip
+    assert (maker.ends["new"], maker.ends["old"]) == ((end,), ())
+    asked = [Request(name, (("user", f"the {WORDS[0]}"),)) for name in ("old", "new", "old")]
+    mixed = maker.answer(asked)
+    assert mixed == [maker.answer([request])[0] for request in asked]
+    assert mixed[1] == ["a cat"] != mixed[0]
+
+
+def ask_pool(folder: Path) -> Pool:
+    return Pool(lambda: loralab_base(folder)[0], heads=False)
+
+
+def copy_without(folder: Path, root: Path) -> Path:
+    """Copy an adapter folder of a run as versions before wrote it: nothing is said of chats or their end."""
+    old = shutil.copytree(folder, root / "old")
+    known = json.loads((old / "task.json").read_text())
+    (old / "task.json").write_text(json.dumps({key: x for key, x in known.items() if key not in ("chats", "end")}))
+    return old
+
+
+def test_draws_of_batches_go_on(base, folders):
+    """Equal prompts get answers of their own in every batch and every call; a new start repeats them all."""
+    asked, way = [Request("A", ("the cat sees",))] * 12, Decoding(max_new_tokens=9, temperature=2.0, seed=3)
+    found = {}
+    for batch_size in (1, 5, 12):
+        maker = generator(base, folders, way, batch_size=batch_size)
+        first, second = maker.answer(asked), maker.answer(asked)
+        assert len({texts for (texts,) in first}) > 6
+        assert first != second
+        found[batch_size] = first, second
+        again = generator(base, folders, way, batch_size=batch_size)
+        assert (again.answer(asked), again.answer(asked)) == found[batch_size]
+    ask = loralab.pipeline(folders["A"], str(base), temperature=2.0, max_new_tokens=9, batch_size=1)
+    assert len({one["answer"] for one in ask(["the cat sees"] * 12)}) > 6
+    assert len({ask("the cat sees")["answer"] for _ in range(6)}) > 3
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -296,6 +296,29 @@ def test_a_merged_gguf_base_is_a_standard_folder_with_its_tokenizer(base, cli, t
         assert str(tmp_path) not in file.read_text(), file.name
 
 
+def test_what_leaves_has_the_template_and_the_end_that_were_learned(base, cli, tmp_path):  # noqa: F811
+    """The adapter answers prompts of its own template only, which no base has, and ends answers with its own token."""
+    _, adapters = attached(base, rank=3, alpha=5.0)
+    adapters.save(tmp_path / "adapter")
+    own, words = "{{ 'a ' + messages[0]['content'] }}", AutoTokenizer.from_pretrained(base, gguf_file="tiny.gguf")
+    known = {"objective": "causal", "task": "x", "options": {"template": own}, "end": words.convert_ids_to_tokens(1)}
+    (tmp_path / "adapter/task.json").write_text(json.dumps(known))
+    for out, more in (("merged", ()), ("file", ("--gguf",))):
+        assert cli("merge", tmp_path / "adapter", "--model", base, "--out", out, *more)[0] == 0
+    assert AutoTokenizer.from_pretrained("merged").chat_template == own
+    ends = AutoModelForCausalLM.from_pretrained("merged").generation_config.eos_token_id
+    assert 1 in ends
+    before, after = told(base / "tiny.gguf")[0], told(tmp_path / "file/model.gguf")[0]
+    assert after == {
+        **before, "tokenizer.chat_template": own, "tokenizer.ggml.eot_token_id": 1,
+        "general.file_type": int(gguf.LlamaFileType.ALL_F32),
+    }  # fmt: skip
+    for out, more in (("peft", ()), ("lora", ("--gguf",))):
+        code, _, err = cli("export", tmp_path / "adapter", "--model", base, "--out", out, *more)
+        assert (code, (tmp_path / out / "chat_template.jinja").read_text()) == (0, own)
+        assert f"{out}/chat_template.jinja: give it to what runs the adapter" in err
+
+
 def test_a_merge_into_gguf_needs_a_base_of_gguf(base, cli, refused, tiny, tmp_path):  # noqa: F811
     _, adapters = attached(base, rank=3)
     adapters.save(tmp_path / "adapter")

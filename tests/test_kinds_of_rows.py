@@ -229,6 +229,7 @@ def test_a_token_that_a_model_does_not_know_is_a_bad_row_of_every_command(bases,
         file = written(tmp_path, [rows, row], f"{kind}.jsonl")
         for command in ("predict", "generate") if kind != "multi-label" else ("predict",):
             words = [command, "--adapters", tmp_path / kind / "adapter", "--model", base, "--input", file]
+            words += ["--prefix", "own "]
             assert main([*map(str, words)]) == 2
             said = capsys.readouterr().err
             assert "row 2" in said

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from test_cli import adapter, cli, flags  # noqa: F401  (fixtures)
 from test_objectives import KINDS, MODEL, MODEL_OBJECTIVE, bases, files, rows_of, run_json, settings  # noqa: F401
+from transformers import AutoModelForCausalLM
 
 import loralab
-from loralab import UserError
+from loralab import UserError, objectives
+from loralab.cli import main
 from loralab.objectives import saved
 from loralab.objectives.generation import Decoding
-from loralab.run import train
+from loralab.objectives.objective import WRITTEN
+from loralab.run import Settings, train
 from loralab.serve import Predictor, Request
 from loralab.serve.prompts import prompt_tokens
 
@@ -36,6 +39,9 @@ def test_a_folder_answers_as_the_command_does_whatever_it_learned(kind, bases, f
     answer = loralab.pipeline(folder, batch_size=4, **({"max_new_tokens": 4} if kind in WRITES else {}))
     cells = [tuple(row.values()) for row in rows]
     found = answer(cells)
+    known = answer.known
+    said = (WRITTEN,) if known.writes else objectives.OBJECTIVES[known.objective].gives(cells[0])
+    assert all({*one} <= {*said} for one in found)
     assert len(found) == len(rows)
     assert answer(rows) == found == [answer(row) for row in rows] or kind not in WRITES
     for name, written in (("bare", rows), ("whole", rows_of(kind, 9, 5))):  # right answers beside them change nothing
@@ -112,6 +118,53 @@ def test_the_folder_alone_is_enough_where_the_base_is_known(adapter, tiny, tmp_p
     assert (answer.known.columns, answer.known.labels, answer.known.max_length) == (["sentence"], ["cat", "dog"], 32)
     assert answer(["the cat sees"])[0]["label"] in ("cat", "dog")
     assert answer({"sentence": "the cat sees"}) == answer("the cat sees") == answer([("the cat sees",)])[0]
+
+
+def test_a_row_has_as_many_texts_as_the_adapter_learned_from(tiny, tmp_path, capsys):
+    """One of two columns was answered without a word, and other columns than it learned from were read; a lone tuple
+    was two rows."""
+    rows = [{"title": row["text"], "body": "a cat", "label": row["label"]} for row in rows_of("classification", 40, 3)]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    s = Settings(task=str(tmp_path / "two.jsonl"), model=str(tiny), text=("title", "body"), label="label", epochs=1,
+                 out=tmp_path / "run", max_length=32, dtype="float32")  # fmt: skip
+    train(s)
+    folder = tmp_path / "run/adapter"
+    answer = loralab.pipeline(folder)
+    both = ("the cat sees", "a cat")
+    assert answer(both) == answer([both])[0] == answer(dict(zip(("title", "body"), both, strict=True)))
+    assert answer(("", "a cat"))["label"] in ("cat", "dog")
+    lack = "given, and the adapter learned from 2: title, body"
+    for wrong in ("the cat", [("the cat",)], [("a", "b", "c")]):
+        with pytest.raises(UserError, match=lack):
+            answer(wrong)
+    for name in ("text", "title"):
+        (tmp_path / f"{name}.csv").write_text(f"{name},note\na cat,x\n")
+    given = ["predict", "--adapters", str(folder), "--input"]
+    assert main([*given, str(tmp_path / "text.csv")]) == 2
+    assert lack in capsys.readouterr().err
+    assert main([*given, str(tmp_path / "title.csv"), "--text", "title"]) == 2
+    assert lack in capsys.readouterr().err
+
+
+def test_a_usual_column_that_is_read_in_place_of_the_adapters_is_told(adapter, tiny, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "in.csv").write_text("text,note\na cat,x\n")
+    assert main(["predict", "--adapters", str(adapter), "--input", str(tmp_path / "in.csv"), "--model", str(tiny)]) == 0
+    assert "in.csv has no sentence, from which" in capsys.readouterr().err
+
+
+def test_settings_of_a_pipeline_are_those_that_it_takes(adapter, base_that_writes, tiny):  # noqa: F811
+    with pytest.raises(UserError, match="max_new_tokens would do nothing: the adapter writes no texts, leave it out"):
+        loralab.pipeline(adapter, str(tiny), max_new_tokens=3)
+    with pytest.raises(UserError, match=r"no setting 'max_new_token' \(did you mean 'max_new_tokens'\?\)"):
+        loralab.pipeline(*base_that_writes, max_new_token=3)
+
+
+@pytest.fixture
+def base_that_writes(bases, tmp_path):  # noqa: F811
+    """An adapter of a model that writes, and its base."""
+    handle = loralab.attach(AutoModelForCausalLM.from_pretrained(bases["llama"]), "lora", rank=2)
+    handle.save(tmp_path / "writes")
+    return tmp_path / "writes", str(bases["llama"])
 
 
 def test_rows_that_cannot_be_answered_are_named(adapter, tiny):  # noqa: F811

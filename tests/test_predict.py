@@ -516,6 +516,44 @@ def test_keep_going_answers_the_rest_and_names_the_error(cli, tiny, folders, ask
         assert (row["label"] is None) == (row["error"] is not None) == (i in (1, 4))
 
 
+def test_unknown_adapters_are_few_kinds_and_the_known_ones_are_named(cli, refused, tiny, folders, asked, tmp_path):  # noqa: F811
+    wrong = {**asked, "who": [f"a {i}" for i in range(len(asked["who"]))]}
+    path = written(wrong, tmp_path / "in.csv")
+    told = refused(*command(folders, tiny, path, "--adapter-column", "who"))
+    assert f"row 5: no adapter 'a 4'; {len(asked['who']) - 5} more kinds of fault; adapters that there are: " in told
+    assert all(f"{name}" in told for name in ("pets", "size"))
+    code, _, err = cli(*command(folders, tiny, path, "--adapter-column", "who", "--keep-going"))
+    assert code == 0
+    assert f"{len(asked['who'])} rows, 0 adapters" in err
+
+
+@pytest.mark.parametrize(("name", "content", "bad"), [
+    ("in.csv", "text,who\na cat,pets\nb\na dog,pets\n", "1 cells where 2 were expected"),
+    ("in.jsonl", '{"text": "a cat", "who": "pets"}\n{bad\n{"text": "a dog", "who": "pets"}\n', "not JSON"),
+])  # fmt: skip
+def test_keep_going_answers_beside_rows_that_cannot_be_read(cli, refused, tiny, folders, tmp_path, name, content, bad):  # noqa: F811
+    path, out = tmp_path / name, tmp_path / "out.jsonl"
+    path.write_text(content)
+    given = command(folders, tiny, path, "--adapter-column", "who", "--out", out)
+    assert f"{bad} in row 2; mend or remove these rows, or answer the others with --keep-going" in refused(*given)
+    code, _, err = cli(*given, "--keep-going")
+    assert code == 0
+    assert f"no answer for row 2: {bad}" in err
+    assert "left out" not in err
+    rows = read_back(out)
+    assert [row["row"] for row in rows] == [1, 2, 3]
+    assert [row["label"] is None for row in rows] == [bool(row["error"]) for row in rows] == [False, True, False]
+
+
+def test_a_column_that_is_taken_is_found_before_rows_are_answered(refused, tiny, folders, asked, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Predictor, "answer", None)
+    given = ("--adapter-column", "who")
+    for taken in ("label", "probabilities", "error"):
+        path = written({**asked, taken: asked["id"]}, tmp_path / f"{taken}.csv")
+        more = ("--keep-going",) * (taken == "error")
+        assert f"column {taken} is there already" in refused(*command(folders, tiny, path, *given, *more))
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_step_of_fused_adamw_between_two_evaluations_is_seen(quick):
     """It writes in place and leaves the version of a tensor as it was."""

@@ -137,6 +137,63 @@ def test_a_file_of_bad_rows_alone_is_refused(tmp_path):
         load(path, Reading(skip=True))
 
 
+def test_rows_are_left_out_where_the_columns_say_the_kind(tmp_path):
+    """The kind was found before any row could be left out, and the error did not name the flag."""
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}'] * 5 + ["{bad"]))
+    with pytest.raises(UserError, match="not JSON in row 11.*or leave them out with --skip-bad-rows"):
+        objectives.load(str(path))
+    task = objectives.load(str(path), reading=Reading(skip=True))
+    assert (task.objective, len(task.train) + len(task.validation["validation"])) == ("classification", 10)
+    path.write_text("{bad")
+    with pytest.raises(UserError, match="has no rows, as all 1 are left out"):
+        objectives.load(str(path), reading=Reading(skip=True))
+
+
+@pytest.mark.parametrize(("header", "told"), [
+    ("text, label", "its columns 'text', ' label' would make it a file of classification if they were called text, l"),
+    ("Text,Label", "its columns 'Text', 'Label' would make it a file of classification if they were called text, "),
+    ("text,mood", None),
+])  # fmt: skip
+def test_names_of_columns_that_nearly_fit_are_told_and_unread_ones_named(tmp_path, header, told):
+    path = tmp_path / "own.csv"
+    path.write_text(f"{header}\n" + "a,x\nb,y\n" * 5)
+    if told:
+        with pytest.raises(UserError, match=told):
+            objectives.load(str(path))
+        return
+    task = objectives.load(str(path))
+    assert task.objective == "causal"
+    assert "'mood' are not read: --text and --label make a classification of a column of labels" in task.notes
+
+
+def test_a_model_of_another_kind_than_the_columns_say_is_told_why(refused, tiny, tmp_path):  # noqa: F811
+    (tmp_path / "own.csv").write_text("text,mood\n" + "a,x\nb,y\n" * 5)
+    told = refused("train", "--task", "own.csv", "--model", tiny, "--out", "run")
+    assert "is not a causal language model" in told
+    assert "(own is read as causal by its columns text: --text and --label say otherwise)" in told
+
+
+def test_evaluate_names_the_label_column_that_a_file_lacks(cli, tiny, own, refused, tmp_path):  # noqa: F811
+    rows = own["class"].read_text().replace("sentence,label", "sentence,mood", 1)
+    (tmp_path / "own.csv").write_text(rows)
+    given = flags(tiny, own, task="own.csv", epochs=1)
+    given[given.index("--label") + 1] = "mood"
+    assert cli(*given)[0] == 0
+    (tmp_path / "bare.csv").write_text("sentence,note\na cat,b\n")
+    cli("--version")
+    told = refused("evaluate", "run/adapter", "--task", "bare.csv")
+    assert "no column 'mood', the label that the adapter learned; columns there: sentence, note" in told
+
+
+def test_shown_rows_come_with_the_notes_of_their_file(cli, tiny, own, tmp_path):  # noqa: F811
+    (tmp_path / "own.csv").write_text(own["class"].read_text().replace(",", ";"))
+    code, _, err = cli(*flags(tiny, own, task="own.csv"), "--show-rows", 1)
+    assert code == 0
+    assert "note: own.csv is read with ';' between its cells" in err
+    assert "rows are held out" in err
+
+
 def test_a_run_lists_the_rows_that_it_leaves_out(cli, tiny, own, tmp_path):  # noqa: F811
     lines = own["class"].read_text().splitlines()
     (tmp_path / "messy.csv").write_text("\n".join([*lines[:5], ",cat", "only one", *lines[5:]]) + "\n")

@@ -88,6 +88,21 @@ def test_the_assistants_words_are_learned(name, loss_on, letters):
     assert all(label in (IGNORED, i) for i, label in zip(found.ids, found.labels, strict=True))
 
 
+ENDS = {"Phi 3": "<|end|>", "marked": None}  # those of the other templates are no special tokens of `letters`
+
+
+@pytest.mark.parametrize("loss_on", ["auto", "completion", "all"])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_end_of_an_answer_is_the_special_token_that_is_learned_behind_it(name, loss_on, letters):
+    template, options = BY_HAND[name][0], {"loss_on": loss_on}
+    found = templates.end_of([("text",), CHAT], letters, {**options, "template": template})
+    assert found == (letters.convert_tokens_to_ids(ENDS[name]) if ENDS.get(name) else None)
+    ending = template.replace("<|im_end|>", "<end>").replace("<end_of_turn>", "<end>").replace("<|eot_id|>", "<end>")
+    if ending != template:
+        assert templates.end_of([CHAT], letters, {**options, "template": ending}) == letters.eos_token_id
+    assert templates.end_of([("text",)], letters, options) is None
+
+
 def test_prompt_and_completion_are_one_text_whose_end_is_learned(letters):
     found = templates.tokens(("2+2=", "four"), letters, {})
     assert letters.decode(found.ids) == "2+2=four<end>"
@@ -118,7 +133,19 @@ def test_an_answer_is_written_after_the_tokens_that_it_is_learned_after(prompt, 
     assert answer.count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize("mark", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%+ generation +%}"])
+def test_every_spelling_of_the_mark_counts(mark, letters):
+    """The template forgets what the assistant said before, so only its marks can say what is learned."""
+    template = "{% for m in messages %}{% if loop.last %}" + mark + "{{ m['content'] }}|{% endgeneration %}{% endif %}"
+    found = templates.tokens(CHAT, letters, {"template": template + "{% endfor %}"})
+    assert letters.decode([label for label in found.labels if label != IGNORED]) == "Nine of ten|"
+
+
 BAD = {
+    "marks nothing": (
+        "{% for m in messages %}{{ m['content'] }}|{% generation %}{% endgeneration %}{% endfor %}",
+        "nothing of this chat lies within them",
+    ),
     "forgets": (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}|{% endif %}{% endfor %}",
         "changes earlier messages",

@@ -19,6 +19,10 @@ class OtherBase(UserError):
     """An adapter and a base that it was not trained on."""
 
 
+class OtherKind(UserError):
+    """A model that is not of the kind that a task needs."""
+
+
 def printable(text: str) -> str:
     """Text on one line: line breaks and tabs become spaces, other characters that do not print their escapes."""
     shown = (c if c.isprintable() else " " if c in "\n\r\t" else repr(c)[1:-1] for c in text)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,16 @@ BASE_SHA256 = "loralab.base_sha256"  # key of the hash of the base; others leave
 OTHER_NAMES = {"mistral": "llama"}  # model type of transformers -> what GGUF calls it, where the words differ
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of the weights in a merged model
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+
+
+class Words(NamedTuple):
+    """What a merged model says of chats, where it is not what its base says."""
+
+    template: str | None = None
+    end: int | None = None  # token that ends an answer
+
+
+AS_BASE = Words()
 
 
 class Layout:
@@ -134,11 +144,16 @@ def write_adapter(folder: Path, config: Any, updates: Mapping[str, Update], base
 
 
 def write_model(
-    folder: Path, base_file: Path, config: Any, changed: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    folder: Path,
+    base_file: Path,
+    config: Any,
+    changed: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    words: Words = AS_BASE,
 ) -> Path:
     """Write `model.gguf`: the file of a base with the `changed` tensors, name in the model -> value, in `dtype`.
 
-    The header is that of the base: settings, tokens, chat template. What did not change keeps its bits.
+    The header is that of the base, settings and tokens, with these `words`. What did not change keeps its bits.
     Raises UserError for a tensor that GGUF has no name for, and if the file cannot be written.
     """
     layout = Layout(config)
@@ -162,6 +177,7 @@ def write_model(
             if gguf.Keys.General.FILE_TYPE in reader.fields:
                 writer.kv_data[0].pop(gguf.Keys.General.FILE_TYPE)
                 writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+            _say(writer, words)
             for key in {**there, **new}:
                 if key in new:
                     shape = tuple(int(n) for n in there[key].shape[::-1]) if key in there else tuple(new[key].shape)
@@ -174,6 +190,20 @@ def write_model(
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     return file
+
+
+def _say(writer: Any, words: Words) -> None:
+    """Put the words of a merged model in the place of those of its base."""
+    import gguf
+
+    names = gguf.Keys.Tokenizer
+    for key, value, add in (
+        (names.CHAT_TEMPLATE, words.template, writer.add_chat_template),
+        (names.EOT_ID, words.end, writer.add_eot_token_id),
+    ):
+        if value is not None:
+            writer.kv_data[0].pop(key, None)
+            add(value)
 
 
 def _placed(order: Any, tensor: Tensor, shape: tuple[int, ...]) -> Any:

@@ -12,9 +12,10 @@ from loralab.disk import read_json, read_metadata
 from loralab.errors import UserError
 from loralab.schema import checked, listed
 
+TEMPLATE = "chat_template.jinja"  # of an export whose adapter was trained with a template of its own
 FILES = (  # what may leave; rows, predictions and records of a run are none of these
     files.TENSORS, files.HEADER, files.TASK, peft_format.TENSORS, peft_format.HEADER, gguf_format.ADAPTER,
-    model_card.FILE,
+    model_card.FILE, TEMPLATE,
 )  # fmt: skip
 BASE_KEYS = ("base", "name", "base_model_name_or_path")  # where files name a base: no path, whether it is here or not
 

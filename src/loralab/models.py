@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from loralab.disk import read_json, sha256
-from loralab.errors import UserError
+from loralab.errors import OtherKind, UserError
 from loralab.kinds import loaded
 from loralab.model_names import ALIASES, alias_hint, not_reached, place_of, require, unreachable
 
@@ -81,7 +81,7 @@ def fresh(
         with _from_seed(seed):
             _new_head(model, dtype)
     elif drawn:
-        raise UserError(
+        raise OtherKind(
             f"{name} has no {drawn[0]}, so it is not {AUTO_CLASSES[task][1]} yet: choose a model that is one"
         )
     return model, words
@@ -322,7 +322,7 @@ def _one_line(name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many types; whatever it is, the folder is the cause
-        raise UserError(f"model {name!r} cannot be loaded as {kind}: {_first_line(error)}") from error
+        raise OtherKind(f"model {name!r} cannot be loaded as {kind}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from loralab import objectives
 from loralab.cli import base
 from loralab.cli.show import Json, as_json, note, table
 from loralab.cli.show_learned import show
-from loralab.data import Split, Task, tables
+from loralab.data import Split, Task, checks, tables
 from loralab.data.batches import Rows, cut_at
 from loralab.data.reading import Reading, Separator
 from loralab.errors import UserError
@@ -140,13 +140,18 @@ def _task(
     """Read the rows under the objective and the labels of the adapter."""
     names = labels if known.labels is None and known.objective != "causal" else tuple(known.labels or ())
     is_file = Path(task).suffix.lower() in tables.READERS
-    with reading.active():
-        there = {*tables.names(Path(task))} if is_file else set()
+    names_there = checks.without_bad_rows(reading, lambda: tables.names(Path(task))) if is_file else []
+    there = {*names_there}
     if label is None and known.label is not None and there & {known.label, *known.label.split(",")}:
         label = known.label
     usual = label is None and known.objective == "classification"
     if usual and {*known.columns, "label"} <= there and known.columns:
         label = "label"
+    if is_file and label is None and known.label is not None:
+        raise UserError(
+            f"{task}: no column {known.label!r}, the label that the adapter learned; columns there: "
+            f"{', '.join(map(checks.one_line, names_there))}; name the one that has it with --label"
+        )
     if is_file and not text and label is not None:
         text = tuple(known.columns)
     found = objectives.load(

@@ -5,8 +5,10 @@ from pathlib import Path
 from loralab import gguf_format, peft_write
 from loralab.cli import base as bases
 from loralab.cli.show import note
-from loralab.disk import check_output_folder
+from loralab.disk import check_output_folder, write_text
+from loralab.hub import TEMPLATE
 from loralab.model_names import hub_name
+from loralab.objectives import saved
 
 
 def export(
@@ -30,10 +32,14 @@ def export(
         Another name for the adapter than its own.
     """
     check_output_folder(out)
+    template = saved.read(folder).template
     adapters, _ = bases.load(model, folder, name)
     called = hub_name(model) if base is None else str(base)
     adapters.export(out, layout="gguf" if gguf else "peft", base_name=called)
     print(f"exported to {out / gguf_format.ADAPTER if gguf else out}")
+    if template is not None:
+        write_text(out / TEMPLATE, template)
+        note(f"it was trained with a chat template of its own, {out / TEMPLATE}: give it to what runs the adapter")
     print(f"base: {called}, sha256 of its tensors {adapters.base_sha256}")
     for text in [] if gguf else peft_write.vllm_notes(out):
         note(text)

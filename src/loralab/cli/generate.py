@@ -10,12 +10,14 @@ from torch import nn
 
 from loralab import models
 from loralab.cli import base
-from loralab.cli.predict import refuse
+from loralab.cli.predict import ERROR, check_new, refuse, unknown
 from loralab.cli.show import Json, as_bytes, note, pairs
 from loralab.data import chats, checks, tables
+from loralab.data.reading import Reading
 from loralab.errors import UserError
 from loralab.objectives import OBJECTIVES
 from loralab.objectives.generation import Decoding
+from loralab.objectives.objective import WRITTEN
 from loralab.objectives.templates import template_of
 from loralab.run.bar import rows_bar
 from loralab.serve import BASE, AdapterFolder, Generator, Pool, adapter_folders
@@ -23,7 +25,6 @@ from loralab.serve.generation import Request
 from loralab.serve.loading import Device, present, shared, torch_device
 
 GREEDY = Decoding()
-ANSWER, ERROR = "answer", "error"  # new columns
 
 Prompt = chats.Row | UserError  # a row to answer, or what is wrong with it
 Texts = str | list[str] | UserError
@@ -103,22 +104,24 @@ def generate(
     if chat:
         _talk(generator, names[-1])
         return
-    columns, prompts = _prompts(prompt or [], input)
+    columns, prompts = _prompts(prompt or [], input, keep_going)
     if adapter_column is not None:
         tables.require(input, list(columns), [adapter_column])
-        wanted = {ANSWER: [_adapter(cell) for cell in columns[adapter_column]]}
+        wanted = {WRITTEN: [_adapter(cell) for cell in columns[adapter_column]]}
     elif len(names) > 1 and not side_by_side:
         raise UserError(f"{len(names)} adapters: add --side-by-side, or name each row's in a column (--adapter-column)")
     else:
-        wanted = {name if side_by_side else ANSWER: [name] * len(prompts) for name in names}
-    _check_new(input, columns, [prefix + name for name in wanted], keep_going)
+        wanted = {name if side_by_side else WRITTEN: [name] * len(prompts) for name in names}
+    check_new(input or Path("--prompt"), columns, [prefix + name for name in wanted], prefix, keep_going)
     _note_plain(generator, prompts)
     if out is None and not json and input is None and len(prompts) == len(wanted) == 1 and _can_stream(decoding):
         _stream(generator, prompts[0], names[0])
         return
     found = _answers(generator, prompts, wanted)
     faults = [next((texts for texts in row if isinstance(texts, UserError)), None) for row in zip(*found.values())]  # noqa: B905
-    refuse(input or Path("--prompt"), [fault or {} for fault in faults], keep_going)
+    asked = [name for names in wanted.values() for i, name in enumerate(names) if not isinstance(prompts[i], UserError)]
+    help = unknown([BASE, *folders], asked)
+    refuse(input or Path("--prompt"), [fault or {} for fault in faults], keep_going, help)
     added = {prefix + name: [None if isinstance(x, UserError) else x for x in texts] for name, texts in found.items()}
     errors = {prefix + ERROR: [fault and str(fault) for fault in faults]} if keep_going else {}
     _deliver({**columns, **added, **errors}, list(added), input, out, json)
@@ -199,18 +202,19 @@ def _generator(
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def _prompts(texts: Sequence[str], path: Path | None) -> tuple[tables.Columns, list[Prompt]]:
+def _prompts(texts: Sequence[str], path: Path | None, keep_going: bool) -> tuple[tables.Columns, list[Prompt]]:
     """Return the columns of the input, and the prompt of each row."""
     if path is None:
         return {"prompt": list(texts)}, [_prompt(chats.prompt, text) for text in texts]
-    columns = tables.read_all(path)
+    columns, broken = tables.read_to_answer(path, Reading(), keep_going)
     form = next((form for form in chats.PROMPTS if {*form.columns} <= columns.keys()), None)
     if form is None:
         there = ", ".join(map(checks.one_line, columns))
         wanted = ", ".join(form.columns[0] for form in chats.PROMPTS)
         raise UserError(f"{path}: no column to answer among {there}: name one of them {wanted}")
     used = [name for name in (*form.columns, *form.optional) if name in columns]
-    return columns, [_prompt(form.row, *cells) for cells in zip(*(columns[name] for name in used), strict=True)]
+    rows = enumerate(zip(*(columns[name] for name in used), strict=True))
+    return columns, [UserError(broken[i]) if i in broken else _prompt(form.row, *cells) for i, cells in rows]
 
 
 def _prompt(make: Any, *cells: Any) -> Prompt:
@@ -219,14 +223,6 @@ def _prompt(make: Any, *cells: Any) -> Prompt:
     except ValueError as fault:
         return UserError(str(fault))
     return row
-
-
-def _check_new(path: Path | None, columns: tables.Columns, names: Sequence[str], keep_going: bool) -> None:
-    doubled = [name for name in (*names, *([ERROR] if keep_going else [])) if name in columns]
-    if doubled:
-        raise UserError(
-            f"{path or '--prompt'}: column {', '.join(doubled)} is there already; --prefix renames the new ones"
-        )
 
 
 def _note_plain(generator: Generator, prompts: Sequence[Prompt]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ from loralab.cli.show import Json, as_bytes, note
 from loralab.data import chats, checks, tables
 from loralab.data.reading import Reading, Separator, counted
 from loralab.errors import UserError
+from loralab.objectives import OBJECTIVES
+from loralab.objectives.objective import WRITTEN
 from loralab.run.bar import rows_bar
+from loralab.schema import listed
 from loralab.serve import AdapterFolder, Answer, Predictor, Request, adapter_folders
 from loralab.serve.loading import Device, torch_device
 from loralab.serve.pipeline import pipeline
 
 Row = dict[str, Any] | UserError  # what a row is answered, by column
 
+ERROR = "error"  # the column of what is wrong with a row
 ROW = "row"  # the column of a row's number in the file, as in wrong.csv and the answers of evaluate
 USUAL = (("text",), ("sentence",))  # columns of text to try where neither flag nor adapter names them
 
@@ -94,9 +98,9 @@ def predict(
     base.check_idle({"memory": kinds != {"classification"} and memory is not None}, "where not all are classifiers")
     likely = next((folder.written for folder in folders.values() if folder.written), {})
     reading = Reading(separator, encoding, likely=likely)
-    with reading.active():
-        columns = tables.read_all(input)
+    columns, broken = tables.read_to_answer(input, reading, keep_going)
     requests = _requests(input, columns, folders, adapter_column, text or [])
+    check_new(input, columns, [prefix + name for name in _given(requests, folders)], prefix, keep_going)
     before = time.perf_counter()
     if kinds == {"classification"}:
         predictor = Predictor.open(folders, model, budget, batch_size, rank, max_length, device)
@@ -105,12 +109,14 @@ def predict(
         how = {"model": model, "batch_size": batch_size, "rank": rank, "max_length": max_length, "device": device}
         decoding = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         answers = _each_alone(requests, folders, **how, **decoding)
-    refuse(input, answers, keep_going)
-    added = _columns(input, list(columns), answers, prefix, keep_going)
+    answers = [UserError(broken[i]) if i in broken else answer for i, answer in enumerate(answers)]
+    refuse(input, answers, keep_going, unknown(folders, [r.adapter for i, r in enumerate(requests) if i not in broken]))
+    added = _columns(answers, prefix, keep_going)
     for line in reading.notes():
         note(line)
     _deliver({**_numbered(columns, len(requests), prefix), **added}, input, out, json)
-    used, took = len({request.adapter for request in requests}), time.perf_counter() - before
+    used = len({folders[request.adapter].folder for request in requests if request.adapter in folders})
+    took = time.perf_counter() - before
     done = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((len(requests), "row"), (used, "adapter")))
     print(f"{', '.join(done)}, {took:.1f} s", file=sys.stderr)
 
@@ -133,15 +139,43 @@ def _requests(
         asked = [next(iter(folders))] * len(next(iter(columns.values())))
     else:
         asked = ["" if cell is None else checks.literal(cell) for cell in columns[adapter_column]]
-    of_adapter = {name: tuple(text) or _text(path, list(columns), folders[name]) for name in set(asked) & set(folders)}
+    named = [name for name in dict.fromkeys(asked) if name in folders]
+    of_adapter = {name: _text(path, list(columns), folders[name], text) for name in named}
     return [Request(name, tuple(columns[key][i] for key in of_adapter.get(name, text))) for i, name in enumerate(asked)]
 
 
-def _text(path: Path, columns: list[str], adapter: AdapterFolder) -> tuple[str, ...]:
+def _given(requests: Sequence[Request], folders: Mapping[str, AdapterFolder]) -> list[str]:
+    """Return the columns that the answers may have."""
+    named = {request.adapter: request.texts for request in requests if request.adapter in folders}
+    gives = (
+        (WRITTEN,) if folders[name].writes else OBJECTIVES[folders[name].objective].gives(cells)
+        for name, cells in named.items()
+    )  # fmt: skip
+    return list(dict.fromkeys(name for names in gives for name in names))
+
+
+def check_new(path: Path, there: Collection[str], names: Sequence[str], prefix: str, keep_going: bool) -> None:
+    """Raise UserError for new columns, of `names` and of errors, that are in the file already."""
+    if doubled := [name for name in (*names, *[f"{prefix}{ERROR}"] * keep_going) if name in there]:
+        raise UserError(f"{path}: column {', '.join(doubled)} is there already; --prefix renames the new ones")
+
+
+def unknown(adapters: Collection[str], asked: Sequence[str]) -> str:
+    """Say which adapters there are, where rows ask for others."""
+    return "" if {*asked} <= {*adapters} else f"adapters that there are: {listed(adapters)}; "
+
+
+def _text(path: Path, columns: list[str], adapter: AdapterFolder, given: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns that an adapter reads: those given, or that it learned from, or usual ones, which is told."""
     form = chats.asks(adapter.text)
-    for names in (form.columns if adapter.writes and adapter.text else adapter.text, *USUAL):
+    own = form.columns if adapter.writes and adapter.text else adapter.text
+    for names in [tuple(given)] if given else (own, *USUAL):
         if names and set(names) <= set(columns):
-            return (*names, *(name for name in form.optional if adapter.writes and name in columns))
+            if not adapter.writes and (lack := OBJECTIVES[adapter.objective].lacking(names, adapter.text)):
+                raise UserError(f"{path}: {', '.join(names)} as text for {adapter.name}: {lack}; name them with --text")
+            if own and names != own and not given:
+                note(f"{path} has no {', '.join(own)}, from which {adapter.name} learned: {', '.join(names)} is read")
+            return (*names, *(name for name in form.optional if adapter.writes and name in columns and not given))
     trained = f" (it was trained on {', '.join(adapter.text)})" if adapter.text else ""
     raise UserError(
         f"{path}: which column is text for {adapter.name}{trained}? name it with --text: {', '.join(columns)}"
@@ -166,18 +200,18 @@ def _watched(answer: Callable[..., list[Any]], asked: Sequence[Any]) -> list[Any
         return answer(asked, done=done)
 
 
-def refuse(path: Path, answers: Sequence[Row], keep_going: bool) -> None:
-    """Name every row that has no answer."""
+def refuse(path: Path, answers: Sequence[Row], keep_going: bool, help: str = "") -> None:
+    """Name every row that has no answer; `help` goes before what to do."""
     faults: checks.Faults = {}
     for row, answer in enumerate(answers, 1):
         if isinstance(answer, UserError):
             faults.setdefault(str(answer), []).append(row)
     if not faults:
         return
-    listed = "; ".join(f"{counted(rows)}: {what}" for what, rows in faults.items())
+    told = checks.few([f"{counted(rows)}: {what}" for what, rows in faults.items()])
     if not keep_going:
-        raise UserError(f"{path}: {listed}; mend or remove these rows, or answer the others with --keep-going")
-    note(f"no answer for {listed}")
+        raise UserError(f"{path}: {told}; {help}mend or remove these rows, or answer the others with --keep-going")
+    note(f"no answer for {told}" + (f"; {help.removesuffix('; ')}" if help else ""))
 
 
 def _numbered(columns: tables.Columns, rows: int, prefix: str) -> tables.Columns:
@@ -190,17 +224,13 @@ def _as_columns(answer: Answer | UserError) -> Row:
     return answer if isinstance(answer, UserError) else answer._asdict()
 
 
-def _columns(
-    path: Path, there: Sequence[str], answers: Sequence[Row], prefix: str, keep_going: bool
-) -> dict[str, list[Any]]:
-    """Return the new columns: those that any answer has, and with --keep-going the errors. Raises UserError."""
+def _columns(answers: Sequence[Row], prefix: str, keep_going: bool) -> dict[str, list[Any]]:
+    """Return the new columns: those that any answer has, and with --keep-going the errors."""
     good = [{} if isinstance(answer, UserError) else answer for answer in answers]
     names = list(dict.fromkeys(name for answer in good for name in answer))
     added = {prefix + name: [answer.get(name) for answer in good] for name in names}
     if keep_going:
-        added[f"{prefix}error"] = [str(answer) if isinstance(answer, UserError) else None for answer in answers]
-    if doubled := [name for name in added if name in there]:
-        raise UserError(f"{path}: column {', '.join(doubled)} is there already; --prefix renames the new ones")
+        added[f"{prefix}{ERROR}"] = [str(answer) if isinstance(answer, UserError) else None for answer in answers]
     return added
 
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from loralab.cli.show import Json, as_bytes, as_json, clean, pairs, table
+from loralab.cli.show import Json, as_bytes, as_json, clean, note, pairs, table
 from loralab.cli.show_learned import show
 from loralab.cli.wording import spelled
 from loralab.data.batches import IGNORED, Rows
@@ -51,7 +51,9 @@ def train(
     if show_rows < 0:
         raise UserError(f"--show-rows {show_rows}: expected 0 or more")
     if show_rows:
-        rows, tokenizer = training_rows(settings)
+        rows, tokenizer, notes = training_rows(settings)
+        for text in notes:
+            note(spelled(text, "train"))
         _show_rows(rows, tokenizer, show_rows)
         return
     if memory is not None:

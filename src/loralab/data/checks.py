@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loralab.data.reading import counted, numbers
+from loralab.data.reading import Reading, counted, numbers
 from loralab.errors import UserError
 
 Faults = dict[str, list[int]]  # what is wrong -> the rows, counted from 1
@@ -96,14 +96,33 @@ class BadRows(UserError):
         return BadRows(f"{self}, {advice}", self.path, self.rows) if str(self).endswith(MEND) else self
 
 
+def few(faults: Sequence[str]) -> str:
+    """Return kinds of fault as a message names them: at most SHOWN, the others counted."""
+    return "; ".join([*faults[:SHOWN], *[f"{len(faults) - SHOWN} more kinds of fault"] * (len(faults) > SHOWN)])
+
+
 def raise_faults(where: object, faults: Faults, advice: str = MEND) -> None:
     """Raise one BadRows for all faults of a file, if there are any; rows are counted among those that were read."""
     named = {what: numbers(where, rows) for what, rows in faults.items()}
-    parts = [f"{what} in {counted(rows)}" for what, rows in list(named.items())[:SHOWN]]
-    parts += [f"{len(faults) - SHOWN} more kinds of fault"] * (len(faults) > SHOWN)
-    if parts:
+    if parts := few([f"{what} in {counted(rows)}" for what, rows in named.items()]):
         rows = {row: what for what, mine in reversed(named.items()) for row in mine}
-        raise BadRows(f"{where}: {'; '.join(parts)}; {advice}", where if isinstance(where, Path) else None, rows)
+        raise BadRows(f"{where}: {parts}; {advice}", where if isinstance(where, Path) else None, rows)
+
+
+def without_bad_rows(
+    reading: Reading, read: Callable[[], Value], advice: str = "or leave them out with --skip-bad-rows"
+) -> Value:
+    """Return what `read` gives; where the reading skips them, again and again without the rows that are found bad.
+
+    Else the error ends with the advice.
+    """
+    with reading.active():
+        while True:
+            try:
+                return read()
+            except BadRows as bad:
+                if bad.path is None or not reading.leave_out(bad.path, bad.rows):
+                    raise bad if reading.skip else bad.advised(advice) from None
 
 
 def each(where: object, rows: Sequence[int], items: Iterable[Any], change: Callable[[Any], Value]) -> list[Value]:

@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from loralab.data.checks import (
     one_line,
     raise_faults,
     shown,
+    without_bad_rows,
     written_float,
     written_int,
 )
@@ -50,10 +52,14 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
     require(path, present, wanted)
     reading.current().columns.setdefault(path, set()).update(wanted)
     if not columns[wanted[0]]:
-        skipped = len(reading.current().skipped.get(path, ()))
-        left_out = f", as all {skipped} are left out" if skipped else ""
-        raise UserError(f"{path} has no rows{left_out}: at least one was expected")
+        raise _without_rows(path)
     return columns
+
+
+def _without_rows(path: Path) -> UserError:
+    skipped = len(reading.current().skipped.get(path, ()))
+    left_out = f", as all {skipped} are left out" if skipped else ""
+    return UserError(f"{path} has no rows{left_out}: at least one was expected")
 
 
 def read_all(path: Path) -> Columns:
@@ -61,9 +67,25 @@ def read_all(path: Path) -> Columns:
     return read(path, names(path))
 
 
+def read_to_answer(path: Path, how: reading.Reading, keep_going: bool) -> tuple[Columns, dict[int, str]]:
+    """Read every column of a file of rows to answer; also return what is wrong with rows that cannot be read, by place.
+
+    These are refused, or with `keep_going` have no cells: each is None.
+    """
+    found = replace(how, skip=keep_going, skipped={})
+    columns = without_bad_rows(found, lambda: read_all(path), "or answer the others with --keep-going")
+    bad = {row - 1: why for row, why in found.skipped.get(path, {}).items()}
+    cells = {name: iter(column) for name, column in columns.items()}
+    count = len(bad) + len(next(iter(columns.values())))
+    return {name: [None if i in bad else next(column) for i in range(count)] for name, column in cells.items()}, bad
+
+
 def names(path: Path) -> list[str]:
-    """Return the names of all columns of a file."""
-    return _open(path, ())[0]
+    """Return the names of all columns of a file. Raises UserError for one of which all rows are left out."""
+    found = _open(path, ())[0]
+    if not found and reading.current().skipped.get(path):
+        raise _without_rows(path)
+    return found
 
 
 def _open(path: Path, wanted: Sequence[str]) -> tuple[list[str], Columns]:

@@ -67,8 +67,7 @@ def load(
     read; rows that it leaves out are in its `skipped`, and the notes of the task say what it found. Raises UserError.
     """
     path, options, reading = Path(task), dict(options or {}), reading or Reading()
-    with reading.active():
-        row = find(task, objective, text, label)
+    row = checks.without_bad_rows(reading, lambda: find(task, objective, text, label))
     if idle := [f"--{name.replace('_', '-')}" for name in options if name not in row.takes]:
         raise UserError(f"{', '.join(idle)} with objective {row.name}: it takes none, so leave it out")
     if path.suffix.lower() in tables.READERS:
@@ -104,16 +103,9 @@ def _own(row: Objective, file: OwnFile, reading: Reading) -> Task:
         raise UserError(
             f"--problem-type with objective {row.name}: it is for labels that are classes or scores, leave it out"
         )
-    with reading.active():
-        while True:
-            try:
-                task = row.read(file)
-            except checks.BadRows as bad:
-                if bad.path is None or not reading.leave_out(bad.path, bad.rows):
-                    raise bad if reading.skip else bad.advised("or leave them out with --skip-bad-rows") from None
-            else:
-                _check_used(row, file, reading)
-                return replace(task, notes=(*reading.notes(), *task.notes), reading=reading)
+    task = checks.without_bad_rows(reading, lambda: row.read(file))
+    _check_used(row, file, reading)
+    return replace(task, notes=(*reading.notes(), *task.notes), reading=reading)
 
 
 def _check_used(row: Objective, file: OwnFile, reading: Reading) -> None:
@@ -154,6 +146,7 @@ def _by_columns(path: Path) -> Objective:
     there = tables.names(path)
     fits = {(row, wanted) for row in OBJECTIVES.values() for wanted in map(frozenset, row.wants) if wanted <= {*there}}
     widest = {row.name for row, wanted in fits if not any(wanted < other for _, other in fits)}
+    _check_near(path, there, [wanted for _, wanted in fits])
     if len(widest) == 1:
         return OBJECTIVES[widest.pop()]
     listed = ", ".join(map(checks.one_line, there))
@@ -166,3 +159,17 @@ def _by_columns(path: Path) -> Objective:
         f"{path}: its columns {listed} fit no objective ({wanted}): rename them, or name text columns and the label "
         "column of a classification with --text and --label"
     )
+
+
+def _check_near(path: Path, there: Sequence[str], fits: Sequence[frozenset[str]]) -> None:
+    """Raise UserError for columns that would say more than those that fit, but for case and spaces in their names."""
+    plain = {name.strip().casefold(): name for name in there}
+    for row in OBJECTIVES.values():
+        for wanted in row.wants:
+            near = {*wanted} <= plain.keys() and not {*wanted} <= {*there}
+            if near and all(other < {*wanted} for other in fits):
+                names = ", ".join(checks.shown(plain[name]) for name in wanted)
+                raise UserError(
+                    f"{path}: its columns {names} would make it a file of {row.name} if they were called "
+                    f"{', '.join(wanted)}: rename them, or name columns with --text and --label, or the --objective"
+                )

@@ -48,6 +48,9 @@ def read(file: OwnFile) -> Task:
     rows = _rows(file.train, form)
     outside = None if file.validation is None else _rows(file.validation, form)
     notes = [f"rows are read as {'+'.join(form.columns)}"]
+    if form.columns == ("text",) and (unread := sorted(there - {*form.columns})):
+        which = ", ".join(map(checks.shown, unread))
+        notes.append(f"{which} are not read: --text and --label make a classification of a column of labels")
     return divided(file, rows, outside, None, LANGUAGE, notes, NAME, form.columns)
 
 
@@ -130,9 +133,23 @@ def encode(task: Task, split: Split, tokenizer: Any, how: Encoding) -> Rows:
     uncut = [len(piece.ids) for row in pieces for piece in row]
     weights = torch.tensor([cut[i][0].learned for i in kept])  # (rows,)
     labels = weights.float() if task.labels is None else torch.tensor([split.labels[i] for i in kept])
-    notes = (lost,) if len(kept) < len(cut) else ()
+    notes: tuple[str, ...] = (lost,) if len(kept) < len(cut) else ()
+    if how.train and task.labels is None and chats.is_chat(split.texts[0]):
+        notes += _unended(split, tokenizer, task.options)
     packed = how.train and how.pack
     return Rows(columns, labels, uncut, how.max_length, len(cut[kept[0]]), weights, notes, packed, tuple(kept))
+
+
+def _unended(split: Split, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the note on chats that do not teach where an answer ends, if that is so."""
+    if templates.end_of(split.texts, tokenizer, options) is not None:
+        return ()
+    end = tokenizer.eos_token
+    return (
+        "no special token is learned where the assistant's turns end, so the model does not learn to stop and writes "
+        f"on to --max-new-tokens: give a --template that has the end token {f'{end!r} ' * bool(end)}there, within "
+        "{% generation %} where it has these marks",
+    )
 
 
 # ---- loss and metrics ------------------------------------------------------------------------------------------------

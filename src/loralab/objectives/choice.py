@@ -184,6 +184,7 @@ OBJECTIVE = Objective(
     predict=predict,
     names=lambda task: ("score",),
     ask=ask,
+    gives=lambda cells: ("answer", "probabilities"),
     answer=answer,
     sums=sums,
     sure=sure,

@@ -41,7 +41,7 @@ class Decoding:
     num_return_sequences: int = 1
     """Answers to each prompt."""
     seed: int = 0
-    """Seed of sampling."""
+    """Seed of sampling: it decides all answers of one process, in their order."""
     stop: tuple[str, ...] = ()
     """Texts after which an answer ends."""
 
@@ -75,15 +75,17 @@ class Decoding:
         """Whether tokens are drawn."""
         return any(value is not None for value in (self.temperature, self.top_p, self.top_k))
 
+    def random(self) -> torch.Generator:
+        """Return what seeds the batches of sampled answers, one after the other."""
+        return torch.Generator().manual_seed(self.seed)
+
     @property
     def copies(self) -> int:
         """How often transformers repeats each row of a batch."""
         return max(self.num_beams, self.num_return_sequences)
 
-    def arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """Return the arguments of `model.generate`; an answer ends with the model's end token or the tokenizer's."""
-        ends = model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    def arguments(self, model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> dict[str, Any]:
+        """Return the arguments of `model.generate`; an answer ends with one of `end_tokens`."""
         drawn = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
@@ -94,10 +96,16 @@ class Decoding:
             "do_sample": self.samples,
             "num_beams": self.num_beams,
             "num_return_sequences": self.num_return_sequences,
-            "eos_token_id": sorted(ends),
+            "eos_token_id": end_tokens(model, tokenizer, ends),
             "pad_token_id": tokenizer.pad_token_id,
             **(drawn if self.samples else {}),
         }
+
+
+def end_tokens(model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> list[int]:
+    """Return the tokens that end an answer: the model's, the tokenizer's, and the `ends` that an adapter learned."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *ends} - {None})
 
 
 def _flag(name: str) -> str:
@@ -143,12 +151,20 @@ def check_length(ids: Sequence[int], model: Any, decoding: Decoding) -> None:
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, streamer: Any = None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    random: torch.Generator,
+    ends: Sequence[int] = (),
+    streamer: Any = None,
 ) -> list[list[str]]:
     """Return the answers to each prompt of a batch, `num_return_sequences` of each.
 
     Rows are repeated by beams and by answers, each next to itself, as `repeat_interleave` does; so must be the ids of
-    adapters in use. The caller says what is cached. `streamer` is transformers', for one prompt.
+    adapters in use. The caller says what is cached. `random` is `decoding.random()`, the same for all batches, so that
+    equal prompts of two batches are answered by draws of their own. `ends` are tokens that end an answer besides those
+    of the model, `streamer` is transformers', for one prompt.
     """
     apart = bool(model.config.is_encoder_decoder)
     ids, mask = _padded(prompts, tokenizer.pad_token_id, left=not apart)  # (rows, t)
@@ -157,13 +173,13 @@ def answers(
     stops = [_stops(tokenizer, width, decoding.stop)] if decoding.stop else None
     with torch.random.fork_rng(enabled=decoding.samples):
         if decoding.samples:
-            torch.manual_seed(decoding.seed)
+            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=random)))
         whole = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             streamer=streamer,
             stopping_criteria=stops,
-            **decoding.arguments(model, tokenizer),
+            **decoding.arguments(model, tokenizer, ends),
         )  # (rows * answers, t + new)
     texts = tokenizer.batch_decode(whole[:, width:], skip_special_tokens=True)
     texts = [_until(text, decoding.stop) for text in texts]
@@ -177,15 +193,18 @@ def in_batches(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
+    random: torch.Generator,
+    ends: Sequence[int] = (),
     done: Done = unwatched,
 ) -> list[list[str]]:
     """Return the answers to each prompt, in order; prompts of like length share batches.
 
-    `done` is called with the number of rows of every batch that is answered.
+    `random` and `ends` are as above; `done` is called with the number of rows of every batch that is answered.
     """
     found: list[list[str]] = [[]] * len(prompts)
     for chosen in sorted_batches(list(map(len, prompts)), batch_size):
-        for i, texts in zip(chosen, answers(model, tokenizer, [prompts[i] for i in chosen], decoding), strict=True):
+        asked = [prompts[i] for i in chosen]
+        for i, texts in zip(chosen, answers(model, tokenizer, asked, decoding, random, ends), strict=True):
             found[i] = texts
         done(len(chosen))
     return found

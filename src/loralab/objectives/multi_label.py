@@ -218,6 +218,7 @@ OBJECTIVE = Objective(
     begin=begin,
     collapsed=collapsed,
     ask=ask,
+    gives=lambda cells: ("labels", "probabilities"),
     answer=answer,
     parts=parts,
     sums=sums,

@@ -18,6 +18,7 @@ from loralab.data import Split, Task, checks
 from loralab.data.batches import Rows
 from loralab.data.own_files import OwnFile
 
+WRITTEN = "answer"  # the column of an answer that the model writes
 Batch = Mapping[str, Tensor]  # (sequences, t): what the model takes, and `labels` where tokens have labels
 Array = NDArray[Any]
 
@@ -91,6 +92,10 @@ class Objective:
     """The cells of a row to answer -> the row and a label that stands for none; raises ValueError."""
     answer: Callable[[Task, tuple[Any, ...], Array], dict[str, Any]] | None = None
     """Task, row and its prediction -> the columns of its answer; None where the model always writes it."""
+    gives: Callable[[tuple[Any, ...]], tuple[str, ...]] = lambda cells: ("label", "probabilities")
+    """The cells of a row -> the columns that its answer may have, where the model does not write it."""
+    alone: bool = False
+    """Whether one text of the two that it learned from is answered too, as with its embedding."""
     own_words: bool = False
     """Whether the model writes its answers, unless its task has labels to choose from."""
     parts: Callable[[Task, Array, Array], dict[str, dict[str, float]]] = lambda task, predictions, labels: {}
@@ -119,6 +124,12 @@ class Objective:
     def new_head(self) -> bool:
         """Whether a run draws a head anew."""
         return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
+
+    def lacking(self, cells: Sequence[Any], columns: Sequence[str]) -> str | None:
+        """Say that a row, or the columns that are its cells, are not as many as the `columns` that it learned from."""
+        if not columns or len(cells) == len(columns) or self.alone:
+            return None
+        return f"{len(cells)} given, and the adapter learned from {len(columns)}: {', '.join(columns)}"
 
     def writes(self, labels: Sequence[str] | None) -> bool:
         """Return whether an answer is a text that the model writes, given the labels of the task."""

@@ -196,6 +196,8 @@ OBJECTIVE = Objective(
     collapsed=collapsed,
     of=of,
     ask=ask,
+    gives=lambda cells: ("similarity",) if len(cells) == 2 else ("embedding",),
+    alone=True,
     answer=answer,
     sums=sums,
     wrong=wrong,

@@ -324,6 +324,7 @@ OBJECTIVE = Objective(
     predict=predict,
     collapsed=collapsed,
     ask=ask,
+    gives=lambda cells: ("tags", "entities"),
     answer=answer,
     parts=parts,
     sums=sums,

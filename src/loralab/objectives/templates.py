@@ -6,6 +6,7 @@ template's own marks, or else from the template itself: the text of all messages
 the text of the whole chat.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from loralab.data import chats
 from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 
-MARK = "{% generation"  # by which a template marks what the assistant says
 PARTED = {"return_special_tokens_mask": True, "verbose": False}  # tell the tokens of a text from added ones
+MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # by which a template marks what the assistant says
 CHARACTERS = 100_000  # most of a template file
 
 
@@ -46,6 +47,24 @@ def tokens(row: chats.Row, tokenizer: Any, options: Mapping[str, Any]) -> Tokens
     if loss_on == "assistant" or (loss_on == "completion" and len(row) == 1):
         raise UserError(f"--loss-on {loss_on}: these rows have no {loss_on}, leave the flag out or choose all")
     return _completion("" if len(row) == 1 else row[0], row[-1], tokenizer, learn_all=loss_on == "all")
+
+
+def end_of(rows: Sequence[chats.Row], tokenizer: Any, options: Mapping[str, Any]) -> int | None:
+    """Return the special token that ends an answer, as the chats among the rows teach it; None where they teach none.
+
+    That is the first one after the last words that are learned of a chat: a template may write more behind it.
+    """
+    chat = next(filter(chats.is_chat, rows), None)
+    if chat is None:
+        return None
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    end = None
+    for label in reversed([label for label in tokens(chat, tokenizer, options).labels if label != IGNORED]):
+        if label in special:
+            end = label
+        elif tokenizer.decode([label]).strip():
+            break
+    return end
 
 
 def _completion(prompt: str, answer: str, tokenizer: Any, learn_all: bool) -> Tokens:
@@ -121,7 +140,7 @@ def _chat(row: chats.Row, tokenizer: Any, given: str | None, loss_on: str) -> To
     ids, places = list(found["input_ids"]), found["offset_mapping"]
     if loss_on == "all":
         spans = [(0, len(whole))]
-    elif MARK in template:
+    elif MARK.search(template):
         return _marked(tokenizer, template, messages, loss_on)
     else:
         spans = _spans(tokenizer, template, messages, whole, ids, places)
@@ -137,6 +156,11 @@ def _marked(tokenizer: Any, template: str, messages: Any, loss_on: str) -> Token
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if 1 not in mask:
+        raise UserError(
+            "the chat template has {% generation %} marks, and nothing of this chat lies within them: mark what the "
+            "assistant says, or take the marks out"
+        )
     if loss_on == "completion" and 0 in mask[::-1][mask[::-1].index(1) if 1 in mask else 0 :]:
         last = len(mask) - 1 - mask[::-1].index(1)
         first = next((i + 1 for i in range(last, -1, -1) if not mask[i]), 0)

@@ -107,7 +107,7 @@ def fit(settings: Settings, room: int) -> list[Rung]:
     fits.
     """
     task = task_of(settings)
-    rows, _ = training_rows(settings)
+    rows, *_ = training_rows(settings)
     objective, widest = objectives.of(task), min(batch_width(int(rows.lengths.max())), rows.max_length)
     mine = -(-settings.batch_size // int(os.environ.get("WORLD_SIZE", "1")))  # rows of this process
     step = EstimateSettings.of_run(settings, objective.outputs(task) or 1, task.objective, mine, widest)

@@ -413,7 +413,8 @@ class Loop:
         if self.accelerator.is_main_process:
             with state.folder.writing():
                 self.adapters.save(state.folder.path / "adapter", run.name, saved_as=run.adapter_name)
-                saved.save(state.folder.path / "adapter", run.task, run.settings.max_length, public_name(s.model))
+                base = public_name(s.model)
+                saved.save(state.folder.path / "adapter", run.task, s.max_length, run.tokenizer, base)
                 write_text(state.folder.path / "adapter" / model_card.FILE, card.card(run, result))
                 wrong = learned.worst(run.task, reported(run.task, run.settings), run.validation[split], predicted)
             state.folder.finish(result, state.predictions, "" if wrong is None else tables.render(wrong, ".csv"))

@@ -18,7 +18,7 @@ from loralab.data import Task, checks
 from loralab.data.batches import Rows, check_vocabulary, collate, epoch_batches, longest
 from loralab.data.labels import read_map
 from loralab.data.reading import Reading
-from loralab.errors import UserError, hint
+from loralab.errors import OtherKind, UserError, hint
 from loralab.fast.code import ATTENTIONS
 from loralab.fast.layers import layers_of
 from loralab.methods.starts import looks_at
@@ -160,11 +160,12 @@ def _check_whole(objective: Objective, task: Task, settings: Settings) -> None:
         )
 
 
-def training_rows(settings: Settings) -> tuple[Rows, Any]:
-    """Return the rows that a run would train on, and the tokenizer; the weights of the model are not read."""
+def training_rows(settings: Settings) -> tuple[Rows, Any, list[str]]:
+    """Return the rows that a run would train on, the tokenizer, and notes; the weights of the model are not read."""
     task, tokenizer = task_of(settings), models.tokenizer(settings.model)
-    train = splits(task, settings)[0]["train"]
-    return objectives.of(task).encode(task, train, tokenizer, Encoding(settings.max_length, train=True)), tokenizer
+    texts, sizes = splits(task, settings)
+    rows = objectives.of(task).encode(task, texts["train"], tokenizer, Encoding(settings.max_length, train=True))
+    return rows, tokenizer, [*task.notes, *sizes, *rows.notes, *rows.cut("train")]
 
 
 def _check_same_base(model: Any, settings: Settings, cache: dict[Any, Any]) -> None:
@@ -214,8 +215,7 @@ def reading_of(s: Settings) -> Reading:
 
 def objective_of(s: Settings) -> Objective:
     """Return the objective of a run's task; of a file, only the names of its columns are read. Raises UserError."""
-    with reading_of(s).active():
-        return objectives.find(s.task, s.objective, s.text, s.label)
+    return checks.without_bad_rows(reading_of(s), lambda: objectives.find(s.task, s.objective, s.text, s.label))
 
 
 def _rows(
@@ -260,7 +260,10 @@ def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model as a run begins with it."""
     objective = objectives.of(task)
     head = (objective.task_type, objective.outputs(task), torch.float32, settings.seed, settings.attention)
-    model, tokenizer = models.fresh(settings.model, *head)
+    try:
+        model, tokenizer = models.fresh(settings.model, *head)
+    except OtherKind as error:
+        raise UserError(f"{error}{_read_as(settings, task)}") from error
     if any(getattr(module, "summary_type", None) in ("last", "mean") for module in model.modules()):
         raise UserError(
             f"{settings.model}: its head reads the last token of a batch, or the mean of all, which in a short row is "
@@ -269,6 +272,14 @@ def _model(settings: Settings, task: Task) -> tuple[Any, Any]:
     objective.begin(model, task)
     objective.prepare(model)
     return model, tokenizer
+
+
+def _read_as(s: Settings, task: Task) -> str:
+    """Say why a file is of its kind, where only its columns say so."""
+    if s.objective or s.text or s.label or task.reading is None:
+        return ""
+    columns = ", ".join(task.columns)
+    return f" ({task.name} is read as {task.objective} by its columns {columns}: --text and --label say otherwise)"
 
 
 def splits(task: Task, settings: Settings) -> tuple[dict[str, data.Split], list[str]]:

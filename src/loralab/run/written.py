@@ -9,7 +9,7 @@ from loralab.adapters import Adapters
 from loralab.data import Split, Task, checks
 from loralab.data.batches import Done, unwatched
 from loralab.errors import UserError
-from loralab.objectives import generation
+from loralab.objectives import generation, templates
 from loralab.objectives.generation import Decoding
 from loralab.run.settings import GenerateMetric
 
@@ -22,6 +22,7 @@ class Question(NamedTuple):
 
     ids: list[int]
     wanted: str
+    ends: tuple[int, ...] = ()  # tokens that end its answer besides those of the model
 
 
 def questions(
@@ -59,6 +60,8 @@ def questions(
         return Question(ids(prompt), wanted)
 
     made = checks.each(task.name, split.rows, split.texts, question)
+    end = templates.end_of(split.texts, tokenizer, task.options)
+    made = [asked._replace(ends=() if end is None else (end,)) for asked in made]
     generation.METRICS[metric](made[0].wanted, made[0].wanted)
     decoding = _decoding(made, tokenizer)
     checks.each(task.name, split.rows, made, lambda asked: generation.check_length(asked.ids, model, decoding))
@@ -94,10 +97,11 @@ def answers(
     done: Done = unwatched,
 ) -> list[str]:
     """Return the answer to each question, greedy, with an adapter (at a rank) or by the base (None)."""
-    prompts = [question.ids for question in asked]
+    prompts, decoding = [question.ids for question in asked], _decoding(asked, tokenizer)
     adapters.model.eval()
     with adapters.use(name, rank=rank), adapters.caching():
-        found = generation.in_batches(adapters.model, tokenizer, prompts, _decoding(asked, tokenizer), AT_ONCE, done)
+        how = (decoding, AT_ONCE, decoding.random(), asked[0].ends, done)
+        found = generation.in_batches(adapters.model, tokenizer, prompts, *how)
     return [text for (text,) in found]
 
 

@@ -65,6 +65,9 @@ def answer_rows(
     found: list[Any] = [None] * len(cells)
     rows, labels, places = [], [], []
     for i, cell in enumerate(cells):
+        if lack := objective.lacking(cell, known.columns):
+            found[i] = UserError(f"cells of a row: {lack}; give a tuple of them, or a dict")
+            continue
         try:
             row, label = objective.ask(*cell)
         except (ValueError, TypeError) as fault:

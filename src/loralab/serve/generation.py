@@ -3,12 +3,14 @@
 Rows of adapters over the same base share batches. Rows that want the base itself run without an adapter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from loralab import objectives
 from loralab.cache import Scope, caching
@@ -57,6 +59,16 @@ class Generator:
         """Name -> what that adapter was trained to do. The base is asked as the first adapter is."""
         found = {name: saved.read(folder.folder, self.task_type) for name, folder in self.adapters.items()}
         return {BASE: next(iter(found.values()), None), **found}
+
+    @cached_property
+    def ends(self) -> dict[str, tuple[int, ...]]:
+        """Name -> the tokens that end its answers, besides those of the model."""
+        return {name: () if known is None else known.ends(self.tokenizer) for name, known in self.known.items()}
+
+    @cached_property
+    def random(self) -> torch.Generator:
+        """What sampled answers are drawn by; every call goes on with it."""
+        return self.decoding.random()
 
     def fault(self, request: Request) -> str | None:
         """Say what is wrong with a request, as far as that is known without loading its adapter; None if nothing."""
@@ -123,7 +135,8 @@ class Generator:
         """Answer a batch: the rows of each base together, in as many parts as the budget for adapters asks for."""
         if rows := [i for i in mine if requests[i].adapter == BASE]:
             model = self.pool.plain
-            yield from zip(rows, self._write(model, nullcontext(), rows, prompts, streamer), strict=True)
+            texts = self._write(model, nullcontext(), [prompts[i] for i in rows], self.ends[BASE], streamer)
+            yield from zip(rows, texts, strict=True)
         folders = {i: self.adapters[requests[i].adapter].folder for i in mine if requests[i].adapter != BASE}
         waiting = list(dict.fromkeys(folders.values()))
         while waiting:
@@ -131,16 +144,20 @@ class Generator:
             yield from ((i, failed[folder]) for i, folder in folders.items() if folder in failed)
             for kind in dict.fromkeys(adapter.kind for adapter in admitted.values()):
                 whole = [i for i, folder in folders.items() if folder in admitted and admitted[folder].kind == kind]
-                for rows in self._parts(whole, folders):
+                for rows in self._parts(whole, folders, requests):
                     used = self._use(kind, [admitted[folders[i]] for i in rows])
-                    texts = self._write(self.pool.models[kind], used, rows, prompts, streamer)
+                    asked, ends = [prompts[i] for i in rows], self.ends[requests[rows[0]].adapter]
+                    texts = self._write(self.pool.models[kind], used, asked, ends, streamer)
                     yield from zip(rows, texts, strict=True)
 
-    def _parts(self, rows: list[int], folders: Mapping[int, Path]) -> list[list[int]]:
-        """Divide rows by adapter where they cannot share a batch: beams repeat the rows of a decoder alone."""
-        if self.decoding.copies == 1 or self.task_type == "CAUSAL_LM":
-            return [rows]
-        return [[i for i in rows if folders[i] == folder] for folder in dict.fromkeys(folders[i] for i in rows)]
+    def _parts(self, rows: list[int], folders: Mapping[int, Path], requests: Sequence[Request]) -> Iterable[list[int]]:
+        """Divide rows that cannot share a batch: those with other end tokens, and with beams, which repeat the rows of
+        a decoder alone, those of other adapters."""
+        apart = self.decoding.copies > 1 and self.task_type != "CAUSAL_LM"
+        parts: dict[Any, list[int]] = {}
+        for i in rows:
+            parts.setdefault((self.ends[requests[i].adapter], folders[i] if apart else None), []).append(i)
+        return parts.values()
 
     def _use(self, kind: Any, adapters: Sequence[LoadedAdapter]) -> AbstractContextManager[Any]:
         """Use the adapter of each row; a row is repeated next to itself by beams and by answers, and so is its id."""
@@ -154,9 +171,9 @@ class Generator:
         self,
         model: Any,
         used: AbstractContextManager[Any],
-        rows: Sequence[int],
-        prompts: Mapping[int, list[int]],
+        asked: Sequence[list[int]],
+        ends: Sequence[int],
         streamer: Any,
     ) -> list[list[str]]:
         with used, caching(self.scope):
-            return generation.answers(model, self.tokenizer, [prompts[i] for i in rows], self.decoding, streamer)
+            return generation.answers(model, self.tokenizer, asked, self.decoding, self.random, ends, streamer)

@@ -1,19 +1,23 @@
 """`loralab.pipeline`: an adapter folder as a function from rows to answers, whatever it was trained to do."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loralab import adapters, objectives
 from loralab.adapters import Adapters
 from loralab.data import chats
 from loralab.data.batches import Done, unwatched
 from loralab.data.reading import counted
-from loralab.errors import UserError
+from loralab.errors import UserError, hint
 from loralab.objectives import generation, saved
 from loralab.objectives.classification import SCORE
 from loralab.objectives.generation import Decoding
+from loralab.objectives.objective import WRITTEN
 from loralab.objectives.saved import Saved
 from loralab.serve.answers import answer_rows
 from loralab.serve.loading import model_of, on_base
@@ -37,14 +41,19 @@ class Pipeline:
     decoding: Decoding = field(default_factory=Decoding)
     """How texts are written, for an adapter that writes."""
 
+    @cached_property
+    def random(self) -> torch.Generator:
+        """What sampled answers are drawn by; every call goes on with it."""
+        return self.decoding.random()
+
     def __call__(self, rows: Any) -> Any:
-        """Answer rows: a list of answers, in order; of one text or one dict its answer alone.
+        """Answer rows: a list of answers, in order; of one row alone, which is no list, its answer.
 
         A row is a text, a tuple of the cells of the columns that the adapter learned from, or a dict with these.
         An answer is a dict with the columns that `loralab predict` writes.
         Raises UserError that names the rows that cannot be answered.
         """
-        one = isinstance(rows, str | Mapping)
+        one = isinstance(rows, str | tuple | Mapping)
         found = self.answers([self._cells(row) for row in ([rows] if one else rows)])
         faults: dict[str, list[int]] = {}
         for row, answer in enumerate(found, 1):
@@ -85,10 +94,11 @@ class Pipeline:
             except (UserError, ValueError) as fault:
                 found[i] = fault if isinstance(fault, UserError) else UserError(str(fault))
         with self.adapters.caching():
-            model, asked = self.adapters.model, list(prompts.values())
-            texts = generation.in_batches(model, self.tokenizer, asked, self.decoding, self.batch_size, done)
+            model, asked, ends = self.adapters.model, list(prompts.values()), self.known.ends(self.tokenizer)
+            how = (self.decoding, self.batch_size, self.random, ends, done)
+            texts = generation.in_batches(model, self.tokenizer, asked, *how)
         for i, (text, *_) in zip(prompts, texts, strict=True):
-            found[i] = {"answer": text}
+            found[i] = {WRITTEN: text}
         return found
 
     def _prompt(self, cells: tuple[Any, ...]) -> list[int]:
@@ -116,11 +126,17 @@ def pipeline(
     base. `device` is torch's, by default a GPU if there is one. `decoding` are settings of an adapter that writes, as
     max_new_tokens=50. Raises UserError for a folder, or a base, that does not fit or is not there.
     """
+    names = [entry.name for entry in fields(Decoding)]
+    if unknown := [name for name in decoding if name not in names]:
+        meant = hint(unknown[0], names)
+        raise UserError(f"no setting {unknown[0]!r}{meant}: a pipeline of texts takes {', '.join(names)}")
     folder = Path(adapter)
     file = adapters.read(folder)
     known = saved.read(folder, file.base.get("task_type"))
     if known.labels is None and file.labels and tuple(file.labels) != SCORE:
         known = replace(known, labels=list(file.labels))
+    if decoding and not known.writes:
+        raise UserError(f"{', '.join(decoding)} would do nothing: the adapter writes no texts, leave it out")
     whole = objectives.OBJECTIVES[known.objective].new_head
     name = model_of(model, folder, file)
     handle, tokenizer = on_base(name, file, folder, whole=whole, device=device or "auto")

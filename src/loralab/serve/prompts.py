@@ -10,8 +10,6 @@ from loralab.objectives.causal import labelled
 from loralab.objectives.generation import Decoding
 from loralab.objectives.saved import Saved
 
-TEXTS = (["prompt"], ["prompt", "completion"], ["text"])  # columns of a training on texts as they are
-
 
 def prompt_tokens(
     prompt: chats.Row,
@@ -32,7 +30,7 @@ def prompt_tokens(
     if model.config.is_encoder_decoder:
         return _source(prompt, known, model, tokenizer)
     template = template_of(known, template)
-    on_texts = known is not None and (known.columns in TEXTS or known.labels is not None)
+    on_texts = known is not None and known.takes_texts
     plain = as_it_is or on_texts or (template or tokenizer.chat_template) is None
     if known is not None and known.labels is not None and not as_it_is and not chats.is_chat(prompt):
         prompt = labelled(prompt[0])
@@ -44,7 +42,7 @@ def prompt_tokens(
 
 def template_of(known: Saved | None, given: str | None = None) -> str | None:
     """Return the chat template that is given, or the one an adapter was trained with; None: the tokenizer's."""
-    return given or (None if known is None else known.options.get("template"))
+    return given or (None if known is None else known.template)
 
 
 def _source(prompt: chats.Row, known: Saved | None, model: Any, tokenizer: Any) -> list[int]:
