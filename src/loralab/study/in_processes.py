@@ -102,7 +102,8 @@ class Told(Silent):
     def advance(self, rows: int, loss: float) -> None:
         self.at[self.place] += rows
 
-    def stop(self) -> None:
+    def nothing(self) -> None:
+        """There are no runs here any more; those that are trained and still evaluated count as all but done."""
         self.at[self.place : self.place + 2] = [0, 0]
 
 
@@ -115,6 +116,8 @@ def work(many: Sequence[Settings], adapters: bool, count: int) -> list[Outcome]:
     try:
         return run_stored_together(many, _told, adapters)
     finally:
+        if _told is not None:
+            _told.nothing()
         trim()  # what this process keeps no other one can have
 
 
