@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import median
 
 from loralab.data import glue
+from loralab.data.selection import UNUSED
 from loralab.disk import read_json
+from loralab.run.settings import REPORTED_ROWS
 from loralab.study.definition import KEPT
 from loralab.study.toml import read
 
@@ -47,8 +49,8 @@ def hours(file: Path, known: Pace) -> tuple[int, float]:
             for method in d.methods:
                 s = d.settings(task, model, method, 0, {})
                 train = s.train_rows or round(0.9 * official["train"])
-                held_out = min(2000, official["train"] - train) if s.held_out == "unused" else official["train"] / 10
-                reported = sum(min(s.validation_rows or (5000 if s.reads_validation_once else rows), rows)
+                held_out = min(UNUSED, official["train"] - train) if s.held_out == "unused" else official["train"] / 10
+                reported = sum(min(s.validation_rows or (REPORTED_ROWS if s.reads_validation_once else rows), rows)
                                for split, rows in official.items() if split != "train")  # fmt: skip
                 after_each, at_end = (held_out, reported) if s.reads_validation_once else (held_out + reported, 0)
                 rows = s.epochs * train + FORWARD * (s.epochs * after_each + at_end)

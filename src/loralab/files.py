@@ -1,7 +1,7 @@
 """Adapter folders: adapter.safetensors and adapter.json, which together carry all that an adapter needs.
 
 This file turns such a folder into values and back; it knows no model. Whether they fit a model is checked in
-adapters.py, PEFT's folders are read by peft_format.py. SECURITY.md says what is checked, and against what.
+fitting.py, PEFT's folders are read by peft_format.py. SECURITY.md says what is checked, and against what.
 
 adapter.json records dtype, shape and sha256 of every tensor, and sha256 of each of its own fields, so that damage and
 edits are seen. Folders of loralab 0.1.0 (version 1) have no such record and load with a note.

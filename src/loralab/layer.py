@@ -1,6 +1,6 @@
-"""The two modules that `attach` puts into a model: an adapted linear layer and an adapted head.
+"""The modules that `attach` puts into a model: an adapted layer with its adapters, and an adapted head with its copies.
 
-They hold tensors only. Which adapter is active is asked of the one `Active` that all of them share.
+Which adapter is active is asked of the one `Active` that all of them share.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -393,7 +393,7 @@ def _check_projection(folder: Path, factors: Factors, stored: dict[str, Tensor])
 
 
 def _from_metadata(place: Path) -> tuple[list[str], dict[str, str]]:
-    """(labels, other texts) that `write` leaves beside the tensors, as PEFT has no place for them."""
+    """(labels, other texts) that `peft_write` leaves beside the tensors, as PEFT has no place for them."""
     metadata = read_metadata(place)
     try:
         labels = json.loads(metadata.get("labels", "[]"))

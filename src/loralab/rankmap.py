@@ -18,6 +18,7 @@ from loralab.errors import UserError
 from loralab.methods.base import Factors
 from loralab.methods.lora import LoRA
 from loralab.methods.tokens import Tokens
+from loralab.schema import listed
 
 FORMAT = "loralab rank map"
 
@@ -255,16 +256,12 @@ def misfits(ranks: RankMap, shapes: Mapping[str, tuple[int, int]], left: Iterabl
     unknown = [p for p, row in ranks.layers.items() if p not in shapes and not (row.rank == 0 and p in others)]
     wrong = []
     if missing:
-        wrong.append(f"it has no {_some(missing)}, which targets match: give a rank, 0 for no adapter")
+        wrong.append(f"it has no {listed(missing)}, which targets match: give a rank, 0 for no adapter")
     if unknown:
-        wrong.append(f"targets do not match {_some(unknown)}")
+        wrong.append(f"targets do not match {listed(unknown)}")
     for share, paths in ranks.shares.items():
         of_tokens = ranks.layers[paths[0]].tokens is not None  # of an embedding and, turned, of an output layer
         if len({shapes[path] for path in paths if path in shapes}) > 1 and not of_tokens:
             sizes = ", ".join(f"{path} ({shapes[path][0]} x {shapes[path][1]})" for path in paths if path in shapes)
             wrong.append(f"share {share!r} needs layers of one shape, got {sizes}")
     return wrong
-
-
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:4]) + (f" ... ({len(paths)} layers)" if len(paths) > 4 else "")

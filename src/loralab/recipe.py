@@ -121,8 +121,10 @@ class Recipe:
             A = p["gates"].unsqueeze(-1) * A
         if "A0" in p:
             A, B = torch.cat([A, p["A0"]], -2), torch.cat([B, -p["B0"]], -1)  # (..., 2r, in), (..., out, 2r)
-        lead = max(A.shape[:-2], B.shape[:-2], key=len)  # a side that the adapters have in common has no axis of them
-        return Update(A.expand(*lead, *A.shape[-2:]), B.expand(*lead, *B.shape[-2:]))
+        if A.ndim != B.ndim:  # a side that adapters have in common has no axis of them
+            lead = max(A.shape[:-2], B.shape[:-2], key=len)
+            A, B = A.expand(*lead, *A.shape[-2:]), B.expand(*lead, *B.shape[-2:])
+        return Update(A, B)
 
     def at(self, path: str) -> "Recipe":
         """The recipe of one layer, at the rank that the map gives it."""

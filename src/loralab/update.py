@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 class Base(Protocol):
-    """How a frozen layer is kept (see `bases/`)."""
+    """How a frozen layer is kept (see `stores/` and `kinds/`)."""
 
     bias: Tensor | None  # (out,)
 
@@ -120,8 +120,8 @@ def take(u: Update | Dense, ids: Tensor) -> Update | Dense:
 
 
 def by_row(updates: Sequence[Update | Dense], ids: Tensor, in_parts: bool) -> Update | Dense:
-    """One update for a batch of as many equal parts as its leading axis is long: of `updates` themselves where the rows
-    come in their order and as many of each (`in_parts`), so that nothing is copied again, else of the rows."""
+    """The stacked updates, one for each part of the batch, if its rows are in equal parts in the order of the updates
+    (`in_parts`); else one update for each row, by `ids` (rows,)."""
     return stack(updates) if in_parts else take(stack(updates), ids)
 
 

@@ -119,7 +119,8 @@ class DecoderModules(RotaryModules):
 
     @property
     def checked(self) -> tuple[tuple[nn.Module, tuple[type, ...]], ...]:
-        """Modules other than the linear ones, each with the classes that it may be of: found by name before."""
+        """Modules other than the linear ones, each with the classes that it may be of: none, as
+        decoders.py looks at the classes of norms and activation when it finds them."""
         return ()
 
     def activate(self, u: Tensor) -> Tensor:

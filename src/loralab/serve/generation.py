@@ -83,10 +83,8 @@ class Generator:
         if objective.task_type != self.task_type:
             return f"adapter {request.adapter!r} is of {known.objective}, which the base does not do"
         adapter = self.adapters.get(request.adapter)
-        if adapter is not None and adapter.sha256 not in (None, self.pool.base_sha256):
-            here = f"the sha256 of this one begins {self.pool.base_sha256[:12]}"
-            return f"adapter {request.adapter!r} was trained on another base ({here}); {adapter.wanted}"
-        return None
+        other = None if adapter is None else adapter.other_base(self.pool.base_sha256)
+        return None if other is None else f"adapter {request.adapter!r} {other}"
 
     def answer(
         self, requests: Sequence[Request], streamer: Any = None, done: Done = unwatched

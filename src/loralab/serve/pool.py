@@ -49,6 +49,12 @@ class AdapterFolder:
         """Which base it wants, and how to get it."""
         return model_names.wanted(self.base, self.sha256)
 
+    def other_base(self, sha256: str) -> str | None:
+        """Say that it was trained on another base than the one of this sha256; None where it was not."""
+        if self.sha256 in (None, sha256):
+            return None
+        return f"was trained on another base (the sha256 of this one begins {sha256[:12]}); {self.wanted}"
+
 
 def adapter_folders(entries: Sequence[str]) -> dict[str, AdapterFolder]:
     """Return what a row may say -> folder. An entry is a folder, or NAME=FOLDER.

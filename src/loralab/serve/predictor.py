@@ -22,6 +22,7 @@ from loralab.data.batches import (
 )
 from loralab.data.checks import BadRows, texts
 from loralab.errors import UserError
+from loralab.objectives.classification import shares
 from loralab.serve.loading import present, shared, torch_device
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool, adapter_folders
 
@@ -97,9 +98,8 @@ class Predictor:
             faults.append("no text")
         elif len(request.texts) > 2:
             faults.append(f"{len(request.texts)} texts: give one or two")
-        elif adapter.sha256 not in (None, self.pool.base_sha256):
-            here = f"the sha256 of this one begins {self.pool.base_sha256[:12]}"
-            faults.append(f"adapter {request.adapter!r} was trained on another base ({here}); {adapter.wanted}")
+        elif other := adapter.other_base(self.pool.base_sha256):
+            faults.append(f"adapter {request.adapter!r} {other}")
         faults += [fault] if (fault := _text_fault(request.texts)) else []
         return "; ".join(dict.fromkeys(faults)) or None
 
@@ -197,5 +197,4 @@ def to_answer(logits: Tensor, labels: Sequence[str]) -> Answer:
     """Return the answer that the logits (labels,) of a row are; one label alone is a score."""
     if len(labels) == 1:
         return Answer(float(logits[0]), None)
-    shares = logits.softmax(-1).tolist()
-    return Answer(labels[int(logits.argmax())], dict(zip(labels, shares, strict=True)))
+    return Answer(labels[int(logits.argmax())], shares(labels, logits.numpy()))

@@ -25,7 +25,7 @@ STORES: dict[str, Callable[[Tensor, Tensor | None], Any]] = {
     "int2": partial(Quantized, codec=INT2),
 }
 
-LINEAR = (nn.Linear, Conv1D)  # the layers that can be adapted; exact types, as a subclass may compute something else
+LINEAR = (nn.Linear, Conv1D)  # the layers that a store can keep; exact types, as a subclass may compute something else
 
 
 def keep(layer: Any, store: str | None = None) -> Any:

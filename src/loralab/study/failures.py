@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loralab.run.folder import FAILED
+from loralab.schema import listed
 from loralab.study.record import Cell, Key, Study, failure
 
 NUMBER = re.compile(r"\d+")
@@ -23,7 +24,7 @@ class Reason:
     def __str__(self) -> str:
         names = [" ".join(key) for key in self.cells]
         runs = f"{len(self.folders)} run{'s' * (len(self.folders) > 1)}"
-        return f"{self.text} ({runs}: {few(names)})"
+        return f"{self.text} ({runs}: {listed(names, SHOWN)})"
 
 
 def reasons(study: Study) -> list[Reason]:
@@ -62,12 +63,12 @@ def message(study: Study) -> str | None:
         more = f"; and {len(found) - SHOWN} other reasons" if len(found) > SHOWN else ""
         parts.append(f"{head}{more}; each run's own message and traceback are in {_place(study, found)}")
     if other:
-        parts.append(f"not run, as no tuning run worked or it could not start: {few(other)}")
+        parts.append(f"not run, as no tuning run worked or it could not start: {listed(other, SHOWN)}")
     if parts:
         parts.append("--retry runs again what failed")
     if collapsed:
         why = "every value that was tried gives the same for every row on a seed of tuning, try others"
-        parts.append(f"not run, as {why}: {few(collapsed)}")
+        parts.append(f"not run, as {why}: {listed(collapsed, SHOWN)}")
     return "; ".join(parts) or None
 
 
@@ -82,8 +83,3 @@ def _place(study: Study, found: list[Reason]) -> Path:
     first = found[0].folders[0]
     only = len(found) == len(found[0].folders) == 1
     return (first if only else study.store / "ADDRESS") / FAILED
-
-
-def few(names: list[str]) -> str:
-    """Return the first names, and how many there are beside them."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

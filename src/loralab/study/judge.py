@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from loralab.data import checks, tables
 from loralab.data.metrics import LOWER_IS_BETTER
 from loralab.errors import UserError, hint
+from loralab.schema import listed
 from loralab.study.statistics.contrasts import Contrast, mirrored, paired, proportions, signs_agree, with_signs
 from loralab.study.statistics.estimates import evened
 
@@ -112,7 +113,7 @@ def _families(
             "the number of test rows with --rows"
         )
     families = [f for f in families if f.contrasts]
-    notes = [f"{why}: {_few(what)}" for why, what in left.items()]
+    notes = [f"{why}: {listed(what, SHOWN)}" for why, what in left.items()]
     if not families:
         raise UserError(f"{file}: nothing can be compared with {reference}: {'; '.join(notes)}")
     if by == "rows":
@@ -123,7 +124,7 @@ def _families(
         notes.append(signs)
     if still := [_named(c.method, f.name) for f in families for c in f.contrasts if math.isnan(c.p)]:
         why = "too few right or wrong answers" if by == "rows" else "one seed, or differences that do not vary"
-        notes.append(f"not tested, {why}: {_few(still)}")
+        notes.append(f"not tested, {why}: {listed(still, SHOWN)}")
     return families, by, notes
 
 
@@ -198,11 +199,6 @@ def _by_rows(scores: Scores, reference: str, rows: int, margin: float, alpha: fl
 
 def _named(method: str, family: str) -> str:
     return method if family == ALL else f"{method} ({family})"
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _reference(methods: Sequence[str], wanted: str | None) -> str:
