@@ -552,7 +552,7 @@ def test_enable_rounds_what_is_frozen_where_bfloat16_is_wanted_and_says_what_aut
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16 if narrow else torch.float32}
     assert (choices.store, choices.autocast) == ("bfloat16" if narrow else None, False)
-    assert ("kept in bfloat16" in str(choices)) == narrow
+    assert ("rounded to bfloat16" in str(choices)) == narrow
     model = build("bert")
     loralab.attach(model, "full", head=True)
     choices = enable(model, dtype)

@@ -205,3 +205,15 @@ def test_of_many_reasons_the_most_frequent_are_said(tmp_path):
     assert "and 2 other reasons" in text
     one = failures.message(failed_study(tmp_path / "one", many[:1]))
     assert f"{tmp_path}/one/store/{0:016x}/failed.json" in one
+
+
+def test_runs_that_are_trained_count_until_their_group_has_ended():
+    """The time left of a study went from minutes to hours while the last runs were evaluated."""
+    at = [0.0] * 4
+    told = in_processes.Told(at, 1)
+    told.start("", 30, 10)
+    told.advance(20, 0.5)
+    told.stop()
+    assert at == [0, 0, 30, 30]
+    told.nothing()
+    assert at == [0.0] * 4

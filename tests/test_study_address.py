@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from loralab.fast.machine import fast_bfloat16
 from loralab.model_names import find
 from loralab.recipe import FACTORS, Recipe, recipe
 from loralab.run import Settings
@@ -122,7 +121,7 @@ OTHERWISE = {  # a value that no other row has, for every setting that can decid
     "lr": 0.3, "lr_ratio": 3.0, "head_lr": 0.3,
     "epochs": 5, "batch_size": 5, "accumulate": 2, "max_length": 20, "dropout": 0.3, "policy": "drop",
     "set": ("stabilized=true",),
-    "store": "int8", "speed": "off", "attention": "eager", "dtype": "float32" if fast_bfloat16() else "bfloat16",
+    "store": "int8", "speed": "off", "attention": "eager", "dtype": "bfloat16",
     "weight_decay": 0.3, "schedule": "cosine", "warmup": 0.3, "clip": 0.3,
     "selection": "last", "patience": 3, "eval_every": 7, "max_steps": 9, "max_time": "9m",
     "objective": "multi-label", "checkpointing": True, "held_out": "unused",
@@ -134,7 +133,7 @@ OF_POLICY = {"drop": {"keep": 0.5}, "alora": {"rounds": 2}, "groups": {"span": 2
 def test_every_setting_that_decides_a_result_changes_the_address(tiny, own, tmp_path):
     ranks = tmp_path / "ranks.json"
     ranks.write_text(json.dumps({"adapted": {"encoder.layer.0.attention.self.query": {"rank": 3}}}))
-    base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny))
+    base = Settings(task=str(own["class"]), text=("sentence",), label="label", model=str(tiny), dtype="float32")
     fields = {f.name for f in dataclasses.fields(Settings)}
     free = {
         "resume": True,
