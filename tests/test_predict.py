@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import random
 import shutil
@@ -356,6 +357,21 @@ def test_every_fault_of_every_row_and_the_good_rows_answered(tiny, folders, pred
         assert messages.get(i, "") in str(answer)
     assert "no text" in str(answers[6])
     assert_same([answers[0], answers[8]], [literal(tiny, folders, asked[i]) for i in (0, 8)])
+
+
+def test_a_row_has_as_many_texts_as_its_adapter_learned_from(predictor):
+    asked = predictor()
+    pets = asked.adapters["pets"]
+    for columns, texts, fault in (
+        (("title", "body"), ("a cat",), "1 given, and the adapter learned from 2: title, body"),
+        (("title",), ("a cat", "sees"), "2 given, and the adapter learned from 1: title"),
+        (("title", "body"), ("a cat", "sees"), None),
+        ((), ("a cat", "sees"), None),  # the folder does not say
+    ):
+        asked.adapters = {**asked.adapters, "pets": dataclasses.replace(pets, text=columns)}
+        (answer,) = asked.answer([Request("pets", texts)])
+        assert isinstance(answer, loralab.UserError) == (fault is not None)
+        assert (fault or "") in str(answer)
 
 
 def test_a_rank_is_refused_for_the_rows_that_have_none(predictor):

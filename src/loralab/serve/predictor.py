@@ -22,7 +22,7 @@ from loralab.data.batches import (
 )
 from loralab.data.checks import BadRows, texts
 from loralab.errors import UserError
-from loralab.objectives.classification import shares
+from loralab.objectives import classification
 from loralab.serve.loading import present, shared, torch_device
 from loralab.serve.pool import AdapterFolder, LoadedAdapter, Pool, adapter_folders
 
@@ -100,6 +100,8 @@ class Predictor:
             faults.append(f"{len(request.texts)} texts: give one or two")
         elif other := adapter.other_base(self.pool.base_sha256):
             faults.append(f"adapter {request.adapter!r} {other}")
+        elif lack := classification.OBJECTIVE.lacking(request.texts, adapter.text):
+            faults.append(f"texts: {lack}")
         faults += [fault] if (fault := _text_fault(request.texts)) else []
         return "; ".join(dict.fromkeys(faults)) or None
 
@@ -197,4 +199,4 @@ def to_answer(logits: Tensor, labels: Sequence[str]) -> Answer:
     """Return the answer that the logits (labels,) of a row are; one label alone is a score."""
     if len(labels) == 1:
         return Answer(float(logits[0]), None)
-    return Answer(labels[int(logits.argmax())], shares(labels, logits.numpy()))
+    return Answer(labels[int(logits.argmax())], classification.shares(labels, logits.numpy()))
