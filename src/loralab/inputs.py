@@ -17,7 +17,7 @@ from loralab.errors import UserError
 from loralab.methods.starts import InputDirections
 
 Batches = Iterable[Mapping[str, Any]]  # each is what `model(**batch)` takes; its attention_mask tells the padding
-IGNORED = -100  # the label that losses leave out
+IGNORED = -100  # the label of a token that is not learned
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from loralab import fast, models, objectives
 from loralab.adapters import Adapters, attach
 from loralab.bench.cases import LEARNS, PEFT_METHODS, Case, EpochCase
-from loralab.data.batches import IGNORED
 from loralab.errors import UserError
 from loralab.heads import head_of
+from loralab.inputs import IGNORED
 from loralab.objectives import Batch, Objective
 from loralab.optimizers import adamw
 from loralab.run.settings import StepSettings

@@ -13,9 +13,10 @@ from rich.text import Text
 from loralab.cli.show import Json, as_bytes, as_json, clean, note, pairs, table
 from loralab.cli.show_learned import show
 from loralab.cli.wording import spelled
-from loralab.data.batches import IGNORED, Rows
+from loralab.data.batches import Rows
 from loralab.disk import size_text
 from loralab.errors import UserError
+from loralab.inputs import IGNORED
 from loralab.run import Settings
 from loralab.run import train as run
 from loralab.run.bar import Bar, rate

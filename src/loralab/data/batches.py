@@ -13,11 +13,11 @@ from torch import Tensor
 from loralab.data.checks import BadRows
 from loralab.data.reading import counted
 from loralab.errors import UserError
+from loralab.inputs import IGNORED
 
 POOL = 50  # batches whose rows are sorted by length together: more give less padding and less chance
 SPARE = 8  # rows that a table of positions may have above max_position_embeddings
 LONGEST = 512  # tokens of a row where neither the user nor the model says
-IGNORED = -100  # the label of a token that is not learned
 
 
 @dataclass(frozen=True)

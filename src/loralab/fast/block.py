@@ -27,7 +27,7 @@ from loralab.errors import UserError
 from loralab.fast.code import ATTENTIONS, Called, Obstacle, called, changed, foreign
 from loralab.fast.decoder_layer import DecoderModules
 from loralab.fast.encoder_layer import LayerModules
-from loralab.fast.function import LayerFunction
+from loralab.fast.function import Joined, LayerFunction
 from loralab.fast.joined import by_product
 from loralab.fast.masks import has_own_streams
 from loralab.fast.pre_norm_layer import PreNormModules
@@ -146,14 +146,14 @@ class Block:
         call, nothing = LayerCall(m, products, m.dropout, self.active.streams, read), [False] * len(products)
         if not call.wants_gradient and not self.active.drawn:
             joined = [product.active_update(self.active, x.dtype) for product in products]
-            return m.compute(call, x, mask, given, joined, nothing)[0]
+            return m.compute(call, x, mask, given, Joined(joined, nothing))[0]
         updates = [layer.active_update() if isinstance(layer, Adapted) else None for layer in m.linear]
         flat = [t for u in updates for t in ((None, None, None) if u is None else u)]
         if call.wants_gradient:
             return LayerFunction.apply(call, x, mask, len(given), *given, *flat)  # type: ignore[no-untyped-call, no-any-return]
         own = by_product(flat, products)  # what was drawn for a training step holds in a pass without gradients too
         joined = [p.join(u, x.dtype) for p, u in zip(products, own, strict=True)]
-        return m.compute(call, x, mask, given, joined, nothing)[0]
+        return m.compute(call, x, mask, given, Joined(joined, nothing))[0]
 
     def _checkpoints(self) -> bool:
         """Whether gradient checkpointing is up to this forward, as from transformers 5.2x on, and not to the call."""

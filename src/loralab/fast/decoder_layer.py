@@ -10,7 +10,7 @@ value heads are never repeated: the query heads of a group are rows of one produ
 updates, not methods. Whether a layer may be computed here is decided in block.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved
+from loralab.fast.function import Computed, Given, Gradients, Joined, Kept
+from loralab.fast.joined import JoinedLinear
 from loralab.fast.rotary import RotaryModules, rotate, rotate_back
 from loralab.fast.shared import LayerCall, blank_rows, dropout_of, softmax
 
@@ -136,62 +137,46 @@ class DecoderModules(RotaryModules):
         joined = (self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,)
         return DecoderProducts(*map(JoinedLinear, joined))
 
-    def compute(
-        self,
-        call: LayerCall,
-        x: Tensor,
-        mask: Tensor | None,
-        given: Sequence[Tensor],
-        joined: Sequence[JoinedUpdate | None],
-        learns: Sequence[bool],
-    ) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
+    def compute(self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Given, joined: Joined) -> Computed:
         """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product."""
         b, t, d = x.shape
         products, (cos, sin) = call.products, given
         x = x.reshape(b * t, d)  # (n, d), n = b t
         rstd1 = self.norm1.rstd(x)  # (n, 1)
-        qkv, of_qkv = products.qkv.forward(self.norm1.forward(x, rstd1), joined[0])  # (n, (heads + 2 kv) dh)
+        qkv, of_qkv = products.qkv.forward(self.norm1.forward(x, rstd1), joined.updates[0])  # (n, (heads + 2 kv) dh)
         # q (b kv, g t, dh), k and v (b kv, t, dh)
         q, k, v, *of_norms = _heads(qkv.view(b, t, -1, self.head), call, cos, sin)
         c, s, dropped = _attention(q, k, v, mask, b, call)  # c (n, heads dh), s (b kv, g t, t)
-        o, of_o = products.o.forward(c, joined[1])  # (n, d)
+        o, of_o = products.o.forward(c, joined.updates[1])  # (n, d)
         h = o.add_(x)  # (n, d)
         rstd2 = self.norm2.rstd(h)  # (n, 1)
-        uw, of_gate_up = products.gate_up.forward(self.norm2.forward(h, rstd2), joined[2])  # (n, 2 inner)
+        uw, of_gate_up = products.gate_up.forward(self.norm2.forward(h, rstd2), joined.updates[2])  # (n, 2 inner)
         u, w = uw.chunk(2, -1)  # (n, inner)
-        out, of_down = products.down.forward(self.activate(u).mul_(w), joined[3])  # (n, d)
-        saved = (x, rstd1, q, k, v, *of_norms, s, dropped, c if learns[1] else None, h, rstd2, uw)
+        out, of_down = products.down.forward(self.activate(u).mul_(w), joined.updates[3])  # (n, d)
+        saved = (x, rstd1, q, k, v, *of_norms, s, dropped, c if joined.learns[1] else None, h, rstd2, uw)
         return aten._unsafe_view(out.add_(h), (b, t, d)), saved, [of_qkv, of_o, of_gate_up, of_down]
 
-    def backward(
-        self,
-        call: LayerCall,
-        grad: Tensor,
-        given: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        updates: Sequence[Any],
-        of_products: Sequence[Saved],
-        learns: Sequence[bool],
-        to_x: bool,
-    ) -> tuple[Tensor | None, tuple[Any, ...]]:
+    def backward(self, call: LayerCall, grad: Tensor, kept: Kept) -> Gradients:
         """The gradients of x and of each product's updates."""
-        x, rstd1, q, k, v, q_in, k_in, s, dropped, c, h, rstd2, uw = saved
-        of_qkv, of_o, of_gate_up, of_down = of_products
-        (u_qkv, u_o, u_gate_up, u_down), products, (cos, sin), (b, t, d) = updates, call.products, given, grad.shape
+        x, rstd1, q, k, v, q_in, k_in, s, dropped, c, h, rstd2, uw = kept.saved
+        of_qkv, of_o, of_gate_up, of_down = kept.of_products
+        (u_qkv, u_o, u_gate_up, u_down), (cos, sin) = kept.updates, kept.given
+        products, (b, t, d) = call.products, grad.shape
         u, w = uw.chunk(2, -1)  # (n, inner)
         dout = grad.reshape(b * t, d)  # (n, d), of h too, by the residual
         of_u = self._act.forward(u)  # (n, inner)
-        dg, of7 = products.down.backward(dout, of_u * w if learns[3] else None, u_down, of_down, True)  # (n, inner)
+        g = of_u * w if kept.learns[3] else None  # (n, inner)
+        dg, of7 = products.down.backward(dout, g, u_down, of_down, True)  # (n, inner)
         duw = torch.empty_like(uw)
         torch.mul(dg, of_u, out=duw[:, w.shape[1] :])
         duw[:, : w.shape[1]] = self._act.backward(dg.mul_(w), u)
-        n2 = self.norm2.forward(h, rstd2) if learns[2] else None  # (n, d)
+        n2 = self.norm2.forward(h, rstd2) if kept.learns[2] else None  # (n, d)
         dn2, of56 = products.gate_up.backward(duw, n2, u_gate_up, of_gate_up, True)
         dh = self.norm2.backward(dn2, h, rstd2).add_(dout)  # (n, d), of x too
         dc, of4 = products.o.backward(dh, c, u_o, of_o, True)  # (n, heads dh)
         dqkv = _attention_backward(dc, q, k, v, q_in, k_in, s, dropped, cos, sin, call, (b, t))
-        n1 = self.norm1.forward(x, rstd1) if learns[0] else None  # (n, d)
-        dn1, of123 = products.qkv.backward(dqkv, n1, u_qkv, of_qkv, to_x)
+        n1 = self.norm1.forward(x, rstd1) if kept.learns[0] else None  # (n, d)
+        dn1, of123 = products.qkv.backward(dqkv, n1, u_qkv, of_qkv, kept.to_x)
         dx = None if dn1 is None else self.norm1.backward(dn1, x, rstd1).add_(dh).view(b, t, d)
         return dx, (of123, of4, of56, of7)
 

@@ -8,7 +8,7 @@ backward what the products need and no more, and nothing at all where no gradien
 methods. Whether a layer may be computed here is decided in block.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -27,7 +27,8 @@ from loralab.fast.encoder_parts import (
     norm_backward,
     probability,
 )
-from loralab.fast.joined import JoinedLinear, JoinedUpdate, Saved
+from loralab.fast.function import Computed, Given, Gradients, Joined, Kept
+from loralab.fast.joined import JoinedLinear
 from loralab.fast.shared import LayerCall
 
 aten = torch.ops.aten
@@ -109,15 +110,7 @@ class LayerModules:
         """Why these inputs are not computed here, None if they are."""
         return None
 
-    def compute(
-        self,
-        call: LayerCall,
-        x: Tensor,
-        mask: Tensor | None,
-        given: Sequence[Tensor],
-        joined: Sequence[JoinedUpdate | None],
-        learns: Sequence[bool],
-    ) -> tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]:
+    def compute(self, call: LayerCall, x: Tensor, mask: Tensor | None, given: Given, joined: Joined) -> Computed:
         """The output of a layer for x (b, t, d), the tensors that backward needs, and those of each product.
 
         The tensors: the inputs of the four products, then q k v, weights and mask of attention, and for each LayerNorm
@@ -126,41 +119,31 @@ class LayerModules:
         b, t, d = x.shape
         products = call.products
         x = x.reshape(b * t, d)  # (n, d), n = b t
-        qkv, of_qkv = products.qkv.forward(x, joined[0])  # (n, 3 d)
+        qkv, of_qkv = products.qkv.forward(x, joined.updates[0])  # (n, 3 d)
         qkv = qkv.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, dh)
         by_products = call.wants_gradient or bool(call.dropout[0])
         attend = partial(attention, call=call) if by_products else fused_attention
         c, *of_attention = attend(qkv, self.scale, mask, given[0])
         c = c.transpose(1, 2).reshape(b * t, -1)  # (n, d)
-        o, of_o = products.o.forward(c, joined[1])  # (n, d)
+        o, of_o = products.o.forward(c, joined.updates[1])  # (n, d)
         mask_o = dropout_mask(o, call.dropout[1], (b, t, d), call)  # (n, d)
         o = add_masked(x, o, mask_o)
         y, *of_norm1 = layer_norm(o, self.norm1)  # (n, d)
-        u, of_up = products.up.forward(y, joined[2])  # (n, inner)
+        u, of_up = products.up.forward(y, joined.updates[2])  # (n, inner)
         g = aten.gelu(u, approximate=self.approximate)  # (n, inner)
-        w, of_down = products.down.forward(g, joined[3])  # (n, d)
+        w, of_down = products.down.forward(g, joined.updates[3])  # (n, d)
         mask_down = dropout_mask(w, call.dropout[2], (b, t, d), call)  # (n, d)
         w = add_masked(y, w, mask_down)
         out, *of_norm2 = layer_norm(w, self.norm2)  # (n, d)
-        inputs = [t if learned else None for t, learned in zip((x, c, y, g), learns, strict=True)]
+        inputs = [t if learned else None for t, learned in zip((x, c, y, g), joined.learns, strict=True)]
         saved = (*inputs, *of_attention, o, mask_o, *of_norm1, u, w, mask_down, *of_norm2)
         return aten._unsafe_view(out, (b, t, d)), saved, [of_qkv, of_o, of_up, of_down]
 
-    def backward(
-        self,
-        call: LayerCall,
-        grad: Tensor,
-        given: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        updates: Sequence[Any],
-        of_products: Sequence[Saved],
-        learns: Sequence[bool],
-        to_x: bool,
-    ) -> tuple[Tensor | None, tuple[Any, ...]]:
+    def backward(self, call: LayerCall, grad: Tensor, kept: Kept) -> Gradients:
         """The gradients of x and of each product's updates."""
-        x, c, y, g, qkv, s, mask_s, o, mask_o, mean1, rstd1, u, w, mask_down, mean2, rstd2 = saved
-        of_qkv, of_o, of_up, of_down = of_products
-        (u_qkv, u_o, u_up, u_down), products, (b, t, d) = updates, call.products, grad.shape
+        x, c, y, g, qkv, s, mask_s, o, mask_o, mean1, rstd1, u, w, mask_down, mean2, rstd2 = kept.saved
+        of_qkv, of_o, of_up, of_down = kept.of_products
+        (u_qkv, u_o, u_up, u_down), products, (b, t, d) = kept.updates, call.products, grad.shape
         dw = norm_backward(grad.reshape(b * t, d), w, mean2, rstd2, self.norm2)  # (n, d), of y too, by the residual
         dg, of6 = products.down.backward(masked(dw, mask_down), g, u_down, of_down, True)  # (n, inner)
         du = aten.gelu_backward(dg, u, approximate=self.approximate)  # (n, inner)
@@ -169,6 +152,6 @@ class LayerModules:
         dc, of4 = products.o.backward(masked(do, mask_o), c, u_o, of_o, True)  # (n, d)
         dqkv = attention_backward(dc, qkv, self.scale, s, mask_s, b)  # (3, b heads, t, dh)
         dqkv = dqkv.view(3, b, self.heads, t, -1).permute(1, 3, 0, 2, 4).reshape(b * t, -1)  # (n, 3 d)
-        dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, to_x)  # (n, d)
+        dx, of123 = products.qkv.backward(dqkv, x, u_qkv, of_qkv, kept.to_x)  # (n, d)
         dx = None if dx is None else dx.add_(do).view(b, t, d)
         return dx, (of123, of4, of5, of6)

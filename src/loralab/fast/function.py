@@ -2,21 +2,44 @@
 
 The modules of a layer (`LayerModules`, `PreNormModules`, `DecoderModules`) have two methods:
 
-    compute(call, x, mask, given, joined, learns) -> out, the tensors that backward needs, and those of each product
-    backward(call, grad, given, saved, updates, of_products, learns, to_x) -> dx or None, the gradients of each product
+    compute(call, x, mask, given, joined) -> out, the tensors that backward needs, and those of each product
+    backward(call, grad, kept) -> dx or None, the gradients of each product's updates
 
-x, out, grad and dx are (b, t, d); `given` are tensors of the call beside the mask (positions, say); `learns` says of
-each product whether an A of it learns, as only the gradient of A needs the product's input.
+x, out, grad and dx are (b, t, d); `given` are tensors of the call beside the mask (positions, say).
 """
 
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loralab.fast.joined import Saved, by_product
+from loralab.fast.joined import JoinedUpdate, Saved, by_product
 from loralab.fast.shared import LayerCall, no_autocast, refuse_more_than_a_gradient
+
+Given = Sequence[Any]
+Computed = tuple[Tensor, tuple[Tensor | None, ...], list[Saved]]
+Gradients = tuple[Tensor | None, tuple[Any, ...]]
+
+
+class Joined(NamedTuple):
+    """The updates of each product, None without one, and whether an A of it learns: only that needs its input."""
+
+    updates: Sequence[JoinedUpdate | None]
+    learns: Sequence[bool]
+
+
+class Kept(NamedTuple):
+    """What backward gets of the forward pass."""
+
+    given: Given
+    saved: Sequence[Any]  # as `compute` gave them
+    updates: Sequence[Any]  # of each product, one for each of its layers
+    of_products: Sequence[Saved]
+    learns: Sequence[bool]
+    to_x: bool  # whether the gradient of x is wanted
+
 
 FIRST = 4  # inputs of `LayerFunction` before the tensors that are given
 
@@ -33,7 +56,7 @@ class LayerFunction(torch.autograd.Function):
         joined = [product.join(own, x.dtype) for product, own in zip(call.products, updates, strict=True)]
         A_learns = iter(ctx.needs_input_grad[FIRST + count :: 3])  # of each linear layer
         ctx.learns = [any(list(islice(A_learns, len(product.bases)))) for product in call.products]
-        out, saved, of_products = call.modules.compute(call, x, mask, given, joined, ctx.learns)
+        out, saved, of_products = call.modules.compute(call, x, mask, given, Joined(joined, ctx.learns))
         ctx.call, ctx.count, ctx.updates = call, count, len(flat)
         ctx.save_for_backward(*given, *flat, *saved, *(t for of_one in of_products for t in of_one))
         return out  # type: ignore[no-any-return]
@@ -45,12 +68,11 @@ class LayerFunction(torch.autograd.Function):
         ctx.call.read.check()
         tensors = iter(ctx.saved_tensors)  # read once: checkpointing recomputes them for the first reader and no other
         given, flat = tuple(islice(tensors, ctx.count)), tuple(islice(tensors, ctx.updates))
-        kept, products, width = tuple(tensors), ctx.call.products, len(Saved._fields)
-        end = len(kept) - width * len(products)
-        of_products = [Saved(*kept[i : i + width]) for i in range(end, len(kept), width)]
-        updates = by_product(flat, products)
+        rest, products, width = tuple(tensors), ctx.call.products, len(Saved._fields)
+        end = len(rest) - width * len(products)
+        of_products = [Saved(*rest[i : i + width]) for i in range(end, len(rest), width)]
+        to_x = ctx.needs_input_grad[1]
+        kept = Kept(given, rest[:end], by_product(flat, products), of_products, ctx.learns, to_x)
         with no_autocast(grad.device.type):
-            dx, grads = ctx.call.modules.backward(
-                ctx.call, grad, given, kept[:end], updates, of_products, ctx.learns, ctx.needs_input_grad[1]
-            )
+            dx, grads = ctx.call.modules.backward(ctx.call, grad, kept)
         return None, dx, None, None, *(None for _ in given), *(g for of_one in grads for g in of_one)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from loralab.data import METRICS, Split, Task, chats, checks, own_files, tables
-from loralab.data.batches import IGNORED, Rows, collate
+from loralab.data.batches import Rows, collate
 from loralab.data.own_files import OwnFile, divided
 from loralab.data.task import build
 from loralab.errors import UserError
+from loralab.inputs import IGNORED
 from loralab.objectives import classification, templates, vocabulary
 from loralab.objectives.objective import Array, Batch, Encoding, Objective
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loralab.data import Split, Task, checks
 from loralab.data.batches import Rows
 from loralab.data.own_files import OwnFile
+from loralab.inputs import IGNORED
 
 WRITTEN = "answer"  # the column of an answer that the model writes
 Batch = Mapping[str, Tensor]  # (sequences, t): what the model takes, and `labels` where tokens have labels
@@ -182,11 +183,11 @@ def scored(
 
 
 def ragged(parts: list[Array]) -> Array:
-    """Stack predictions (rows, ...) of batches whose last axis may differ: it is filled up with -100."""
+    """Stack predictions (rows, ...) of batches whose last axis may differ: it is filled up with IGNORED."""
     widest = max(part.shape[-1] for part in parts)
     return np.concatenate(
         [
-            np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, widest - part.shape[-1])], constant_values=-100)
+            np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, widest - part.shape[-1])], constant_values=IGNORED)
             if part.ndim > 1
             else part
             for part in parts

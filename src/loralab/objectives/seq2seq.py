@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.data import Split, Task, checks, tables
-from loralab.data.batches import IGNORED, Rows, tokenized
+from loralab.data.batches import Rows, tokenized
 from loralab.data.own_files import OwnFile, divided
+from loralab.inputs import IGNORED
 from loralab.objectives import templates
 from loralab.objectives.causal import LANGUAGE, loss, score, wrong
 from loralab.objectives.objective import Batch, Encoding, Objective

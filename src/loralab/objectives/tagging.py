@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loralab.data import Split, Task, checks, tables
-from loralab.data.batches import IGNORED, Rows, cutting_at_end
+from loralab.data.batches import Rows, cutting_at_end
 from loralab.data.labels import look_alikes
 from loralab.data.own_files import OwnFile, divided
 from loralab.errors import UserError
+from loralab.inputs import IGNORED
 from loralab.objectives.objective import Array, Encoding, Objective, Sums, f1_of, head_outputs, mean_f1, scored, share
 
 NAME = "tagging"

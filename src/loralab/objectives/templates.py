@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab.data import chats
-from loralab.data.batches import IGNORED
 from loralab.errors import UserError
+from loralab.inputs import IGNORED
 
 PARTED = {"return_special_tokens_mask": True, "verbose": False}  # tell the tokens of a text from added ones
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # by which a template marks what the assistant says
