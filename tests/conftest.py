@@ -19,6 +19,8 @@ import pytest
 import torch
 from archs import CONFIGS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils import is_bitsandbytes_available
 
@@ -179,3 +181,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for place, item in enumerate(mine):
             if place not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+class Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that an operation gave."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.values = max([self.values, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, train_on_two_processes
+from conftest import WORDS, Largest, train_on_two_processes
 from safetensors.torch import load_file
 from sklearn import metrics as sklearn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -506,6 +506,7 @@ def test_a_time_that_is_none_is_refused(text):
 @pytest.mark.parametrize("learns", [True, False, "bias"])
 def test_likelihoods_are_those_of_all_logits(bases, plain, learns, monkeypatch):
     monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * 31 * 5)  # five tokens at a time
+    monkeypatch.setattr(vocabulary, "CACHE_BYTES", 4 * 31 * 2)  # two of these, two, and one
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     model.lm_head.weight.requires_grad_(learns is True)
     if learns == "bias":  # of bitfit, over a frozen weight: it had no gradient
@@ -570,6 +571,42 @@ def test_a_model_that_changes_its_logits_is_not_taken_for_plain(bases):
     model.forward = capped
     vocabulary.prepare(model)
     assert not vocabulary._PLAIN[model]
+
+
+def test_a_model_that_takes_only_the_number_of_its_logits_gives_them_all(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def numbered(logits_to_keep=0, **inputs):
+        return inner(logits_to_keep=int(logits_to_keep), **inputs)
+
+    model.forward = numbered
+    vocabulary.prepare(model)
+    assert not vocabulary._PLAIN[model]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["learn", "evaluate", "generate"])
+def test_no_row_gets_an_output_layer_of_its_own(what, dtype):
+    """torch copies a frozen weight for each row of a slice, as hidden[:, -1:] is: a quarter of a step of smollm2."""
+    sizes = {"hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ends = {"pad_token_id": 1, "bos_token_id": None, "eos_token_id": None}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=997, **sizes, **ends)).to(dtype)
+    vocabulary.prepare(model)
+    adapters = loralab.attach(model, "lora", targets=["q_proj"])
+    ids = torch.randint(4, 997, (5, 7), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with Largest() as largest, torch.set_grad_enabled(what == "learn"), adapters.use("default"):
+        if what == "generate":
+            tokenizer = SimpleNamespace(pad_token_id=1, eos_token_id=None, batch_decode=lambda rows, **_: [str(row) for row in rows])
+            prompts = [row[: 3 + i % 2].tolist() for i, row in enumerate(ids)]
+            generation.answers(model, tokenizer, prompts, generation.Decoding(max_new_tokens=3), torch.Generator())
+        else:
+            loss = objectives.OBJECTIVES["causal"].forward(model, batch)[:, 0].sum()
+        if what == "learn":
+            loss.backward()
+    assert largest.values <= model.lm_head.weight.numel()
 
 
 def seqeval_spans(tags: list[str]) -> set[tuple[str, int, int]]:

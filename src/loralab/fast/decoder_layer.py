@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from loralab.fast.function import Computed, Given, Gradients, Joined, Kept
 from loralab.fast.joined import JoinedLinear
 from loralab.fast.rotary import RotaryModules, rotate, rotate_back
-from loralab.fast.shared import LayerCall, blank_rows, dropout_of, softmax
+from loralab.fast.shared import LayerCall, add_mask, blank_rows, dropout_of, softmax
 
 aten = torch.ops.aten
 
@@ -217,13 +217,8 @@ def _attention(
     """q, scaled (b kv, g t, dh), k, v (b kv, t, dh) -> output (n, heads dh), weights (b kv, g t, t), their dropout."""
     kv, t = len(k) // b, k.shape[1]
     s = torch.bmm(q, k.mT).view(b, -1, t, t)  # (b, heads, t, t)
-    if mask is None:
-        s.masked_fill_(torch.ones(t, t, dtype=torch.bool, device=s.device).triu_(1), torch.finfo(s.dtype).min)
-    elif mask.dtype == torch.bool:
-        s.masked_fill_(~mask, torch.finfo(s.dtype).min)
-    else:
-        s.add_(mask)
-    s = blank_rows(softmax(s), mask)
+    before = torch.ones(t, t, dtype=torch.bool, device=s.device).tril_() if mask is None else mask
+    s = blank_rows(softmax(add_mask(s, before)), mask)
     dropped = dropout_of(s, call.dropout[0], call.streams)  # (b, heads, t, t)
     s = s.view(b * kv, -1, t)  # (b kv, g t, t)
     dropped = None if dropped is None else dropped.view_as(s)

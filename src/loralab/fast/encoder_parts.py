@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.fast.shared import SHORT, LayerCall, blank_rows, dropout_of, softmax
+from loralab.fast.shared import SHORT, LayerCall, add_mask, blank_rows, dropout_of, softmax
 
 aten = torch.ops.aten
 
@@ -19,13 +19,8 @@ OfAttention = tuple[Tensor | None, Tensor | None, Tensor | None]  # what backwar
 
 
 def _add_bias(s: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """scale s + mask + bias for scores s (b, heads, t, t); a boolean mask is true where attention may look."""
-    s = s.mul_(scale) if bias is None else torch.add(bias, s, alpha=scale)
-    if mask is None:
-        return s
-    if mask.dtype == torch.bool:
-        return s.masked_fill_(~mask, torch.finfo(s.dtype).min)
-    return s.add_(mask)
+    """scale s + mask + bias for scores s (b, heads, t, t)."""
+    return add_mask(s.mul_(scale) if bias is None else torch.add(bias, s, alpha=scale), mask)
 
 
 def attention(

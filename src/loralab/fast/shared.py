@@ -86,6 +86,18 @@ def refuse_more_than_a_gradient(grad: Tensor) -> None:
         )
 
 
+def add_mask(s: Tensor, mask: Tensor | None) -> Tensor:
+    """s + mask, in place, for scores s (b, heads, t, t); a boolean mask is true where attention may look.
+
+    It is added too: `masked_fill_` on the scores takes up to six times as long where a mask is the same for all heads.
+    """
+    if mask is None:
+        return s
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=s.dtype).masked_fill_(~mask, torch.finfo(s.dtype).min)
+    return s.add_(mask)
+
+
 def softmax(s: Tensor) -> Tensor:
     """Softmax over the last axis, in place where rows are short."""
     if s.shape[-1] > SHORT or s.device.type != "cpu":

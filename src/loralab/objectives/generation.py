@@ -5,7 +5,8 @@ where its answer begins; those of an encoder-decoder, which writes its answer ap
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -171,7 +172,7 @@ def answers(
     device = next(model.parameters()).device
     width = 0 if apart else ids.shape[1]
     stops = [_stops(tokenizer, width, decoding.stop)] if decoding.stop else None
-    with torch.random.fork_rng(enabled=decoding.samples):
+    with torch.random.fork_rng(enabled=decoding.samples), _contiguous_inputs(model.get_output_embeddings()):
         if decoding.samples:
             torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=random)))
         whole = model.generate(
@@ -185,6 +186,22 @@ def answers(
     texts = [_until(text, decoding.stop) for text in texts]
     each = decoding.num_return_sequences
     return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+@contextmanager
+def _contiguous_inputs(layer: Any) -> Iterator[None]:
+    """Give the output layer what lies together in memory: `generate` asks it for the last token of each prompt.
+
+    That is a slice, for which torch copies a frozen weight once for each row, 57 MB each on smollm2 in bfloat16.
+    """
+    if layer is None:
+        yield
+        return
+    hook = layer.register_forward_pre_hook(lambda _, args: tuple(arg.contiguous() for arg in args))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def in_batches(

@@ -6,7 +6,7 @@ time. Whether that is so is asked of the model, by watching one forward pass; a 
 afterwards, or whose output layer is adapted, gives them all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from threading import get_ident
 from typing import Any
@@ -21,7 +21,8 @@ from loralab.errors import UserError
 
 Places = tuple[Tensor, Tensor]  # sequence and token of each
 
-PIECE_BYTES = 64e6  # of float32 logits that exist at once
+PIECE_BYTES = 64e6  # of logits that exist at once, as if they were float32
+CACHE_BYTES = 6e6  # of float32 logits that a CPU handles at once: what stays in its cache is not written to memory
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model's logits are its output layer's
 
@@ -33,7 +34,10 @@ def prepare(model: Any) -> None:
 
 @torch.no_grad()
 def _is_plain(model: Any) -> bool:
-    """Watch a forward pass: is the output layer's input the base's output, and its output the logits?"""
+    """Watch a forward pass: is the output layer's input the base's output, and its output the logits?
+
+    And can the logits be left out?
+    """
     head, seen = model.get_output_embeddings(), {}
     if head is None or model.base_model is model or "logits_to_keep" not in signature(model.forward).parameters:
         return False
@@ -54,7 +58,26 @@ def _is_plain(model: Any) -> bool:
     hidden, taken = seen.get("hidden"), seen.get("input")
     if hidden is None or taken is None or hidden.shape != taken.shape:
         return False
-    return logits is seen["logits"] and hidden.untyped_storage()._cdata == taken.untyped_storage()._cdata
+    if logits is not seen["logits"] or hidden.untyped_storage()._cdata != taken.untyped_storage()._cdata:
+        return False
+    return _leaves_logits_out(model, ids)
+
+
+def _leaves_logits_out(model: Any, ids: Tensor) -> bool:
+    """Whether a model takes the places of its logits as a tensor, as those of transformers do."""
+    try:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=_no_place(ids)).logits
+    except (TypeError, ValueError, IndexError, RuntimeError):  # one that takes their number alone
+        return False
+    return not logits.numel()
+
+
+def _no_place(like: Tensor) -> Tensor:
+    """No place in a row: the logits of one would cost more than its product.
+
+    It is a slice of the hidden states, and for a slice torch copies a frozen output layer once for each row.
+    """
+    return torch.empty(0, dtype=torch.long, device=like.device)
 
 
 def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +94,7 @@ def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Te
     size = max(1, int(PIECE_BYTES / 4 / len(head.weight)))
     pieces = zip(hidden.split(size), wanted.split(size), strict=True)
     if not torch.is_grad_enabled():
-        found = [_of_logits(head(h), y) for h, y in pieces]
+        found = [_of_logits(rows, y) for h, ys in pieces for rows, y in _few(head(h), ys)]
     elif any(p.requires_grad for p in head.parameters()):
         found = [checkpoint(_of_layer, head, h, y, use_reentrant=False) for h, y in pieces]
     else:
@@ -82,7 +105,7 @@ def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Te
 
 
 def _hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the last hidden states (sequences, t, d) of a forward pass of the whole model, with logits of one token.
+    """Return the last hidden states (sequences, t, d) of a forward pass of the whole model, without logits.
 
     The whole model runs because adapters and others have hooks on it.
     """
@@ -94,11 +117,18 @@ def _hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
     hook = model.base_model.register_forward_hook(base_gives)
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=_no_place(next(iter(inputs.values()))))
     finally:
         hook.remove()
     (hidden,) = seen
     return hidden  # type: ignore[no-any-return]
+
+
+def _few(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (n, vocabulary) and wanted tokens (n,) a few rows at a time on a CPU, elsewhere as they are."""
+    few = max(1, int(CACHE_BYTES / 4 / logits.shape[1]))
+    whole = logits.device.type != "cpu"
+    return zip(*((t,) if whole else t.split(few) for t in (logits, wanted)), strict=True)
 
 
 def _of_layer(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,14 +152,17 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor) -> Tensor:
         """Take hidden (n, d), weight (vocabulary, d), bias (vocabulary,), wanted (n,); return (n,) float32."""
-        logits = F.linear(hidden, weight, bias).float()  # (n, vocabulary)
-        kept = torch.log_softmax(logits, 1)  # (n, vocabulary)
-        nll = -kept.gather(1, wanted[:, None]).squeeze(1)
-        slope = kept.exp_()  # (n, vocabulary)
-        slope[torch.arange(len(wanted)), wanted] -= 1
-        product = slope.to(weight.dtype) @ weight  # (n, d), in bfloat16 under autocast as the logits are
+        logits = F.linear(hidden, weight, bias)  # (n, vocabulary)
+        found = []
+        for rows, y in _few(logits, wanted):
+            kept = torch.log_softmax(rows.float(), 1)  # (few, vocabulary)
+            found.append(-kept.gather(1, y[:, None]).squeeze(1))
+            slope = kept.exp_()
+            slope[torch.arange(len(y)), y] -= 1
+            rows.copy_(slope)  # the logits become the slopes
+        product = logits.to(weight.dtype) @ weight  # (n, d), in bfloat16 under autocast as the logits are
         ctx.save_for_backward(product.to(hidden.dtype))  # (n, d)
-        return nll
+        return torch.cat(found)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

@@ -22,8 +22,11 @@ class Float(nn.Module):
         self._norms = Cache()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x (+ bias): (..., in) -> (..., out), in x's dtype."""
-        W = self.weight
+        """W x (+ bias): (..., in) -> (..., out), in x's dtype.
+
+        x is made contiguous: for a slice (b, t, in) of a larger tensor torch copies a frozen W b times.
+        """
+        W, x = self.weight, x.contiguous()
         if x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, W, bias)
         return F.linear(x.to(W.dtype), W, None if bias is None else bias.to(W.dtype)).to(x.dtype)

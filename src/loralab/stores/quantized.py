@@ -29,11 +29,11 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: "Quantized") -> Tensor:
         ctx.base, ctx.bias_shape = base, None if bias is None else bias.shape
-        return F.linear(x, base.decoded(x.dtype), bias)
+        return F.linear(x.contiguous(), base.decoded(x.dtype), bias)  # as in float.py
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads  # (..., out)
+        grad = grads[0].contiguous()  # (..., out)
         to_x, to_bias, _ = ctx.needs_input_grad
         grad_x = grad @ ctx.base.decoded(grad.dtype) if to_x else None  # (..., in)
         return grad_x, grad.sum_to_size(ctx.bias_shape) if to_bias else None, None
