@@ -31,6 +31,7 @@ SECTIONS = {  # heading of the page -> the studies whose numbers stand under it
     "## cs4782": ("cs4782", "cornell-grid", "osnabrueck", "osnabrueck-ranks"),
     "### Delta-LoRA, each wait at its own rate": ("delta",),
     "### LoRA+ ratios on MNLI, each at its own rate": ("ratios",),
+    "### RTE from an adapter for MNLI": ("rte-from-mnli",),
     "### A base in 4 bits, at its own rate": ("double-quantization",),
     "## osnabrueck": ("osnabrueck", "osnabrueck-ranks"),
 }

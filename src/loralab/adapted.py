@@ -77,6 +77,7 @@ class AdaptedModel:
         self.detached = False
         self.synchronized: tuple[str, ...] | None = None  # adapters for DistributedDataParallel; None: the active one
         self._ignored = frozenset(getattr(model, IGNORED, ()))
+        self._own_names: dict[str, list[str]] = {}  # adapter -> its `parameter_names`
         outside = head_of(model)
         self._base_keys = [key for key in self.learned if not under(key, outside)]
         self._base_size = sum(model.get_parameter(key).numel() for key in self._base_keys)
@@ -209,8 +210,9 @@ class AdaptedModel:
         """Let the model's labels, and what DistributedDataParallel synchronizes, be those of the active adapter."""
         self._follow_labels()
         seen = self.active.default.names if self.synchronized is None else self.synchronized
-        others = [name for name in self.specs if name not in seen]
-        ignored = self._ignored | {key for name in others for key in self.parameter_names(name)}
+        known = self._own_names
+        self._own_names = {name: known.get(name) or self.parameter_names(name) for name in self.specs}
+        ignored = [*self._ignored, *(key for name in self.specs if name not in seen for key in self._own_names[name])]
         if ignored or hasattr(self.model, IGNORED):
             setattr(self.model, IGNORED, sorted(ignored))
 

@@ -178,7 +178,7 @@ class Adapters(AdaptedModel):
         with install.taken_back_on_error(self, name):
             install.add_layers(self, spec, name, generator, seen)
             install.add_heads(self, spec, name, generator, plain)
-        install.open_base(self, spec)
+        install.open_base(self, spec, name)
         self.specs[name] = spec
         if r.factors is not None and r.factors.stepped:
             self.steps.add(name, seed)

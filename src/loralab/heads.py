@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
+from loralab.layer import Adapted, plain_modules, seen_as
+
 NARROW = (torch.float16, torch.bfloat16)  # too few digits for what an optimizer adds in a step
 
 
@@ -17,9 +19,17 @@ def head_of(model: nn.Module) -> list[str]:
     if not outside:
         return []
     backbone = model.get_submodule(str(model.base_model_prefix))
-    shared = {id(p) for p in backbone.parameters()}
-    parameters = {name: list(model.get_submodule(name).parameters()) for name in outside}
+    shared = {id(p) for p in _plain_parameters(backbone)}
+    parameters = {name: _plain_parameters(model.get_submodule(name)) for name in outside}
     return [name for name, own in parameters.items() if own and not any(id(p) in shared for p in own)]
+
+
+def _plain_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module, those of adapters left out."""
+    found: list[nn.Parameter] = []
+    for _, inside in plain_modules(module):
+        found += inside.base.parameters() if isinstance(inside, Adapted) else inside.parameters(recurse=False)
+    return found
 
 
 def outside_backbone(model: nn.Module) -> list[str]:
@@ -37,7 +47,7 @@ def output_layer(model: nn.Module) -> str | None:
     output = find() if find is not None else None
     if output is None:
         return None
-    return next((path for path, module in model.named_modules() if module is output), None)
+    return next((path for path, module in plain_modules(model) if module is seen_as(output)), None)
 
 
 def under(key: str, paths: Sequence[str]) -> bool:

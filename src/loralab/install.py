@@ -17,7 +17,7 @@ from loralab.errors import UserError, check_once
 from loralab.experts import AdaptedExperts, AdaptedStack, open_stack
 from loralab.heads import head_of, output_layer, outside_backbone, own_copy, under
 from loralab.kinds.stack import Stack
-from loralab.layer import Adapted, AdaptedHead, Constants, is_linear, put_back
+from loralab.layer import Adapted, AdaptedHead, Constants, is_linear, plain_modules, put_back
 from loralab.methods import starts
 from loralab.methods.base import Factors, Roles
 from loralab.own_forward import adapted
@@ -105,7 +105,7 @@ def _check_heads(handle: AdaptedModel, heads: Sequence[str], labels: Sequence[st
         raise UserError(
             f"{len(labels)} labels for a model of {len(known)}: the adapter needs a head of its own, head=True"
         )
-    there = {path for path, _ in handle.model.named_modules(remove_duplicate=False)}
+    there = {path for path, _ in plain_modules(handle.model, every_path=True)}
     if missing := [path for path in heads if path not in there]:
         raise UserError(f"head={', '.join(missing)}: the model has no such module")
     if nested := [path for path in heads if under(path, [other for other in heads if other != path])]:
@@ -173,7 +173,7 @@ def _with_tokens(handle: AdaptedModel, r: Recipe, coverage: Coverage, tokens: Se
     """The recipe with these tokens of the embedding of the input, and of an output layer tied to it, as one."""
     find = getattr(handle.model, "get_input_embeddings", None)
     words = find() if find is not None else None
-    path = next((path for path, module in handle.model.named_modules() if module is words), None)
+    path = next((path for path, module in plain_modules(handle.model) if module is words), None)
     if words is None or path is None or kinds.kind_of(getattr(words, "original", (words,))[0]) is not kinds.EMBEDDING:
         raise UserError(f"tokens={list(tokens)[:4]}: {type(handle.model).__name__} names no embedding of its input")
     tied = tied_to(handle.model, path)
@@ -405,13 +405,13 @@ def taken_back_on_error(handle: Any, name: str) -> Iterator[None]:
         raise
 
 
-def open_base(handle: AdaptedModel, spec: AdapterSpec) -> None:
+def open_base(handle: AdaptedModel, spec: AdapterSpec, name: str) -> None:
     """Let the tensors of the base that learn in place learn; a copy of them is kept, unless all do.
 
     Unless all do, statistics that the model keeps of its inputs stay as they are.
     """
     if spec.recipe.learn_base != "all":
-        hold_statistics(handle)
+        hold_statistics(handle, [handle.heads[path].copies[name] for path in spec.heads])
     for key in spec.base_names:
         tensor = base_tensor(handle.model, key).requires_grad_(True)
         if spec.recipe.learn_base != "all":
@@ -427,14 +427,15 @@ def give_base_back(handle: AdaptedModel, spec: AdapterSpec) -> None:
             base_tensor(handle.model, key).requires_grad_(False).copy_(handle.before.pop(key))
 
 
-def hold_statistics(handle: AdaptedModel) -> None:
+def hold_statistics(handle: AdaptedModel, heads: Sequence[nn.Module]) -> None:
     """Keep modules with running statistics in evaluation mode: those are of the base, and no file of an adapter.
 
-    Those in copies of a head are held too. Warns of the first of them.
+    Those in an adapter's own copies of heads are held too. Warns of the first of them.
     """
-    with_statistics = [m for m in handle.model.modules() if isinstance(m._buffers.get("running_mean"), Tensor)]
+    there = [*plain_modules(handle.model), *(inside for head in heads for inside in head.named_modules())]
+    with_statistics = {m: path for path, m in there if isinstance(m._buffers.get("running_mean"), Tensor)}
     if with_statistics and not handle.held:
-        path = next(path for path, module in handle.model.named_modules() if module is with_statistics[0])
+        path = next(iter(with_statistics.values()))
         warnings.warn(
             f"{path} and other modules with running statistics ({len(with_statistics)}) stay in evaluation mode while "
             "adapters are on the model: what they keep is of the base, which no file of an adapter holds",

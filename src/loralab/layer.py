@@ -3,7 +3,7 @@
 Which adapter is active is asked of the one `Active` that all of them share.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -422,6 +422,33 @@ class AdaptedHead(nn.Module):
         W, b = self.stacked.get((*map(id, copies), tuple(ids.tolist())), tensors, lambda: _heads(copies, ids))
         flat = x.reshape(len(x), -1, x.shape[-1])  # (rows, t, in)
         return torch.baddbmm(b.to(x.dtype), flat, W.mT.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+def seen_as(module: nn.Module) -> nn.Module:
+    """What `plain_modules` gives in the place of a module: for a head that adapters have copies of, that of the base."""
+    return module.base if isinstance(module, AdaptedHead) else module
+
+
+def plain_modules(model: nn.Module, every_path: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of a model as it is without adapters, but for adapted layers, which come as they are.
+
+    One that several paths lead to comes once, or with `every_path` under each of them. Adapters are not entered, so
+    that it takes no longer with a thousand of them.
+    """
+    seen: set[nn.Module] = set()
+
+    def inside(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = seen_as(module)
+        if module in seen:
+            return
+        if not every_path:
+            seen.add(module)
+        yield path, module
+        for name, child in () if isinstance(module, Adapted) else module._modules.items():
+            if child is not None:
+                yield from inside(f"{path}.{name}" if path else name, child)
+
+    return inside("", model)
 
 
 def _rows_of(value: Any, chosen: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from loralab.coverage import folded
 from loralab.errors import UserError
-from loralab.layer import is_linear
+from loralab.layer import is_linear, plain_modules
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention-q": ("q",),
@@ -49,7 +49,7 @@ def layers_of(model: nn.Module, preset: str) -> list[str]:
 
 def structure(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Part -> path endings, as the structure of the model tells them; a part that it does not tell surely is empty."""
-    linear = [path for path, module in model.named_modules() if is_linear(module)]
+    linear = [path for path, module in plain_modules(model) if is_linear(module)]
     found: dict[str, dict[str, None]] = {part: {} for part in ("q", "k", "v", "o", "mlp")}
     holders = attentions(model)
     outputs = {path: _output(path, own.values(), linear) for path, own in holders.items()}
@@ -67,7 +67,7 @@ def structure(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def attentions(model: nn.Module) -> dict[str, dict[str, str]]:
     """Path of each attention -> part q, k, v -> path of the layer that makes it, one layer where it makes all three."""
-    return {path: own for path, module in model.named_modules() if (own := _own(path, module))}
+    return {path: own for path, module in plain_modules(model) if (own := _own(path, module))}
 
 
 def _own(path: str, module: nn.Module) -> dict[str, str]:

@@ -12,7 +12,7 @@ from loralab import kinds
 from loralab.experts import AdaptedExperts, AdaptedStack
 from loralab.heads import under
 from loralab.kinds.stack import stacks_of
-from loralab.layer import Adapted, AdaptedHead
+from loralab.layer import Adapted, AdaptedHead, plain_modules
 
 READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the .weight of layers inside themselves
 VECTORS, MATRIX, STACK = "vectors", "matrix", "stack of matrices"  # kinds of parameters that are no layer's
@@ -37,29 +37,11 @@ class Part:
         return self.kind not in (VECTORS, MATRIX, STACK)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the model as it is without adapters, but for the adapted layers, which come as they are."""
-    inner: list[str] = []
-    for path, module in model.named_modules():
-        if under(path, inner[-1:]):
-            continue
-        yield from _plain(path, module)
-        if isinstance(module, Adapted | AdaptedHead):
-            inner.append(path)
-
-
-def _plain(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, AdaptedHead):
-        yield from ((f"{path}.{name}".rstrip("."), inside) for name, inside in module.base.named_modules())
-    else:
-        yield path, module
-
-
 def parts(model: nn.Module, outside: Sequence[str] = ()) -> list[Part]:
     """Every parameter of the model in one part; what lies in a module of `outside` (the head) is left out."""
     found: list[Part] = []
     first: dict[int, str] = {}  # identity of a parameter -> the part that counts it
-    for path, module in walk(model):
+    for path, module in plain_modules(model):
         if not under(path, outside):
             found += _of_module(model, path, module, first)
     return found

@@ -17,7 +17,7 @@ from loralab.coverage import Coverage, summary
 from loralab.errors import UserError, hint
 from loralab.experts import open_stack
 from loralab.heads import under
-from loralab.layer import Adapted
+from loralab.layer import Adapted, plain_modules, seen_as
 from loralab.presets import PRESETS, layers_of
 from loralab.reach import Part, parts, tied_to
 from loralab.read_past import names_in
@@ -156,13 +156,13 @@ def _no_match(
     if nothing[0] == ALL:
         there = coverage.note() or summary([part.path for part in coverage.parts if part.is_layer]) or "no layers"
         return f"targets {ALL!r}: no linear layer in the backbone of {type(model).__name__}, which has {there}"
-    if in_head := [path for path, _ in model.named_modules() if test.fullmatch(path) and under(path, outside)]:
+    if in_head := [path for path, _ in plain_modules(model) if test.fullmatch(path) and under(path, outside)]:
         return f"targets: {in_head[0]} is in the head, which is not adapted: head=True trains it"
     alone = replace(coverage, matched={nothing[0]: []})
     if found := meant_in_vain(alone, model, targets, 0.0):
         return f"targets {nothing[0]!r}: {found}"
     layers = [part.path for part in coverage.parts if part.is_layer]
-    if modules := [path for path, _ in model.named_modules() if path and test.fullmatch(path)]:
+    if modules := [path for path, _ in plain_modules(model) if path and test.fullmatch(path)]:
         kind = type(model.get_submodule(modules[0])).__name__
         inside = sorted({path.rpartition(".")[2] for path in layers if under(path, modules)})
         what = f"a module around layers: name {', '.join(inside)}" if inside else "no layer that multiplies by a matrix"
@@ -178,7 +178,7 @@ def all_paths(model: nn.Module) -> "Paths":
     """First path of a module -> all paths that lead to it."""
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in plain_modules(model, every_path=True):
         found.setdefault(first.setdefault(id(module), path), []).append(path)
     return Paths(found)
 
@@ -192,7 +192,7 @@ class Paths(dict[str, list[str]]):
 
 def paths_to(model: nn.Module, module: nn.Module) -> list[str]:
     """All paths under which a model has a module."""
-    return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
+    return [path for path, m in plain_modules(model, every_path=True) if m is seen_as(module)]
 
 
 def _patterns(model: nn.Module, targets: Targets) -> dict[str, re.Pattern[str]]:
