@@ -378,7 +378,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(where, second, monkey
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_an_adapter_is_added_as_fast_beside_many(method):
-    """Calls of Python, which are the same each time: each adapter walked through all before it, a thousand took 9 min."""
+    """Calls of Python are the same each time. Each adapter walked through all before it: a thousand took 9 minutes."""
 
     def calls(act):
         count = 0

@@ -425,7 +425,7 @@ class AdaptedHead(nn.Module):
 
 
 def seen_as(module: nn.Module) -> nn.Module:
-    """What `plain_modules` gives in the place of a module: for a head that adapters have copies of, that of the base."""
+    """What `plain_modules` gives in the place of a module: for a head that adapters have copies of, the base's own."""
     return module.base if isinstance(module, AdaptedHead) else module
 
 
