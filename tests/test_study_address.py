@@ -87,6 +87,8 @@ def test_addresses_of_stored_runs_are_what_they_were(name, glue, stored_models):
     for scheduled in load(RESULTS / name).schedule:
         if scheduled.model not in stored_models or scheduled.settings is None:  # no value learned: nothing was chosen
             continue
+        if scheduled.settings.get("from_adapter"):  # its files, which the address names, are not in the repository
+            continue
         stored = {OLD_SETTINGS.get(key, key): listed(value) for key, value in scheduled.settings.items()}
         run = RESULTS / "store" / str(scheduled.address) / "run.json"
         precision = (
