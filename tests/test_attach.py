@@ -14,6 +14,7 @@ from transformers import DynamicCache, FSMTConfig, FSMTForConditionalGeneration
 
 import loralab
 from loralab import adapted
+from loralab.errors import UserError
 from loralab.options import options
 from loralab.presets import PRESETS
 from loralab.recipe import NAMED, name_of, recipe
@@ -403,3 +404,14 @@ def test_an_adapter_is_added_as_fast_beside_many(method):
     assert sorted(ignored) == sorted(key for i in range(1, 62) for key in adapters.parameter_names(f"a{i}"))
     adapters.remove("a7")
     assert not [key for key in model._ddp_params_and_buffers_to_ignore if ".a7." in key]
+
+
+def test_a_part_of_a_head_that_others_have_copies_of_is_refused_by_name():
+    model = build("roberta")
+    adapters = loralab.attach(model, "lora", head=True)
+    with pytest.raises(UserError, match="inside classifier, of which other adapters have copies"):
+        adapters.add("b", "lora", head=["classifier.dense"])
+    with pytest.raises(UserError, match=r"classifier.dense is in the head"):
+        adapters.add("b", "lora", targets=["classifier.dense"])
+    adapters.add("b", "lora", head=["classifier"])
+    assert adapters.names == ["default", "b"]

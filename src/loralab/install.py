@@ -108,6 +108,9 @@ def _check_heads(handle: AdaptedModel, heads: Sequence[str], labels: Sequence[st
     there = {path for path, _ in plain_modules(handle.model, every_path=True)}
     if missing := [path for path in heads if path not in there]:
         raise UserError(f"head={', '.join(missing)}: the model has no such module")
+    if copied := [(path, whole) for path in heads for whole in handle.heads if path != whole and under(path, [whole])]:
+        path, whole = copied[0]
+        raise UserError(f"head={path}: it is inside {whole}, of which other adapters have copies: name {whole} instead")
     if nested := [path for path in heads if under(path, [other for other in heads if other != path])]:
         raise UserError(f"head: {nested[0]} is inside another of these modules, which is copied whole: leave it out")
     for path in heads:

@@ -66,18 +66,19 @@ def _is_plain(model: Any) -> bool:
 def _leaves_logits_out(model: Any, ids: Tensor) -> bool:
     """Whether a model takes the places of its logits as a tensor, as those of transformers do."""
     try:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=_no_place(ids)).logits
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=_no_place()).logits
     except (TypeError, ValueError, IndexError, RuntimeError):  # one that takes their number alone
         return False
     return not logits.numel()
 
 
-def _no_place(like: Tensor) -> Tensor:
+def _no_place() -> Tensor:
     """No place in a row: the logits of one would cost more than its product.
 
-    It is a slice of the hidden states, and for a slice torch copies a frozen output layer once for each row.
+    It is a slice of the hidden states, and for a slice torch copies a frozen output layer once for each row. On the
+    CPU, from where an index is good on whatever device the hidden states are.
     """
-    return torch.empty(0, dtype=torch.long, device=like.device)
+    return torch.empty(0, dtype=torch.long)
 
 
 def likelihoods(model: Any, inputs: Mapping[str, Tensor], at: Places, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,7 @@ def _hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
     hook = model.base_model.register_forward_hook(base_gives)
     try:
-        model(**inputs, use_cache=False, logits_to_keep=_no_place(next(iter(inputs.values()))))
+        model(**inputs, use_cache=False, logits_to_keep=_no_place())
     finally:
         hook.remove()
     (hidden,) = seen
