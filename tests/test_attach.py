@@ -378,7 +378,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(where, second, monkey
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_an_adapter_is_added_as_fast_beside_many(method):
+def test_an_adapter_is_added_and_loaded_as_fast_beside_many(method, tmp_path):
     """Calls of Python are the same each time. Each adapter walked through all before it: a thousand took 9 minutes."""
 
     def calls(act):
@@ -398,8 +398,14 @@ def test_an_adapter_is_added_as_fast_beside_many(method):
     model = build("bert")
     given = {"targets": "attention-qv", "head": True, "rank": 3, "alpha": 7}
     adapters = loralab.attach(model, method, name="a0", **given)
-    found = [calls(lambda i=i: adapters.add(f"a{i}", method, seed=i, **given)) for i in range(1, 62)]
-    assert found[60] < 1.2 * found[5]
+    folder = adapters.save(tmp_path / "a0", "a0")
+    loaded = [calls(lambda i=i: loralab.load(model, folder, name=f"l{i}")) for i in range(6)]
+    added = [calls(lambda i=i: adapters.add(f"a{i}", method, seed=i, **given)) for i in range(1, 62)]
+    assert added[60] < 1.2 * added[5]
+    assert calls(lambda: loralab.load(model, folder, name="last")) < 1.2 * loaded[5]
+    adapters.activate("a0")
+    for name in [name for name in adapters.names if name.startswith("l")]:
+        adapters.remove(name)
     ignored = model._ddp_params_and_buffers_to_ignore
     assert sorted(ignored) == sorted(key for i in range(1, 62) for key in adapters.parameter_names(f"a{i}"))
     adapters.remove("a7")

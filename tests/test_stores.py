@@ -17,7 +17,6 @@ from loralab.optimizers import adamw
 from loralab.recipe import recipe
 from loralab.run.memory import tensor_bytes
 from loralab.stores import STORES, nf4
-from loralab.stores.float import Float
 from loralab.stores.int2 import EDGE, LEVELS
 from loralab.stores.quantized import quantization_report
 
@@ -377,13 +376,12 @@ def test_its_own_store_may_be_said_and_other_methods_take_any(method, store):
     assert recipe(method, store=store).store == store
 
 
-@pytest.mark.parametrize("store", sorted({*STORES, "float32"}))
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_no_row_of_a_slice_or_a_transposed_input_gets_a_weight_of_its_own(store, bias):
     """torch copies a frozen W for each of b where x (b, t, in) cannot be seen as (b t, in)."""
     W, b = weight(37, 24)
-    b = b if bias else None
-    base = STORES[store](W, b) if store in STORES else Float(W, b)
+    base = STORES[store](W, b if bias else None)
     for x in (torch.randn(9, 4, 24)[:, -1:], torch.randn(9, 24, 2).mT):
         x = x.requires_grad_()
         with Largest() as largest:

@@ -11,14 +11,15 @@ from loralab.adapted import AdaptedModel, AdapterSpec, base_tensor
 from loralab.experts import open_stack
 from loralab.files import AdapterFile
 from loralab.heads import own_copy, under
+from loralab.layer import plain_modules
 from loralab.schema import listed
 from loralab.targets import layer_at, shape_of
 
 
 def misfits(handle: AdaptedModel, file: AdapterFile) -> list[str]:
     """Layers and heads of a file that the model does not have."""
-    put_in = (*handle.layers, *handle.heads)  # what is inside these is loralab's, not the model's
-    there = {path for path, _ in handle.model.named_modules() if not under(path, put_in) or path in put_in}
+    heads = list(handle.heads)  # adapters have copies of each as a whole, so that no file fits what is inside
+    there = {path for path, _ in plain_modules(handle.model) if not under(path, heads) or path in heads}
     missing = [path for path in [*file.paths, *file.heads] if path not in there and not open_stack(handle.model, path)]
     if missing:
         return [f"the model has no {listed(missing, 4)} ({len(missing)} missing)"]
