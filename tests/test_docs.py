@@ -45,6 +45,11 @@ def test_the_architecture_names_every_module():
     assert there - set(re.findall(r"`([\w.]+/?)`", storeys)) == set()
 
 
+def test_no_file_of_the_package_has_more_than_500_lines():
+    lines = {path.name: path.read_text().count("\n") for path in Path(loralab.__file__).parent.glob("**/*.py")}
+    assert [name for name, count in lines.items() if count > 500] == []
+
+
 def test_what_the_readme_says_of_places_is_there():
     (tree,) = [block for block in blocks(README, "") if block.startswith("src/loralab/")]
     named = [word for line in tree.splitlines()[1:] for word in re.findall(r"\b[\w]+(?:\.py|/)(?=\s|:|$)", line)]

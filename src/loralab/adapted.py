@@ -31,7 +31,7 @@ from loralab.targets import layer_at, shape_of
 
 NEWEST = (5, 23)  # of transformers, with which the tests pass; they do with 5.17 too
 HANDLE = "_loralab"  # the attribute of a model that holds its handle
-IGNORED = "_ddp_params_and_buffers_to_ignore"  # the attribute where DistributedDataParallel reads what to leave out
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # the attribute where DistributedDataParallel reads what to leave out
 
 OVERVIEW = ("adapter", "method", "rank", "targets", "values", "learns", "in use")  # columns of `print(adapters)`
 
@@ -76,7 +76,7 @@ class AdaptedModel:
         self.held: dict[nn.Module, Any] = {}  # module with running statistics -> the hook that holds it
         self.detached = False
         self.synchronized: tuple[str, ...] | None = None  # adapters for DistributedDataParallel; None: the active one
-        self._ignored = frozenset(getattr(model, IGNORED, ()))
+        self._ignored = frozenset(getattr(model, DDP_IGNORES, ()))
         self._own_names: dict[str, list[str]] = {}  # adapter -> its `parameter_names`
         outside = head_of(model)
         self._base_keys = [key for key in self.learned if not under(key, outside)]
@@ -213,8 +213,8 @@ class AdaptedModel:
         known = self._own_names
         self._own_names = {name: known.get(name) or self.parameter_names(name) for name in self.specs}
         ignored = [*self._ignored, *(key for name in self.specs if name not in seen for key in self._own_names[name])]
-        if ignored or hasattr(self.model, IGNORED):
-            setattr(self.model, IGNORED, sorted(ignored))
+        if ignored or hasattr(self.model, DDP_IGNORES):
+            setattr(self.model, DDP_IGNORES, sorted(ignored))
 
     def parameter_names(self, name: str) -> list[str]:
         """The names that an adapter's own tensors have in `named_parameters` of the model."""

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from loralab import checkpoints, exports, files, fitting, hub, install, model_card, peft_convert, peft_format
 from loralab.active import follow_checkpoints
-from loralab.adapted import HANDLE, IGNORED, AdaptedModel, once
+from loralab.adapted import DDP_IGNORES, HANDLE, AdaptedModel, once
 from loralab.algebra import Combined, combine
 from loralab.contents import adapter_file, constants_sha256
 from loralab.errors import OtherBase, UserError
@@ -34,6 +34,7 @@ from loralab.schema import checked, listed
 from loralab.sentence_checkpoints import follow_sentence_transformers
 from loralab.start_data import start_data
 from loralab.targets import ALL, ReachNote, Targets, meant_in_vain
+from loralab.ties import untie
 
 OWN = ("save_pretrained", "push_to_hub")  # methods of a model that its handle stands in for
 
@@ -419,7 +420,7 @@ class Adapters(AdaptedModel):
             loaded.make_plain(self.model)
         spec = None if name is None else self.specs[name]
         self.show_labels(spec.labels if spec is not None and spec.heads else self.labels.names)
-        if apart := install.untie(self.model):
+        if apart := untie(self.model):
             warnings.warn(
                 f"{listed(apart, 3)} is tied to another weight no longer, as one of them was adapted: the merged model "
                 "has both, and its config says so where it can",
@@ -428,10 +429,10 @@ class Adapters(AdaptedModel):
             )
         for key, tensor in self.model.named_parameters():
             tensor.requires_grad_(self.learned.get(key, any(self.learned.values())))  # untied weights have new names
-        for attribute in (HANDLE, *OWN, IGNORED):
+        for attribute in (HANDLE, *OWN, DDP_IGNORES):
             self.model.__dict__.pop(attribute, None)
         if self._ignored:
-            setattr(self.model, IGNORED, sorted(self._ignored))
+            setattr(self.model, DDP_IGNORES, sorted(self._ignored))
         self.detached = True
         for state in (self.specs, self.layers, self.heads):
             state.clear()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapted import IGNORED
+from loralab.adapted import DDP_IGNORES
 from loralab.objectives import Batch, Objective, by_row
 
 
@@ -22,7 +22,7 @@ class Forward(nn.Module):
         super().__init__()
         self.model, self.run = model, forward
         self.train(model.training)  # a module begins in train mode, whatever is in it
-        setattr(self, IGNORED, [f"model.{key}" for key in getattr(model, IGNORED, ())])
+        setattr(self, DDP_IGNORES, [f"model.{key}" for key in getattr(model, DDP_IGNORES, ())])
 
     def forward(self, batch: Batch) -> Tensor:
         """Return outputs (sequences, ...)."""
