@@ -104,20 +104,20 @@ gpu: .whl/pack  ## on a machine with a GPU: is it right, is it fast, how many ad
 gpu-dry: $(VENV)/dev.stamp  ## every line of `make gpu` at toy size, on the CPU (minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python tests/gpu --toy --compile --data $(GLUE) --out runs/gpu/toy
 
-# without rte-from-mnli, which needs an adapter that it says how to make
-STUDIES    ?= $(addprefix studies/,newer.toml ten-epochs.toml drop.toml)
+# of the tasks that tests/gpu/pack.py packs
+STUDIES    ?= studies/ten-epochs.toml
 SECONDS    ?= 500
 
 gpu-studies: .whl/pack  ## on a machine with a GPU: STUDIES one after another for SECONDS; the same command goes on
 	LORALAB_MODELS=.whl/pack/models PYTHONUNBUFFERED=1 PYTHONPATH=src:.whl/pack/site:.whl/pack/bnb $(GPU_PYTHON) \
 		tests/gpu/studies.py $(GPU_OUT) $(STUDIES) --data .whl/pack/glue --seconds $(SECONDS)
 
-# on the machine with the GPU: the parts that gpu-pack made, where they were carried; without them what can goes without
+# on the machine with the GPU: what gpu-pack made, where it was carried; without it what can goes without
 .whl/pack:
-	mkdir -p .whl/pack && if ls .whl/part.* >/dev/null 2>&1; then cat .whl/part.* | tar xz -C .whl/pack; fi
+	mkdir -p .whl/pack && if [ -f .whl/pack.tar.xz ]; then $(GPU_PYTHON) -m tarfile -e .whl/pack.tar.xz .whl/pack; fi
 
-gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, in .whl/part.*: bitsandbytes, liger-kernel, cyclopts, minilm, GLUE
-	rm -rf .whl && mkdir -p .whl/pack/models/minilm
+gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, 30 MB in .whl/pack.tar.xz: bitsandbytes, liger-kernel, cyclopts, minilm, CoLA and MRPC
+	rm -rf .whl && mkdir -p .whl/pack
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
 		--platform manylinux_2_24_x86_64 -d .whl bitsandbytes==0.50.2
 	$(BIN)/python -m zipfile -e .whl/bitsandbytes-*.whl .whl/pack/bnb
@@ -125,11 +125,8 @@ gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, in .whl/part.*: bit
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .whl/wheels \
 		cyclopts docstring-parser rich-rst liger-kernel
 	for wheel in .whl/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel .whl/pack/site; done
-	cp -r --no-preserve=mode $(GLUE) .whl/pack/glue
-	folder=$$($(BIN)/python -c 'from loralab.models import resolve; print(resolve("minilm"))'); \
-		cp $$folder/*.json $$folder/vocab.txt $$folder/model.safetensors .whl/pack/models/minilm/
-	tar cz -C .whl/pack . | split -b 33m -d -a 1 - .whl/part.
-	rm -rf .whl/wheels .whl/*.whl && ls -l .whl
+	$(BIN)/python tests/gpu/pack.py $(GLUE) .whl/pack
+	tar cJ -C .whl/pack -f .whl/pack.tar.xz . && rm -rf .whl/wheels .whl/*.whl .whl/pack && ls -l .whl
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .cache src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -46,7 +46,7 @@ def without_failed_regressions(study, model) -> None:
     counts = planned.collapses
     with mock.patch.object(planned, "collapses", lambda run: counts(run) or failed(run)):
         families = planned.planned(study)
-    print("Regressions that gave nearly one value: " + ", ".join(failures(study)) + "\n")
+    print(f"Regressions that gave nearly one value: {', '.join(failures(study)) or 'none'}\n")
     for family in families:
         if family.name == planned.MEAN and family.model == model:
             show(f"{family.endpoint}, mean of tasks, without these seeds", family.contrasts)

@@ -27,6 +27,7 @@ from loralab.heads import Labels, head_of, under
 from loralab.layer import Adapted, AdaptedHead
 from loralab.methods.base import whole
 from loralab.recipe import Recipe, name_of
+from loralab.rounded import Rounded, RoundedNote
 from loralab.targets import layer_at, shape_of
 
 NEWEST = (5, 23)  # of transformers, with which the tests pass; they do with 5.17 too
@@ -83,6 +84,7 @@ class AdaptedModel:
         self._base_size = sum(model.get_parameter(key).numel() for key in self._base_keys)
         self._sha256: str | None = None
         self.rounded_from: torch.dtype | None = None  # what the frozen tensors were before a fast path rounded them
+        self.rounded = Rounded()  # those tensors
         self._rows_first = False  # whether layers are known to get inputs (rows, ...)
 
     @property
@@ -230,11 +232,27 @@ class AdaptedModel:
             torch._dynamo.disable(self.active.check_compiled)()  # runs at each call, outside of the graph
             return
         self._follow_labels()
+        if (learning := self.rounded.learning()) is not None:
+            self._give_dtype_back(learning)
         if self.active.ids is not None and not self._rows_first:
             self._check_rows_first(len(self.active.ids), args, kwargs)
         wrapper = DistributedDataParallel._get_active_ddp_module() if torch.is_grad_enabled() else None
         if wrapper is not None and self.model.training:
             self._check_synchronized(wrapper)
+
+    def _give_dtype_back(self, learning: Tensor) -> None:
+        """Let the base have the dtype that it had before a fast path, as a part of it learns by now; warn of it."""
+        key = next((key for key, p in self.model.named_parameters() if p is learning), "a tensor of the base")
+        self.rounded.give_back()
+        for layer in self.layers.values():
+            layer.dtype = self.rounded_from or layer.dtype
+        warnings.warn(
+            f"{key} learns now, and fast() had rounded it, so that small steps would be lost: the base has its own "
+            "dtype again, with the rounded values. Let it learn before fast(), which then leaves the base as it is and "
+            "asks for autocast",
+            RoundedNote,
+            stacklevel=4,
+        )
 
     def _check_rows_first(self, rows: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise UserError where layers get inputs (t, rows, in): as many rows as tokens would hide it from `ids`.

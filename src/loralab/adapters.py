@@ -244,8 +244,8 @@ class Adapters(AdaptedModel):
     def fast(self, dtype: str | torch.dtype = "auto", quiet: bool = False, speed: Speed = "auto") -> Choices:
         """Make forward and backward passes fast on this machine; unless `quiet`, print what was chosen and why.
 
-        `dtype` is what products run in: bfloat16, float32, or auto, which is bfloat16 where the machine multiplies it
-        fast. For bfloat16 frozen tensors are rounded to it, once and for good. `speed="off"` puts the plain path back.
+        `dtype` is what frozen tensors may be rounded to: bfloat16, float32 (nothing is rounded), or auto, which is
+        bfloat16 where the machine multiplies it fast. Rounded values stay so. `speed="off"` puts the plain path back.
         Call it after `attach`. The result follows later changes. Raises UserError for an unknown dtype or speed.
         """
         self.check_attached()

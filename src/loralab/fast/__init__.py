@@ -26,7 +26,8 @@ from loralab.fast.block import Block
 from loralab.fast.choices import Choice, Choices
 from loralab.fast.layers import LAYERS, layers_of, refused
 from loralab.kinds import FLOATS
-from loralab.layer import FAST, Adapted, put, put_back
+from loralab.layer import FAST, Adapted, plain_modules, put, put_back
+from loralab.rounded import Rounded
 
 Speed = Literal["auto", "off", "compile"]
 COMPILED = "_loralab_compiled"  # marks a model that `prepare` gave to torch.compile
@@ -60,11 +61,17 @@ def enable(model: nn.Module, dtype: str | torch.dtype = "auto", speed: Speed = "
     if dtype not in ("auto", *DTYPES, *DTYPES.values()):
         raise UserError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     narrow = (machine.precision(dtype) if isinstance(dtype, str) else dtype) == torch.bfloat16
-    takes_ids = getattr(model, "main_input_name", None) == "input_ids"  # others may be given features in float32
+    takes_ids = getattr(model, "main_input_name", None) == "input_ids" and not _takes_features(model)
     rounded = narrow and speed != "off" and takes_ids and what_learns(model) is None
     choices = prepare(model, speed, "bfloat16" if rounded else None)
     choices.autocast = narrow and not rounded
     return choices
+
+
+def _takes_features(model: nn.Module) -> bool:
+    """Whether a model may be given pictures or sound in float32 beside ids, by what transformers says of it."""
+    given = getattr(model, "input_modalities", "text")
+    return any(one != "text" for one in ([given] if isinstance(given, str) else given))
 
 
 def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -> Choices:
@@ -92,9 +99,9 @@ def prepare(model: nn.Module, speed: Speed = "auto", store: str | None = None) -
         model.__dict__[COMPILED] = True
         chosen.append(Choice("compile", True, "torch.compile joins what lies between products"))
     blocks = [_block(layer, model) for layer in layers_of(model)] if speed == "auto" else []
-    choices = Choices(model, chosen, blocks, PIECES["block"].why)
-    choices.store = store
-    return choices
+    handle = _handle(model)
+    rounded = Rounded() if handle is None else handle.rounded
+    return Choices(model, chosen, blocks, PIECES["block"].why, store, rounded)
 
 
 def round_frozen(model: nn.Module, store: str) -> None:
@@ -109,11 +116,16 @@ def round_frozen(model: nn.Module, store: str) -> None:
         _ = handle.base_sha256  # taken while the base still has its own bits
     own = _of_adapters(handle)
     frozen = [p for p in model.parameters() if id(p) not in own and p.dtype in FLOATS and not p.requires_grad]
+    tables = [  # of positions, say: what is added to rounded tensors; vectors, such as frequencies, are cast where used
+        t
+        for _, module in plain_modules(model)
+        for t in module._buffers.values()
+        if t is not None and t.dtype == torch.float32 and t.ndim > 1
+    ]
     before = {p.dtype for p in frozen}  # float8, which holds codes, is none of them
     if handle is not None and len(before) == 1 and before != {DTYPES[store]}:
         handle.rounded_from = before.pop()
-    for p in frozen:
-        p.data = p.data.to(DTYPES[store])
+    (Rounded() if handle is None else handle.rounded).round([*frozen, *tables], DTYPES[store])
     for layer in model.modules():
         if isinstance(layer, Adapted):
             layer.dtype = DTYPES[store]

@@ -49,6 +49,7 @@ ASKED = ("output_attentions", "output_hidden_states", "output_router_logits", "r
 READ_ANEW = ("training", "p")  # attributes of modules that a block looks up at each call
 COLLECTING = "transformers.utils.output_capturing"
 
+TRACED = "torch.compile or torch.func traces the model"
 OFF = Obstacle("the fast path was taken off since; call it again")
 
 Modules = LayerModules | PreNormModules | DecoderModules
@@ -104,7 +105,8 @@ class Block:
         """What the layer's own forward returns for these arguments; hidden_states (b, t, d)."""
         # checkpointing runs a layer without gradients first: the second time must draw the same dropout
         learning = torch.is_grad_enabled() or self.layer.training
-        never, told = self._why_never(learning), {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        never = Obstacle(TRACED) if torch.compiler.is_compiling() else self._why_never(learning)  # reads no structure
+        told = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         if len(args) > len(self.positional):
             never = Obstacle("more arguments are given than it names")
         self.obstacle = None if never else self._why_not_now(hidden_states, attention_mask, told, learning)
@@ -327,7 +329,7 @@ def _misfit(m: Modules, seen: Sequence[_Seen]) -> Obstacle | None:
 def _traced() -> str | None:
     """What follows or changes the operations of this call, and so would miss what a block does in one."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "torch.compile or torch.func traces the model"
+        return TRACED
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces the model"
     if forward_ad._current_level >= 0:

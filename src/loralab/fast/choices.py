@@ -8,6 +8,7 @@ from torch import nn
 
 from loralab.fast.block import Block
 from loralab.fast.code import Obstacle
+from loralab.rounded import Rounded
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,35 @@ class Choice:
 class Choices(Sequence[Choice]):
     """The choices for one model. They follow it: read again later, they say what holds then."""
 
-    autocast: bool = False
-    """Whether bfloat16 was wanted and the model could not be kept in it, so forward passes need autocast."""
-    store: str | None = None
-    """What the frozen tensors of the model were rounded to."""
+    def __init__(
+        self,
+        model: nn.Module,
+        fixed: Sequence[Choice],
+        blocks: Sequence[Block],
+        why: str,
+        store: str | None,
+        rounded: Rounded,
+    ) -> None:
+        """`fixed` are the choices; with `blocks` that of the block is made anew, with `why` as its reason if used.
 
-    def __init__(self, model: nn.Module, fixed: Sequence[Choice], blocks: Sequence[Block], why: str) -> None:
-        """`fixed` are the choices; with `blocks` that of the block is made anew, with `why` as its reason if used."""
+        `store` is what frozen tensors, which `rounded` knows, were rounded to; None if they were not.
+        """
         self.model, self.fixed, self.blocks, self.why = model, list(fixed), list(blocks), why
+        self._store, self._rounded, self._autocast = store, rounded, False
+
+    @property
+    def store(self) -> str | None:
+        """What the frozen tensors of the model are rounded to."""
+        return None if self._rounded.given_back else self._store
+
+    @property
+    def autocast(self) -> bool:
+        """Whether bfloat16 was wanted and the model is not kept in it, so forward passes need autocast."""
+        return self._autocast or (self._store == "bfloat16" and self._rounded.given_back)
+
+    @autocast.setter
+    def autocast(self, wanted: bool) -> None:
+        self._autocast = wanted
 
     def __len__(self) -> int:
         return len(self.fixed)

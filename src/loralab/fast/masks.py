@@ -75,7 +75,7 @@ def _seeds(generator: torch.Generator | None, like: Tensor) -> tuple[int, int]:
     """A seed, and 32 bits that round k up or down; always from a CPU generator, so no device waits for them."""
     if isinstance(like, FakeTensor):  # of an estimate: it has a size and no data
         return 0, 0
-    seed, fraction = torch.randint(2**32, (2,), generator=generator).tolist()
+    seed, fraction = torch.randint(2**32, (2,), generator=generator, device="cpu").tolist()
     return seed, fraction
 
 
@@ -89,12 +89,13 @@ def _drawn(like: Tensor, shape: Sequence[int], p: float, seeds: tuple[int, int])
     below = int(256 * (1 - p) + fraction / 2**32)  # k
     count = math.prod(shape)
     half = -(-count // 8) * 4
-    bits = torch.empty(2, half, dtype=torch.int16)  # compared by the high byte of each: first the high, then the low
+    # compared by the high byte of each: first the high, then the low
+    bits = torch.empty(2, half, dtype=torch.int16, device="cpu")
     bits[0] = _words(seed, half, like)
     torch.bitwise_left_shift(bits[0], 8, out=bits[1])
     bits.le_((below - 128) * 256 - 1)  # 1 where the value is kept
     bits = bits.view(-1)[:count].view(shape)
-    scale = torch.tensor(256 / below, dtype=like.dtype)
+    scale = torch.tensor(256 / below, dtype=like.dtype, device="cpu")
     if like.element_size() == 2:  # the bits of the scale, times 0 or 1: no pass over the values for a cast
         return bits.mul_(int(scale.view(torch.int16))).view(like.dtype)
     return bits.to(like.dtype).mul_(scale)
