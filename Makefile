@@ -116,7 +116,7 @@ gpu-studies: .whl/pack  ## on a machine with a GPU: STUDIES one after another fo
 .whl/pack:
 	mkdir -p .whl/pack && if [ -f .whl/pack.tar.xz ]; then $(GPU_PYTHON) -m tarfile -e .whl/pack.tar.xz .whl/pack; fi
 
-gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, 30 MB in .whl/pack.tar.xz: bitsandbytes, liger-kernel, cyclopts, minilm, CoLA and MRPC
+gpu-pack: $(VENV)/dev.stamp  ## what a GPU machine may lack, 28 MB in .whl/pack.tar.xz: bitsandbytes, liger-kernel, cyclopts, minilm, CoLA and MRPC
 	rm -rf .whl && mkdir -p .whl/pack
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
 		--platform manylinux_2_24_x86_64 -d .whl bitsandbytes==0.50.2

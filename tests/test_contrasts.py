@@ -68,7 +68,14 @@ def test_the_interval_of_a_method_that_varies_more_than_the_others_holds_too(met
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("spreads", "seeds"),
-    [([0.01, 0.01], 3), ([0.01, 0.03], 3), ([0.01, 0.1], 3), ([0.01, 0.03], 5), ([0.01, 0.01, 0.03], 5)],
+    [
+        ([0.01, 0.01], 3),
+        ([0.01, 0.03], 3),
+        ([0.01, 0.1], 3),
+        ([0.01, 0.03], 5),
+        ([0.01, 0.01, 0.03], 5),
+        ([0.01, 0.01, 0.1], 2),
+    ],
 )
 def test_a_small_family_without_differences_finds_one_hardly_more_often_than_it_says(spreads, seeds):
     random, false = np.random.default_rng(9), []
@@ -76,6 +83,17 @@ def test_a_small_family_without_differences_finds_one_hardly_more_often_than_it_
         found = paired(METHODS[: len(spreads)], [random.normal(0, s, seeds) for s in spreads], margin=0.01)
         false.append(any(c.p_holm < 0.05 for c in found))
     assert np.mean(false) <= 0.06 + 1.5 * math.sqrt(0.05 * 0.95 / (2 * TIMES))
+
+
+def test_spreads_of_two_seeds_make_no_prior_and_take_that_of_more():
+    s2, df = np.array([0.5, 0.02, 0.3, 0.1, 0.4]), np.ones(5)
+    assert [t.tolist() for t in moderated(s2, df)] == [s2.tolist(), df.tolist()]
+    more = np.array([0.2, 0.3, 0.25]), np.full(3, 4.0)
+    found, freedom = moderated([*more[0], 0.02], [*more[1], 1])
+    alone = moderated(*more)
+    assert (found[:3].tolist(), freedom[:3].tolist()) == (alone[0].tolist(), alone[1].tolist())
+    assert found[3] > 0.02
+    assert freedom[3] == 2
 
 
 @pytest.mark.few(1)

@@ -63,6 +63,17 @@ def test_what_is_let_learn_after_fast_learns(copied):
         assert "autocast" in str(choices)
 
 
+def test_what_was_put_into_a_wider_dtype_is_never_narrowed_by_learning():
+    model = bert().bfloat16()
+    loralab.attach(model, "lora", rank=3, head=True)
+    loralab.fast.prepare(model, store="float32")
+    weights = norms(model)[0].requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RoundedNote)
+        some_steps(model, 1e-4, 1)
+    assert weights.dtype == torch.float32
+
+
 def test_full_fine_tuning_after_fast_takes_whole_steps():
     model = bert()
     adapters = loralab.attach(model, "lora", rank=3, head=True)

@@ -21,12 +21,12 @@ class Rounded:
         self.given_back = False  # whether they have their own dtype again
 
     def round(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
-        """Round tensors in place, parameters stay the same objects."""
+        """Put tensors into a dtype, parameters stay the same objects; a wider one than theirs rounds nothing."""
         self.given_back = False
         for t in tensors:
-            if t.dtype != dtype:
+            if torch.promote_types(t.dtype, dtype) != dtype:
                 self.held.append((ref(t), t.dtype))
-                t.data = t.data.to(dtype)
+            t.data = t.data.to(dtype)
 
     def learning(self) -> Tensor | None:
         """One of them that learns now, in steps that may be smaller than what its dtype tells apart."""
